@@ -1,0 +1,77 @@
+"""Text in, batches of NumPy arrays out; this package never imports JAX by itself.
+
+    corpus.py       documents from text, Markdown, WikiText, JSON lines, gzip and zstd of these, and TFDS folders
+    reading.py      bytes to lines, every error with its file, line and column
+    python_docs.py  the corpus that every Python carries: its own documentation
+    markup.py       Markdown, WikiText and reStructuredText to plain paragraphs
+    sentences.py    paragraphs to sentences
+    tokenizer.py    WordPiece: training, loading, saving
+    fingerprint.py  what a corpus is, in one short string
+    cache.py        the tokenised corpus, ArrayRecord; cache_build.py makes it, once
+    packing.py      BERT's sentence pairs, planned from lengths alone, several a row
+    pretraining.py  rows by their number
+    stream.py       the stream of batches (Grain)
+
+Names are imported on first use: Grain and tensorflow-datasets take seconds that `--help` should not pay for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import TokenCache as TokenCache
+    from .cache import build_cache as build_cache
+    from .cache import open_cache as open_cache
+    from .corpus import EMBEDDED as EMBEDDED
+    from .corpus import Corpus as Corpus
+    from .corpus import Document as Document
+    from .corpus import embedded_documents as embedded_documents
+    from .corpus import read_documents as read_documents
+    from .errors import CorpusError as CorpusError
+    from .errors import DataError as DataError
+    from .packing import Statistics as Statistics
+    from .pretraining import PretrainingDataset as PretrainingDataset
+    from .progress import Progress as Progress
+    from .sentences import split_sentences as split_sentences
+    from .stream import batches as batches
+    from .stream import evaluation_batches as evaluation_batches
+    from .tokenizer import Tokenizer as Tokenizer
+    from .tokenizer import load_tokenizer as load_tokenizer
+    from .tokenizer import train_wordpiece as train_wordpiece
+
+_HOME = {
+    "batches": "stream",
+    "evaluation_batches": "stream",
+    "TokenCache": "cache",
+    "build_cache": "cache",
+    "open_cache": "cache",
+    "EMBEDDED": "corpus",
+    "Corpus": "corpus",
+    "Document": "corpus",
+    "embedded_documents": "corpus",
+    "read_documents": "corpus",
+    "CorpusError": "errors",
+    "DataError": "errors",
+    "Statistics": "packing",
+    "PretrainingDataset": "pretraining",
+    "Progress": "progress",
+    "split_sentences": "sentences",
+    "Tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "train_wordpiece": "tokenizer",
+}
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

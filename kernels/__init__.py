@@ -1,0 +1,22 @@
+"""Attention kernels: one function, one meaning, several backends; its biases; and the hash behind dropout."""
+
+from .attention import BACKENDS, attention
+from .bias import AlibiBias, Bias, DenseBias, RelativeBias, relative_position_bucket, toeplitz_row
+from .hash import hash_dropout, row_seeds
+from .split import splitting
+from .weights import attention_weights
+
+__all__ = [
+    "BACKENDS",
+    "AlibiBias",
+    "Bias",
+    "DenseBias",
+    "RelativeBias",
+    "attention",
+    "attention_weights",
+    "hash_dropout",
+    "relative_position_bucket",
+    "row_seeds",
+    "splitting",
+    "toeplitz_row",
+]

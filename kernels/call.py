@@ -1,0 +1,31 @@
+"""One checked call of `attention`, as the backends receive it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax import Array
+
+from .bias import Bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one call, checked, with every default filled in. The fields mean what `attention` says.
+
+    Arrays may be traced; everything else is static.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Bias | None
+    query_segment_ids: Array | None
+    key_segment_ids: Array | None
+    dropout_seeds: Array | None
+    """uint32 [B, 2], one seed a row; None exactly when `dropout_rate` is 0."""
+    causal: bool
+    window: tuple[int | None, int | None]
+    scale: float
+    softcap: float | None
+    dropout_rate: float

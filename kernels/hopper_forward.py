@@ -1,0 +1,306 @@
+"""The forward pass on Hopper: two or three warpgroups compute, one moves memory, in a persistent grid.
+
+After FlashAttention-3 (Shah et al. 2024): the moving warpgroup runs ahead through a ring of keys and values, from one
+item of work into the next; of two computing ones, one takes exponentials while the other multiplies, and a barrier
+keeps their turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .hash import key_words
+from .hopper_operands import registers
+from .hopper_tile import (
+    LOG2E,
+    MULTIPROCESSORS,
+    WARPGROUP_ROWS,
+    Blocks,
+    Options,
+    Side,
+    accumulate,
+    ceil_to,
+    kept,
+    logits,
+    mask_unless,
+    matrix,
+    product,
+    release,
+    toeplitz_tile,
+    zeros,
+)
+from .hopper_work import KEY_PADDING, QUERY_PADDING, Ring, Work, pad_ids, pad_row, pad_words, work
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def forward(
+    options: Options,
+    blocks: Blocks,
+    query: Array,
+    key: Array,
+    value: Array,
+    extra: Mapping[str, Array],
+    out_dtype: Any = None,
+) -> tuple[Array, Array]:
+    """The output [B, L, H, Dv] and lse [B, H, L] (natural logarithm, float32).
+
+    Args:
+      options, blocks: see there.
+      query, key, value: as in `attention`, 16-bit, with head sizes that are multiples of 16.
+      extra: what the options ask for: "row" [H, L+S-1] or "dense" [1 or B, 1 or H, L, S], float32, in units of log2;
+        "query_segments" [B, L] and "key_segments" [B, S]; "a" and "b" [B, H, L], the queries' hash words.
+      out_dtype: of the output; the query's unless given.
+    """
+    out_dtype = out_dtype or query.dtype
+    batch, queries, heads, size = query.shape
+    keys, key_heads, value_size = value.shape[1:]
+    rows, columns = blocks.rows, blocks.columns
+    area = options.area(queries, keys)
+    items = work(area, rows, columns, extra.get("query_segments"), extra.get("key_segments"), axis=1)
+    tiles = -(-queries // rows)
+    total = batch * heads * tiles
+    grid = min(total, MULTIPROCESSORS)
+    takes_turns = blocks.warpgroups == 2
+
+    inputs: dict[str, Array] = {"query": query, "key": key, "value": value}
+    if items.ranges is not None:
+        inputs["ranges"] = items.ranges
+    # A query's and a key's vectors, that travel with its tile of q or k.
+    query_vectors: dict[str, Any] = {}
+    key_vectors: dict[str, Any] = {}
+    if options.segments:
+        inputs["query_segments"] = pad_ids(extra["query_segments"], rows, QUERY_PADDING)
+        inputs["key_segments"] = pad_ids(extra["key_segments"], columns, KEY_PADDING)
+        query_vectors["query_segments"] = jnp.int32
+        key_vectors["key_segments"] = jnp.int32
+    if options.dropout_rate:
+        inputs |= {name: pad_words(extra[name], rows) for name in ("a", "b")}
+        inputs["g"] = key_words(jnp.arange(ceil_to(keys, columns), dtype=jnp.uint32))
+        query_vectors |= {"a": jnp.uint32, "b": jnp.uint32}
+        key_vectors["g"] = jnp.uint32
+    if options.bias == "row":
+        inputs["row"] = pad_row(extra["row"], rows, columns)
+    elif options.bias == "dense":
+        inputs["dense"] = extra["dense"]
+    names = list(inputs)
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        refs_in, (out_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        count = lax.div(total - 1 - block, jnp.int32(grid)) + 1
+
+        def item(n: Array) -> tuple[Array, Array, Array, Work]:
+            index = block + n * grid
+            place = lax.rem(index, jnp.int32(tiles))
+            rest = lax.div(index, jnp.int32(tiles))
+            # Causal rows grow: the long ones first, so that the grid ends evenly.
+            tile = (tiles - 1 - place) if options.right is not None else place
+            head, b = lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
+            return b, head, tile, items.read(refs_in.get("ranges"), b, tile)
+
+        ring = Ring(blocks.stages)
+
+        @pl.when(warpgroup < blocks.warpgroups)
+        def _() -> None:
+            registers(options, blocks, computing=True)
+            compute(refs_in, out_ref, lse_ref, scratch, warpgroup, count, item, ring)
+
+        @pl.when(warpgroup == blocks.warpgroups)
+        def _() -> None:
+            registers(options, blocks, computing=False)
+            move(refs_in, scratch, count, item, ring)
+
+    def move(refs: Mapping[str, Any], scratch: Any, count: Array, item: Any, ring: Ring) -> None:
+        group = heads // key_heads
+
+        def one(n: Array, step: Array) -> Array:
+            b, head, tile, bounds = item(n)
+            key_head = head if group == 1 else lax.div(head, jnp.int32(group))
+            first = tile * rows
+
+            @pl.when(n > 0)
+            def _() -> None:
+                plgpu.barrier_wait(scratch["q_free"])
+
+            for w in range(blocks.warpgroups):
+                place = pl.ds(first + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                plgpu.copy_gmem_to_smem(refs["query"].at[b, place, head], scratch["q"].at[w], scratch["q_ready"])
+            for name in query_vectors:
+                source = refs[name].at[b] if name == "query_segments" else refs[name].at[b, head]
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(first, rows)], scratch[name], scratch["q_ready"])
+
+            def tiles_of_keys(t: Array, step: Array) -> Array:
+                slot = ring.slot(step)
+                place = pl.ds(t * columns, columns)
+                ring.wait_free(scratch["k_free"], step)
+                ready = scratch["k_ready"].at[slot]
+                plgpu.copy_gmem_to_smem(refs["key"].at[b, place, key_head], scratch["k"].at[slot], ready)
+                for name in key_vectors:
+                    source = refs[name].at[b] if name == "key_segments" else refs[name]
+                    plgpu.copy_gmem_to_smem(source.at[place], scratch[name].at[slot], ready)
+                if options.bias == "row":
+                    part = pl.ds(t * columns - first + queries, rows + columns)
+                    plgpu.copy_gmem_to_smem(refs["row"].at[head, part], scratch["row"].at[slot], ready)
+                if options.bias == "dense":
+                    source = refs["dense"].at[b if dense_shape[0] > 1 else 0, head if dense_shape[1] > 1 else 0]
+                    for w in range(blocks.warpgroups):
+                        part = pl.ds(first + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                        plgpu.copy_gmem_to_smem(source.at[part, place], scratch["dense"].at[slot, w], ready)
+                ring.wait_free(scratch["v_free"], step)
+                plgpu.copy_gmem_to_smem(
+                    refs["value"].at[b, place, key_head], scratch["v"].at[slot], scratch["v_ready"].at[slot]
+                )
+                return step + 1
+
+            return lax.fori_loop(bounds.first, bounds.stop, tiles_of_keys, step)
+
+        steps = lax.fori_loop(0, count, one, jnp.int32(0))
+        plgpu.barrier_wait(scratch["q_free"])
+        ring.drain(steps, scratch["k_free"], scratch["v_free"])
+
+    def compute(
+        refs: Mapping[str, Any], out_ref: Any, lse_ref: Any, scratch: Any, w: Array, count: Array, item: Any, ring: Ring
+    ) -> None:
+        def turn() -> None:
+            if takes_turns:
+                plgpu.barrier_arrive(scratch["turn"])
+                plgpu.barrier_wait(scratch["turn"])
+
+        pl.when(w == 1)(turn)
+        mine = pl.ds(w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        shape = (WARPGROUP_ROWS, columns)
+
+        def one(n: Array, step: Array) -> Array:
+            b, head, tile, bounds = item(n)
+            first = tile * rows + w * WARPGROUP_ROWS
+            plgpu.barrier_wait(scratch["q_ready"])
+            side = Side(first, jnp.int32(0), shape, 0)
+            vectors = {name: side.load_queries(scratch[name].at[mine]) for name in query_vectors}
+
+            @pl.when(bounds.first < bounds.stop)
+            def _() -> None:
+                plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step)])
+
+            def tile_of_keys(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                sums, top, total, step = carry
+                slot = ring.slot(step)
+                side = Side(first, t * columns, shape, 0)
+                scores = product(scratch["q"].at[w], scratch["k"].at[slot].T, then=turn)
+                bias = None
+                if options.bias == "row":
+                    part = pl.ds((blocks.warpgroups - 1 - w) * WARPGROUP_ROWS, WARPGROUP_ROWS + columns)
+                    bias = toeplitz_tile(options, scratch["row"].at[slot, part], side)
+                elif options.bias == "dense":
+                    bias = plgpu.load(scratch["dense"].at[slot, w], layout=plgpu.Layout.WGMMA)
+                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in key_vectors}
+                if key_side or bias is not None:
+                    release()
+                plgpu.barrier_arrive(scratch["k_free"].at[slot])
+                if not options.simple:
+                    scores = logits(options, scores, bias)
+                scores = mask_unless(bounds.whole(t), options, scores, side, keys, vectors | key_side)
+                unit = options.scale * LOG2E if options.simple else 1.0
+                new_top = jnp.maximum(top, jnp.max(scores, axis=1) * unit)
+                shrink = jnp.exp2(top - new_top)
+                weights = jnp.exp2(scores * unit - side.along_queries(new_top))
+                sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
+                total = total * shrink
+                dropped = weights
+                if options.dropout_rate:
+                    keep = kept(options, side, vectors["a"], vectors["b"], key_side["g"])
+                    dropped = jnp.where(keep, weights, 0.0)
+                weights16 = dropped.astype(query.dtype)
+                total = total + jnp.sum(weights, axis=1)
+                sums, total, new_top, weights16 = lax.optimization_barrier((sums, total, new_top, weights16))
+                if takes_turns:
+                    plgpu.barrier_arrive(scratch["turn"])
+                plgpu.barrier_wait(scratch["v_ready"].at[slot])
+                if takes_turns:
+                    plgpu.barrier_wait(scratch["turn"])
+
+                def await_next_key() -> None:
+                    @pl.when(t + 1 < bounds.stop)
+                    def _() -> None:
+                        plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step + 1)])
+
+                (sums,) = accumulate(options, [(sums, lambda: weights16, scratch["v"].at[slot])], then=await_next_key)
+                plgpu.barrier_arrive(scratch["v_free"].at[slot])
+                return sums, new_top, total, step + 1
+
+            start = (
+                zeros((WARPGROUP_ROWS, value_size)),
+                zeros((WARPGROUP_ROWS,), 0, LOWEST),
+                zeros((WARPGROUP_ROWS,), 0),
+                step,
+            )
+            sums, top, weight, step = lax.fori_loop(bounds.first, bounds.stop, tile_of_keys, start)
+            if vectors:
+                release()
+            plgpu.barrier_arrive(scratch["q_free"])
+            empty = weight == 0.0
+            share = (1 / (1 - options.dropout_rate)) / jnp.where(empty, 1.0, weight)
+            sums = sums * lax.broadcast_in_dim(share, sums.shape, [0])
+            lse = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, weight)))
+            # The copy out of the last item has left shared memory before this one is written there.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            scratch["out"].at[w][...] = sums.astype(out_dtype)
+            scratch["lse"].at[w][...] = lse
+            plgpu.commit_smem()
+            place = pl.ds(first, WARPGROUP_ROWS)
+            plgpu.copy_smem_to_gmem(scratch["out"].at[w], out_ref.at[b, place, head])
+            plgpu.copy_smem_to_gmem(scratch["lse"].at[w], lse_ref.at[b, head, place])
+            return step
+
+        lax.fori_loop(0, count, one, jnp.int32(0))
+        pl.when(w == 0)(turn)
+        plgpu.wait_smem_to_gmem(0)
+
+    dense_shape = extra["dense"].shape if options.bias == "dense" else (1, 1)
+    w, stages, dtype = blocks.warpgroups, blocks.stages, query.dtype
+    with_keys = 1 + len(key_vectors) + (options.bias == "row") + (w if options.bias == "dense" else 0)
+    scratch = {
+        "q": matrix((w, WARPGROUP_ROWS, size), dtype),
+        "k": matrix((stages, columns, size), dtype),
+        "v": matrix((stages, columns, value_size), dtype),
+        "out": matrix((w, WARPGROUP_ROWS, value_size), out_dtype),
+        "lse": plgpu.SMEM((w, WARPGROUP_ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=w + len(query_vectors)),
+        "q_free": plgpu.Barrier(num_arrivals=w),
+        "k_ready": plgpu.Barrier(num_arrivals=with_keys, num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+        "v_ready": plgpu.Barrier(num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+    }
+    if takes_turns:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=2)
+    scratch |= {name: plgpu.SMEM((rows,), kind) for name, kind in query_vectors.items()}
+    scratch |= {name: plgpu.SMEM((stages, columns), kind) for name, kind in key_vectors.items()}
+    if options.bias == "row":
+        scratch["row"] = plgpu.SMEM((stages, rows + columns), jnp.float32)
+    elif options.bias == "dense":
+        scratch["dense"] = matrix((stages, w, WARPGROUP_ROWS, columns), jnp.float32)
+
+    out, lse = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, queries, heads, value_size), out_dtype),
+            jax.ShapeDtypeStruct((batch, heads, tiles * rows), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(grid,),
+        grid_names=("block",),
+        num_threads=w + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_forward",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*inputs.values())
+    return out, lse[:, :, :queries]

@@ -1,0 +1,281 @@
+"""The reference backend: attention in plain JAX, on every device and for every call.
+
+It keeps no weights for the backward pass: it computes them again from the scores and lse, so that what a layer keeps
+grows with L, not with L x S. Scores are written out for one block of queries at a time, at most `BLOCK_SCORES` of them
+a head; rows of up to 1024 tokens are one block. A bias is written out whole, once for all rows of the batch that share
+it.
+
+The backward pass is written by hand, so reverse-mode derivatives of first order are what there is: `jax.jvp`,
+`jax.hessian` and the gradient of a gradient raise.
+
+The products are einsums over the arrays as they come, [B, L, H, D]: so written, XLA's CPU compiler gives them to its
+fast library without copying anything of the scores' size, and leaves bfloat16 as it is. The division by the softmax's
+sum is done on the output, D numbers a query instead of S. Blocks divide queries and nothing else: batch and heads stay
+whole, so that they can be split over a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .bias import dense_bias
+from .call import Call
+from .hash import keep, key_words, query_words
+
+BLOCK_SCORES = 1 << 20
+"""Scores a head that are written out at a time: 4 MiB in float32, times batch and heads."""
+
+
+def supports(call: Call) -> str | None:
+    """Every call."""
+    del call
+    return None
+
+
+def run(call: Call) -> tuple[Array, Array]:
+    """See `attention`."""
+    q_len, heads = call.query.shape[1:3]
+    k_len, k_heads = call.key.shape[1:3]
+    bias = None
+    if call.bias is not None:
+        bias = dense_bias(call.bias, q_len, k_len).astype(_accumulator(call.query))
+    # Grouped heads are repeated: the copies are small beside the scores, and the gradient adds up over them by itself.
+    key, value = (x if heads == k_heads else jnp.repeat(x, heads // k_heads, axis=2) for x in (call.key, call.value))
+    rule = _Rule(call.causal, call.window, call.scale, call.softcap, call.dropout_rate)
+    queries = _Queries(call.query, call.query_segment_ids, bias)
+    keys = _Keys(key, value, call.key_segment_ids, call.dropout_seeds)
+    out, lse = _attention(rule, queries, keys)
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What is static in a call. The fields mean what `attention` says."""
+
+    causal: bool
+    window: tuple[int | None, int | None]
+    scale: float
+    softcap: float | None
+    dropout_rate: float
+
+
+class _Queries(NamedTuple):
+    """What belongs to queries, and is divided into blocks with them."""
+
+    query: Array
+    """[B, L, H, D]."""
+    segment_ids: Array | None
+    """[B, L]."""
+    bias: Array | None
+    """[1 or B, 1 or H, L, S]."""
+
+
+class _Keys(NamedTuple):
+    """What every block of queries needs."""
+
+    key: Array
+    """[B, S, H, D]."""
+    value: Array
+    """[B, S, H, Dv]."""
+    segment_ids: Array | None
+    """[B, S]."""
+    dropout_seeds: Array | None
+    """[B, 2]."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(rule: _Rule, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
+    """The output [B, L, H, Dv] and lse [B, H, L]."""
+    blocks, size = _blocks(queries, keys)
+    if blocks == 1:
+        return _forward_block(rule, jnp.int32(0), queries, keys)
+
+    def step(_, xs):
+        first, some = xs
+        return None, _forward_block(rule, first, some, keys)
+
+    q_len = queries.query.shape[1]
+    _, (out, lse) = jax.lax.scan(step, None, (jnp.arange(blocks) * size, _split_queries(queries, blocks, size)))
+    return _join(out, 1, q_len), _join(lse, 2, q_len)
+
+
+def _attention_forward(rule: _Rule, queries: _Queries, keys: _Keys):
+    out, lse = _attention(rule, queries, keys)
+    return (out, lse), (queries, keys, out, lse)
+
+
+def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _Keys]:
+    queries, keys, out, lse = residuals
+    d_out, d_lse = cotangents
+    empty = lse == -jnp.inf
+    # A row sum that every score's gradient needs; the gradient of lse comes in by the same door.
+    delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1)
+    delta = jnp.swapaxes(delta, 1, 2) - jnp.where(empty, 0, d_lse)
+    # exp(score - inf) is 0: an empty row has no weights. (A query that only pads the last block has cotangents of 0.)
+    lse = jnp.where(empty, jnp.inf, lse)
+
+    blocks, size = _blocks(queries, keys)
+    if blocks == 1:
+        d_query, d_bias, d_key, d_value = _backward_block(rule, jnp.int32(0), queries, d_out, lse, delta, keys)
+    else:
+
+        def step(carry, xs):
+            first, some, d_out, lse, delta = xs
+            d_query, d_bias, d_key, d_value = _backward_block(rule, first, some, d_out, lse, delta, keys)
+            return (carry[0] + d_key, carry[1] + d_value), (d_query, d_bias)
+
+        q_len = queries.query.shape[1]
+        start = tuple(jnp.zeros(x.shape, lse.dtype) for x in (keys.key, keys.value))
+        (d_key, d_value), (d_query, d_bias) = jax.lax.scan(
+            step,
+            start,
+            (
+                jnp.arange(blocks) * size,
+                _split_queries(queries, blocks, size),
+                _split(d_out, 1, blocks, size),
+                _split(lse, 2, blocks, size),
+                _split(delta, 2, blocks, size),
+            ),
+        )
+        d_query = _join(d_query, 1, q_len)
+        d_bias = None if d_bias is None else _join(d_bias, 2, q_len)
+    dtype = queries.query.dtype
+    return _Queries(d_query.astype(dtype), None, d_bias), _Keys(d_key.astype(dtype), d_value.astype(dtype), None, None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
+    """`_attention` for the block of queries that begins at query `start`."""
+    scores = _scores(rule, queries, keys)
+    mask = _mask(rule, start, queries, keys)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1)
+    kept = _kept(rule, start, queries, keys)
+    if kept is not None:
+        weights = jnp.where(kept, weights, 0)
+    out = _product("bhls,bshd->blhd", weights.astype(keys.value.dtype), keys.value)
+    empty = total == 0
+    share = jnp.where(empty, 0, 1 / (jnp.where(empty, 1, total) * (1 - rule.dropout_rate)))
+    out = out * jnp.swapaxes(share, 1, 2)[..., None]
+    return out.astype(queries.query.dtype), top[..., 0] + jnp.log(total)
+
+
+def _backward_block(
+    rule: _Rule, start: Array, queries: _Queries, d_out: Array, lse: Array, delta: Array, keys: _Keys
+) -> tuple[Array, Array | None, Array, Array]:
+    """The gradients of a block's query and bias, and its share of those of key and value."""
+    dtype = queries.query.dtype
+    scores = _scores(rule, queries, keys)
+    mask = _mask(rule, start, queries, keys)
+    kept = _kept(rule, start, queries, keys)
+    weights = jnp.exp(scores - lse[..., None])
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    dropped = weights if kept is None else jnp.where(kept, weights * (1 / (1 - rule.dropout_rate)), 0)
+    d_value = _product("bhls,blhd->bshd", dropped.astype(dtype), d_out)
+    d_weights = _product("blhd,bshd->bhls", d_out, keys.value)
+    if kept is not None:
+        d_weights = jnp.where(kept, d_weights * (1 / (1 - rule.dropout_rate)), 0)
+    d_scores = weights * (d_weights - delta[..., None])
+    if mask is not None:
+        # What is not attended to may be so large that its product with the cotangent is infinite; 0 x inf is no zero.
+        d_scores = jnp.where(mask, d_scores, 0)
+    if rule.softcap is not None:
+        d_scores = d_scores * (1 - jnp.square(scores / rule.softcap))
+    d_bias = None
+    if queries.bias is not None:
+        shared = tuple(axis for axis in range(2) if queries.bias.shape[axis] == 1)
+        d_bias = jnp.sum(d_scores, axis=shared, keepdims=True)
+    d_scores = d_scores.astype(dtype)
+    d_query = _product("bhls,bshd->blhd", d_scores, keys.key) * rule.scale
+    d_key = _product("bhls,blhd->bshd", d_scores, queries.query) * rule.scale
+    return d_query.astype(dtype), d_bias, d_key, d_value
+
+
+def _scores(rule: _Rule, queries: _Queries, keys: _Keys) -> Array:
+    """[B, H, L, S], with bias and softcap, before the mask."""
+    scores = _product("blhd,bshd->bhls", queries.query, keys.key) * rule.scale
+    if queries.bias is not None:
+        scores = scores + jnp.broadcast_to(queries.bias, scores.shape)
+    if rule.softcap is not None:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    return scores
+
+
+def _mask(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | None:
+    """Which keys each query attends to: bool [1 or B, 1, L, S]; None where all to all."""
+    q_len, k_len = queries.query.shape[1], keys.key.shape[1]
+    distance = jnp.arange(k_len)[None, :] - (start + jnp.arange(q_len))[:, None]
+    left, right = rule.window
+    right = 0 if rule.causal else right
+    terms = []
+    if left is not None:
+        terms.append((distance >= -left)[None])
+    if right is not None:
+        terms.append((distance <= right)[None])
+    if queries.segment_ids is not None and keys.segment_ids is not None:
+        query_ids, key_ids = queries.segment_ids[:, :, None], keys.segment_ids[:, None, :]
+        terms += [query_ids == key_ids, query_ids != 0]
+    return functools.reduce(jnp.logical_and, terms)[:, None] if terms else None
+
+
+def _kept(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | None:
+    """Which weights dropout keeps: bool [B, H, L, S]; None without dropout."""
+    if keys.dropout_seeds is None:
+        return None
+    q_len, heads = queries.query.shape[1:3]
+    a, b = query_words(keys.dropout_seeds, jnp.arange(heads), start + jnp.arange(q_len))
+    g = key_words(jnp.arange(keys.key.shape[1]))
+    return keep(a[..., None], b[..., None], g[None, None, None, :], rule.dropout_rate)
+
+
+def _accumulator(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _product(dimensions: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(dimensions, x, y, preferred_element_type=_accumulator(x))
+
+
+def _blocks(queries: _Queries, keys: _Keys) -> tuple[int, int]:
+    """The number of blocks and the number of queries in each; the last may be partly padding."""
+    q_len, k_len = queries.query.shape[1], keys.key.shape[1]
+    blocks = min(-(-q_len * k_len // BLOCK_SCORES), q_len)
+    size = -(-q_len // blocks)
+    return -(-q_len // size), size
+
+
+def _split(x: Array, axis: int, blocks: int, size: int) -> Array:
+    """`axis` padded with zeros and cut into blocks, which become the first axis."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, blocks * size - x.shape[axis])
+    x = jnp.pad(x, padding)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x: Array, axis: int, length: int) -> Array:
+    """What `_split` divided, joined again."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _split_queries(queries: _Queries, blocks: int, size: int) -> _Queries:
+    query, ids, bias = queries
+    return _Queries(
+        _split(query, 1, blocks, size),
+        None if ids is None else _split(ids, 1, blocks, size),
+        None if bias is None else _split(bias, 2, blocks, size),
+    )

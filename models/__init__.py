@@ -1,0 +1,22 @@
+"""What is computed: one file a family, and checkpoint folders of the released format.
+
+    from bestiary import models
+    model, params, config, tokenizer = models.load("folder")
+
+Importing this package imports nothing heavy; JAX comes with the first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pretrained import Loaded, load, save
+
+__all__ = ["Loaded", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import pretrained
+
+    return getattr(pretrained, name)

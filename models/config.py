@@ -1,0 +1,98 @@
+"""Reading and writing config.json of the released format, for every family's config dataclass.
+
+Every key of a config.json is one of: a field of the family's config under another name; a setting that must have the
+one value the family implements, else the file is refused; or something that changes nothing here, which is kept as it
+is and written back.
+"""
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+Extra = tuple[tuple[str, str], ...]
+"""Keys that change nothing here, each with its value as JSON text (so that a config stays hashable)."""
+
+
+class ConfigError(ValueError):
+    """A config.json that this version cannot follow, with everything that is wrong with it."""
+
+
+def read_fields(
+    cls: type, stored: Mapping[str, Any], keys: Mapping[str, str], required: Mapping[str, tuple[Any, ...]]
+) -> tuple[dict[str, Any], Extra]:
+    """Split a config.json into a dataclass's fields and the rest.
+
+    Args:
+        cls: the config dataclass; its type hints say what each field must hold.
+        stored: the parsed config.json.
+        keys: field name -> key in config.json. An absent key leaves the field at its default.
+        required: key -> the values that the family implements. Any other is refused.
+
+    Returns:
+        (the fields' values, what else the file holds)
+
+    Raises:
+        ConfigError: a value of the wrong type, or a setting that is not implemented; all of them are named.
+    """
+    hints = typing.get_type_hints(cls)
+    problems = []
+    for key, allowed in required.items():
+        if key in stored and stored[key] not in allowed:
+            values = " or ".join(json.dumps(value) for value in allowed)
+            problems.append(f"{key}: only {values} is implemented, found {json.dumps(stored[key])}")
+    fields = {}
+    for name, key in keys.items():
+        if key in stored:
+            if _fits(stored[key], hints[name]):
+                fields[name] = stored[key]
+            else:
+                wanted = getattr(hints[name], "__name__", str(hints[name]))
+                problems.append(f"{key}: expected {wanted}, found {json.dumps(stored[key])}")
+    if problems:
+        raise ConfigError("\n  ".join(["config.json:", *problems]))
+    used = set(keys.values())
+    return fields, tuple((key, json.dumps(value)) for key, value in stored.items() if key not in used)
+
+
+def write_fields(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:
+    """A config as the dictionary of its config.json: what was kept, then the fields under their keys."""
+    return {key: json.loads(text) for key, text in config.extra} | {
+        key: getattr(config, name) for name, key in keys.items()
+    }
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def read_labels(stored: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]:
+    """(number of classes, their names or None) from `id2label` or `num_labels`; the reference's default is two."""
+    names = stored.get("id2label")
+    if names is None:
+        count = stored.get("num_labels", 2)
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"config.json:\n  num_labels: expected a positive int, found {json.dumps(count)}")
+        return count, None
+    if not isinstance(names, Mapping) or sorted(names, key=str) != sorted(map(str, range(len(names))), key=str):
+        raise ConfigError(f"config.json:\n  id2label: expected names for 0, 1, 2, ..., found {json.dumps(names)}")
+    return len(names), tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def write_labels(count: int, names: tuple[str, ...] | None) -> dict[str, Any]:
+    """The keys that `read_labels` reads; nothing where it is the reference's default."""
+    if names is None:
+        if count == 2:
+            return {}
+        names = tuple(f"LABEL_{i}" for i in range(count))
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }

@@ -1,0 +1,389 @@
+"""What the families share: linear maps, embeddings, norms, attention, feed-forward, dropout, the stack of layers.
+
+Parameters are float32 and carry logical axis names, all of them in `LOGICAL_AXES`; `dtype` is what is computed in.
+Normalisation statistics are always float32.
+
+Letters for shapes: B batch, L length, E model width, H heads, D head size, F feed-forward width, V vocabulary,
+N layers.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import Initializer
+
+from ..kernels import attention
+from ..kernels.hash import hash_dropout, row_seeds
+
+# Every logical axis name that a parameter of this package carries. `train/sharding.py` maps each of them to mesh axes.
+LOGICAL_AXES = ("layers", "vocab", "positions", "types", "embed", "embed_out", "heads", "head_dim", "mlp", "labels")
+
+# The segments of a row: one array of both queries and keys, or a pair (of the queries, of the keys) where they differ.
+Segments = Array | tuple[Array, Array] | None
+
+
+def reference_segments(attention_mask: Array) -> tuple[Array, Array]:
+    """The segments under which padding behaves as in the reference implementation: never attended to, but attending.
+
+    A row of this package's padding (segment 0) attends to nothing and comes out of attention as zeros. The reference
+    lets it attend to the row's tokens instead. Nothing reads those rows, so only a comparison of them needs this.
+
+    Args:
+        attention_mask: [B, L] int, 1 for tokens and 0 for padding.
+
+    Returns:
+        ([B, L] of ones, the mask), for any `segment_ids` argument of this package's models.
+    """
+    return jnp.ones_like(attention_mask), attention_mask
+
+
+def split_segments(segment_ids: Segments) -> tuple[Array | None, Array | None]:
+    """(segments of the queries, segments of the keys)."""
+    return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+
+
+@jax.custom_jvp
+def gelu_exact(x: Array) -> Array:
+    """x·Φ(x) by the error function (Hendrycks and Gimpel 2016), computed in float32."""
+    return _gelu_with_slope(x)[0]
+
+
+def _gelu_with_slope(x: Array) -> tuple[Array, Array]:
+    wide = x.astype(jnp.float32)
+    below = 0.5 * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))  # Φ(x)
+    slope = below + wide * jnp.exp(-0.5 * wide * wide) * math.sqrt(0.5 / math.pi)
+    return (wide * below).astype(x.dtype), slope.astype(x.dtype)
+
+
+@gelu_exact.defjvp
+def _gelu_exact_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # The slope is all that the backward pass keeps; left to itself, differentiation keeps several tensors of [B, L, F].
+    value, slope = _gelu_with_slope(*primals)
+    return value, tangents[0] * slope
+
+
+def gelu_tanh(x: Array) -> Array:
+    """Gelu's tanh approximation (Hendrycks and Gimpel 2016, 2), as GPT-2 has it."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_sigmoid(x: Array) -> Array:
+    """Gelu's sigmoid approximation, x·σ(1.702·x) (Hendrycks and Gimpel 2016, 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names that released config.json files use for them.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu_exact,
+    "gelu_python": gelu_exact,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_accurate": gelu_tanh,
+    "quick_gelu": gelu_sigmoid,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def partitioned(initializer: Initializer, *axes: str) -> Callable[..., Any]:
+    """`initializer` whose parameter carries the logical names `axes`, one an axis, all of them in `LOGICAL_AXES`."""
+    unknown = set(axes) - set(LOGICAL_AXES)
+    if unknown:
+        raise ValueError(f"unknown logical axes {sorted(unknown)}; known: {', '.join(LOGICAL_AXES)}")
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str) -> Array:
+    """inputs [..., I] · kernel -> [..., O], computed in `dtype`, accumulated in float32, given as `out_dtype`.
+
+    The kernel is [I, O] (axis 0 is contracted) or [O, I] (axis 1), and float32; its gradient is float32 and was never
+    rounded to `dtype`. The gradient that arrives is rounded to `dtype` once, so that both products of the backward pass
+    run at that type's rate as well.
+    """
+    return _dot(inputs.astype(dtype), kernel.astype(dtype), inputs.ndim - 1, axis, out_dtype)
+
+
+def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out_dtype: Any) -> Array:
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def _matmul_forward(
+    inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str
+) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(inputs, kernel, axis, dtype, out_dtype), (inputs, kernel)
+
+
+def _matmul_backward(
+    axis: int, dtype: str, out_dtype: str, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    del out_dtype  # the gradient's own
+    inputs, kernel = residuals
+    gradient = gradient.astype(dtype)
+    to_inputs = _dot(gradient, kernel.astype(dtype), gradient.ndim - 1, 1 - axis, inputs.dtype)
+    rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    pair = (rows, gradient) if axis == 0 else (gradient, rows)
+    if dtype == "float32" or rows.size * gradient.shape[-1] < HALVED or rows.shape[0] % 2:
+        return to_inputs, _outer(*pair)
+    return to_inputs, jax.lax.platform_dependent(*pair, cpu=_outer_in_halves, default=_outer)
+
+
+HALVED = 1 << 24
+"""Multiplications in a product from which on `_outer_in_halves` is worth it."""
+
+
+def _outer(a: Array, b: Array) -> Array:
+    """a [T, M], b [T, N] -> the sum over T of their outer products, [M, N] float32."""
+    return _dot(a, b, 0, 0, jnp.float32)
+
+
+def _outer_in_halves(a: Array, b: Array) -> Array:
+    """As `_outer`, with the first operand transposed in two parts, for XLA's CPU backend in bfloat16.
+
+    It would fold a plain transpose into the product, and computes a product of that form in float32, at half the rate.
+    Small products stay plain: there is nothing to gain, and where an operand is constant the compiler takes the two
+    parts apart again into a form that it then cannot run.
+    """
+    half = a.shape[0] // 2
+    return _dot(jnp.concatenate([a[:half].T, a[half:].T], axis=1), b, 1, 0, jnp.float32)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """x [..., O] + bias [O] float32, in the type of x; the bias's gradient is summed in float32."""
+    return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - 1)))
+
+
+def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient, gradient.reshape(-1, gradient.shape[-1]).sum(axis=0, dtype=jnp.float32)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
+
+
+class Linear(nn.Module):
+    """inputs · kernel + bias, contracting as many trailing axes of the inputs as the kernel has input axes.
+
+    Attributes:
+        features: sizes of the output axes, as (D,) or (H, D).
+        axes: logical names of the kernel's axes, those of the inputs first.
+        kernel_init: initialiser of the kernel; the bias starts at zero.
+        dtype: what is computed in, and the output's type.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    kernel_init: Initializer
+    dtype: str = "float32"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        contracted = len(self.axes) - len(self.features)
+        lead, given = inputs.shape[:-contracted], inputs.shape[-contracted:]
+        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (*given, *self.features), jnp.float32)
+        flat = matmul(inputs.reshape(*lead, -1), kernel.reshape(math.prod(given), -1), 0, self.dtype, self.dtype)
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros_init(), *self.axes[contracted:])
+            flat = add_bias(flat, self.param("bias", zeros, self.features, jnp.float32).reshape(-1))
+        return flat.reshape(*lead, *self.features)
+
+
+class Embed(nn.Module):
+    """A table of vectors: `embed(ids)` looks up, `embed.attend(x)` gives the products with every vector (tied decoder).
+
+    Attributes:
+        count: number of vectors.
+        width: their size, E.
+        axis: logical name of the first axis.
+        padding_id: an id whose vector takes no gradient from being looked up, as in the reference implementation.
+    """
+
+    count: int
+    width: int
+    axis: str
+    embedding_init: Initializer
+    dtype: str = "float32"
+    padding_id: int | None = None
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding", partitioned(self.embedding_init, self.axis, "embed"), (self.count, self.width), jnp.float32
+        )
+
+    def __call__(self, ids: Array) -> Array:
+        """[...] int ids -> [..., E] float32. An id outside of the table gives NaN, never another id's vector."""
+        vectors = jnp.take(self.embedding, ids, axis=0, mode="fill")
+        if self.padding_id is None:
+            return vectors
+        return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
+
+    def attend(self, inputs: Array) -> Array:
+        """[..., E] -> [..., count] float32, computed in the compute dtype and accumulated in float32."""
+        return matmul(inputs, self.embedding, 1, self.dtype, "float32")
+
+
+class LayerNorm(nn.Module):
+    """scale·(x - mean)/sqrt(variance + epsilon) + bias over the last axis (Ba et al. 2016), in float32, as `dtype`."""
+
+    epsilon: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        width = inputs.shape[-1]
+        scale = self.param("scale", partitioned(nn.initializers.ones_init(), "embed"), (width,), jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros_init(), "embed"), (width,), jnp.float32)
+        lead = tuple(range(inputs.ndim - 1))
+        x = inputs.astype(jnp.float32)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * jnp.expand_dims(scale, lead) + jnp.expand_dims(bias, lead)).astype(self.dtype)
+
+
+def dropout_seed(module: nn.Module) -> Array:
+    """Two words of randomness [2] uint32 from the module's own "dropout" stream, another in each module and layer."""
+    return jax.random.bits(module.make_rng("dropout"), (2,), jnp.uint32)
+
+
+class Dropout(nn.Module):
+    """Sets a share `rate` of the entries to zero and divides the others by 1 - rate (Srivastava et al. 2014).
+
+    What is dropped in a row depends on the stream "dropout" and on the row's number alone, so that it does not change
+    with how a batch is split over devices, hosts or accumulation steps.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, inputs: Array, rows: Array, *, deterministic: bool) -> Array:
+        """inputs [B, ...], rows [B] uint32 (the rows' numbers)."""
+        if deterministic or self.rate == 0.0:
+            return inputs
+        return hash_dropout(inputs, self.rate, row_seeds(dropout_seed(self), rows))
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself in `heads` subspaces, with its four projections (Vaswani et al. 2017, 3.2.2).
+
+    Attributes:
+        heads: number of heads, H; the head size is E / H.
+        dropout: share of the attention probabilities that is dropped.
+        implementation: backend of `kernels.attention`; None takes the fastest.
+    """
+
+    heads: int
+    dropout: float
+    kernel_init: Initializer
+    dtype: str = "float32"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, hidden: Array, segment_ids: Segments, rows: Array, *, deterministic: bool) -> Array:
+        """hidden [B, L, E], segment_ids [B, L] or a pair or None (everything is one segment), rows [B] -> [B, L, E]."""
+        width = hidden.shape[-1]
+        project = partial(
+            Linear,
+            (self.heads, width // self.heads),
+            ("embed", "heads", "head_dim"),
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+        )
+        query, key, value = (project(name=name)(hidden) for name in ("query", "key", "value"))
+        query_segments, key_segments = split_segments(segment_ids)
+        dropping = not deterministic and self.dropout > 0.0
+        attended = attention(
+            query,
+            key,
+            value,
+            query_segment_ids=query_segments,
+            key_segment_ids=key_segments,
+            dropout_rate=self.dropout if dropping else 0.0,
+            dropout_seed=row_seeds(dropout_seed(self), rows) if dropping else None,
+            implementation=self.implementation,
+        )
+        return Linear(
+            (width,), ("heads", "head_dim", "embed"), kernel_init=self.kernel_init, dtype=self.dtype, name="out"
+        )(attended)
+
+
+class FeedForward(nn.Module):
+    """activation(x·W₁ + b₁)·W₂ + b₂ at every position alone (Vaswani et al. 2017, 3.3).
+
+    Attributes:
+        width: the inner width, F.
+        activation: a name in `ACTIVATIONS`.
+    """
+
+    width: int
+    activation: str
+    kernel_init: Initializer
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
+        inner = ACTIVATIONS[self.activation](linear((self.width,), ("embed", "mlp"), name="inner")(hidden))
+        return linear((hidden.shape[-1],), ("mlp", "embed"), name="outer")(inner)
+
+
+def run_layers(
+    block: nn.Module,
+    hidden: Array,
+    *broadcast: Any,
+    count: int,
+    scan: bool,
+    remat: bool,
+    deterministic: bool,
+    every_layer: bool = False,
+) -> tuple[Array, Array | None]:
+    """Apply `count` layers of one kind, whose parameters are stacked along a first axis "layers" of size N.
+
+    Args:
+        block: one layer, called as `block(hidden, *broadcast, deterministic=deterministic)`.
+        hidden: [B, L, E], what goes from layer to layer.
+        broadcast: what every layer is given alike.
+        scan: compile one layer and loop over it, so that compile time does not grow with N; else write out all N, which
+            lets the compiler fuse over layers. Parameters, numbers and dropout are the same.
+        remat: recompute a layer's inner values in the backward pass instead of keeping them.
+        every_layer: also return the output of each layer.
+
+    Returns:
+        (the last layer's output [B, L, E], all layers' outputs [N, B, L, E] or None)
+    """
+
+    def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
+        hidden = block(hidden, *broadcast, deterministic=deterministic)
+        return hidden, hidden if every_layer else None
+
+    body = nn.remat(layer, prevent_cse=not scan) if remat else layer
+    stacked = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,  # type: ignore[arg-type]  (annotated as int, documented as this)
+        length=count,
+        unroll=1 if scan else count,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+        check_constancy_invariants=False,  # no variable is shared by the layers, so a second trace would find nothing
+    )
+    return stacked(block, hidden, broadcast)
+
+
+def row_numbers(rows: Array | None, input_ids: Array) -> Array:
+    """The rows' numbers [B] uint32, counted from 0 where none are given."""
+    return jnp.arange(input_ids.shape[0], dtype=jnp.uint32) if rows is None else rows

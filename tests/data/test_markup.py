@@ -1,0 +1,69 @@
+"""Markup is taken out, words are kept."""
+
+import pytest
+from bestiary.data.markup import paragraphs
+
+
+def test_wrapped_lines_are_joined_and_blank_lines_part_paragraphs():
+    text = "One line\n  goes on\there.\n\n \t\nAnother one.\n"
+    assert paragraphs(text, "wrapped") == ["One line goes on here.", "Another one."]
+
+
+def test_lines_are_paragraphs():
+    assert paragraphs("One.\n\n  Two  words.\nThree.", "lines") == ["One.", "Two words.", "Three."]
+
+
+@pytest.mark.parametrize(
+    ("markdown", "expected"),
+    [
+        ("# Title: A Book\n\n## Author ##\ntext", ["Title: A Book", "Author", "text"]),
+        ("a *strong* **very** ***most*** word", ["a strong very most word"]),
+        ("_PREFACE_ and snake_case_name and __both__", ["PREFACE and snake_case_name and both"]),
+        ("2 * 3 * 4 and a*", ["2 * 3 * 4 and a*"]),
+        ("see [the page](http://x.org/a_(b)) and ![a picture](p.png)", ["see the page and a picture"]),
+        ("see [the page][1]\n\n[1]: http://x.org", ["see the page"]),
+        ("<http://x.org> <b>bold</b> <!-- hidden\nwords --> R&amp;D", ["http://x.org bold R&D"]),
+        ("> quoted\n> lines\n\n>> twice", ["quoted lines", "twice"]),
+        ("- one\n- two\n  goes on\n\n3. three", ["one", "two goes on", "three"]),
+        ("It was in\n1990. That year", ["It was in 1990. That year"]),
+        ("Setext\n======\nbody\n\n---\n\n* * *\nend", ["Setext", "body", "end"]),
+        ("| a | b |\n|---|---|\n| c | d |", ["a b", "c d"]),
+        ("```python\nx = *y*\n```\nafter `code`", ["x = *y*", "after code"]),
+        ("---\ntitle: x\n---\nbody", ["body"]),
+        (r"\*not emphasis\* and 5\. five", ["*not emphasis* and 5. five"]),
+        ('"He _said_ so"--and **left**.', ['"He said so"--and left.']),
+    ],
+)
+def test_markdown(markdown: str, expected: list[str]):
+    assert paragraphs(markdown, "markdown") == expected
+
+
+def test_wikitext_headings_lose_their_marks_and_split_tokens_are_joined():
+    text = " = A Title = \n \n It was 1 @,@ 000 @.@ 5 km @-@ long , <unk> . \n = = A Section = = \n = x + 1 \n"
+    expected = ["A Title", "It was 1,000.5 km-long , <unk> .", "A Section", "= x + 1"]
+    assert paragraphs(text, "wikitext") == expected
+
+
+def test_docstrings_keep_prose_and_leave_code_out():
+    text = """Compute the *closest* match, see :func:`difflib.get_close_matches` [1]_.
+
+Some Section
+============
+
+    >>> compute(1)
+    2
+
+* First ``item`` of a list
+* Second item, which
+  goes on
+
+   call ::= primary "(" [argument_list] ")"
+
+.. note:: Be careful with this one.
+"""
+    assert paragraphs(text, "docstrings") == [
+        "Compute the closest match, see difflib.get_close_matches.",
+        "First item of a list",
+        "Second item, which goes on",
+        "Be careful with this one.",
+    ]

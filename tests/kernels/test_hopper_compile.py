@@ -1,0 +1,185 @@
+"""The Hopper kernels compiled ahead of time for an H200, without one: registers, spills, tensor cores, memory.
+
+The compiler runs in a process of its own (this file, run as a script): it writes its reports where the environment
+says.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent
+
+# Name: what differs from 2 x 512 tokens, 4 heads of 64, no extras.
+CASES: dict[str, dict[str, Any]] = {
+    "plain 64": {},
+    "causal 128": {"causal": True, "size": 128},
+    "everything 64": {"bias": "row", "segments": True, "rate": 0.1, "length": 1024},
+    "everything 64, twice as long": {"bias": "row", "segments": True, "rate": 0.1, "length": 2048},
+    "everything 128": {"bias": "row", "segments": True, "rate": 0.1, "size": 128},
+    "dense 64": {"bias": "dense"},
+    "everything 256": {"bias": "row", "segments": True, "rate": 0.1, "size": 256},
+}
+
+# Bytes a thread may spill in the backward pass, where it does at all.
+SPILLS = {
+    ("everything 64", "key_gradient"): 128,
+    ("everything 64, twice as long", "key_gradient"): 128,
+    ("causal 128", "key_gradient"): 256,
+    ("everything 128", "key_gradient"): 256,
+    ("everything 256", "key_gradient"): 1024,
+    ("everything 256", "query_gradient"): 1024,
+    ("everything 256", "bias_gradient"): 256,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the compiler says of one kernel."""
+
+    name: str
+    registers: int
+    spilled: int
+    tensor_core: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Of each case, bytes of temporary memory and its kernels; and the collectives of a program over a mesh."""
+
+    memory: dict[str, int]
+    kernels: dict[str, list[Kernel]]
+    collectives: list[str]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    if not all(importlib.util.find_spec(name) for name in ("jax_plugins", "jax_plugins.xla_cuda13")):
+        pytest.skip("needs jax-cuda13-plugin, which compiles for a GPU that is not there")
+    folder = tmp_path_factory.mktemp("dump")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+    }
+    result = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads((folder / "report.json").read_text())
+    kernels = {name: [Kernel(**kernel) for kernel in kernels] for name, kernels in found["kernels"].items()}
+    return Report(found["memory"], kernels, found["collectives"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_registers_and_tensor_cores(case: str, compiled: Report) -> None:
+    kernels = compiled.kernels[case]
+    names = {kernel.name for kernel in kernels}
+    assert names == {"forward", "query_gradient", "key_gradient"} | (
+        {"bias_gradient"} if "bias" in CASES[case] else set()
+    )
+    for kernel in kernels:
+        assert kernel.tensor_core > 0, kernel
+        assert kernel.spilled <= SPILLS.get((case, kernel.name), 0), kernel
+
+
+def test_memory_is_linear_in_the_length(compiled: Report) -> None:
+    once, twice = compiled.memory["everything 64"], compiled.memory["everything 64, twice as long"]
+    assert 0 < twice < 2.3 * once
+    # Scores in 16 bits would take this much.
+    assert twice < 2 * 4 * 2048 * 2048 * 2 / 4
+
+
+def test_a_mesh_gathers_nothing(compiled: Report) -> None:
+    """Rows and heads split two by two: all that is exchanged is the sum of the table's gradient over the rows."""
+    assert compiled.collectives == ["all-reduce"]
+
+
+def main(folder: Path) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from bestiary.kernels import DenseBias, RelativeBias, hopper
+    from bestiary.kernels.call import Call
+    from bestiary.kernels.split import splitting
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    def devices(topology: str) -> Any:
+        text = (FOLDER / "h200.txtpb").read_text()
+        return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=text).devices
+
+    def compile_(
+        mesh: Mesh,
+        length: int = 512,
+        size: int = 64,
+        bias: str | None = None,
+        segments: bool = False,
+        rate: float = 0.0,
+        causal: bool = False,
+    ) -> Any:
+        batch, heads = 2, 4
+
+        def array(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any = jnp.bfloat16) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+        query = array((batch, length, heads, size), ("rows", None, "heads"))
+        ids = array((batch, length), ("rows",), jnp.int32) if segments else None
+        biases = {
+            "row": RelativeBias(array((32, heads), (None, "heads"), jnp.float32)),
+            "dense": DenseBias(array((1, heads, length, length), (None, "heads"), jnp.float32)),
+            None: None,
+        }
+
+        def step(query: Any, key: Any, value: Any, bias: Any, ids: Any, seeds: Any, gradient: Any) -> Any:
+            def run(query: Any, key: Any, value: Any, bias: Any) -> Any:
+                call = Call(query, key, value, bias, ids, ids, seeds, causal, (None, None), size**-0.5, None, rate)
+                return hopper.run(call)[0]
+
+            out, back = jax.vjp(run, query, key, value, bias)
+            return out, back(gradient)
+
+        seeds = array((batch, 2), ("rows",), jnp.uint32) if rate else None
+        with hopper.compiling(), splitting(mesh, batch="rows", heads="heads") if mesh.size > 1 else nullcontext():
+            traced = jax.jit(step).trace(query, query, query, biases[bias], ids, seeds, query)
+        return traced.lower().compile()
+
+    one = Mesh(np.array(devices("1x1x1")).reshape(1, 1), ("rows", "heads"))
+    four = Mesh(np.array(devices("2x2x1")).reshape(2, 2), ("rows", "heads"))
+    report: dict[str, Any] = {"memory": {}, "kernels": {}}
+    for name, options in CASES.items():
+        for old in folder.glob("*"):
+            old.unlink()
+        report["memory"][name] = compile_(one, **options).memory_analysis().temp_size_in_bytes
+        kernels = report["kernels"][name] = []
+        for path in sorted(folder.glob("*.ptxas")):
+            text = path.read_text()
+            (registers,) = re.findall(r"Used (\d+) registers", text)
+            (kernel,) = set(re.findall(r"function '(?:attention_)?(\w+?)_mosaic_gpu_kernel'", text))
+            kernels.append(
+                {
+                    "name": kernel,
+                    "registers": int(registers),
+                    "spilled": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
+                    "tensor_core": path.with_suffix(".ptx").read_text().count("wgmma.mma_async"),
+                }
+            )
+    text = compile_(four, bias="row", segments=True, rate=0.1).as_text()
+    names = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    report["collectives"] = sorted(set(re.findall(names, text)))
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,138 @@
+"""The reference implementation's outputs, losses, gradients and bytes, on stored fixtures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bestiary.models.parity import ParityConfig, Report, check, describe, gradient_errors, main
+from safetensors.numpy import load_file, save_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = (
+    "bert_pretraining",
+    "bert_model",
+    "bert_classification",
+    "bert_regression",
+    "bert_tokens",
+    "bert_span",
+    "bert_choice",
+)
+
+
+def assert_passes(folder: Path) -> Report:
+    report = check(folder, ParityConfig((folder,)))
+    assert report.passed, "\n".join(describe(report))
+    return report
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_fixtures(name: str) -> None:
+    report = assert_passes(FIXTURES / name)
+    assert report.outputs
+    if name == "bert_model":
+        assert {"hidden_states.0", "hidden_states.3", "attentions.0", "attentions.2"} <= set(report.outputs)
+    else:
+        assert report.loss is not None
+        assert set(load_file(FIXTURES / name / "grads.safetensors")) <= set(report.gradients)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_shared_fixtures(shared: Path, name: str) -> None:
+    assert_passes(shared / "parity" / name)
+
+
+def copy(tmp_path: Path, name: str = "bert_span") -> Path:
+    return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
+def spoil(path: Path, name: str, amount: float) -> None:
+    tensors = {key: value.copy() for key, value in load_file(path).items()}
+    tensors[name].flat[0] += amount
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *folders: Path) -> tuple[int, dict]:
+    status = main(ParityConfig(folders, json=True))
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_json_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    status, printed = run_json(capsys, FIXTURES / "bert_span")
+    (report,) = printed["folders"]
+    assert status == 0
+    assert printed["passed"] is True
+    assert set(report["outputs"]) == {"start_logits", "end_logits"}
+    assert 0 <= report["loss"] <= 1e-5
+    assert report["gradient"] == report["gradients"][report["gradient_tensor"]] <= 1e-4
+    assert report["saved_differently"] == []
+
+
+def test_what_differs_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, tensor in (
+        ("expected.safetensors", "output.start_logits"),
+        ("expected.safetensors", "loss"),
+        ("grads.safetensors", "qa_outputs.weight"),
+    ):
+        folder = copy(tmp_path / tensor)
+        spoil(folder / file, tensor, 1e-2)
+        status, printed = run_json(capsys, FIXTURES / "bert_span", folder)
+        assert status == 1
+        assert [report["passed"] for report in printed["folders"]] == [True, False]
+
+
+def test_nan_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy(tmp_path)
+    spoil(folder / "expected.safetensors", "output.start_logits", float("nan"))
+    status, printed = run_json(capsys, folder)
+    assert status == 1
+    assert printed["folders"][0]["outputs"]["start_logits"] == "NaN"
+
+
+def test_a_spoilt_weight_fails(tmp_path: Path) -> None:
+    folder = copy(tmp_path)
+    spoil(folder / "model.safetensors", "bert.encoder.layer.1.attention.self.key.weight", 0.1)
+    report = check(folder, ParityConfig((folder,)))
+    assert not report.passed
+    assert report.gradient is not None
+    assert report.gradient > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "neither model.safetensors nor"),
+        ("expected.safetensors", "expected.safetensors: no such file"),
+        ("grads.safetensors", "grads.safetensors: no such file"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path: Path, file: str, message: str) -> None:
+    folder = copy(tmp_path)
+    (folder / file).unlink()
+    report = check(folder, ParityConfig((folder,)))
+    assert not report.passed
+    assert message in (report.error or "")
+
+
+def test_another_family_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy(tmp_path)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"model_type": "llama"}))
+    assert main(ParityConfig((folder,))) == 1
+    assert "llama is not a family of this version; known: bert" in capsys.readouterr().out
+
+
+def test_no_folders_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(ParityConfig(())) == 2
+    assert "no folders" in capsys.readouterr().err
+
+
+def test_gradients_that_are_zero_but_for_rounding_are_measured_against_the_largest() -> None:
+    expected = {"large": np.array([3.0, 4.0]), "noise": np.array([1e-9, 0.0])}
+    found = {"large": np.array([3.0, 4.0]), "noise": np.array([0.0, 1e-9]), "unused": np.zeros(2)}
+    errors = gradient_errors(found, expected)
+    assert errors["large"] == errors["unused"] == 0
+    assert errors["noise"] < 1e-9
+    assert gradient_errors(found | {"unused": np.ones(2)}, expected)["unused"] > 0.1

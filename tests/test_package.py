@@ -1,0 +1,71 @@
+"""The wheel holds what the repository holds, and the commands that need no JAX do not import it."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOMS = ("data", "kernels", "models", "train")
+
+
+def test_wheel_has_every_file_of_the_four_rooms(repository, tmp_path):
+    """A module that is missing from the wheel works in an editable install and fails for users."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *ROOMS],
+        cwd=repository, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    source = tmp_path / "source"
+    for name in (*listed, "pyproject.toml", "README.md", "LICENSE"):
+        if (repository / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((repository / name).read_bytes())
+    build = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert inside == {f"bestiary/{name}" for name in listed if (repository / name).is_file()}
+
+
+def test_constraints_pin_every_dependency_within_its_bounds(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split(" ;")[0].strip().split("==") for line in lines if "==" in line)
+    from packaging.requirements import Requirement
+
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        assert len(list(requirement.specifier)) == 2, f"{text}: no lower and upper bound"
+        assert pinned[requirement.name] in requirement.specifier, text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tokenizer", "train", "--help"], ["--version"]])
+def test_light_commands_import_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom bestiary.train.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "print('heavy:', *sorted({'jax', 'flax', 'tensorflow_datasets', 'grain', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_an_unknown_command_is_named():
+    code = "from bestiary.train.cli import main; raise SystemExit(main(['pretrian', '--out', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no command 'pretrian'" in done.stderr
+
+
+def test_rooms_import_one_way(repository):
+    """train -> models -> kernels, train -> data; kernels and data know nobody."""
+    allowed = {"train": {"models", "kernels", "data"}, "models": {"kernels", "data"}, "kernels": set(), "data": set()}
+    for room in ROOMS:
+        for path in Path(repository, room).glob("*.py"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if len(words) > 1 and words[0] == "from" and words[1].startswith(".."):
+                    target = words[1].removeprefix("..").split(".")[0]
+                    assert target in allowed[room], f"{room}/{path.name}: {line}"

@@ -1,0 +1,150 @@
+"""What a run leaves behind, the ways it can start, and what its step compiles to."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bestiary import models
+from bestiary.models.bert import BertConfig
+from bestiary.train.cli import main
+from bestiary.train.masking import Masking
+from bestiary.train.pretrain import Learner, PretrainConfig, make_learner, parse_phases, train_step
+from bestiary.train.sharding import Replicas
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folder_is_complete(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "results.json", "curves.png", "checkpoints", "tensorboard", "model",
+    }  # fmt: skip
+    assert (uninterrupted / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((uninterrupted / "results.json").read_text())
+    last = metrics(uninterrupted)[-1]
+    assert results["held_out"] == {key.removeprefix("eval/"): value for key, value in last.items() if key != "step"}
+    assert results["seed"] == 0
+    assert results["real_tokens_per_second"] > 0
+    loaded = models.load(uninterrupted / "model")
+    assert sum(leaf.size for leaf in jax.tree.leaves(loaded.params)) == results["parameters"]
+    assert loaded.tokenizer.vocab_size == loaded.config.vocab_size
+
+
+def test_training_learns(uninterrupted):
+    losses = [record["mlm_loss"] for record in metrics(uninterrupted) if "mlm_loss" in record]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_resuming_from_a_named_checkpoint_goes_on_as_that_run_would(workshop, uninterrupted):
+    step = sorted(int(path.stem) for path in (uninterrupted / "checkpoints").glob("*.json"))[0]
+    out = workshop.folder / "resumed-elsewhere"
+    said = workshop.pretrain(out, "--resume-from", str(uninterrupted / "checkpoints" / str(step)))
+    assert f"going on from step {step}" in said
+    found = (out / "model" / "model.safetensors").read_bytes()
+    assert found == (uninterrupted / "model" / "model.safetensors").read_bytes()
+    assert metrics(out) == [record for record in metrics(uninterrupted) if record["step"] > step]
+
+
+def test_starting_from_weights(workshop, uninterrupted):
+    out, model = workshop.folder / "from-weights", str(uninterrupted / "model")
+    said = workshop.pretrain(out, "--init-from", model, "--tokenizer", model)
+    assert "starting from the weights of" in said
+    assert metrics(out)[0]["mlm_loss"] < metrics(uninterrupted)[0]["mlm_loss"] - 0.05
+
+
+def test_two_phases(workshop):
+    out = workshop.folder / "phases"
+    phases = ["--phases", "32:8", "64:6:0.0005", "--evaluation-rows", "16"]
+    workshop.pretrain(out, *phases, sequence_length=None, steps=None, evaluate_every="0", evaluation_rows=None)
+    records = [record for record in metrics(out) if "tokens" in record]
+    assert records[-1]["step"] == 14
+    assert records[-1]["learning_rate"] == pytest.approx(0.0005 / 5, rel=1e-3)  # the last of five steps down
+
+
+def test_phases_of_the_configuration():
+    config = PretrainConfig(phases=("128:90", "512:10:1e-4"), batch_tokens=4096)
+    assert parse_phases(config) == [(128, 90, None), (512, 10, 1e-4)]
+
+
+def test_an_untrained_tokenizer_is_trained_once_for_a_corpus(workshop, uninterrupted):
+    before = set((workshop.folder / "cache" / "tokenizers").iterdir())
+    assert before
+    workshop.pretrain(uninterrupted)
+    assert set((workshop.folder / "cache" / "tokenizers").iterdir()) == before
+
+
+def test_bench_writes_its_figures(workshop, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    flags = {"model": "bert-tiny", "sequence-length": "32", "rows": "8", "steps": "4", "skip": "2", "warmup": "1"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    corpus = ["--corpus", str(workshop.folder / "corpus"), "--cache", str(workshop.folder / "cache")]
+    assert main(["bench", "pretrain", *corpus, *words, "--out", str(out)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert 0 < printed["tokens"] <= 4 * 8 * 32
+    assert printed["real_tokens_per_second"] > 0
+    assert printed["pipeline_tokens_per_second"] > 0
+    assert printed["held_out"]["loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    rows, length, examples = 4, 16, 2
+    return dict(
+        input_ids=jnp.asarray(rng.integers(5, 60, (rows, length)), jnp.int32),
+        segment_ids=jnp.ones((rows, length), jnp.int32),
+        position_ids=jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
+        token_type_ids=jnp.zeros((rows, length), jnp.int32),
+        row_ids=jnp.stack([jnp.zeros(rows, jnp.uint32), jnp.arange(rows, dtype=jnp.uint32)], 1),
+        cls_positions=jnp.zeros((rows, examples), jnp.int32),
+        next_sentence_labels=jnp.ones((rows, examples), jnp.int32),
+        next_sentence_weights=jnp.asarray([[1.0, 0.0]] * rows),
+    )
+
+
+def learner_of(**changes) -> Learner:
+    sizes = dict(vocab_size=60, width=16, layers=2, heads=2, feed_forward=32, positions=16)
+    return make_learner(PretrainConfig(), BertConfig(**{**sizes, **changes}))
+
+
+MASKING = Masking("token", 0.15, 4, np.arange(60) < 5, np.zeros(60, bool))
+
+
+def program_size(learner: Learner, batch: dict[str, jax.Array]) -> int:
+    """Lines of the step's program, as the compiler gets it."""
+
+    def step(state, batch):
+        return train_step(state, batch, Replicas(), learner=learner, masking=MASKING, accumulate=1)
+
+    return jax.jit(step).lower(jax.eval_shape(learner.make), batch).as_text().count("\n")
+
+
+def test_program_does_not_grow_with_depth_under_scan(batch):
+    sizes = [program_size(learner_of(layers=layers), batch) for layers in (3, 8)]
+    assert sizes[1] == sizes[0]
+    written_out = program_size(learner_of(layers=8, scan_layers=False), batch)
+    assert written_out > 2 * sizes[1]  # what the test would see if scanning were lost
+
+
+def test_weights_of_zero_teach_nothing(batch):
+    """Unused [CLS] slots change neither the loss nor the update."""
+    learner = learner_of()
+    state = learner.make()
+
+    @jax.jit
+    def step(state, batch):
+        return train_step(state, batch, Replicas(), learner=learner, masking=MASKING, accumulate=1)
+
+    other = {**batch, "next_sentence_labels": batch["next_sentence_labels"].at[:, 1].set(0)}
+    first, sums = step(state, batch)
+    second, others = step(state, other)
+    assert sums["nsp_loss"][1] == len(batch["input_ids"])
+    jax.tree.map(np.testing.assert_array_equal, (first.params, sums), (second.params, others))
+    moved = jax.tree.map(lambda after, before: bool((after != before).any()), first.params, state.params)
+    assert all(jax.tree.leaves(moved))

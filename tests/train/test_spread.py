@@ -1,0 +1,99 @@
+"""One device, a mesh, pmap, parts of a batch and several processes: the same losses."""
+
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from bestiary.models import layers
+from bestiary.train.errors import RunError
+from bestiary.train.sharding import MESH_AXES, RULES, mesh_sharding, parse_mesh
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_losses(found: Path, expected: Path) -> None:
+    """Masks and dropout included: only the order of float32 sums may differ."""
+    mine, theirs = metrics(found), metrics(expected)
+    assert [record.keys() for record in mine] == [record.keys() for record in theirs]
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.get("tokens") == other.get("tokens")
+        for key in one.keys() & {"loss", "mlm_loss", "nsp_loss", "eval/loss"}:
+            assert one[key] == pytest.approx(other[key], rel=3e-5), (key, one["step"])
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags"),
+    [
+        (8, ["--mesh", "data=8"]),
+        (8, ["--mesh", "data=2,fsdp=2,tensor=2"]),
+        (8, ["--parallel", "pmap"]),
+        (1, ["--accumulate", "4"]),
+        (1, ["--no-scan-layers", "--remat"]),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else str(value),
+)
+def test_losses_of_one_device(workshop, uninterrupted, devices, flags):
+    out = workshop.folder / f"spread{devices}{''.join(flags)}"
+    workshop.pretrain(out, *flags, devices=devices)
+    assert_same_losses(out, uninterrupted)
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_two_processes_of_four_devices(workshop, uninterrupted, parallel):
+    """Stopped by a SIGTERM to one of them, both save and exit 0; one process alone ends the run, to the same losses."""
+    out = workshop.folder / f"processes-{parallel}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--parallel", parallel, "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+    both = [workshop.start(*workshop.arguments(out, *flags, "--process", str(rank)), devices=4) for rank in (0, 1)]
+    path = out / "metrics.jsonl"
+    while all(one.poll() is None for one in both) and not (path.exists() and '"step": 8,' in path.read_text()):
+        time.sleep(0.02)
+    both[1].send_signal(signal.SIGTERM)
+    said = [one.communicate(timeout=120)[1] for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert "stopped and saved at step" in said[0]
+    assert "step" not in said[1]  # only process 0 speaks
+    assert "going on from step" in workshop.pretrain(out)
+    assert_same_losses(out, uninterrupted)
+
+
+def test_every_axis_of_the_models_has_a_rule():
+    assert set(layers.LOGICAL_AXES) == set(RULES)
+    assert {axis for axis in RULES.values() if axis} <= set(MESH_AXES)
+
+
+def test_mesh_sizes():
+    assert parse_mesh("data=-1", 8) == dict(data=8, fsdp=1, tensor=1)
+    assert parse_mesh("data=2, tensor=-1", 8) == dict(data=2, fsdp=1, tensor=4)
+    assert parse_mesh("", 1) == dict(data=1, fsdp=1, tensor=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=3", "needs 3 x 1 x 1 devices, but 8 are there"),
+        ("data=3,fsdp=-1", "needs 3 x -1 x 1 devices"),
+        ("rows=8", "found 'rows=8'"),
+        ("data=0", "found 'data=0'"),
+        ("data=two", "found 'data=two'"),
+        ("data=-1,fsdp=-1", "only one axis can be -1"),
+    ],
+)
+def test_meshes_that_do_not_fit(text, message):
+    with pytest.raises(RunError, match=message):
+        parse_mesh(text, 8)
+
+
+def test_a_size_that_the_mesh_does_not_divide_stays_whole():
+    mesh = jax.make_mesh((1, 2, 4), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    spec = jax.sharding.PartitionSpec("vocab", "embed")
+    assert mesh_sharding(mesh, spec, (30_522, 128)).spec == jax.sharding.PartitionSpec(None, "fsdp")
+    assert mesh_sharding(mesh, spec, (30_524, 128)).spec == jax.sharding.PartitionSpec("tensor", "fsdp")

@@ -1,0 +1,208 @@
+"""Checkpoints of a run: one atomic step of everything that the next step depends on (Orbax), known to be whole.
+
+    checkpoints/120/            Orbax: `state` (arrays) and `progress` (JSON: data iterator, metrics window)
+    checkpoints/120.json        the manifest, written last: size and CRC-32 of every file of the step
+
+A step without its manifest, or whose files differ from it, was cut short or damaged: it is reported, set aside under
+`checkpoints/broken-120`, and the one before it is used.
+"""
+
+import errno
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from .run_folder import write_json
+
+CHUNK = 1 << 22
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read back."""
+
+    step: int
+    state: Any
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: where they are; made if it is missing.
+        keep: number of newest checkpoints that stay; at least 2 guard against a damaged newest.
+        report: called with a line for the user.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, report: Callable[[str], None]):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+        self.folder = folder.absolute()
+        self._report = report
+        self._pending: int | None = None
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._set_broken_aside()
+        _barrier("checkpoints_ready")
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                step_format_fixed_length=None,
+                # On a CPU the arrays' memory is the host's own and the next step reuses it: a save must end before.
+                enable_async_checkpointing=jax.default_backend() != "cpu",
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Save; on an accelerator the writing goes on in the background."""
+        self.finish()
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        )
+        self._pending = step
+        self.poll()
+
+    def poll(self) -> None:
+        """Write the manifest of a save that has ended; cheap, called every step."""
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save in progress and write its manifest."""
+        if self._pending is None:
+            return
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(self.folder, self._pending)
+            kept = {str(step) for step in self._manager.all_steps()}
+            for manifest in self.folder.glob("*.json"):
+                if manifest.stem not in kept:
+                    manifest.unlink()
+        self._pending = None
+
+    def restore(self, abstract: Any) -> Restored | None:
+        """The newest whole checkpoint, or None.
+
+        Args:
+            abstract: shapes, dtypes and shardings of the state; the devices may differ from those that saved it.
+
+        Raises:
+            ValueError: the checkpoint holds another model's arrays.
+        """
+        steps = self.steps()
+        return _read(self._manager, steps[-1], abstract) if steps else None
+
+    def close(self) -> None:
+        """Finish and let go."""
+        self.finish()
+        self._manager.close()
+
+    def _set_broken_aside(self) -> None:
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir() and path.name.isdigit():
+                why = damage(self.folder, int(path.name))
+                if why:
+                    target = self.folder / f"broken-{path.name}"
+                    shutil.rmtree(target, ignore_errors=True)
+                    path.rename(target)
+                    (self.folder / f"{path.name}.json").unlink(missing_ok=True)
+                    self._report(f"Checkpoint {path} is not whole: {why}. It was set aside as {target.name}.")
+
+
+def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> Restored:
+    """Read a named checkpoint: a run folder, its `checkpoints` folder (newest whole step) or one step's folder.
+
+    Nothing in the folder is changed.
+
+    Raises:
+        FileNotFoundError: no whole checkpoint is there.
+    """
+    folder = folder.absolute()
+    if folder.name.isdigit():
+        candidates, folder = [int(folder.name)], folder.parent
+    else:
+        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        candidates = sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    for step in candidates:
+        why = damage(folder, step)
+        if why:
+            report(f"Checkpoint {folder / str(step)} is not whole: {why}. Trying the one before it.")
+            continue
+        with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            return _read(manager, step, abstract)
+    raise FileNotFoundError(f"{folder}: no whole checkpoint is there to resume from.")
+
+
+def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+    found: Any = manager.restore(step, args=args)
+    return Restored(step, found.state, found.progress)
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Record size and CRC-32 of every file of a step, atomically."""
+    files = {name: list(_measure(folder / str(step) / name)) for name in _files(folder / str(step))}
+    write_json(folder / f"{step}.json", files)
+
+
+def damage(folder: Path, step: int) -> str | None:
+    """Why a step is not whole, or None."""
+    manifest = folder / f"{step}.json"
+    try:
+        expected = json.loads(manifest.read_text())
+    except FileNotFoundError:
+        return "it has no manifest, so it was cut short"
+    except ValueError:
+        return f"its manifest {manifest.name} cannot be read"
+    present = set(_files(folder / str(step)))
+    for name, (size, crc) in expected.items():
+        if name not in present:
+            return f"{name} is missing"
+        found = _measure(folder / str(step) / name)
+        if found[0] != size:
+            return f"{name} has {found[0]} bytes instead of {size}"
+        if found[1] != crc:
+            return f"{name} has changed since it was written (CRC-32)"
+    return None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OSError (ENOSPC) before the work starts if `needed` bytes of checkpoints cannot fit beside `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed / 2**20:,.0f} MiB are needed for the checkpoints, {free / 2**20:,.0f} MiB are free. "
+            "Free some space, or lower --keep",
+            str(folder),
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as handle:
+        while chunk := handle.read(CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,93 @@
+"""The command line. A command's module is imported when it is called: none pays for another's imports."""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import tyro
+
+from .cpu import prepare_cpu
+
+# words of the command -> (module, its config dataclass, what it does). The module's `main(config)` is called.
+COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
+    ("pretrain",): (
+        ".pretrain",
+        "PretrainConfig",
+        "pretrain BERT (MLM + NSP); with no arguments, a small one on Python's own documentation",
+    ),
+    ("tokenizer", "train"): (".tokenize", "TokenizerConfig", "train a tokenizer on a corpus"),
+    ("parity",): (
+        "..models.parity",
+        "ParityConfig",
+        "run fixtures of the reference implementation: errors of outputs, losses and gradients",
+    ),
+    ("bench", "pretrain"): (
+        ".bench_pretrain",
+        "BenchConfig",
+        "measure pretraining: real tokens/s, loss, share of the matmul rate, data pipeline",
+    ),
+    ("bench", "attention"): (
+        "..kernels.bench",
+        "BenchConfig",
+        "measure attention beside whatever is installed, or --tune its block sizes",
+    ),
+    ("bench", "layers"): (
+        "..kernels.layers_bench",
+        "LayersConfig",
+        "measure self-attention, recurrent and convolutional layers over the row's length",
+    ),
+}
+
+USAGE = (
+    "usage: bestiary COMMAND [OPTIONS]\n\ncommands:\n{commands}\n\nbestiary COMMAND --help lists a command's options.\n"
+)
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(len(" ".join(words)) for words in COMMANDS)
+    rows = (f"  {' '.join(words):<{width}}  {what}" for words, (_, _, what) in COMMANDS.items())
+    return USAGE.format(commands="\n".join(rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status (0 done, 1 could not be done, 2 not understood)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"bestiary {version('bestiary')}")
+        return 0
+    for words, (module, config, _) in COMMANDS.items():
+        if tuple(arguments[: len(words)]) == words:
+            return _guarded(words, module, config, arguments[len(words) :])
+    asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))
+    print(f"bestiary: there is no command {asked!r}.\n\n{usage()}", end="", file=sys.stderr)
+    return 2
+
+
+def _guarded(words: tuple[str, ...], module: str, config: str, arguments: list[str]) -> int:
+    """Print the project's own errors and the file system's as one message; let any other show where it came from."""
+    try:
+        prepare_cpu()
+        command = import_module(module, __package__)
+        return command.main(tyro.cli(getattr(command, config), args=arguments, prog=" ".join(("bestiary", *words))))
+    except KeyboardInterrupt:
+        print("\nbestiary: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        ours = type(error).__module__.startswith("bestiary.")
+        full = "No space left on device" in str(error)
+        if not (ours or full or isinstance(error, OSError)):
+            raise
+        hint = (
+            "\nThe disk is full: free some space and give the same command again; it goes on where it was."
+            if full
+            else ""
+        )
+        print(f"bestiary: {error}{hint}", file=sys.stderr)
+        return 1

@@ -1,0 +1,154 @@
+"""Which tokens are hidden, on the device and inside the step (Devlin et al. 2018, 3.1 and A.1).
+
+Every row draws from a key folded with the row's own numbers, so neither the mesh, nor gradient accumulation, nor the
+number of hosts changes what is masked. Dynamic and static masking are the same code: the data set decides whether a
+row comes back under new numbers in the next epoch (dynamic) or under its old ones (static, with a number of copies).
+
+A row's budget is exactly `round(rate * maskable tokens)` (at least one), where a token is maskable if it is not one of
+the special tokens. Units are drawn in random order until the budget is full:
+
+    token   single tokens (Devlin et al. 2018)
+    word    whole words; a word that no longer fits is passed over (whole-word masking, BERT release of May 2019)
+    ngram   one to three whole words, p(n) proportional to 1/n (Lan et al. 2019, equation 1)
+    span    one to ten whole words, geometric with p = 0.2, replaced all in the same way (Joshi et al. 2019, 3.1)
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MaskingKind = Literal["token", "word", "ngram", "span"]
+
+# Probability of a unit of 1, 2, ... whole words.
+UNIT_LENGTHS: dict[str, np.ndarray] = {
+    "word": np.ones(1),
+    "ngram": (1 / np.arange(1, 4)) / (1 / np.arange(1, 4)).sum(),
+    "span": 0.2 * 0.8 ** np.arange(10) / (1 - 0.8**10),
+}
+
+
+class Masked(NamedTuple):
+    """A batch after masking. P is the number of prediction slots a row, `prediction_slots(rate, L)`."""
+
+    input_ids: jax.Array  # [B, L] int32, with hidden tokens replaced
+    positions: jax.Array  # [B, P] int32, where something is predicted, ascending; 0 in unused slots
+    labels: jax.Array  # [B, P] int32, the tokens that stood there; 0 in unused slots
+    weights: jax.Array  # [B, P] float32, 1 for a prediction, 0 in unused slots
+
+
+def prediction_slots(rate: float, length: int) -> int:
+    """Slots a row of `length` tokens needs: no budget of any row exceeds it, so nothing is ever dropped."""
+    return max(1, round(rate * length))
+
+
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """How tokens are hidden.
+
+    Args:
+        kind: the unit that is masked; see the module's docstring.
+        rate: share of the maskable tokens that is predicted, in (0, 1].
+        mask_id: id of [MASK].
+        special: [V] bool, tokens that are never masked ([CLS], [SEP], [PAD], ...).
+        continuation: [V] bool, tokens that continue the word before them (`##ing`).
+        keep: share of the predicted tokens that stays as it is.
+        random: share of the predicted tokens that becomes a random token of the vocabulary; the rest becomes [MASK].
+    """
+
+    kind: MaskingKind
+    rate: float
+    mask_id: int
+    special: np.ndarray
+    continuation: np.ndarray
+    keep: float = 0.1
+    random: float = 0.1
+
+    def __call__(self, key: jax.Array, input_ids: jax.Array, segment_ids: jax.Array, row_ids: jax.Array) -> Masked:
+        """Mask a batch.
+
+        Args:
+            key: a PRNG key, the same for the whole run.
+            input_ids: [B, L] int32.
+            segment_ids: [B, L] int32; 0 is padding.
+            row_ids: [B, 2] uint32, the row's numbers, unique to what should be masked independently.
+        """
+        return jax.vmap(self._row, in_axes=(None, 0, 0, 0))(key, input_ids, segment_ids, row_ids)
+
+    def _row(self, key: jax.Array, input_ids: jax.Array, segment_ids: jax.Array, row_id: jax.Array) -> Masked:
+        key = jax.random.fold_in(jax.random.fold_in(key, row_id[0]), row_id[1])
+        order_key, length_key, action_key, token_key = jax.random.split(key, 4)
+        length = input_ids.shape[0]
+        slots = prediction_slots(self.rate, length)
+        maskable = (segment_ids > 0) & ~jnp.asarray(self.special)[input_ids]
+        available = maskable.sum()
+        budget = jnp.where(available > 0, jnp.maximum(1, jnp.round(self.rate * available).astype(jnp.int32)), 0)
+        budget = jnp.minimum(budget, slots)
+        priority = jax.random.uniform(order_key, (length,))
+        if self.kind == "token":
+            rank = jnp.argsort(jnp.argsort(jnp.where(maskable, priority, 2.0)))
+            chosen, unit = maskable & (rank < budget), jnp.arange(length)
+        else:
+            chosen, unit = self._choose_units(priority, length_key, input_ids, maskable, budget)
+        # A span's tokens share one fate; in the other kinds each token draws its own.
+        drawn = jax.random.uniform(action_key, (length,))
+        drawn = drawn[unit] if self.kind == "span" else drawn
+        replacement = jax.random.randint(token_key, (length,), 0, self.special.shape[0], dtype=input_ids.dtype)
+        hidden = jnp.where(
+            drawn < self.keep, input_ids, jnp.where(drawn < self.keep + self.random, replacement, self.mask_id)
+        )
+        positions = jnp.sort(jnp.where(chosen, jnp.arange(length), length))[:slots]
+        used = positions < length
+        positions = jnp.where(used, positions, 0).astype(jnp.int32)
+        return Masked(
+            input_ids=jnp.where(chosen, hidden, input_ids),
+            positions=positions,
+            labels=jnp.where(used, input_ids[positions], 0),
+            weights=used.astype(jnp.float32),
+        )
+
+    def _choose_units(
+        self, priority: jax.Array, length_key: jax.Array, input_ids: jax.Array, maskable: jax.Array, budget: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Take units of whole words in random order while they fit.
+
+        Returns [L] bool, what was chosen, and [L] int32, the number of each chosen token's unit.
+        """
+        length = input_ids.shape[0]
+        probabilities = UNIT_LENGTHS[self.kind]
+        longest = len(probabilities)
+        # A word starts at a maskable token that does not continue a maskable token before it.
+        follows = jnp.concatenate([jnp.zeros(1, bool), maskable[:-1]])
+        starts = maskable & ~(jnp.asarray(self.continuation)[input_ids] & follows)
+        word = jnp.cumsum(starts) - 1  # number of the word that a maskable token belongs to
+        slot = jnp.where(maskable, word, length)
+        # One word beyond the last for the tokens of none, and room for a unit that starts at the last word.
+        sizes = jnp.zeros(length + longest, jnp.int32).at[slot].add(1).at[length].set(0)
+        # Words of one unit must be neighbours: numbers of the unbroken stretches of maskable tokens.
+        stretch = jnp.cumsum(maskable & ~follows)
+        stretches = jnp.zeros(length + longest, jnp.int32).at[slot].max(stretch).at[length].set(0)
+        words = starts.sum()
+        order = jnp.argsort(jnp.full(length, 2.0).at[jnp.where(starts, word, length)].set(priority, mode="drop"))
+        lengths = 1 + jax.random.choice(length_key, longest, (length,), p=jnp.asarray(probabilities, jnp.float32))
+        offsets = jnp.arange(longest)
+
+        def take(carry: tuple[jax.Array, jax.Array], candidate: tuple[jax.Array, jax.Array, jax.Array]):
+            unit_of_word, total = carry
+            number, first, wanted = candidate
+            size = jax.lax.dynamic_slice(sizes, (first,), (longest,))
+            taken = jax.lax.dynamic_slice(unit_of_word, (first,), (longest,))
+            same = jax.lax.dynamic_slice(stretches, (first,), (longest,)) == stretches[first]
+            free = (offsets < wanted) & same & (size > 0) & (taken < 0) & (first < words)
+            run = jnp.cumprod(free.astype(jnp.int32)).astype(bool)  # stops at the first word that is not free
+            run &= total + jnp.cumsum(size) <= budget
+            updated = jax.lax.dynamic_update_slice(unit_of_word, jnp.where(run, number, taken), (first,))
+            return (updated, total + jnp.where(run, size, 0).sum()), None
+
+        start = (jnp.full(length + longest, -1, jnp.int32), jnp.int32(0))
+        numbers = jnp.arange(length, dtype=jnp.int32)
+        (unit_of_word, _), _ = jax.lax.scan(take, start, (numbers, order.astype(jnp.int32), lengths.astype(jnp.int32)))
+        unit = unit_of_word[slot]
+        chosen = maskable & (unit >= 0)
+        return chosen, jnp.where(chosen, unit, 0)

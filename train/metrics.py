@@ -1,0 +1,53 @@
+"""Metrics as sums and weights, so that they add up exactly over devices, accumulation steps and hosts.
+
+A step returns `{name: (sum, weight)}`, float32 scalars; the mean is formed once, at the end, from the added pairs.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Sums = dict[str, tuple[Any, Any]]
+
+
+class Meter:
+    """Adds up a window of steps on the host, in float64. Its state goes into the checkpoint, as JSON."""
+
+    def __init__(self, state: Mapping[str, list[float]] | None = None):
+        self._sums = {name: [float(total), float(weight)] for name, (total, weight) in (state or {}).items()}
+
+    def add(self, sums: Mapping[str, tuple[Any, Any]]) -> None:
+        """Add one step's sums (arrays on the host)."""
+        for name, (total, weight) in sums.items():
+            kept = self._sums.setdefault(name, [0.0, 0.0])
+            kept[0] += float(total)
+            kept[1] += float(weight)
+
+    def means(self) -> dict[str, float]:
+        """The means since the last reset; NaN where the weight is zero."""
+        return {name: total / weight if weight else math.nan for name, (total, weight) in self._sums.items()}
+
+    def weight(self, name: str) -> float:
+        """The added weight of one metric."""
+        return self._sums[name][1]
+
+    def state(self) -> dict[str, list[float]]:
+        """What a new Meter needs to go on."""
+        return {name: list(pair) for name, pair in self._sums.items()}
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self._sums = {}
+
+
+def fetch(sums: Sums) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Bring a step's sums to the host in one transfer; waits for the step."""
+    return jax.device_get(sums)
+
+
+def finite(sums: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether every sum is a finite number."""
+    return all(math.isfinite(float(total)) for total, _ in sums.values())

@@ -1,0 +1,161 @@
+"""Optimisers and schedules: AdamW and LAMB with the masks of their papers, and warm-up followed by a decay.
+
+A parameter is decayed, and scaled by LAMB's trust ratio, unless it is a bias or a normalisation's scale (Devlin et
+al. 2018, A.2; You et al. 2019, 3.3 and the released code). Which one it is follows from the last part of its name, and
+a name in neither list is an error, so that a new kind of parameter cannot be decayed by accident.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .errors import RunError
+
+Decay = Literal["linear", "cosine", "constant"]
+
+DECAYED = frozenset({"kernel", "embedding"})
+NOT_DECAYED = frozenset({"bias", "scale"})
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and the learning rate's course."""
+
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2017), or LAMB (You et al. 2019) for batches of thousands of rows."""
+    learning_rate: float = 1e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    warmup: float = 0.01
+    """Warm-up: a share of the steps if below 1, else a number of steps."""
+    decay: Decay = "linear"
+    """Course after the warm-up, down to zero at the last step; 'constant' stays at the peak."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-6
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon"):
+            if not getattr(self, name) > 0:
+                raise RunError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("warmup", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise RunError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RunError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
+
+
+def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> optax.Schedule:
+    """The learning rate at every step.
+
+    Args:
+        config: peak, warm-up and decay.
+        phases: (steps, peak) of each phase. A phase with a peak of its own warms up and decays anew, as LAMB's second
+            phase does (You et al. 2019, 4.1); one with None goes on with the course of the phase before it.
+
+    Returns:
+        step (int, from 0) -> learning rate; the first update already has a rate above zero.
+    """
+    courses: list[list[float]] = []  # [steps, peak] of each warm-up and decay
+    for steps, peak in phases:
+        if peak is not None or not courses:
+            courses.append([0, config.learning_rate if peak is None else peak])
+        courses[-1][0] += steps
+    pieces = [_course(config, int(steps), peak) for steps, peak in courses]
+    ends = [0]
+    for steps, _ in courses:
+        ends.append(ends[-1] + int(steps))
+    return optax.schedules.join_schedules(pieces, ends[1:-1])
+
+
+def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
+    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    if warmup > steps:
+        raise RunError(f"The warm-up takes {warmup} steps, but the phase has {steps}. Lower --warmup.")
+    rest = max(1, steps - warmup)
+
+    def rate(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
+        down = {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)), "constant": jnp.ones_like(done)}
+        return peak * jnp.where(step < warmup, (step + 1) / max(1, warmup), down[config.decay])
+
+    return rate
+
+
+def decay_mask(params: Any) -> Any:
+    """True for every parameter that weight decay and the trust ratio apply to.
+
+    Raises:
+        ValueError: the last part of a parameter's name is in neither DECAYED nor NOT_DECAYED.
+    """
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = str(getattr(path[-1], "key", path[-1]))
+        if name not in DECAYED | NOT_DECAYED:
+            raise ValueError(
+                f"Parameter {jax.tree_util.keystr(path)}: no rule says whether {name!r} is decayed (train/optim.py)."
+            )
+        return name in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def optimizer(config: OptimConfig, learning_rate: optax.Schedule, stacked: Any) -> optax.GradientTransformation:
+    """Build the update: clip, Adam moments, weight decay, trust ratio (LAMB), learning rate.
+
+    Args:
+        config: what to build.
+        learning_rate: from `schedule`.
+        stacked: tree of bool like the parameters; True where the first axis counts layers, whose trust ratios differ.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    steps = [
+        clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    ]
+    if config.optimizer == "lamb":
+        steps.append(scale_by_layer_trust_ratio(stacked))
+    return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+
+
+def scale_by_layer_trust_ratio(stacked: Any) -> optax.GradientTransformation:
+    """LAMB's ratio of norms ||w|| / ||update|| for each layer's tensor (You et al. 2019, algorithm 2).
+
+    Layers that are stacked for a scan share one array; each slice has a ratio of its own. Biases and normalisation
+    scales keep a ratio of one, and so does a tensor or an update of norm zero.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(update: jax.Array, param: jax.Array, layered: bool, decays: bool) -> jax.Array:
+            if not decays:
+                return update
+            axes = tuple(range(1 if layered else 0, param.ndim))
+            weight_norm = jnp.sqrt(jnp.sum(jnp.square(param), axes, keepdims=True))
+            update_norm = jnp.sqrt(jnp.sum(jnp.square(update), axes, keepdims=True))
+            usual = (weight_norm > 0) & (update_norm > 0)
+            return update * jnp.where(usual, weight_norm / jnp.where(usual, update_norm, 1.0), 1.0)
+
+        return jax.tree.map(one, updates, params, stacked, decay_mask(params)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def check_phases(phases: list[tuple[int, float | None]]) -> None:
+    """Raise RunError unless every phase has at least one step and a positive learning rate."""
+    for number, (steps, peak) in enumerate(phases, 1):
+        if steps < 1:
+            raise RunError(f"Phase {number} has {steps} steps; it needs at least one.")
+        if peak is not None and not peak > 0:
+            raise RunError(f"Phase {number} has learning rate {peak}; it must be above 0.")

@@ -1,0 +1,180 @@
+"""What a run leaves behind: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, model/.
+
+`metrics.jsonl` holds only what the seed decides (no speeds, no times), so a resumed run's file equals the uninterrupted
+one's. Speeds are shown while the run goes, and are in TensorBoard and results.json.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .errors import RunError
+
+
+class RunFolder:
+    """A run's folder. Only process 0 writes into it, and nothing before `begin`.
+
+    Args:
+        folder: an earlier start's, or one that is empty or missing.
+        config: a frozen dataclass, the run's whole configuration.
+        free: names of fields (`optim.beta1` for nested ones) that may differ when the run is started again.
+
+    Raises:
+        RunError: the folder holds a run of another configuration, or something that is not a run.
+    """
+
+    def __init__(self, folder: Path, config: Any, free: frozenset[str]):
+        self.folder = folder
+        self.main = jax.process_index() == 0
+        self._events: Any = None
+        self._asked = to_json(config)
+        path = folder / "config.json"
+        if path.exists():
+            self._compare(json.loads(path.read_text()), self._asked, free)
+        elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise RunError(f"{folder} exists and is not a run folder (it has no config.json). Choose another --out.")
+
+    def begin(self) -> None:
+        """Make the folder, with config.json, once everything that can be checked was checked."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", self._asked)
+
+    def _compare(self, there: dict[str, Any], asked: dict[str, Any], free: frozenset[str]) -> None:
+        old, new = _flatten(there), _flatten(asked)
+        changed = [key for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]
+        if changed:
+            lines = "".join(f"\n  {key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in changed)
+            raise RunError(
+                f"{self.folder} holds a run of another configuration:{lines}\n"
+                "Choose another --out, or give the same settings to go on with that run."
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after `step`, and a last line that was cut short."""
+        path = self.folder / "metrics.jsonl"
+        if self.main and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            write_text(path, "".join(kept))
+
+    def write_metrics(self, step: int, values: Mapping[str, float], speeds: Mapping[str, float] | None = None) -> None:
+        """Append a line to metrics.jsonl, and the same with the speeds to TensorBoard."""
+        if not self.main:
+            return
+        record = {"step": step, **{name: _finite_or_none(value) for name, value in values.items()}}
+        with (self.folder / "metrics.jsonl").open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+        self._write_events(step, {**values, **(speeds or {})})
+
+    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
+        if self._events is None:
+            from tensorboard.summary import Writer
+
+            self._events = Writer(str(self.folder / "tensorboard"))
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save_batch(self, step: int, batch: Mapping[str, np.ndarray]) -> Path:
+        """Keep this process's share of the batch of a step that went wrong."""
+        path = self.folder / f"bad-batch-step-{step}-process-{jax.process_index()}.npz"
+        np.savez(path, allow_pickle=False, **batch)
+        return path
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and curves.png."""
+        if self.main:
+            write_json(self.folder / "results.json", results)
+            draw_curves(self.metrics(), self.folder / "curves.png")
+
+    def close(self) -> None:
+        """Flush the TensorBoard events."""
+        if self._events is not None:
+            self._events.close()
+
+
+def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
+    """A panel for every metric over the steps, held-out values as dots (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(key.removeprefix("eval/") for record in records for key in record if key != "step"))
+    if not names:
+        return
+    columns = min(3, len(names))
+    figure = Figure(figsize=(5 * columns, 3.2 * math.ceil(len(names) / columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(names, 1):
+        axes = figure.add_subplot(math.ceil(len(names) / columns), columns, number)
+        for key, style, label in ((name, "-", "training"), (f"eval/{name}", "o", "held out")):
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass as JSON values; paths become text."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Path):
+        return str(config)
+    if isinstance(config, list | tuple):
+        return [to_json(value) for value in config]
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: leaf
+        for name, value in tree.items()
+        for key, leaf in _flatten(value, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

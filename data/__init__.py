@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .errors import DataError as DataError
     from .packing import Statistics as Statistics
     from .pretraining import PretrainingDataset as PretrainingDataset
-    from .progress import Progress as Progress
+    from .progress import Report as Report
     from .sentences import split_sentences as split_sentences
     from .stream import batches as batches
     from .stream import evaluation_batches as evaluation_batches
@@ -56,7 +56,7 @@ _HOME = {
     "DataError": "errors",
     "Statistics": "packing",
     "PretrainingDataset": "pretraining",
-    "Progress": "progress",
+    "Report": "progress",
     "split_sentences": "sentences",
     "Tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",

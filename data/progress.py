@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Progress:
+class Report:
     """One report of a long task.
 
     `done` and `total` are in `unit` (`total` is None where it cannot be known), `seconds` since the task began;
@@ -42,7 +42,7 @@ class Progress:
         return f"{self.task}: {self.done:,.1f}{of} {self.unit}, {self.rate:,.1f} {self.unit}/s{left}{detail}"
 
 
-ProgressCallback = Callable[[Progress], None]
+ProgressCallback = Callable[[Report], None]
 
 
 class Reporter:
@@ -60,4 +60,4 @@ class Reporter:
         if self.callback is None or (not final and now - self.last < self.interval):
             return
         self.last = now
-        self.callback(Progress(self.task, done, total, self.unit, now - self.start, resumed, detail))
+        self.callback(Report(self.task, done, total, self.unit, now - self.start, resumed, detail))

@@ -12,34 +12,35 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from ..models.bert import BertConfig
+from .learner import count_parameters
 from .loop import Stop
 from .optim import OptimConfig
 from .pretrain import (
     Evaluation,
     PhasedBatches,
     PretrainConfig,
-    count_parameters,
-    make_learner,
     make_masking,
+    make_model,
     model_config,
     prepare_data,
     train_step,
 )
 from .progress import Progress
 from .run_folder import write_json
-from .sharding import make_spread
+from .sharding import SpreadConfig, start_spread
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ class BenchConfig:
     """As for `bestiary pretrain`."""
     attention: str | None = None
     """As for `bestiary pretrain`."""
-    parallel: Literal["mesh", "pmap"] = "mesh"
-    """As for `bestiary pretrain`."""
-    mesh: str = "data=-1"
-    """As for `bestiary pretrain`."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
     seed: int = 0
     """Of everything random."""
     out: Path | None = None
@@ -93,24 +91,24 @@ def main(config: BenchConfig) -> int:
         steps=config.steps,
         dtype=config.dtype,
         attention=config.attention,
-        parallel=config.parallel,
-        mesh=config.mesh,
+        spread=config.spread,
         seed=config.seed,
         optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, decay="constant"),
         evaluation_rows=4 * config.rows,
     )
-    spread = make_spread(config.parallel, config.mesh)
+    spread = start_spread(config.spread)
     data = prepare_data(training, progress)
     architecture = model_config(training, data.tokenizer)
-    learner = make_learner(training, architecture)
+    model, learner = make_model(training, architecture)
     masking = make_masking(training, data.tokenizer)
-    evaluate = Evaluation(training, data, learner, masking, spread)
+    evaluate = Evaluation(training, data, model, learner, masking, spread)
 
     matmul = matmul_rate(architecture.dtype)
     pipeline = pipeline_rate(PhasedBatches(training, data, spread.share), config.steps)
     stream = PhasedBatches(training, data, spread.share)
     state = spread.enter(spread.initialise(learner.make, learner.specs))
-    step = spread.train(partial(train_step, learner=learner, masking=masking, accumulate=1), learner.specs)
+    update = partial(train_step, model=model, learner=learner, masking=masking, accumulate=1)
+    step = spread.train(update, learner.specs)
     seconds, tokens, needed, losses = [], [], [], []
     for number in range(config.steps):
         batch = next(stream)

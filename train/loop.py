@@ -6,10 +6,10 @@ step was sent off, so that the device does not wait for the host.
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -65,16 +65,33 @@ class LoopConfig:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
 
-@dataclass
-class Fitted:
+class Best(NamedTuple):
+    """What the best evaluation is, what is done at it, and how many without a better one end the run."""
+
+    metric: str
+    """Of the held-out means."""
+    larger: bool
+    """Whether a larger value is the better one."""
+    patience: int
+    """Evaluations without a better value after which the run ends; 0: it never ends early."""
+    keep: Callable[[int, Any], None]
+    """(step, running state), called at every evaluation that is better than all before it."""
+
+
+class Fitted(NamedTuple):
     """What `fit` returns."""
 
     state: Any  # the running state
     step: int  # updates done
-    tokens: float  # real tokens seen, all starts together
-    timed_tokens: float  # those of them that were seen in `seconds`
+    totals: dict[str, float]  # what was counted, all starts together
+    timed: dict[str, float]  # the part of it that was seen in `seconds`
     seconds: float  # spent in steps, without each start's first, which compiles
+    best: tuple[int, float] | None  # step and value of the best evaluation, where one was asked for
     stopped: int | None  # the signal that ended the run early
+
+    def rate(self, name: str) -> float | None:
+        """What was counted as `name`, a second; None before a second step."""
+        return self.timed.get(name, 0.0) / self.seconds if self.seconds else None
 
 
 class Stop:
@@ -113,6 +130,79 @@ class Stop:
         return jax.process_count() == 1 and self.signal is not None
 
 
+class _Counts:
+    """Adds up what a run sees and how long it takes: in all, and since the last line of the log."""
+
+    def __init__(self, names: Iterable[str], past: dict[str, Any]):
+        self.totals = dict.fromkeys(names, 0.0) | past.get("totals", {})
+        self.timed = dict.fromkeys(names, 0.0) | past.get("timed", {})
+        self.seconds: float = past.get("seconds", 0.0)
+        self._compiling = True
+        self._clock = time.perf_counter()
+        self.new_window()
+
+    def new_window(self) -> None:
+        self.window = dict.fromkeys(self.totals, 0.0)
+        self.window_seconds, self.window_steps = 0.0, 0
+
+    def restart_clock(self) -> None:
+        """Leave out what was done since the last step: logging, evaluating, saving."""
+        self._clock = time.perf_counter()
+
+    def add(self, sums: Mapping[str, tuple[Any, Any]]) -> None:
+        """Count a step that has just ended. The first of a start compiles, and is not timed."""
+        now = time.perf_counter()
+        for name in self.totals:
+            seen = float(sums[name][0])
+            self.totals[name] += seen
+            if not self._compiling:
+                self.timed[name] += seen
+                self.window[name] += seen
+        if not self._compiling:
+            self.seconds += now - self._clock
+            self.window_seconds += now - self._clock
+            self.window_steps += 1
+        self._clock, self._compiling = now, False
+
+    def rates(self) -> dict[str, float]:
+        """Of the window, a second; empty before anything was timed."""
+        if not self.window_steps:
+            return {}
+        return {f"{name}_per_second": seen / self.window_seconds for name, seen in self.window.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What goes into the checkpoint, as JSON."""
+        return {"totals": self.totals, "timed": self.timed, "seconds": self.seconds}
+
+
+class _Judge:
+    """Remembers the best evaluation."""
+
+    def __init__(self, best: Best | None, past: dict[str, Any]):
+        self._best = best
+        self.at: tuple[int, float] | None = tuple(past["best"]) if past.get("best") else None
+        self._since: int = past.get("since_best", 0)
+
+    def judge(self, number: int, values: dict[str, float], state: Any) -> None:
+        """Keep the state if its evaluation is the best one."""
+        if self._best is None:
+            return
+        value = values[self._best.metric]
+        if self.at is None or (value > self.at[1] if self._best.larger else value < self.at[1]):
+            self.at, self._since = (number, value), 0
+            self._best.keep(number, state)
+        else:
+            self._since += 1
+
+    def given_up(self) -> bool:
+        """Whether too many evaluations in turn were no better."""
+        return self._best is not None and 0 < self._best.patience <= self._since
+
+    def state(self) -> dict[str, Any]:
+        """What goes into the checkpoint, as JSON."""
+        return {"best": self.at, "since_best": self._since}
+
+
 def fit(
     *,
     config: LoopConfig,
@@ -128,8 +218,10 @@ def fit(
     evaluate: Callable[[Any, Stop], dict[str, float] | None],
     learning_rate: Callable[[int], Any],
     show: tuple[str, ...],
+    counts: dict[str, str],
     progress: Progress,
     stop: Stop,
+    best: Best | None = None,
 ) -> Fitted:
     """Train from step `start` to `steps`.
 
@@ -147,23 +239,21 @@ def fit(
         evaluate: running state -> held-out means, or None if it was stopped half-way; a resumed run then does it first.
         learning_rate: step -> rate, for the log.
         show: the metrics on the progress line.
+        counts: metrics that are counted over the run, and what a second's worth of each is called.
         progress: shows lines.
         stop: asked after every step.
+        best: which evaluation is kept, and whether the run ends when none is better.
 
     Raises:
         RunError: a step's metrics are not finite; the batch was saved.
     """
-    past = beside or {"meter": None, "tokens": 0.0, "timed_tokens": 0.0, "seconds": 0.0, "evaluation_due": False}
-    meter, tokens, timed_tokens, seconds = Meter(past["meter"]), past["tokens"], past["timed_tokens"], past["seconds"]
-    window_tokens = window_seconds = 0.0
-    window_steps = 0
+    past = beside or {"meter": None, "evaluation_due": False}
+    meter, counted, judge = Meter(past["meter"]), _Counts(counts, past), _Judge(best, past)
     waiting: tuple[int, Any, dict[str, np.ndarray]] | None = None
-    clock = time.perf_counter()
-    compiling = True
 
     def settle() -> None:
         """Bring the last step's sums home, and stop the clock on it."""
-        nonlocal waiting, tokens, timed_tokens, seconds, window_tokens, window_seconds, window_steps, clock, compiling
+        nonlocal waiting
         if waiting is None:
             return
         number, sums, batch = waiting
@@ -176,23 +266,13 @@ def fit(
                 "The last checkpoint is from before; a lower --learning-rate or a longer --warmup may help."
             )
         meter.add(sums)
-        real = float(sums["tokens"][0])
-        now = time.perf_counter()
-        tokens += real
-        if not compiling:
-            seconds += now - clock
-            timed_tokens += real
-            window_seconds += now - clock
-            window_tokens += real
-            window_steps += 1
-        clock, compiling = now, False
+        counted.add(sums)
 
     def save(number: int, evaluation_due: bool) -> None:
         beside = {
             "meter": meter.state(),
-            "tokens": tokens,
-            "timed_tokens": timed_tokens,
-            "seconds": seconds,
+            **counted.state(),
+            **judge.state(),
             "evaluation_due": evaluation_due,
             "batches": batches.get_state(),
         }
@@ -201,15 +281,22 @@ def fit(
     def held_out(number: int) -> bool:
         """Evaluate; True if it was stopped half-way."""
         values = evaluate(state, stop)
-        if values is not None:
-            run.write_metrics(number, {f"eval/{name}": value for name, value in values.items()})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            progress.line(f"step {number}/{steps}  held out: {shown}")
-        return values is None
+        if values is None:
+            return True
+        run.write_metrics(number, {f"eval/{name}": value for name, value in values.items()})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        progress.line(f"step {number}/{steps}  held out: {shown}")
+        judge.judge(number, values, state)
+        return False
+
+    def fitted(number: int, stopped: int | None) -> Fitted:
+        return Fitted(state, number, counted.totals, counted.timed, counted.seconds, judge.at, stopped)
 
     stop.preparing = False
     if past["evaluation_due"] and held_out(start):
-        return Fitted(state, start, tokens, timed_tokens, seconds, stop.signal)
+        return fitted(start, stop.signal)
+    if judge.given_up():
+        return fitted(start, None)
     if start < steps:
         progress.update(f"compiling the training step; {steps - start} of {steps} steps to do", force=True)
     for number in range(start + 1, steps + 1):
@@ -225,26 +312,31 @@ def fit(
         if log or evaluation or saving or stopping:
             settle()
         if log:
-            means = {name: value for name, value in meter.means().items() if name != "tokens"}
-            means |= {"learning_rate": float(learning_rate(number - 1)), "tokens": tokens}
+            means = {name: value for name, value in meter.means().items() if name not in counts}
+            means |= {"learning_rate": float(learning_rate(number - 1)), **counted.totals}
             line = f"step {number}/{steps}  " + "  ".join(f"{name} {means[name]:.4g}" for name in show)
-            speeds = {}
-            if window_steps:
-                speeds = {"tokens_per_second": window_tokens / window_seconds}
-                left = duration((steps - number) * window_seconds / window_steps)
-                line += f"  {speeds['tokens_per_second']:,.0f} real tokens/s  {left} left"
-            run.write_metrics(number, means, speeds)
+            rates = counted.rates()
+            if rates:
+                line += "".join(f"  {rates[f'{name}_per_second']:,.0f} {called}" for name, called in counts.items())
+                line += f"  {duration((steps - number) * counted.window_seconds / counted.window_steps)} left"
+            run.write_metrics(number, means, rates)
             progress.update(line, force=last)
             meter.reset()
-            window_tokens, window_seconds, window_steps = 0.0, 0.0, 0
+            counted.new_window()
         evaluation_due = evaluation and (stopping or held_out(number))
-        if saving or stopping or evaluation_due:
+        given_up = judge.given_up()
+        if saving or stopping or evaluation_due or given_up:
             save(number, evaluation_due)
         checkpoints.poll()
         if log or evaluation or saving:
-            clock = time.perf_counter()
+            counted.restart_clock()
         if stopping or evaluation_due:
             checkpoints.finish()
-            return Fitted(state, number, tokens, timed_tokens, seconds, stop.signal)
+            return fitted(number, stop.signal)
+        if given_up:
+            since = judge.at[0] if judge.at else 0
+            progress.line(f"step {number}/{steps}  no better evaluation since step {since}: ended early")
+            checkpoints.finish()
+            return fitted(number, None)
     checkpoints.finish()
-    return Fitted(state, steps, tokens, timed_tokens, seconds, None)
+    return fitted(steps, None)

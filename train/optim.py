@@ -111,13 +111,16 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def optimizer(config: OptimConfig, learning_rate: optax.Schedule, stacked: Any) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimConfig, learning_rate: optax.Schedule, stacked: Any, scales: Any = None
+) -> optax.GradientTransformation:
     """Build the update: clip, Adam moments, weight decay, trust ratio (LAMB), learning rate.
 
     Args:
         config: what to build.
         learning_rate: from `schedule`.
         stacked: tree of bool like the parameters; True where the first axis counts layers, whose trust ratios differ.
+        scales: tree like the parameters of what each one's learning rate is multiplied by, or None.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     steps = [
@@ -127,6 +130,8 @@ def optimizer(config: OptimConfig, learning_rate: optax.Schedule, stacked: Any) 
     ]
     if config.optimizer == "lamb":
         steps.append(scale_by_layer_trust_ratio(stacked))
+    if scales is not None:
+        steps.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)))
     return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
 
 

@@ -10,10 +10,8 @@ A run starts from, in this order: (1) its own newest whole checkpoint, (2) the c
 
 import dataclasses
 import hashlib
-import math
 import os
 import shutil
-import signal
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,11 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from flax import linen as nn
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec as P
 
 from ..data import (
     EMBEDDED,
@@ -46,16 +41,16 @@ from ..data.fingerprint import corpus_fingerprint
 from ..models import load, save
 from ..models.bert import PRESETS, BertConfig, BertForPreTraining
 from ..models.heads import PredictionSums, prediction_sums
-from .checkpoint import Checkpoints, check_space, restore_from
 from .errors import RunError
-from .loop import Fitted, LoopConfig, Stop, TrainState, fit
+from .learner import Learner, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
+from .loop import Fitted, LoopConfig, Stop, TrainState
 from .masking import Masking, MaskingKind
 from .metrics import Meter, Sums
-from .optim import OptimConfig, check_phases, optimizer, schedule
+from .optim import OptimConfig, check_phases, schedule
 from .progress import Progress, duration
 from .run_folder import RunFolder
 from .samples import fill_in
-from .sharding import Replicas, Spread, logical_specs, make_spread, start_processes
+from .sharding import Replicas, Spread, SpreadConfig, start_spread
 
 # --- config ---------------------------------------------------------------------------------------------------------
 
@@ -106,12 +101,12 @@ class PretrainConfig:
     attention: str | None = None
     """Backend of the attention kernel; None takes the fastest that supports the call."""
 
-    sequence_length: int = 128
-    """Tokens a row; short examples share rows."""
+    sequence_length: int | None = None
+    """Tokens a row; short examples share rows. None: 128."""
     batch_tokens: int = 2048
     """Tokens a step, padding included: rows a step times the sequence length."""
-    steps: int = 1200
-    """Updates."""
+    steps: int | None = None
+    """Updates. None: 1,200."""
     phases: tuple[str, ...] = ()
     """LENGTH:STEPS[:LEARNING_RATE] of each phase, instead of --sequence-length and --steps: `128:18000 512:2000` as in
     the paper. A phase with a learning rate of its own warms up and decays anew."""
@@ -142,21 +137,12 @@ class PretrainConfig:
     init_from: Path | None = None
     """Checkpoint folder (config.json, model.safetensors) whose weights a new run starts from."""
 
-    parallel: Literal["mesh", "pmap"] = "mesh"
-    """mesh: jit over a mesh, which can divide the model; pmap: a replica on each device, gradients averaged."""
-    mesh: str = "data=-1"
-    """Devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes those that are left."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes run. Found by itself on TPU pods and under SLURM."""
-    processes: int | None = None
-    """Number of processes."""
-    process: int | None = None
-    """Number of this process, from 0."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
             raise RunError(f"--model {self.model}: known are {', '.join(PRESETS)}.")
-        if self.phases and (self.sequence_length, self.steps) != (128, 1200):
+        if self.phases and (self.sequence_length is not None or self.steps is not None):
             raise RunError("--phases has lengths and steps of its own: leave --sequence-length and --steps out.")
         if not 0 < self.mask_rate <= 1:
             raise RunError(f"--mask-rate is {self.mask_rate}; it must be above 0 and at most 1.")
@@ -173,8 +159,8 @@ class PretrainConfig:
 
 # Settings that change neither the numbers of a run nor what it leaves behind: they may differ when it is started again.
 FREE = frozenset({
-    "out", "parallel", "mesh", "coordinator", "processes", "process", "cache", "workers", "remat", "scan_layers",
-    "loop.keep", "loop.checkpoint_every",
+    "out", "cache", "workers", "remat", "scan_layers", "loop.keep", "loop.checkpoint_every",
+    "spread.parallel", "spread.mesh", "spread.coordinator", "spread.processes", "spread.process",
 })  # fmt: skip
 
 
@@ -196,7 +182,7 @@ def parse_phases(config: PretrainConfig) -> list[Phase]:
             phases.append(Phase(int(parts[0]), int(parts[1]), rate))
         except (ValueError, IndexError):
             raise RunError(f"--phases {text}: expected LENGTH:STEPS or LENGTH:STEPS:LEARNING_RATE.") from None
-    phases = phases or [Phase(config.sequence_length, config.steps, None)]
+    phases = phases or [Phase(config.sequence_length or 128, 1200 if config.steps is None else config.steps, None)]
     check_phases([(phase.steps, phase.learning_rate) for phase in phases])
     return phases
 
@@ -235,41 +221,13 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> BertConfig:
     return model
 
 
-class Learner(NamedTuple):
-    """A model with what it is trained by."""
-
-    model: BertForPreTraining
-    transform: optax.GradientTransformation
-    rate: optax.Schedule
-    specs: TrainState  # logical PartitionSpecs
-    make: Any  # () -> TrainState, a new one
-
-
-def make_learner(config: PretrainConfig, architecture: BertConfig) -> Learner:
-    """Model, optimiser and initial state; nothing is computed yet."""
+def make_model(config: PretrainConfig, architecture: BertConfig) -> tuple[BertForPreTraining, Learner]:
+    """The model and how it is trained; nothing is computed yet."""
     model = BertForPreTraining(architecture)
-    phases = parse_phases(config)
-    rate = schedule(config.optim, [(phase.steps, phase.learning_rate) for phase in phases])
-    key = jax.random.key(config.seed)
     ids = jnp.zeros((1, 8), jnp.int32)
-
-    def parameters() -> Any:
-        return model.init(jax.random.fold_in(key, 0), ids)["params"]
-
-    param_specs = logical_specs(jax.eval_shape(parameters))
-    stacked = jax.tree.map(lambda spec: spec[0] == "layers", param_specs)
-    transform = optimizer(config.optim, rate, stacked)
-
-    def make() -> TrainState:
-        params = nn.unbox(parameters())
-        return TrainState(jnp.int32(0), params, transform.init(params), jax.random.key_data(jax.random.fold_in(key, 1)))
-
-    abstract = jax.eval_shape(make)
-    nowhere: Any = P()
-    moments = optax.tree_map_params(
-        transform, lambda _, spec: spec, abstract.opt_state, param_specs, transform_non_params=lambda _: nowhere
-    )
-    return Learner(model, transform, rate, TrainState(nowhere, param_specs, moments, nowhere), make)
+    rate = schedule(config.optim, [(phase.steps, phase.learning_rate) for phase in parse_phases(config)])
+    learner = make_learner(lambda key: model.init(key, ids)["params"], optim=config.optim, rate=rate, seed=config.seed)
+    return model, learner
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -324,16 +282,13 @@ def train_step(
     batch: dict[str, jax.Array],
     replicas: Replicas,
     *,
+    model: BertForPreTraining,
     learner: Learner,
     masking: Masking,
     accumulate: int,
 ) -> tuple[TrainState, Sums]:
-    """One update: the mean MLM loss plus the mean NSP loss, over the whole batch.
-
-    The means' weights are known before the gradient, so parts of a batch and replicas add up to exactly the whole's.
-    """
-    key = jax.random.wrap_key_data(state.key)
-    mask_key, dropout_key = jax.random.split(key)
+    """One update: the mean MLM loss plus the mean NSP loss, over the whole batch."""
+    mask_key, dropout_key = jax.random.split(jax.random.wrap_key_data(state.key))
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
     masked = mask_batch(masking, mask_key, batch, replicas)
@@ -341,44 +296,31 @@ def train_step(
     mlm_weight, nsp_weight = (jnp.maximum(weight, 1.0) for weight in replicas.sum(weights))
 
     def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-        mlm, nsp = forward(learner.model, params, part, deterministic=False, rngs={"dropout": dropout_key})
-        return (mlm.loss / mlm_weight + nsp.loss / nsp_weight) * replicas.count(), (mlm, nsp)
+        mlm, nsp = forward(model, params, part, deterministic=False, rngs={"dropout": dropout_key})
+        return mlm.loss / mlm_weight + nsp.loss / nsp_weight, (mlm, nsp)
 
-    def add_part(carry: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
-        gradients, sums = jax.grad(loss, has_aux=True)(state.params, part)
-        return jax.tree.map(jnp.add, carry, (gradients, sums)), None
-
-    if accumulate == 1:
-        gradients, sums = jax.grad(loss, has_aux=True)(state.params, masked)
-    else:
-        # Part a takes rows a, a + accumulate, ...: with rows divided over devices, each keeps the rows it has.
-        parts = {
-            name: jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0) for name, array in masked.items()
-        }
-        shapes = jax.eval_shape(jax.grad(loss, has_aux=True), state.params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (gradients, sums), _ = jax.lax.scan(add_part, zeros, parts)
-
-    gradients = replicas.mean(gradients)
-    mlm, nsp = replicas.sum(sums)
-    updates, opt_state = learner.transform.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    state, (mlm, nsp), norm = gradient_step(state, masked, replicas, learner=learner, loss=loss, accumulate=accumulate)
     one = jnp.float32(1)
-    metrics = {
+    return state, {
         "loss": (mlm.loss / mlm_weight + nsp.loss / nsp_weight, one),
         **_prediction_metrics(mlm, nsp),
-        "gradient_norm": (optax.tree.norm(gradients), one),
+        "gradient_norm": (norm, one),
         "tokens": (tokens, one),
     }
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
 
 def evaluation_step(
-    params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, learner: Learner, masking: Masking, key: jax.Array
+    params: Any,
+    batch: dict[str, jax.Array],
+    replicas: Replicas,
+    *,
+    model: BertForPreTraining,
+    masking: Masking,
+    key: jax.Array,
 ) -> Sums:
     """Sums over held-out rows, masked in the same way every time."""
     masked = mask_batch(masking, key, batch, replicas)
-    mlm, nsp = replicas.sum(forward(learner.model, params, masked, deterministic=True))
+    mlm, nsp = replicas.sum(forward(model, params, masked, deterministic=True))
     return _prediction_metrics(mlm, nsp)
 
 
@@ -453,28 +395,17 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bestiary"
 
 
-def train_dataset(config: PretrainConfig, data: Data, length: int) -> PretrainingDataset:
-    """The rows that are trained on, at one sequence length."""
-    split = "all" if config.validation_corpus else "train"
+def dataset(
+    config: PretrainConfig, data: Data, length: int, split: Literal["train", "validation"] = "train"
+) -> PretrainingDataset:
+    """Rows of one sequence length: those that are trained on, or those that are held out, alike for every seed."""
+    training = split == "train"
     return PretrainingDataset(
-        data.train,
-        split,
+        data.train if training else data.validation,
+        "all" if config.validation_corpus else split,
         sequence_length=length,
-        seed=config.seed,
-        copies=config.static_masks or None,
-        next_sentence=config.next_sentence,
-        validation_fraction=config.validation_fraction,
-    )
-
-
-def validation_dataset(config: PretrainConfig, data: Data, length: int) -> PretrainingDataset:
-    """The held-out rows."""
-    split = "all" if config.validation_corpus else "validation"
-    return PretrainingDataset(
-        data.validation,
-        split,
-        sequence_length=length,
-        seed=0,
+        seed=config.seed if training else 0,
+        copies=(config.static_masks or None) if training else None,
         next_sentence=config.next_sentence,
         validation_fraction=config.validation_fraction,
     )
@@ -508,7 +439,7 @@ class PhasedBatches:
 def _open_phase(config: PretrainConfig, data: Data, share: Any, length: int) -> Any:
     rows = config.batch_tokens // length
     index, count = share(rows)
-    return batches(train_dataset(config, data, length), batch_rows=rows, host_index=index, host_count=count)
+    return batches(dataset(config, data, length), batch_rows=rows, host_index=index, host_count=count)
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -517,20 +448,27 @@ def _open_phase(config: PretrainConfig, data: Data, share: Any, length: int) -> 
 class Evaluation:
     """Held-out means, over the same rows with the same masks every time."""
 
-    def __init__(self, config: PretrainConfig, data: Data, learner: Learner, masking: Masking, spread: Spread):
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: Data,
+        model: BertForPreTraining,
+        learner: Learner,
+        masking: Masking,
+        spread: Spread,
+    ):
         length = parse_phases(config)[-1].length
         rows = config.batch_tokens // length
         index, count = spread.share(rows)
-        dataset = validation_dataset(config, data, length)
         self.batches = partial(
             evaluation_batches,
-            dataset,
+            dataset(config, data, length, "validation"),
             batch_rows=rows,
             host_index=index,
             host_count=count,
             rows=config.evaluation_rows or None,
         )
-        step = partial(evaluation_step, learner=learner, masking=masking, key=jax.random.key(0))
+        step = partial(evaluation_step, model=model, masking=masking, key=jax.random.key(0))
         self._step, self._spread = spread.evaluate(step, learner.specs), spread
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
@@ -543,40 +481,7 @@ class Evaluation:
         return {"loss": means["mlm_loss"] + means["nsp_loss"], **means}
 
 
-def starting_state(
-    config: PretrainConfig,
-    learner: Learner,
-    spread: Spread,
-    abstract: Any,
-    checkpoints: Checkpoints,
-    progress: Progress,
-) -> tuple[TrainState, int, dict[str, Any] | None]:
-    """The whole state to start from, its step, and what was saved beside it (None for a new start)."""
-    restored = checkpoints.restore(abstract)
-    if restored is None and config.resume_from is not None:
-        restored = restore_from(config.resume_from, abstract, progress.line)
-        steps = sum(phase.steps for phase in parse_phases(config))
-        if restored.step >= steps:
-            raise RunError(
-                f"{config.resume_from} is at step {restored.step}, and this run has {steps}: nothing is left to do. "
-                "Raise --steps."
-            )
-    if restored is not None:
-        progress.line(f"going on from step {restored.step}")
-        return restored.state, restored.step, restored.progress
-    state = spread.initialise(learner.make, learner.specs)
-    if config.init_from is not None:
-        weights = load(config.init_from, head="pretraining", seed=config.seed).params
-
-        def place(leaf: jax.Array, host: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(host)[index])
-
-        state = state.replace(params=jax.tree.map(place, state.params, weights))
-        progress.line(f"starting from the weights of {config.init_from}")
-    return state, 0, None
-
-
-def describe(config: PretrainConfig, data: Data, architecture: BertConfig, abstract: Any, progress: Progress) -> None:
+def describe(config: PretrainConfig, data: Data, architecture: BertConfig, params: Any, progress: Progress) -> None:
     """Say what is about to be done, and what the data came to."""
     counts = data.train.counts
     progress.line(
@@ -584,28 +489,13 @@ def describe(config: PretrainConfig, data: Data, architecture: BertConfig, abstr
         f"{counts.tokens:,} tokens, {counts.unknown_tokens:,} of them unknown"
     )
     for phase in parse_phases(config):
-        progress.line(f"rows of {phase.length}: {train_dataset(config, data, phase.length).statistics(0)}")
+        progress.line(f"rows of {phase.length}: {dataset(config, data, phase.length).statistics(0)}")
     devices = jax.devices()
     progress.line(
         f"model: {architecture.layers} layers, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "
-        f"{count_parameters(abstract.params):,} parameters, computed in {architecture.dtype}, on "
-        f"{len(devices)} x {devices[0].device_kind} (--parallel {config.parallel} --mesh {config.mesh})"
+        f"{count_parameters(params):,} parameters, computed in {architecture.dtype}, on "
+        f"{len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
     )
-
-
-def count_parameters(params: Any) -> int:
-    """Number of parameters of a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def count_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def on_host(tree: Any) -> Any:
-    """The whole tree as NumPy arrays, on every process."""
-    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def results(config: PretrainConfig, data: Data, fitted: Fitted, parameters: int, run: RunFolder) -> dict[str, Any]:
@@ -620,9 +510,9 @@ def results(config: PretrainConfig, data: Data, fitted: Fitted, parameters: int,
         "parameters": parameters,
         "held_out": {key.removeprefix("eval/"): value for key, value in held_out.items() if key != "step"},
         "training": {key: value for key, value in training.items() if key != "step"},
-        "real_tokens": fitted.tokens,
+        "real_tokens": fitted.totals["tokens"],
         "seconds_in_steps": fitted.seconds,
-        "real_tokens_per_second": fitted.timed_tokens / fitted.seconds if fitted.seconds else None,
+        "real_tokens_per_second": fitted.rate("tokens"),
         "corpus": dataclasses.asdict(data.train.counts),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax")},
@@ -632,63 +522,50 @@ def results(config: PretrainConfig, data: Data, fitted: Fitted, parameters: int,
 def pretrain(config: PretrainConfig, stop: Stop) -> int:
     """Run; returns the exit status."""
     started = time.perf_counter()
-    start_processes(config.coordinator, config.processes, config.process)
+    spread = start_spread(config.spread)
     main_process = jax.process_index() == 0
     progress = Progress(shown=main_process)
-    spread = make_spread(config.parallel, config.mesh)
     phases = parse_phases(config)
     for phase in phases:
         check_batch(config, phase, spread)
     run = RunFolder(config.out, config, FREE)
     data = prepare_data(config, progress)
     architecture = model_config(config, data.tokenizer)
-    learner = make_learner(config, architecture)
-    abstract = spread.abstract(learner.make, learner.specs)
-    describe(config, data, architecture, abstract, progress)
+    model, learner = make_model(config, architecture)
+    describe(config, data, architecture, learner.shapes().params, progress)
     masking = make_masking(config, data.tokenizer)
-    stream = PhasedBatches(config, data, spread.share)
-    evaluate = Evaluation(config, data, learner, masking, spread)
-
-    run.begin()
-    if main_process:
-        check_space(config.out, (config.loop.keep + 1) * count_bytes(abstract))
-    checkpoints = Checkpoints(run.checkpoints, keep=config.loop.keep, report=progress.line)
-    whole, start, beside = starting_state(config, learner, spread, abstract, checkpoints, progress)
-    run.rewind(start)
-    if beside is not None:
-        stream.set_state(beside["batches"])
-    step = partial(train_step, learner=learner, masking=masking, accumulate=config.accumulate)
-    fitted = fit(
-        config=config.loop,
-        steps=sum(phase.steps for phase in phases),
+    evaluate = Evaluation(config, data, model, learner, masking, spread)
+    weights = None if config.init_from is None else partial(_weights, config.init_from, config.seed)
+    fitted = learn(
         run=run,
-        checkpoints=checkpoints,
+        loop=config.loop,
+        learner=learner,
         spread=spread,
-        train=spread.train(step, learner.specs),
-        state=spread.enter(whole),
-        batches=stream,
-        start=start,
-        beside=beside,
+        step=partial(train_step, model=model, learner=learner, masking=masking, accumulate=config.accumulate),
+        steps=sum(phase.steps for phase in phases),
+        batches=PhasedBatches(config, data, spread.share),
         evaluate=evaluate,
-        learning_rate=learner.rate,
+        start=Start(config.resume_from, weights, f"the weights of {config.init_from}"),
         show=("loss", "mlm_loss", "mlm_accuracy", "nsp_accuracy"),
+        counts={"tokens": "real tokens/s"},
         progress=progress,
         stop=stop,
     )
-    checkpoints.close()
     if fitted.stopped is not None:
-        run.close()
-        progress.line(f"stopped and saved at step {fitted.step}; the same command goes on from here")
-        return 0 if fitted.stopped == signal.SIGTERM else 128 + fitted.stopped
-    params = on_host(spread.leave(fitted.state).params)
+        return exit_status(fitted)
+    params = on_host(fitted.state.params)
     if main_process:
-        save(config.out / "model", learner.model, params, data.tokenizer)
+        save(config.out / "model", model, params, data.tokenizer)
         run.finish(results(config, data, fitted, count_parameters(params), run))
-        for line in fill_in(learner.model, params, data.tokenizer, next(iter(evaluate.batches()))):
+        for line in fill_in(model, params, data.tokenizer, next(iter(evaluate.batches()))):
             progress.line(f"  {line}")
         progress.line(f"done in {duration(time.perf_counter() - started)}; the model is in {config.out / 'model'}")
     run.close()
     return 0
+
+
+def _weights(folder: Path, seed: int) -> Any:
+    return load(folder, head="pretraining", seed=seed).params
 
 
 def check_batch(config: PretrainConfig, phase: Phase, spread: Spread) -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -293,17 +293,36 @@ class OverPmap:
         return jax.tree.map(lambda array: np.asarray(array.addressable_shards[0].data)[0], sums)
 
 
-def make_spread(parallel: str, mesh: str) -> Spread:
-    """`parallel` is 'mesh' or 'pmap'; `mesh` is read by `parse_mesh`.
+@dataclass(frozen=True)
+class SpreadConfig:
+    """Which devices a run takes, and how."""
+
+    parallel: Literal["mesh", "pmap"] = "mesh"
+    """mesh: jit over a mesh, which can divide the model; pmap: a replica on each device, gradients averaged."""
+    mesh: str = "data=-1"
+    """Devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes those that are left."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes run. Found by itself on TPU pods and under SLURM."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0."""
+
+
+def start_spread(config: SpreadConfig) -> Spread:
+    """Join the other processes, if there are any, and spread over all their devices.
 
     Raises:
         RunError: the mesh does not fit the devices, or pmap was asked to divide parameters.
     """
-    if parallel == "mesh":
-        return OverMesh(make_mesh(mesh))
-    sizes = parse_mesh(mesh, jax.device_count())
+    start_processes(config.coordinator, config.processes, config.process)
+    if config.parallel == "mesh":
+        return OverMesh(make_mesh(config.mesh))
+    sizes = parse_mesh(config.mesh, jax.device_count())
     if sizes["data"] != jax.device_count():
-        raise RunError(f"--parallel pmap holds whole replicas: --mesh {mesh} must put all devices on the data axis.")
+        raise RunError(
+            f"--parallel pmap holds whole replicas: --mesh {config.mesh} must put all devices on the data axis."
+        )
     return OverPmap()
 
 

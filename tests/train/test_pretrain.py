@@ -11,7 +11,7 @@ from bestiary import models
 from bestiary.models.bert import BertConfig
 from bestiary.train.cli import main
 from bestiary.train.masking import Masking
-from bestiary.train.pretrain import Learner, PretrainConfig, make_learner, parse_phases, train_step
+from bestiary.train.pretrain import PretrainConfig, make_model, parse_phases, train_step
 from bestiary.train.sharding import Replicas
 
 
@@ -108,39 +108,37 @@ def batch() -> dict[str, jax.Array]:
     )
 
 
-def learner_of(**changes) -> Learner:
+def update_of(**changes):
+    """A small model's learner, and the step that trains it."""
     sizes = dict(vocab_size=60, width=16, layers=2, heads=2, feed_forward=32, positions=16)
-    return make_learner(PretrainConfig(), BertConfig(**{**sizes, **changes}))
+    model, learner = make_model(PretrainConfig(), BertConfig(**{**sizes, **changes}))
+
+    def step(state, batch):
+        return train_step(state, batch, Replicas(), model=model, learner=learner, masking=MASKING, accumulate=1)
+
+    return learner, jax.jit(step)
 
 
 MASKING = Masking("token", 0.15, 4, np.arange(60) < 5, np.zeros(60, bool))
 
 
-def program_size(learner: Learner, batch: dict[str, jax.Array]) -> int:
+def program_size(batch: dict[str, jax.Array], **changes) -> int:
     """Lines of the step's program, as the compiler gets it."""
-
-    def step(state, batch):
-        return train_step(state, batch, Replicas(), learner=learner, masking=MASKING, accumulate=1)
-
-    return jax.jit(step).lower(jax.eval_shape(learner.make), batch).as_text().count("\n")
+    learner, step = update_of(**changes)
+    return step.lower(learner.shapes(), batch).as_text().count("\n")
 
 
 def test_program_does_not_grow_with_depth_under_scan(batch):
-    sizes = [program_size(learner_of(layers=layers), batch) for layers in (3, 8)]
+    sizes = [program_size(batch, layers=layers) for layers in (3, 8)]
     assert sizes[1] == sizes[0]
-    written_out = program_size(learner_of(layers=8, scan_layers=False), batch)
+    written_out = program_size(batch, layers=8, scan_layers=False)
     assert written_out > 2 * sizes[1]  # what the test would see if scanning were lost
 
 
 def test_weights_of_zero_teach_nothing(batch):
     """Unused [CLS] slots change neither the loss nor the update."""
-    learner = learner_of()
+    learner, step = update_of()
     state = learner.make()
-
-    @jax.jit
-    def step(state, batch):
-        return train_step(state, batch, Replicas(), learner=learner, masking=MASKING, accumulate=1)
-
     other = {**batch, "next_sentence_labels": batch["next_sentence_labels"].at[:, 1].set(0)}
     first, sums = step(state, batch)
     second, others = step(state, other)

@@ -1,0 +1,142 @@
+"""What trains, what each parameter's rate is, and when a run ends early."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bestiary.train.checkpoint import Checkpoints
+from bestiary.train.errors import RunError
+from bestiary.train.learner import Start, gradient_step, learn, make_learner
+from bestiary.train.loop import Best, LoopConfig, Stop
+from bestiary.train.optim import OptimConfig, schedule
+from bestiary.train.progress import Progress
+from bestiary.train.run_folder import RunFolder
+from bestiary.train.sharding import Replicas, SpreadConfig, start_spread
+
+STEPS = 8
+OPTIM = OptimConfig(learning_rate=0.1, warmup=0.0, decay="constant", weight_decay=0.0)
+
+
+class Line(nn.Module):
+    """y = x·kernel + bias, over two stacked layers that are summed."""
+
+    @nn.compact
+    def __call__(self, x):
+        normal = nn.initializers.normal(1.0)
+        kernel = self.param("kernel", nn.with_logical_partitioning(normal, ("layers", "embed")), (2, 3))
+        bias = self.param("bias", nn.with_logical_partitioning(normal, ("labels",)), (1,))
+        return x @ kernel.sum(0) + bias
+
+
+def learner_of(**options):
+    rate = schedule(OPTIM, [(STEPS, None)])
+    return make_learner(
+        lambda key: Line().init(key, jnp.zeros((1, 3)))["params"], optim=OPTIM, rate=rate, seed=0, **options
+    )
+
+
+def step_of(learner):
+    def step(state, batch, replicas):
+        count = replicas.sum(jnp.float32(batch["x"].shape[0]))
+
+        def loss(params, part):
+            total = jnp.square(Line().apply({"params": params}, part["x"]) - part["y"]).sum()
+            return total / count, total
+
+        state, total, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss)
+        return state, {"loss": (total, count), "gradient_norm": (norm, 1.0), "tokens": (count, 1.0)}
+
+    return step
+
+
+def batch_of(number):
+    x = np.random.default_rng(number).normal(size=(8, 3)).astype(np.float32)
+    return {"x": x, "y": x.sum(1)}
+
+
+def test_only_what_trains_has_state_and_moves():
+    learner = learner_of(trains=lambda names: names[-1] == "bias")
+    before = learner.make()
+    assert {leaf.shape for leaf in jax.tree.leaves(before.opt_state)} == {(), (1,)}
+    after, _ = step_of(learner)(before, jax.tree.map(jnp.asarray, batch_of(0)), Replicas())
+    np.testing.assert_array_equal(after.params["kernel"], before.params["kernel"])
+    assert (after.params["bias"] != before.params["bias"]).all()
+    with pytest.raises(RunError, match="Nothing trains"):
+        learner_of(trains=lambda names: False)
+
+
+def test_rates_of_single_parameters():
+    """Adam's first update is the rate itself in every entry; a stacked layer's factor is its own."""
+    layers = jnp.asarray([[0.5], [0.0]])
+    learner = learner_of(scales=lambda names: layers if names[-1] == "kernel" else 2.0)
+    before = learner.make()
+    after, _ = step_of(learner)(before, jax.tree.map(jnp.asarray, batch_of(0)), Replicas())
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)), after.params, before.params)
+    np.testing.assert_allclose(moved["kernel"], np.broadcast_to([[0.05], [0.0]], (2, 3)), rtol=1e-3)
+    np.testing.assert_allclose(moved["bias"], 0.2, rtol=1e-3)
+
+
+class Numbers:
+    def __init__(self):
+        self.at = 0
+
+    def __next__(self):
+        self.at += 1
+        return batch_of(self.at)
+
+    def get_state(self):
+        return self.at
+
+    def set_state(self, state):
+        self.at = state
+
+
+def run_once(folder, values, kept, patience):
+    """Train with an evaluation after every step, which reads its value from a list."""
+    learner = learner_of()
+    spread = start_spread(SpreadConfig())
+    run = RunFolder(folder, OPTIM, frozenset())
+    best = Best("score", True, patience, lambda number, state: kept.append(number))
+
+    def evaluate(state, stop):
+        return {"score": values[int(np.asarray(state.step)) - 1]}
+
+    with Stop() as stop:
+        return learn(
+            run=run,
+            loop=LoopConfig(evaluate_every=1, checkpoint_every=2),
+            learner=learner,
+            spread=spread,
+            step=step_of(learner),
+            steps=STEPS,
+            batches=Numbers(),
+            evaluate=evaluate,
+            start=Start(),
+            show=("loss",),
+            counts={"tokens": "tokens/s"},
+            progress=Progress(shown=False),
+            stop=stop,
+            best=best,
+        )
+
+
+def test_ends_when_no_evaluation_is_better(tmp_path):
+    kept: list[int] = []
+    fitted = run_once(tmp_path / "run", [1.0, 3.0, 2.0, 3.0, 2.5, 9.0, 9.0, 9.0], kept, patience=3)
+    assert (fitted.step, fitted.best, kept) == (5, (2, 3.0), [1, 2])
+    again = run_once(tmp_path / "run", [], kept, patience=3)  # the same command, after the end
+    assert (again.step, again.best, kept) == (5, (2, 3.0), [1, 2])
+    assert again.totals == fitted.totals == {"tokens": 40.0}
+
+
+def test_best_is_remembered_over_a_restart(tmp_path):
+    """The checkpoint of step 4 is lost, so the run goes on from step 2 with what was best then."""
+    values = [1.0, 5.0, 2.0, 6.0, 1.0, 1.0, 1.0, 1.0]
+    kept: list[int] = []
+    whole = run_once(tmp_path / "run", values, kept, patience=0)
+    assert (whole.step, whole.best, kept) == (STEPS, (4, 6.0), [1, 2, 4])
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, report=print)
+    assert checkpoints.restore(jax.eval_shape(lambda: whole.state)).progress["best"] == [4, 6.0]
+    checkpoints.close()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -170,8 +169,8 @@ def start(tmp_path: Path, tokenizer: Tokenizer, big: Path) -> Callable[..., subp
     (tmp_path / "builder.py").write_text(BUILDER)
     tokenizer.save(tmp_path / "tokenizer")
 
-    def run(processes: int = 1, **options) -> subprocess.Popen:
-        command = [sys.executable, "-W", "error", str(tmp_path / "builder.py"), str(big)]
+    def run(processes: int = 1, before: tuple[str, ...] = (), **options) -> subprocess.Popen:
+        command = [*before, sys.executable, "-W", "error", str(tmp_path / "builder.py"), str(big)]
         command += [str(tmp_path / "tokenizer"), str(tmp_path / "caches"), str(processes)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
@@ -263,7 +262,7 @@ def test_two_builders_at_once(start: Callable, tmp_path: Path, big: Path):
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_cache(start: Callable, tmp_path: Path):
-    builder = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    builder = start(before=("bash", "-c", 'ulimit -f 48 && exec "$@"', "bash"))  # files of at most 48 KiB
     _, errors = builder.communicate(timeout=120)
     assert builder.returncode == 1
     assert "DataError: " in errors.splitlines()[-1]

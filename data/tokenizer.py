@@ -99,6 +99,17 @@ class Tokenizer:
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
 
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of each text, [T] int32, and where they stand in it, [T, 2] int32, without special tokens.
+
+        A span is the token's first character (Unicode code point of the text as given) and the one after its last.
+        """
+        encoded = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2))
+            for encoding in encoded
+        ]
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text from ids: pieces joined to words, and the space before punctuation taken out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)

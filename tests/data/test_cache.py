@@ -16,7 +16,7 @@ from bestiary.data import (
     Corpus,
     CorpusError,
     DataError,
-    Progress,
+    Report,
     TokenCache,
     Tokenizer,
     build_cache,
@@ -128,7 +128,7 @@ def test_key_follows_corpus_tokenizer_and_language(tmp_path: Path, tokenizer: To
 
 
 def test_a_second_build_does_nothing(tmp_path: Path, tokenizer: Tokenizer, documents: tuple[Path, Sentences]):
-    reports: list[Progress] = []
+    reports: list[Report] = []
     first = build_cache(Corpus([documents[0]]), tokenizer, tmp_path, progress=reports.append)
     assert reports[-1].done == reports[-1].total > 0
     assert "MB/s" in str(reports[-1])
@@ -215,7 +215,7 @@ def test_a_killed_build_goes_on_where_it_was(
 
     monkeypatch.setattr(cache_build, "SMALLEST_CHUNK", 1 << 15)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    reports: list[Progress] = []
+    reports: list[Report] = []
     written: list[int] = []
     write = cache_build._Worker._write
     monkeypatch.setattr(

@@ -178,7 +178,7 @@ def save(
         raise ValueError(f"dtype: expected one of {', '.join(STORED_DTYPES)}, found {dtype!r}")
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: exists and is not a checkpoint folder (no config.json); not replaced")
-    family, architecture = _family_of_model(model)
+    family, architecture = family_of_model(model)
     config: Any = model.config  # type: ignore[attr-defined]
     tensors = (
         (name, np.ascontiguousarray(tensor.astype(STORED_DTYPES[dtype]) if _is_float(tensor) else tensor))
@@ -245,7 +245,8 @@ def _family(name: str) -> Any:
     return importlib.import_module(FAMILIES[name], __package__)
 
 
-def _family_of_model(model: nn.Module) -> tuple[Any, Architecture]:
+def family_of_model(model: nn.Module) -> tuple[Any, Architecture]:
+    """The module of a model's family, and which of its kinds the model is."""
     for family in map(_family, FAMILIES):
         for architecture in family.ARCHITECTURES:
             if architecture.build is type(model):

@@ -94,7 +94,7 @@ def main(config: BenchConfig) -> int:
         spread=config.spread,
         seed=config.seed,
         optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, decay="constant"),
-        evaluation_rows=4 * config.rows,
+        evaluation_rows=16 * config.rows,
     )
     spread = start_spread(config.spread)
     data = prepare_data(training, progress)

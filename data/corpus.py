@@ -164,14 +164,14 @@ class Corpus:
             raise CorpusError(f"{path}: there is no such file or folder. Check the path given with --corpus.")
         if path.is_file():
             return [Source(path, path.name, _format_of(path) or "text")]
-        if _is_tfds(path):
+        if is_tfds(path):
             return [Source(path, path.name, "tfds-folder")]
         found = []
         for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts):
             inside = file.relative_to(path)
-            if any(part.startswith(".") for part in inside.parts) or any(_is_tfds(p) for p in _below(path, file)):
+            if any(part.startswith(".") for part in inside.parts) or any(is_tfds(p) for p in _below(path, file)):
                 continue
-            if file.is_dir() and _is_tfds(file):
+            if file.is_dir() and is_tfds(file):
                 found.append(Source(file, inside.as_posix(), "tfds-folder"))
             elif file.is_file() and (kind := _format_of(file)):
                 found.append(Source(file, inside.as_posix(), kind))
@@ -261,7 +261,7 @@ class Corpus:
             yield Document(text, "docstrings", f"{source.name}/{name}")
 
     def _read_tfds(self, source: Source) -> Iterator[Document]:
-        examples = _open_tfds(source, self.split)
+        examples = open_tfds(source, self.split)
         size = sum(file.stat().st_size for _, file in source.files) / max(1, len(examples))
         for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
             numbers = range(first, min(first + _EXAMPLES_AT_ONCE, len(examples)))
@@ -289,7 +289,8 @@ def _format_of(file: Path) -> Format | None:
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _is_tfds(folder: Path) -> bool:
+def is_tfds(folder: Path) -> bool:
+    """Whether this is the folder of a prepared tensorflow-datasets data set."""
     return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
 
 
@@ -315,7 +316,8 @@ def _text_of(value: Any, name: str, where: str, expected: str) -> str:
     return text
 
 
-def _open_tfds(source: Source, split: str) -> Any:
+def open_tfds(source: Source, split: str) -> Any:
+    """The examples of a split of a prepared data set: has a length, and is indexed with lists of numbers."""
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(source.tfds_folder)

@@ -1,0 +1,586 @@
+"""Subword tokenizers for translation, trained here or loaded: SentencePiece (unigram, BPE) and BPE over words.
+
+A `PairTokenizer` holds a source and a target side, which are one and the same where the vocabulary is joint, and what
+is done to a text before it is cut up: lower-casing, and the Moses tokeniser's normalisation and word splitting. Its
+folder is part of a model's checkpoint folder:
+
+    subwords.json                 kind, whether joint, the languages, lower-casing, Moses
+    spm.model                     SentencePiece, joint; else source.spm and target.spm
+    tokenizer.json                BPE over words (`tokenizers`), joint; else source.json and target.json
+
+A folder in Marian's released format (source.spm, target.spm, vocab.json) loads too: the pieces are SentencePiece's,
+their ids are those of vocab.json.
+
+Subword regularisation gives a text another segmentation each time, a pure function of (seed, epoch, index). Since a
+piece never crosses a space, words are drawn one by one:
+
+- unigram (Kudo 2018, 3.2): a word's segmentation is drawn from its `BEST` most probable ones with probability
+  proportional to P^alpha. Only words with more segmentations than that are drawn otherwise than from all of them.
+- BPE dropout (Provilkov et al. 2020, 3.1): each merge is left out with a probability at each step. A word has a bank of
+  `BANK` such segmentations an epoch, and an occurrence takes one of them: its distribution is exactly the paper's,
+  while two occurrences of a frequent word in one epoch may share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from .errors import DataError
+from .packing import RandomStream
+
+Kind = Literal["unigram", "bpe", "word-bpe"]
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+SPACE = "▁"
+WORD_END = "</w>"
+BEST = 64
+BANK = 32
+_SAMPLE = 3  # what a random stream is for
+_CONFIG = "subwords.json"
+
+
+class Side(Protocol):
+    """The pieces of one language. `size` counts them; the ids are those of the special ones, `bos_id` may be None."""
+
+    size: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+    unk_id: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without the special ones."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ones but the unknown are left out."""
+        ...
+
+    def words(self, text: str) -> list[str]:
+        """What `draw` takes: no piece crosses from one to the next."""
+        ...
+
+    def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
+        """A segmentation of a word. `number` is uniform in 64 bits; `amount` is alpha, or the dropout of merges."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the file that `path`, without its ending, names."""
+        ...
+
+    @property
+    def state(self) -> bytes:
+        """What decides the ids, to be hashed."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """What is done to a text before it is cut into pieces, and undone after.
+
+    `lowercase` is not undone. `moses` normalises punctuation and splits words as the Moses scripts do, in the order of
+    Multi30k's own files (lower-cased, normalised, split), by sacremoses; a translation is joined again.
+    """
+
+    languages: tuple[str, str] = ("en", "de")
+    lowercase: bool = False
+    moses: bool = False
+
+    def prepare(self, text: str, target: bool) -> str:
+        """The text that is cut into pieces."""
+        if self.lowercase:
+            text = text.lower()
+        if self.moses:
+            normalizer, tokenizer, _ = self._moses[target]
+            text = tokenizer.tokenize(normalizer.normalize(text), return_str=True, escape=False)
+        return text
+
+    def finish(self, text: str) -> str:
+        """Running text of a prepared target text."""
+        return self._moses[1][2].detokenize(text.split(" ")) if self.moses else text
+
+    @cached_property
+    def _moses(self) -> list[tuple[Any, Any, Any]]:
+        import sacremoses
+
+        return [
+            (
+                sacremoses.MosesPunctNormalizer(language),
+                sacremoses.MosesTokenizer(language),
+                sacremoses.MosesDetokenizer(language),
+            )
+            for language in self.languages
+        ]
+
+
+class PairTokenizer:
+    """The two sides of a translation, and the form that their texts are brought into."""
+
+    def __init__(self, kind: str, source: Side, target: Side, form: TextForm):
+        self.kind, self.source, self.target, self.form = kind, source, target, form
+
+    @property
+    def joint(self) -> bool:
+        """Whether both sides have one vocabulary."""
+        return self.source is self.target or self.kind == "marian"
+
+    def encode_source(self, texts: Iterable[str]) -> list[list[int]]:
+        """Ids of source texts, without special ones."""
+        return self.source.encode([self.form.prepare(text, target=False) for text in texts])
+
+    def encode_target(self, texts: Iterable[str]) -> list[list[int]]:
+        """Ids of target texts, without special ones."""
+        return self.target.encode([self.form.prepare(text, target=True) for text in texts])
+
+    def decode_prepared(self, ids: Sequence[int]) -> str:
+        """The target text in its prepared form (split into words with `moses`), which tokenised BLEU compares."""
+        return self.target.decode(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Running target text of ids."""
+        return self.form.finish(self.target.decode(ids))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal; equal for two that give every text the same ids."""
+        digest = hashlib.sha256(json.dumps([self.kind, asdict(self.form)]).encode())
+        for side in (self.source, self.target):
+            digest.update(side.state)
+        return digest.hexdigest()[:32]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into `folder`, which is made if it is not there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.kind == "marian":
+            for name, side in (("source", self.source), ("target", self.target)):
+                side.save(folder / name)
+            return
+        if self.joint:
+            self.source.save(folder / ("tokenizer" if self.kind == "word-bpe" else "spm"))
+        else:
+            self.source.save(folder / "source")
+            self.target.save(folder / "target")
+        content = {"kind": self.kind, "joint": self.joint, **asdict(self.form)}
+        (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class SentencePieceSide:
+    """One side by a SentencePiece model. A model without a padding piece gets one after its last."""
+
+    def __init__(self, model: bytes, where: str = "the SentencePiece model"):
+        import sentencepiece
+
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{where}: not a SentencePiece model ({error}).") from None
+        self.state, sp = model, self.processor
+        self.size = sp.get_piece_size() + (sp.pad_id() < 0)
+        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else sp.get_piece_size()
+        self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
+        self.eos_id, self.unk_id = sp.eos_id(), sp.unk_id()
+        if self.eos_id < 0:
+            raise DataError(f"{where}: it has no end-of-sentence piece (eos_id -1), which decoding stops at.")
+        self._special = {self.pad_id, self.bos_id, self.eos_id}
+        self._drawn: dict[Any, Any] = {}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.decode([i for i in map(int, ids) if i not in self._special])
+
+    def words(self, text: str) -> list[str]:
+        normal = self.processor.normalize(text)
+        return [SPACE + word for word in normal.split(SPACE) if word]
+
+    def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
+        if self._unigram:
+            return _weighted(self._drawn, word, number, amount, self._best)
+        return _banked(self._drawn, word, number, amount, key, self._merge)
+
+    def save(self, path: Path) -> None:
+        path.with_name(f"{path.name}.{'model' if path.name == 'spm' else 'spm'}").write_bytes(self.state)
+
+    @cached_property
+    def _pieces(self) -> dict[str, tuple[int, float]]:
+        sp = self.processor
+        usable = (i for i in range(sp.get_piece_size()) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)))
+        pieces = {sp.id_to_piece(i): (i, sp.get_score(i)) for i in usable}
+        crossing = next((piece for piece in pieces if SPACE in piece[1:]), None)
+        if crossing is not None:
+            raise DataError(f"The SentencePiece model has pieces that cross spaces ({crossing!r}): it cannot be sampled.")
+        return pieces
+
+    @cached_property
+    def _unigram(self) -> bool:
+        try:
+            self.processor.nbest_encode("a", nbest_size=2)
+        except RuntimeError:
+            return False
+        return True
+
+    def _best(self, word: str) -> tuple[list[list[int]], np.ndarray]:
+        """A word's most probable segmentations and the logarithms of their probabilities."""
+        pieces = self._pieces
+        lowest = min(score for _, score in pieces.values()) - 10.0  # an unknown piece's, as in the library
+        score_of = {i: score for i, score in pieces.values()}
+        found = self.processor.nbest_encode(word.removeprefix(SPACE), nbest_size=BEST)
+        return found, np.array([sum(score_of.get(i, lowest) for i in ids) for ids in found])
+
+    def _merge(self, word: str, dropout: float, draw: Iterator[float]) -> list[int]:
+        pieces = self._pieces
+
+        def rank(left: str, right: str) -> float | None:
+            found = pieces.get(left + right)
+            return None if found is None else -found[1]
+
+        ids: list[int] = []
+        for piece in merge(list(word), rank, dropout, draw):
+            found = pieces[piece][0] if piece in pieces else self.unk_id
+            if found != self.unk_id or not ids or ids[-1] != found:  # the library joins what is unknown, too
+                ids.append(found)
+        return ids
+
+
+class MarianSide(SentencePieceSide):
+    """One side of a released Marian folder: pieces by SentencePiece, ids by a vocabulary file."""
+
+    def __init__(self, model: bytes, vocabulary: dict[str, int], where: str):
+        super().__init__(model, where)
+        self.vocabulary = vocabulary
+        missing = [piece for piece in (PAD, EOS, UNK) if piece not in vocabulary]
+        if missing:
+            raise DataError(f"{where}: the vocabulary has no {', '.join(missing)}, which Marian's has.")
+        self.size = max(vocabulary.values()) + 1
+        self.pad_id, self.eos_id, self.unk_id = (vocabulary[piece] for piece in (PAD, EOS, UNK))
+        self.bos_id = None
+        self._tokens = {number: piece for piece, number in vocabulary.items()}
+        self.state = model + json.dumps(vocabulary, sort_keys=True).encode()
+        self._model = model
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        pieces = self.processor.encode(list(texts), out_type=str)
+        return [[self.vocabulary.get(piece, self.unk_id) for piece in text] for text in pieces]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = (self._tokens.get(int(i), UNK) for i in ids if int(i) not in (self.pad_id, self.eos_id))
+        return "".join(kept).replace(SPACE, " ").strip()
+
+    def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
+        ids = super().draw(word, number, amount, key)
+        return [self.vocabulary.get(self.processor.id_to_piece(i), self.unk_id) for i in ids]
+
+    def save(self, path: Path) -> None:
+        path.with_name(f"{path.name}.spm").write_bytes(self._model)
+        path.with_name("vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
+
+
+class WordBpeSide:
+    """One side by BPE within words that spaces part (Sennrich et al. 2016), of the `tokenizers` library."""
+
+    def __init__(self, backend: Any, where: str = "the tokenizer"):
+        self.backend = backend
+        content = json.loads(backend.to_str())
+        if content["model"].get("type") != "BPE" or content["model"].get("end_of_word_suffix") != WORD_END:
+            raise DataError(f"{where}: expected a BPE whose words end in {WORD_END}, as trained by --subwords word-bpe.")
+        self.state = json.dumps(content, sort_keys=True).encode()
+        self.size = backend.get_vocab_size()
+        vocabulary = backend.get_vocab()
+        missing = [piece for piece in (PAD, BOS, EOS, UNK) if piece not in vocabulary]
+        if missing:
+            raise DataError(f"{where}: the vocabulary has no {', '.join(missing)}.")
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id = (vocabulary[piece] for piece in (PAD, BOS, EOS, UNK))
+        self._vocabulary = vocabulary
+        self._ranks = {tuple(pair): rank for rank, pair in enumerate(content["model"]["merges"])}
+        self._drawn: dict[Any, Any] = {}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = (self.pad_id, self.bos_id, self.eos_id)
+        kept = [i for i in map(int, ids) if i not in special]
+        return self.backend.decode(kept, skip_special_tokens=False).strip()
+
+    def words(self, text: str) -> list[str]:
+        return text.split()
+
+    def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
+        return _banked(self._drawn, word, number, amount, key, self._merge)
+
+    def save(self, path: Path) -> None:
+        self.backend.save(str(path.with_name(f"{path.name}.json")), pretty=True)
+
+    def _merge(self, word: str, dropout: float, draw: Iterator[float]) -> list[int]:
+        symbols = [*word[:-1], word[-1] + WORD_END]
+        pieces = merge(symbols, lambda left, right: self._ranks.get((left, right)), dropout, draw)
+        return [self._vocabulary.get(piece, self.unk_id) for piece in pieces]
+
+
+def merge(
+    symbols: list[str], rank: Callable[[str, str], float | None], dropout: float, draw: Iterator[float]
+) -> list[str]:
+    """Merge neighbours, the pair of lowest rank first and the leftmost of equals, until none is left to be merged.
+
+    Args:
+        symbols: of a word, changed in place.
+        rank: of two neighbours; None where they are not merged.
+        dropout: probability that a merge is left out, at every step anew (Provilkov et al. 2020, algorithm 1).
+        draw: uniform numbers in [0, 1); none is drawn without dropout.
+    """
+    while len(symbols) > 1:
+        lowest, place = None, -1
+        for i in range(len(symbols) - 1):
+            found = rank(symbols[i], symbols[i + 1])
+            if found is None or (dropout and next(draw) < dropout):
+                continue
+            if lowest is None or found < lowest:
+                lowest, place = found, i
+        if lowest is None:
+            break
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    return symbols
+
+
+def _weighted(
+    kept: dict[Any, Any],
+    word: str,
+    number: int,
+    alpha: float,
+    best: Callable[[str], tuple[list[list[int]], np.ndarray]],
+) -> list[int]:
+    """One of a word's segmentations, with probability proportional to P^alpha."""
+    found = kept.get((word, alpha))
+    if found is None:
+        segmentations, scores = best(word)
+        weights = np.exp(alpha * (scores - scores.max()))
+        kept[word, alpha] = found = (segmentations, np.cumsum(weights / weights.sum()))
+    segmentations, ends = found
+    return segmentations[min(int(np.searchsorted(ends, number * 2.0**-64, side="right")), len(segmentations) - 1)]
+
+
+def _banked(
+    kept: dict[Any, Any],
+    word: str,
+    number: int,
+    dropout: float,
+    key: tuple[int, ...],
+    split: Callable[[str, float, Iterator[float]], list[int]],
+) -> list[int]:
+    """One of the word's segmentations of this epoch."""
+    if kept.get("key") != (key, dropout):
+        kept.clear()
+        kept["key"] = (key, dropout)
+    slot = number % BANK
+    found = kept.get((word, slot))
+    if found is None:
+        name = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        stream = RandomStream(_SAMPLE, *key, name, slot)
+        kept[word, slot] = found = split(word, dropout, _uniforms(stream))
+    return found
+
+
+def _uniforms(stream: RandomStream) -> Iterator[float]:
+    while True:
+        yield from stream.uniforms(256).tolist()
+
+
+def sample(
+    side: Side, texts: Iterable[str], amount: float, *, seed: int, epoch: int, indexes: Iterable[int], role: int
+) -> list[list[int]]:
+    """Ids of each prepared text, cut up at random.
+
+    Args:
+        side: the tokenizer.
+        texts: prepared texts.
+        amount: alpha of a unigram model, or the dropout of a BPE.
+        seed, epoch: with each text's index, what decides.
+        indexes: of the texts.
+        role: 0 for the source, 1 for the target, so that equal words on both sides are cut up independently.
+    """
+    result = []
+    for text, index in zip(texts, indexes, strict=True):
+        words = side.words(text)
+        numbers = RandomStream(seed, _SAMPLE, role, epoch, index).words(len(words)).tolist() if words else ()
+        ids: list[int] = []
+        for word, number in zip(words, numbers, strict=True):
+            ids += side.draw(word, number, amount, (seed, role, epoch))
+        result.append(ids)
+    return result
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def train_subwords(
+    kind: Kind,
+    source: Callable[[], Iterable[str]],
+    target: Callable[[], Iterable[str]],
+    *,
+    vocab_size: int,
+    joint: bool,
+    form: TextForm,
+) -> PairTokenizer:
+    """Learn the pieces; the same text always gives the same ones.
+
+    Args:
+        kind: `unigram` or `bpe` of SentencePiece, or `word-bpe`, the merges within words of `tokenizers`.
+        source, target: give the prepared texts, anew at each call.
+        vocab_size: pieces, the four special ones counted in; of each side where they are separate. A small text may
+            give fewer.
+        joint: one vocabulary for both sides.
+        form: how the texts were prepared.
+
+    Raises:
+        DataError: a vocabulary that does not hold the text's characters.
+    """
+    train = _train_word_bpe if kind == "word-bpe" else _train_sentencepiece
+
+    def both() -> Iterator[str]:
+        yield from source()
+        yield from target()
+
+    if joint:
+        side = train(kind, both, vocab_size)
+        return PairTokenizer(kind, side, side, form)
+    return PairTokenizer(kind, train(kind, source, vocab_size), train(kind, target, vocab_size), form)
+
+
+def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Side:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts()),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=kind,
+            character_coverage=1.0,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            hard_vocab_limit=False,
+            num_threads=16,  # the sums depend on their number, so that it is a fixed one
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(f"SentencePiece cannot learn {vocab_size} pieces from this text: {error}") from None
+    return SentencePieceSide(model.getvalue())
+
+
+def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Side:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    characters, last = set(), set()
+    for text in texts():
+        for word in text.split():
+            characters.update(word)
+            last.add(word[-1] + WORD_END)
+    # Named as special tokens the characters have their ids before the trainer starts, whose own numbering of them
+    # follows a hash table, another one in each process.
+    given = [PAD, BOS, EOS, UNK, *sorted(characters), *sorted(last)]
+    if vocab_size <= len(given):
+        raise DataError(
+            f"A vocabulary of {vocab_size} pieces: too small. The four special ones and the text's characters, inside of "
+            f"words and at their ends, take {len(given)}."
+        )
+    backend = tokenizers.Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix=WORD_END))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=given,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts(), trainer)
+    # Made again with its vocabulary alone: here the characters are pieces like any other.
+    content = json.loads(backend.to_str())["model"]
+    merges = [tuple(pair) for pair in content["merges"]]
+    trained = tokenizers.Tokenizer(
+        models.BPE(content["vocab"], merges, unk_token=UNK, end_of_word_suffix=WORD_END)
+    )
+    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trained.decoder = decoders.BPEDecoder(suffix=WORD_END)
+    return WordBpeSide(trained)
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------
+
+
+def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokenizer:
+    """The tokenizer of a folder, or of one SentencePiece model file for both sides.
+
+    Args:
+        path: a folder as `PairTokenizer.save` writes it or in Marian's released format; or an .spm or .model file.
+        form: of a model file, which does not say it.
+
+    Raises:
+        DataError: nothing of the kind there.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        side = SentencePieceSide(path.read_bytes(), str(path))
+        unigram = side._unigram
+        return PairTokenizer("unigram" if unigram else "bpe", side, side, form or TextForm())
+    if (path / _CONFIG).is_file():
+        content = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+        try:
+            kind, joint = content.pop("kind"), content.pop("joint")
+            found = TextForm(**{**content, "languages": tuple(content["languages"])})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path / _CONFIG}: not as this program writes it ({error}).") from None
+        if joint:
+            side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "spm.model"))
+            return PairTokenizer(kind, side, side, found)
+        ending = "json" if kind == "word-bpe" else "spm"
+        sides = [_load_side(path / f"{name}.{ending}") for name in ("source", "target")]
+        return PairTokenizer(kind, sides[0], sides[1], found)
+    if (path / "source.spm").is_file() and (path / "vocab.json").is_file():
+        return _load_marian(path, form)
+    raise DataError(
+        f"{path}: no tokenizer for translation there. Expected {_CONFIG}, or source.spm, target.spm and vocab.json."
+    )
+
+
+def _load_side(path: Path) -> Side:
+    if not path.is_file():
+        raise DataError(f"{path}: this file of the tokenizer is missing.")
+    if path.suffix != ".json":
+        return SentencePieceSide(path.read_bytes(), str(path))
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare class
+        raise DataError(f"{path}: not a tokenizer.json that `tokenizers` reads ({error}).") from error
+    return WordBpeSide(backend, str(path))
+
+
+def _load_marian(path: Path, form: TextForm | None) -> PairTokenizer:
+    vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+    if (path / "target_vocab.json").is_file():
+        raise DataError(f"{path}: separate vocabularies (target_vocab.json) of a Marian folder are not read.")
+    form = form or TextForm()
+    config = path / "tokenizer_config.json"
+    if config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        names = (content.get("source_lang"), content.get("target_lang"))
+        form = replace(form, languages=tuple(a or b for a, b in zip(names, form.languages, strict=True)))
+    sides = [
+        MarianSide((path / name).read_bytes(), vocabulary, str(path / name)) for name in ("source.spm", "target.spm")
+    ]
+    return PairTokenizer("marian", sides[0], sides[1], form)

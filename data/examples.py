@@ -33,6 +33,8 @@ COMPILATION = 16
 """Steps that compiling one more shape is worth."""
 PREDICTION_ROWS = 32
 """Rows of a batch for prediction, at most."""
+SHORTEST_ROW = 64
+"""Tokens of a row for prediction, at least."""
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,7 @@ def plan_shapes(
     Raises:
         DataError: a unit is longer than a row can be.
     """
-    longest = int(unit_lengths.max())
-    if longest > positions:
-        raise DataError(
-            f"An example has {longest} tokens, and a row of this model at most {positions}. Lower --max-length."
-        )
+    longest = _longest(unit_lengths, positions)
     most = max(1, 256 // unit_size)
     plans = [units for epoch in range(epochs) for units in epoch_batches(unit_lengths, batch, seed, epoch)]
     whole = int(unit_lengths.sum()) * batch // len(unit_lengths)  # tokens of a usual batch
@@ -413,37 +411,43 @@ class TrainingBatches:
         self._done = int(state["done"])
 
 
-def prediction_batches(
-    features: Features, *, pad_id: int, positions: int, divisor: int = 1, index: int = 0, count: int = 1
-) -> Iterator[Placed]:
-    """All features once, in few shapes: rows of a power of two tokens, as many rows a batch.
+def prediction_batches(features: Features, *, pad_id: int, positions: int, divisor: int = 1) -> Iterator[Placed]:
+    """All features once, in few shapes: rows of a power of two tokens, and a power of two rows a batch.
 
     Args:
         features: to be predicted.
         pad_id: the token that fills up.
         positions: longest row that the model takes.
         divisor: what the number of rows must be a multiple of.
-        index, count: this process's share of the rows.
 
     Raises:
         DataError: a unit is longer than a row can be.
     """
     if not features.count:
         return
-    longest = int(features.unit_lengths.max())
+    longest = _longest(features.unit_lengths, positions)
+    length = min(positions, max(SHORTEST_ROW, 1 << (longest - 1).bit_length()))
+    most = max(1, length // 8 // features.unit_size)
+    row_of, needed = pack(features.unit_lengths, length, most)
+    batch = _round_up(min(PREDICTION_ROWS, 1 << (needed - 1).bit_length()), divisor)
+    order = np.argsort(row_of, kind="stable")
+    for first in range(0, needed, batch):
+        here = order[np.searchsorted(row_of[order], first) : np.searchsorted(row_of[order], first + batch)]
+        yield assemble(
+            features,
+            here,
+            row_of[here],
+            range(first, first + batch),
+            length=length,
+            slots=most * features.unit_size,
+            pad_id=pad_id,
+        )
+
+
+def _longest(unit_lengths: np.ndarray, positions: int) -> int:
+    longest = int(unit_lengths.max())
     if longest > positions:
         raise DataError(
             f"An example has {longest} tokens, and a row of this model at most {positions}. Lower --max-length."
         )
-    length = min(positions, max(32, 1 << (longest - 1).bit_length()))
-    most = max(1, length // 8 // features.unit_size)
-    row_of, needed = pack(features.unit_lengths, length, most)
-    batch = _round_up(min(PREDICTION_ROWS, 1 << (needed - 1).bit_length()), divisor)
-    share = batch // count
-    order = np.argsort(row_of, kind="stable")
-    for first in range(0, needed, batch):
-        here = order[np.searchsorted(row_of[order], first) : np.searchsorted(row_of[order], first + batch)]
-        rows = range(first + index * share, first + (index + 1) * share)
-        yield assemble(
-            features, here, row_of[here], rows, length=length, slots=most * features.unit_size, pad_id=pad_id
-        )
+    return longest

@@ -205,6 +205,18 @@ def has_split(task: GlueTask, path: str | Path, split: str) -> bool:
     return path.is_file() or _split_file(task, path, split) is not None
 
 
+def has_labels(task: GlueTask, path: str | Path, split: str) -> bool:
+    """Whether a split's first example has a label: the diagnostic set's full file has them, the short one has not."""
+    path = glue_source(task, path)
+    if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
+        row = next(_tfds_rows(path, split), None)
+    else:
+        file = path if path.is_file() else _split_file(task, path, split)
+        row = None if file is None else next(read_table(file, exact=False), None)
+    label = None if row is None else row.fields.get(_column(task, row, task.label))
+    return label is not None and label != -1
+
+
 def _split_file(task: GlueTask, folder: Path, split: str) -> Path | None:
     names = FILES.get(task.name, (f"{split}.tsv",))
     found = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz", ".zst"))

@@ -16,6 +16,15 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
         "pretrain BERT (MLM + NSP); with no arguments, a small one on Python's own documentation",
     ),
     ("tokenizer", "train"): (".tokenize", "TokenizerConfig", "train a tokenizer on a corpus"),
+    ("finetune",): (".glue_task", "GlueConfig", "fine-tune on a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, ..."),
+    ("finetune", "glue"): (".glue_suite", "GlueSuiteConfig", "fine-tune on several tasks of GLUE, and make one table"),
+    ("finetune", "classification"): (
+        ".table_task",
+        "TableConfig",
+        "fine-tune on a table of your own: classes or numbers of texts or pairs of texts",
+    ),
+    ("evaluate",): (".evaluate", "EvaluateConfig", "a fine-tuned model's official metrics on labelled examples"),
+    ("predict",): (".predict", "PredictConfig", "what a fine-tuned model says of new examples"),
     ("parity",): (
         "..models.parity",
         "ParityConfig",
@@ -59,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"bestiary {version('bestiary')}")
         return 0
-    for words, (module, config, _) in COMMANDS.items():
+    longest_first = sorted(COMMANDS.items(), key=lambda command: -len(command[0]))
+    for words, (module, config, _) in longest_first:
         if tuple(arguments[: len(words)]) == words:
             return _guarded(words, module, config, arguments[len(words) :])
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))

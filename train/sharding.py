@@ -60,6 +60,10 @@ class Replicas:
         """Number of replicas."""
         return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
+    def gather(self, tree: Any) -> Any:
+        """From arrays of this replica's rows to those of all rows."""
+        return tree if self.axis is None else jax.lax.all_gather(tree, self.axis, tiled=True)
+
     def rows(self, local: int) -> jax.Array:
         """[local] uint32: numbers, in the whole batch, of the rows that this replica holds."""
         rows = jnp.arange(local, dtype=jnp.uint32)
@@ -71,6 +75,10 @@ class Spread(Protocol):
 
     def share(self, rows: int) -> tuple[int, int]:
         """(index, count): this process reads the index-th of `count` equal shares of a batch of `rows` rows."""
+        ...
+
+    def divisor(self) -> int:
+        """What the number of a batch's rows must be a multiple of."""
         ...
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Any:
@@ -175,8 +183,11 @@ class OverMesh:
         self._batch = NamedSharding(mesh, P(BATCH_AXES))
         self._everywhere = NamedSharding(mesh, P())
 
+    def divisor(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
     def share(self, rows: int) -> tuple[int, int]:
-        parts = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        parts = self.divisor()
         if rows % parts:
             raise RunError(f"A batch of {rows} rows cannot be divided over {parts} devices (mesh axes data x fsdp).")
         slices = [index[0] for index in self._batch.addressable_devices_indices_map((rows,)).values() if index]
@@ -241,6 +252,9 @@ class OverPmap:
         self.mesh = Mesh(np.array(jax.devices()), (self.axis,))
         self._stacked = NamedSharding(self.mesh, P(self.axis))
         self._whole = NamedSharding(self.mesh, P())
+
+    def divisor(self) -> int:
+        return jax.device_count()
 
     def share(self, rows: int) -> tuple[int, int]:
         if rows % jax.device_count():

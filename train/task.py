@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ..data.examples import Features
+from ..data.glue import FINETUNED
 from ..data.tokenizer import Tokenizer
 from .errors import RunError
 from .metrics import Sums
@@ -117,10 +118,14 @@ class TaskData(NamedTuple):
     train: Sequence[Any]
     evaluation: Mapping[str, Sequence[Any]]  # name -> labelled examples; the first decides which checkpoint is best
     prediction: Mapping[str, Sequence[Any]] = {}  # name -> examples without labels, predicted at the end
+    notes: Sequence[str] = ()  # what is to be said of the data
 
 
 # A task's name -> its module and class.
-TASKS: dict[str, tuple[str, str]] = {}
+TASKS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(FINETUNED, (".glue_task", "GlueTextTask")),
+    "classification": (".table_task", "TableTask"),
+}
 
 
 def apply_segments(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:

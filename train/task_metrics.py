@@ -26,9 +26,9 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         case "accuracy":
             return float(metrics.accuracy_score(labels, predictions))
         case "f1":
-            return float(metrics.f1_score(labels, predictions, zero_division=0))
+            return float(metrics.f1_score(labels, predictions, zero_division=0.0)  # type: ignore[arg-type])
         case "macro_f1":
-            return float(metrics.f1_score(labels, predictions, average="macro", zero_division=0))
+            return float(metrics.f1_score(labels, predictions, average="macro", zero_division=0.0)  # type: ignore[arg-type])
         case "matthews":
             return float(metrics.matthews_corrcoef(labels, predictions))
         case "mean_squared_error":

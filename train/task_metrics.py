@@ -5,6 +5,7 @@ learnt nothing, and so does an F1 without a single positive.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +23,14 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     from scipy import stats
     from sklearn import metrics
 
+    undefined: Any = {"zero_division": 0.0}
     match name:
         case "accuracy":
             return float(metrics.accuracy_score(labels, predictions))
         case "f1":
-            return float(metrics.f1_score(labels, predictions, zero_division=0.0)  # type: ignore[arg-type])
+            return float(metrics.f1_score(labels, predictions, **undefined))
         case "macro_f1":
-            return float(metrics.f1_score(labels, predictions, average="macro", zero_division=0.0)  # type: ignore[arg-type])
+            return float(metrics.f1_score(labels, predictions, average="macro", **undefined))
         case "matthews":
             return float(metrics.matthews_corrcoef(labels, predictions))
         case "mean_squared_error":

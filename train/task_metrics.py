@@ -38,7 +38,7 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         case "pearson" | "spearman":
             if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
                 return 0.0
-            correlation = stats.pearsonr if name == "pearson" else stats.spearmanr
+            correlation: Any = stats.pearsonr if name == "pearson" else stats.spearmanr
             return float(correlation(labels, predictions).statistic)
     raise ValueError(f"no metric {name!r}")
 

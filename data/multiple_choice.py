@@ -49,9 +49,8 @@ def read_swag(path: Path, *, labelled: bool = True) -> list[Choice]:
         wanted = (*SWAG_COLUMNS, "label") if labelled else SWAG_COLUMNS
         missing = [name for name in wanted if name not in header]
         if missing:
-            raise DataError(
-                f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(name or '(no name)' for name in header)}."
-            )
+            found = ", ".join(name or "(no name)" for name in header)
+            raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {found}.")
         column = {name: header.index(name) for name in wanted}
         questions = []
         line = reader.line_num

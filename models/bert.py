@@ -466,14 +466,17 @@ class BertForMultipleChoice(nn.Module):
 
 
 class BertForTokenClassification(nn.Module):
-    """Classes of single tokens (Devlin et al. 2018, 5.3)."""
+    """Classes of single tokens (Devlin et al. 2018, 5.3), with the parameters of a CRF over them where `crf` is on."""
 
     config: BertConfig
+    crf: bool = False
 
     def setup(self) -> None:
         self.encoder = Bert(self.config, pooler=False)
         self.drop = _classifier_dropout(self.config)
         self.classifier = _classifier(self.config, self.config.num_labels)
+        if self.crf:
+            self.chain = Crf(self.config.num_labels, name="crf")
 
     def __call__(
         self,
@@ -485,8 +488,10 @@ class BertForTokenClassification(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """As `Bert` -> logits [B, L, num_labels]."""
+        """As `Bert` -> logits [B, L, num_labels], which are the emissions where there is a CRF."""
         rows = row_numbers(rows, input_ids)
+        if self.crf:
+            self.chain()  # makes the parameters; models.crf reads them from the tree, params["crf"]
         hidden = self.encoder(
             input_ids, segment_ids, position_ids, token_type_ids, rows=rows, deterministic=deterministic
         ).hidden
@@ -580,6 +585,8 @@ def checkpoint_table(model: nn.Module) -> Table:
                 c, "bert.", ("encoder",), pooler=not isinstance(model, BertForTokenClassification)
             )
             entries += linear_entries("classifier", ("classifier",), (c.width,), (classes,))
+            if isinstance(model, BertForTokenClassification) and model.crf:
+                entries += crf_entries(c.num_labels)
         case BertForQuestionAnswering():
             entries = encoder_entries(c, "bert.", ("encoder",), pooler=False)
             entries += linear_entries("qa_outputs", ("span",), (c.width,), (2,))
@@ -604,6 +611,10 @@ def _without_pooler(config: BertConfig) -> Bert:
     return Bert(config, pooler=False)
 
 
+def _with_crf(config: BertConfig) -> BertForTokenClassification:
+    return BertForTokenClassification(config, crf=True)
+
+
 # What a config.json may call a model, in the order in which a checkpoint without a name is tried.
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("BertModel", "encoder", Bert),
@@ -612,6 +623,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("BertForMaskedLM", "masked_lm", BertForMaskedLM),
     Architecture("BertForSequenceClassification", "classification", BertForSequenceClassification),
     Architecture("BertForTokenClassification", "tokens", BertForTokenClassification),
+    Architecture("BertForTokenClassification", "crf", _with_crf),
     Architecture("BertForQuestionAnswering", "span", BertForQuestionAnswering),
     Architecture("BertForMultipleChoice", "choice", BertForMultipleChoice),
 )

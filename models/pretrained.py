@@ -92,8 +92,9 @@ def load(
     Args:
         folder: a local folder with config.json and model.safetensors (or its shards and index).
         head: None for the model that the checkpoint holds, entirely. Or the kind of model to make from its encoder
-            ("encoder", "pretraining", "masked_lm", "classification", "tokens", "span", "choice" for BERT): the
-            parameters that the checkpoint lacks are drawn anew, and those and its unused tensors are logged.
+            ("encoder", "pretraining", "masked_lm", "classification", "tokens", "crf", "span", "choice" for BERT; crf is
+            tokens with transitions between them): the parameters that the checkpoint lacks are drawn anew, and those
+            and its unused tensors are logged.
         num_labels: classes of the head; where the checkpoint's head has another number it is drawn anew (with `head`).
         seed: of what is drawn anew.
         changes: to fields of the config, as `dtype="bfloat16"`, `remat=True`, `dropout=0.0`.

@@ -22,6 +22,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from .config import Extra, read_fields, read_labels, write_fields, write_labels
+from .crf import Crf, crf_entries
 from .heads import MaskedLanguageModelHead, gather_positions
 from .layers import (
     ACTIVATIONS,

@@ -16,7 +16,7 @@ from .errors import RunError
 
 Decay = Literal["linear", "cosine", "constant"]
 
-DECAYED = frozenset({"kernel", "embedding"})
+DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
 NOT_DECAYED = frozenset({"bias", "scale"})
 
 

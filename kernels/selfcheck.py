@@ -1,0 +1,103 @@
+"""Whether a kernel gives the reference's numbers on the device that is here.
+
+A kernel that was held to the reference in an interpreter and compiled for its chip has still not run on it. So, before
+such a kernel is taken unasked, it is compared once a process with the XLA backend: output and all gradients, on
+rows that fill its blocks and rows that do not. That costs the compilation of a few small programs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .bias import RelativeBias
+
+LENGTHS = (160, 640)  # a short row, and one of several blocks
+BATCH, HEADS, KEY_HEADS, HEAD_SIZE, BUCKETS = 2, 4, 2, 64, 32
+MARGIN = 2.0  # times the error that the XLA backend makes in the same precision
+
+
+@cache
+def agrees(name: str, dtype: str) -> bool:
+    """Whether backend `name` gives what the XLA backend gives, in `dtype`; a warning says where it does not.
+
+    An error counts against the float32 result, and may be `MARGIN` times the XLA backend's own in `dtype`.
+    """
+    # Its own thread, since this one may be in the middle of tracing a program, where nothing can be computed.
+    with ThreadPoolExecutor(1) as thread:
+        failure = thread.submit(_difference, name, dtype).result()
+    if failure is None:
+        return True
+    warnings.warn(
+        f"attention: the {name} kernel was left out, since {failure} on {jax.devices()[0].device_kind}. "
+        f"Ask for it by name to see what it does; please report this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _difference(name: str, dtype: str) -> str | None:
+    """What went wrong, or None."""
+    with jax.default_device(jax.local_devices()[0]):
+        for length in LENGTHS:
+            inputs = _inputs(length)
+            truth = _run("xla", "float32", inputs)
+            usual = _run("xla", dtype, inputs)
+            try:
+                found = _run(name, dtype, inputs)
+            except Exception as error:
+                return f"it failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            for what, value in found.items():
+                error, allowed = (float(np.abs(other[what] - truth[what]).max()) for other in (found, usual))
+                scale = float(np.abs(truth[what]).max())
+                # An XLA path that happens to be exact must not forbid the last bit.
+                if not np.isfinite(value).all() or error > MARGIN * max(allowed, scale * float(jnp.finfo(dtype).eps)):
+                    return f"its {what} is off by {error:.2g} where {MARGIN:g} x {allowed:.2g} is usual"
+    return None
+
+
+def _inputs(length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(length)
+    ends = np.sort(rng.choice(np.arange(1, length), (BATCH, 3)), axis=1)
+    segments = 1 + (np.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)
+    segments[:, length - 7 :] = 0
+    shapes = {"query": HEADS, "key": KEY_HEADS, "value": KEY_HEADS, "cotangent": HEADS}
+    arrays = {what: rng.normal(size=(BATCH, length, heads, HEAD_SIZE)) for what, heads in shapes.items()}
+    return {**arrays, "table": rng.normal(size=(BUCKETS, HEADS)), "segments": segments.astype(np.int32)}
+
+
+def _run(name: str, dtype: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Output and gradients, in float32 on the host."""
+    from .attention import attention
+
+    def loss(parts: dict[str, Array], segments: Array, cotangent: Array) -> tuple[Array, Array]:
+        out = attention(
+            parts["query"],
+            parts["key"],
+            parts["value"],
+            bias=RelativeBias(parts["table"]),
+            query_segment_ids=segments,
+            key_segment_ids=segments,
+            dropout_rate=0.1,
+            dropout_seed=jnp.asarray([1, 2], jnp.uint32),
+            implementation=name,
+        )
+        return (out.astype(jnp.float32) * cotangent).sum(), out
+
+    # Rounded once, so that every precision starts from the same numbers.
+    parts: dict[str, Any] = {
+        what: jnp.asarray(inputs[what], jnp.bfloat16).astype(dtype) for what in ("query", "key", "value")
+    }
+    parts["table"] = jnp.asarray(inputs["table"], jnp.float32)
+    cotangent = jnp.asarray(inputs["cotangent"], jnp.bfloat16).astype(jnp.float32)
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(parts, jnp.asarray(inputs["segments"]), cotangent)
+    results = {"output": out} | {f"gradient of {what}": gradient for what, gradient in gradients.items()}
+    return {what: np.asarray(value.astype(jnp.float32)) for what, value in results.items()}

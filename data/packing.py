@@ -311,3 +311,11 @@ def pack(lengths: np.ndarray, capacity: int, most: int) -> tuple[np.ndarray, int
             open_rows[room - length].append(row)
             rooms |= 1 << (room - length)
     return rows, len(held)
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[starts[0], starts[0] + 1, ... lengths[0] of them, starts[1], ...]."""
+    starts = np.asarray(starts, np.int64)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(total)

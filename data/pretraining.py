@@ -23,7 +23,7 @@ import numpy as np
 
 from .cache import Split, TokenCache
 from .errors import DataError
-from .packing import IS_NEXT, RANDOM, Examples, RandomStream, Statistics, pack, plan_pairs, plan_singles
+from .packing import IS_NEXT, RANDOM, Examples, RandomStream, Statistics, pack, plan_pairs, plan_singles, ranges
 
 Batch = dict[str, np.ndarray]
 _SHUFFLE, _PLAN = 1, 2  # what a random stream is for
@@ -228,7 +228,7 @@ class PretrainingDataset:
         documents = order[starts[window] : starts[window + 1]]
         first = self.cache.document_sentences[documents]
         counts = self.cache.document_sentences[documents + 1] - first
-        lengths = self.cache.sentence_lengths[_ranges(first, counts)].astype(np.int64)
+        lengths = self.cache.sentence_lengths[ranges(first, counts)].astype(np.int64)
         bounds = np.concatenate([[0], np.cumsum(counts)])
         random = RandomStream(self.seed, _PLAN, epoch, window)
         plan = plan_pairs if self.next_sentence else plan_singles
@@ -277,7 +277,7 @@ class PretrainingDataset:
         With `rows`, only the records that these rows need are read, and the other tokens are 0.
         """
         first = self.cache.document_records[plan.documents]
-        records = _ranges(first, self.cache.document_records[plan.documents + 1] - first)
+        records = ranges(first, self.cache.document_records[plan.documents + 1] - first)
         ends = np.cumsum(self.cache.record_tokens[records], dtype=np.int64)
         wanted = np.arange(len(records)) if rows is None else self._records_of(plan, rows, ends)
         tokens = np.zeros(int(ends[-1]), self.cache.token_dtype)
@@ -288,7 +288,7 @@ class PretrainingDataset:
 
     def _records_of(self, plan: Plan, rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Which of a window's records the rows' examples lie in. `ends` is where each record ends in the window."""
-        examples = _ranges(plan.row_examples[rows], np.diff(plan.row_examples)[rows])
+        examples = ranges(plan.row_examples[rows], np.diff(plan.row_examples)[rows])
         of = plan.examples
         starts = np.concatenate([of.first_start[examples], of.second_start[examples]])
         lengths = np.concatenate([of.first_length[examples], of.second_length[examples]])
@@ -307,7 +307,7 @@ class PretrainingDataset:
             first_row: the number within the epoch of the window's first row.
         """
         count = np.diff(plan.row_examples)[rows]
-        of = _ranges(plan.row_examples[rows], count)
+        of = ranges(plan.row_examples[rows], count)
         batch = self.padding(len(rows))
         batch["row_ids"][:, 0] = plan.epoch
         batch["row_ids"][:, 1] = first_row + rows
@@ -320,7 +320,7 @@ class PretrainingDataset:
 
         first, second, lengths = plan.examples.first_length[of], plan.examples.second_length[of], plan.lengths[of]
         start = row * self.sequence_length + column  # of each example, in the batch read as one line
-        places = _ranges(start, lengths)
+        places = ranges(start, lengths)
         position = places - np.repeat(start, lengths)
         batch["segment_ids"].reshape(-1)[places] = np.repeat(slot + 1, lengths)
         batch["position_ids"].reshape(-1)[places] = position
@@ -330,9 +330,9 @@ class PretrainingDataset:
         ids[start] = self.cache.info.cls_id
         ids[start + 1 + first] = self.cache.info.sep_id
         ids[start + lengths - 1] = self.cache.info.sep_id
-        sources = _ranges(plan.examples.first_start[of], first), _ranges(plan.examples.second_start[of], second)
-        ids[_ranges(start + 1, first)] = tokens[sources[0]]
-        ids[_ranges(start + 2 + first, second)] = tokens[sources[1]]
+        sources = ranges(plan.examples.first_start[of], first), ranges(plan.examples.second_start[of], second)
+        ids[ranges(start + 1, first)] = tokens[sources[0]]
+        ids[ranges(start + 2 + first, second)] = tokens[sources[1]]
         return batch
 
     def padding(self, rows: int) -> Batch:
@@ -359,11 +359,3 @@ class PretrainingDataset:
         rows = np.array([at.row - at.window_row])
         batch = self.assemble(plan, self.read_tokens(plan, rows), rows, at.window_row - at.epoch_row)
         return {name: values[0] for name, values in batch.items()}
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[starts[0], starts[0] + 1, ... lengths[0] of them, starts[1], ...]."""
-    starts = np.asarray(starts, np.int64)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - ends + lengths, lengths) + np.arange(total)

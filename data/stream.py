@@ -12,18 +12,34 @@ at a time, which is what makes it fast, hence no batching of rows either.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import grain.experimental
 import numpy as np
 
 from .errors import DataError
-from .pretraining import Batch, Plan, Position, PretrainingDataset
+from .pretraining import Batch, Position
+
+
+class RowSource(Protocol):
+    """Rows that are planned window by window, epoch by epoch: what a stream asks of a data set."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two data sets with the same rows under the same numbers."""
+        ...
+
+    def windows_in_epoch(self, epoch: int) -> int: ...
+    def rows_in_window(self, epoch: int, window: int) -> int: ...
+    def plan(self, epoch: int, window: int) -> Any: ...
+    def read_tokens(self, plan: Any, rows: np.ndarray | None = None) -> Any: ...
+    def assemble(self, plan: Any, tokens: Any, rows: np.ndarray, first_row: int) -> Batch: ...
+    def padding(self, rows: int) -> Batch: ...
 
 
 def batches(
-    dataset: PretrainingDataset,
+    dataset: RowSource,
     *,
     batch_rows: int,
     host_index: int = 0,
@@ -47,7 +63,7 @@ def batches(
 
 
 def evaluation_batches(
-    dataset: PretrainingDataset,
+    dataset: RowSource,
     *,
     batch_rows: int,
     host_index: int = 0,
@@ -64,7 +80,7 @@ def evaluation_batches(
 
 
 def _pipeline(
-    dataset: PretrainingDataset,
+    dataset: RowSource,
     batch_rows: int,
     host_index: int,
     host_count: int,
@@ -83,7 +99,7 @@ def _pipeline(
 class _Batches(grain.IterDataset[Batch]):
     def __init__(
         self,
-        dataset: PretrainingDataset,
+        dataset: RowSource,
         batch_rows: int,
         host_index: int,
         host_count: int,
@@ -106,8 +122,8 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         super().__init__()
         self._of = of
         self._at = Position()
-        self._plan: Plan | None = None
-        self._tokens: np.ndarray | None = None
+        self._plan: Any | None = None
+        self._tokens: Any = None
 
     def __next__(self) -> Batch:
         data, size, share = self._of.dataset, self._of.batch_rows, self._of.share
@@ -160,7 +176,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
             return replace(at, row=row, window=at.window + 1, window_row=row)
         return Position(row, at.epoch + 1, row, 0, row)
 
-    def _window(self, at: Position) -> tuple[Plan, np.ndarray]:
+    def _window(self, at: Position) -> tuple[Any, Any]:
         data = self._of.dataset
         plan = data.plan(at.epoch, at.window)
         tokens = self._tokens
@@ -169,7 +185,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
             self._plan, self._tokens = plan, tokens
         return plan, tokens
 
-    def _rows_here(self, at: Position, plan: Plan) -> np.ndarray | None:
+    def _rows_here(self, at: Position, plan: Any) -> np.ndarray | None:
         """This host's rows of a window, from the position on; None for all."""
         if len(self._of.share) == self._of.batch_rows:
             return None

@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from .errors import DataError
-from .packing import RandomStream
+from .packing import ranges
 
 Kind = Literal["unigram", "bpe", "word-bpe"]
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -186,7 +186,7 @@ class SentencePieceSide:
         self.state, sp = model, self.processor
         self.size = sp.get_piece_size() + (sp.pad_id() < 0)
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else sp.get_piece_size()
-        self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
+        self.bos_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_id, self.unk_id = sp.eos_id(), sp.unk_id()
         if self.eos_id < 0:
             raise DataError(f"{where}: it has no end-of-sentence piece (eos_id -1), which decoding stops at.")
@@ -214,11 +214,14 @@ class SentencePieceSide:
     @cached_property
     def _pieces(self) -> dict[str, tuple[int, float]]:
         sp = self.processor
-        usable = (i for i in range(sp.get_piece_size()) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)))
+        unusable = (sp.is_control, sp.is_unknown, sp.is_unused)
+        usable = (i for i in range(sp.get_piece_size()) if not any(test(i) for test in unusable))
         pieces = {sp.id_to_piece(i): (i, sp.get_score(i)) for i in usable}
         crossing = next((piece for piece in pieces if SPACE in piece[1:]), None)
         if crossing is not None:
-            raise DataError(f"The SentencePiece model has pieces that cross spaces ({crossing!r}): it cannot be sampled.")
+            raise DataError(
+                f"The SentencePiece model has pieces that cross spaces ({crossing!r}): it cannot be sampled from."
+            )
         return pieces
 
     @cached_property
@@ -233,7 +236,7 @@ class SentencePieceSide:
         """A word's most probable segmentations and the logarithms of their probabilities."""
         pieces = self._pieces
         lowest = min(score for _, score in pieces.values()) - 10.0  # an unknown piece's, as in the library
-        score_of = {i: score for i, score in pieces.values()}
+        score_of = dict(pieces.values())
         found = self.processor.nbest_encode(word.removeprefix(SPACE), nbest_size=BEST)
         return found, np.array([sum(score_of.get(i, lowest) for i in ids) for ids in found])
 
@@ -252,37 +255,40 @@ class SentencePieceSide:
         return ids
 
 
-class MarianSide(SentencePieceSide):
+class MarianSide:
     """One side of a released Marian folder: pieces by SentencePiece, ids by a vocabulary file."""
 
     def __init__(self, model: bytes, vocabulary: dict[str, int], where: str):
-        super().__init__(model, where)
-        self.vocabulary = vocabulary
+        self._pieces = SentencePieceSide(model, where)
+        self._vocabulary = vocabulary
         missing = [piece for piece in (PAD, EOS, UNK) if piece not in vocabulary]
         if missing:
             raise DataError(f"{where}: the vocabulary has no {', '.join(missing)}, which Marian's has.")
         self.size = max(vocabulary.values()) + 1
         self.pad_id, self.eos_id, self.unk_id = (vocabulary[piece] for piece in (PAD, EOS, UNK))
-        self.bos_id = None
+        self.bos_id: int | None = None
         self._tokens = {number: piece for piece, number in vocabulary.items()}
         self.state = model + json.dumps(vocabulary, sort_keys=True).encode()
-        self._model = model
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        pieces = self.processor.encode(list(texts), out_type=str)
-        return [[self.vocabulary.get(piece, self.unk_id) for piece in text] for text in pieces]
+        return [self._ids(text) for text in self._pieces.processor.encode(list(texts), out_type=str)]
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = (self._tokens.get(int(i), UNK) for i in ids if int(i) not in (self.pad_id, self.eos_id))
         return "".join(kept).replace(SPACE, " ").strip()
 
+    def words(self, text: str) -> list[str]:
+        return self._pieces.words(text)
+
     def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
-        ids = super().draw(word, number, amount, key)
-        return [self.vocabulary.get(self.processor.id_to_piece(i), self.unk_id) for i in ids]
+        return self._ids(map(self._pieces.processor.id_to_piece, self._pieces.draw(word, number, amount, key)))
 
     def save(self, path: Path) -> None:
-        path.with_name(f"{path.name}.spm").write_bytes(self._model)
-        path.with_name("vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
+        path.with_name(f"{path.name}.spm").write_bytes(self._pieces.state)
+        path.with_name("vocab.json").write_text(json.dumps(self._vocabulary, ensure_ascii=False), encoding="utf-8")
+
+    def _ids(self, pieces: Iterable[str]) -> list[int]:
+        return [self._vocabulary.get(piece, self.unk_id) for piece in pieces]
 
 
 class WordBpeSide:
@@ -292,14 +298,17 @@ class WordBpeSide:
         self.backend = backend
         content = json.loads(backend.to_str())
         if content["model"].get("type") != "BPE" or content["model"].get("end_of_word_suffix") != WORD_END:
-            raise DataError(f"{where}: expected a BPE whose words end in {WORD_END}, as trained by --subwords word-bpe.")
+            raise DataError(
+                f"{where}: expected a BPE whose words end in {WORD_END}, as `--subwords word-bpe` trains it."
+            )
         self.state = json.dumps(content, sort_keys=True).encode()
         self.size = backend.get_vocab_size()
         vocabulary = backend.get_vocab()
         missing = [piece for piece in (PAD, BOS, EOS, UNK) if piece not in vocabulary]
         if missing:
             raise DataError(f"{where}: the vocabulary has no {', '.join(missing)}.")
-        self.pad_id, self.bos_id, self.eos_id, self.unk_id = (vocabulary[piece] for piece in (PAD, BOS, EOS, UNK))
+        self.pad_id, self.eos_id, self.unk_id = (vocabulary[piece] for piece in (PAD, EOS, UNK))
+        self.bos_id: int | None = vocabulary[BOS]
         self._vocabulary = vocabulary
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(content["model"]["merges"])}
         self._drawn: dict[Any, Any] = {}
@@ -384,15 +393,17 @@ def _banked(
     slot = number % BANK
     found = kept.get((word, slot))
     if found is None:
-        name = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        stream = RandomStream(_SAMPLE, *key, name, slot)
-        kept[word, slot] = found = split(word, dropout, _uniforms(stream))
+        name = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little", signed=True)
+        kept[word, slot] = found = split(word, dropout, _uniforms(*key, name, slot))
     return found
 
 
-def _uniforms(stream: RandomStream) -> Iterator[float]:
+def _uniforms(*key: int) -> Iterator[float]:
+    """Numbers in [0, 1) without end."""
+    start = 0
     while True:
-        yield from stream.uniforms(256).tolist()
+        yield from ((_hash(*key, np.arange(start, start + 64)) >> np.uint64(11)) * 2.0**-53).tolist()
+        start += 64
 
 
 def sample(
@@ -408,18 +419,32 @@ def sample(
         indexes: of the texts.
         role: 0 for the source, 1 for the target, so that equal words on both sides are cut up independently.
     """
+    split = [side.words(text) for text in texts]
+    counts = np.array([len(words) for words in split], np.int64)
+    places = ranges(np.zeros(len(split), np.int64), counts)
+    numbers = iter(_hash(seed, role, epoch, np.repeat(np.fromiter(indexes, np.int64), counts), places).tolist())
     result = []
-    for text, index in zip(texts, indexes, strict=True):
-        words = side.words(text)
-        numbers = RandomStream(seed, _SAMPLE, role, epoch, index).words(len(words)).tolist() if words else ()
+    for words in split:
         ids: list[int] = []
-        for word, number in zip(words, numbers, strict=True):
-            ids += side.draw(word, number, amount, (seed, role, epoch))
+        for word in words:
+            ids += side.draw(word, next(numbers), amount, (seed, role, epoch))
         result.append(ids)
     return result
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+def _hash(*parts: int | np.ndarray) -> np.ndarray:
+    """uint64 of the parts, numbers or arrays of one length: each mixed in by splitmix64's finaliser (Steele 2014)."""
+    state = np.uint64(_SAMPLE)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray(state)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def train_subwords(
@@ -494,8 +519,8 @@ def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int)
     given = [PAD, BOS, EOS, UNK, *sorted(characters), *sorted(last)]
     if vocab_size <= len(given):
         raise DataError(
-            f"A vocabulary of {vocab_size} pieces: too small. The four special ones and the text's characters, inside of "
-            f"words and at their ends, take {len(given)}."
+            f"A vocabulary of {vocab_size} pieces: too small. The four special ones and the text's characters, inside "
+            f"of words and at their ends, take {len(given)}."
         )
     backend = tokenizers.Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix=WORD_END))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -510,15 +535,13 @@ def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int)
     # Made again with its vocabulary alone: here the characters are pieces like any other.
     content = json.loads(backend.to_str())["model"]
     merges = [tuple(pair) for pair in content["merges"]]
-    trained = tokenizers.Tokenizer(
-        models.BPE(content["vocab"], merges, unk_token=UNK, end_of_word_suffix=WORD_END)
-    )
+    trained = tokenizers.Tokenizer(models.BPE(content["vocab"], merges, unk_token=UNK, end_of_word_suffix=WORD_END))
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trained.decoder = decoders.BPEDecoder(suffix=WORD_END)
     return WordBpeSide(trained)
 
 
-# --- loading ------------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokenizer:

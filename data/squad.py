@@ -54,18 +54,21 @@ class SquadFile(NamedTuple):
     skipped: int
 
 
-def read_squad(path: Path, *, check_answers: bool = True, skip_bad_answers: bool = False) -> SquadFile:
+def read_squad(
+    path: Path, *, labelled: bool = True, check_answers: bool = True, skip_bad_answers: bool = False
+) -> SquadFile:
     """Read a file in SQuAD's JSON format, 1.1 or 2.0.
 
     Args:
         path: the file; .gz and .zst are decompressed.
+        labelled: every question must have an answer, or be marked as impossible.
         check_answers: each answer must stand in its context where the file says, as training needs it. The official
             evaluation compares texts alone, so a file to evaluate on does not need this.
         skip_bad_answers: leave out questions whose answer does not, and count them, instead of refusing the file.
 
     Raises:
-        DataError: not JSON (with the line), not SQuAD's structure, no questions, a question's id twice, or an answer
-            that is not in its context, with the question's id.
+        DataError: not JSON (with the line), not SQuAD's structure, no questions, a question's id twice, a question
+            without an answer, or one that is not in its context, with the question's id.
     """
     try:
         document = json.loads(read_text(path, "utf-8"))
@@ -74,6 +77,8 @@ def read_squad(path: Path, *, check_answers: bool = True, skip_bad_answers: bool
     questions: list[Question] = []
     bad: list[str] = []
     for question, problem in _questions(document, path):
+        if labelled and not (question.answers or question.impossible):
+            raise DataError(f'{path}, question "{question.key}": it has no answers, and is not marked is_impossible.')
         if problem is not None and check_answers:
             bad.append(f'question "{question.key}": {problem}')
             continue
@@ -185,8 +190,8 @@ class Windows:
     """W arrays [tokens of the context, 2] int32: each token's first character in the context, and the one after it"""
     best_context: list[np.ndarray] = field(default_factory=list)
     """W arrays [tokens of the context] bool: of the windows with this token, this one shows most around it"""
-    cut_questions: int = 0
-    """questions that were longer than `max_question`"""
+    cut_tokens: int = 0
+    """tokens of questions that were beyond `max_question`"""
     answers_outside: int = 0
     """answers that no window holds as a whole"""
 
@@ -226,7 +231,7 @@ def make_windows(
     asked = tokenizer.encode_batch([question.question for question in questions])
     cls, sep = [tokenizer.cls_id], [tokenizer.sep_id]
     for number, (question, words) in enumerate(zip(questions, asked, strict=True)):
-        windows.cut_questions += len(words) > max_question
+        windows.cut_tokens += max(0, len(words) - max_question)
         words = words[:max_question]
         context = contexts[numbers[question.context]]
         answer = context.tokens_of(question.answers[0], question.key) if question.answers else None

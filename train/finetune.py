@@ -142,8 +142,8 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     return loaded
 
 
-def make_optimiser(config: FinetuneConfig, loaded: Loaded, steps: int) -> Learner:
-    """The optimiser, with the layers' learning rates; nothing is computed yet."""
+def make_optimiser(config: FinetuneConfig, task: Task, loaded: Loaded, steps: int) -> Learner:
+    """The optimiser, with the layers' and the task's learning rates; nothing is computed yet."""
     ids = jnp.zeros((1, 8), jnp.int32)
     layers = layer_counts(loaded.model)
     trains, scales = layer_rates(config, layers)
@@ -153,8 +153,15 @@ def make_optimiser(config: FinetuneConfig, loaded: Loaded, steps: int) -> Learne
         rate=schedule(config.optim, [(steps, None)]),
         seed=config.seed,
         trains=trains,
-        scales=scales,
+        scales=task_rates(task, scales),
     )
+
+
+def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[Names], Any] | None:
+    """What learning rates are multiplied by, with the task's own factors."""
+    if not task.rates:
+        return scales
+    return lambda names: jnp.float32(task.rates.get(names[0], 1.0)) * (1.0 if scales is None else scales(names))
 
 
 def layer_counts(model: Any) -> dict[Names, tuple[int, int]]:
@@ -346,7 +353,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
     features = encoded.train
     per_epoch = batches_in_epoch(features.units, c.batch_size)
     steps = c.steps or max(1, round(c.epochs * per_epoch))
-    learner = make_optimiser(c, loaded, steps)
+    learner = make_optimiser(c, task, loaded, steps)
     divisor = spread.divisor() * c.accumulate
     shapes = plan_shapes(
         features.unit_lengths,
@@ -417,6 +424,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         assert predicted is not None
         if split in encoded.evaluation:
             metrics[split] = {**predicted.means, **task.metrics(predicted.kept, some, examples)}
+            task = task.settled(metrics[split]) if len(metrics) == 1 else task
         if main_process:
             task.write_predictions(c.out / "predictions", split, predicted.kept, some, examples)
     if main_process:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -111,6 +111,28 @@ class Task(Protocol):
         """What was predicted, an object an example."""
         ...
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """As in `PlainTask`."""
+        ...
+
+    def settled(self, metrics: Mapping[str, float]) -> Self:
+        """As in `PlainTask`."""
+        ...
+
+
+class PlainTask:
+    """What few tasks have of their own; the others inherit these."""
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Name of a part of the model, as "classifier" -> what its learning rate is multiplied by."""
+        return {}
+
+    def settled(self, metrics: Mapping[str, float]) -> Self:
+        """The task to keep, with what the metrics of the first evaluation split settle."""
+        return self
+
 
 class TaskData(NamedTuple):
     """Examples of a run."""
@@ -125,6 +147,11 @@ class TaskData(NamedTuple):
 TASKS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(FINETUNED, (".glue_task", "GlueTextTask")),
     "classification": (".table_task", "TableTask"),
+    "squad": (".squad_task", "SquadTask"),
+    "swag": (".choice_task", "ChoiceTask"),
+    "codah": (".choice_task", "ChoiceTask"),
+    "ner": (".tagging_task", "TaggingTask"),
+    "pos": (".tagging_task", "TaggingTask"),
 }
 
 

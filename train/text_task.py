@@ -16,12 +16,12 @@ from ..models.heads import prediction_sums, regression_loss
 from .errors import RunError
 from .metrics import Sums
 from .run_folder import write_text
-from .task import Arrays, Kept, apply_segments
+from .task import Arrays, Kept, PlainTask, apply_segments
 from .task_metrics import scored
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(PlainTask):
     """What GLUE and tables of one's own have in common: a class, or a value, for each text or pair of texts."""
 
     name: str

@@ -218,6 +218,7 @@ class TokenisedSentences(NamedTuple):
     sentence: np.ndarray  # [P] int64, the sentence's number
     words: np.ndarray  # [P, 2] int64, the first of its words and the one after its last
     split: int  # sentences that were too long for one piece
+    truncated: int  # tokens of words that alone are too long for one
 
 
 def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_length: int) -> TokenisedSentences:
@@ -231,9 +232,11 @@ def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_l
         raise DataError(f"--max-length is {max_length}; it must be at least 3.")
     encoded = iter(tokenizer.encode_batch([word for sentence in sentences for word in sentence.words]))
     ids, first, number, words = [], [], [], []
-    split = 0
+    split = truncated = 0
     for s, sentence in enumerate(sentences):
-        pieces = [(next(encoded) or [tokenizer.unk_id])[:room] for _ in sentence.words]
+        whole = [next(encoded) or [tokenizer.unk_id] for _ in sentence.words]
+        pieces = [piece[:room] for piece in whole]
+        truncated += sum(map(len, whole)) - sum(map(len, pieces))
         ends = np.cumsum([len(piece) for piece in pieces])
         start = 0
         while start < len(pieces):
@@ -248,4 +251,5 @@ def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_l
             number.append(s)
             words.append((start, stop))
             start = stop
-    return TokenisedSentences(ids, first, np.array(number, np.int64), np.array(words, np.int64).reshape(-1, 2), split)
+    ranges = np.array(words, np.int64).reshape(-1, 2)
+    return TokenisedSentences(ids, first, np.array(number, np.int64), ranges, split, truncated)

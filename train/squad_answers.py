@@ -2,7 +2,7 @@
 
 A span's score is the sum of its two logits (Devlin et al. 2018, 4.2). Spans lie in the context, are at most so many
 tokens long, and begin where their window shows the token best, so that a span counts once. The best are found exactly,
-among all spans. That there is no answer has the score of the two logits of [CLS], in the window where it is lowest (4.3).
+among all spans. No answer has the score of the two logits of [CLS], in the window where it is lowest (4.3).
 """
 
 import unicodedata

@@ -145,7 +145,7 @@ class SquadTask(PlainTask):
         return choose_threshold(questions, texts, odds)
 
     def metrics(self, kept: Kept, features: Features, examples: Sequence[Question]) -> dict[str, float]:
-        """`exact_match` and `f1` for version 1.1; for 2.0 the official script's, at the threshold, which is among them."""
+        """`exact_match` and `f1` of version 1.1; or the official ones of 2.0, and the threshold they are taken at."""
         answers = self.answers(kept, features, examples)
         texts = {question.key: found.text for question, found in zip(examples, answers, strict=True)}
         threshold = self.threshold(answers, examples)
@@ -161,7 +161,7 @@ class SquadTask(PlainTask):
     def write_predictions(
         self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Question]
     ) -> None:
-        """`predictions.json`, `nbest_predictions.json` and, for version 2.0, `null_odds.json`, by the questions' ids."""
+        """`predictions.json`, `nbest_predictions.json` and, for 2.0, `null_odds.json`, by the questions' ids."""
         answers = self.answers(kept, features, examples)
         threshold = self.threshold(answers, examples)
         folder = folder / split

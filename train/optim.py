@@ -17,7 +17,7 @@ from .errors import RunError
 Decay = Literal["linear", "cosine", "constant"]
 
 DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
-NOT_DECAYED = frozenset({"bias", "scale"})
+NOT_DECAYED = frozenset({"bias", "scale", "start", "transitions", "end"})  # the last three are a CRF's scores
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,15 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
         "TableConfig",
         "fine-tune on a table of your own: classes or numbers of texts or pairs of texts",
     ),
+    ("finetune", "squad"): (
+        ".squad_task",
+        "SquadConfig",
+        "fine-tune on questions answered by a span: SQuAD 1.1 and 2.0",
+    ),
+    ("finetune", "swag"): (".choice_task", "SwagConfig", "fine-tune on multiple choice: SWAG"),
+    ("finetune", "codah"): (".choice_task", "CodahConfig", "fine-tune on multiple choice: CODAH"),
+    ("finetune", "ner"): (".tagging_task", "NerConfig", "fine-tune on entities in CoNLL columns, with a CRF by --crf"),
+    ("finetune", "pos"): (".tagging_task", "PosConfig", "fine-tune on parts of speech in CoNLL-U"),
     ("evaluate",): (".evaluate", "EvaluateConfig", "a fine-tuned model's official metrics on labelled examples"),
     ("predict",): (".predict", "PredictConfig", "what a fine-tuned model says of new examples"),
     ("parity",): (

@@ -8,8 +8,8 @@ What is read:
                               WMT's data sets on the hub have it, is looked into
     a TFDS folder, tfds:NAME  wmt14_translate and its like: an example with the features `en` and `de`
 
-Any file may end in .gz or .zst besides. Reading streams; nothing holds a whole file. Lines are told apart by `\\n` alone
-(and lose a `\\r` before it), so that a line separator of Unicode inside of a sentence does not shift the pairs.
+Any file may end in .gz or .zst besides. Reading streams; nothing holds a whole file. Lines are told apart by `\\n`
+alone (and lose a `\\r` before it), so that a line separator of Unicode inside of a sentence does not shift the pairs.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class ParallelText:
         if endings and endings[-1] == ".tsv":
             return "tsv"
         raise CorpusError(
-            f"{path}: one file with both sides ends in .tsv or {', '.join(_JSON)} (and .gz or .zst). Otherwise name two "
-            "files, source and target."
+            f"{path}: one file with both sides ends in .tsv or {', '.join(_JSON)} (and .gz or .zst). Otherwise name "
+            "two files, source and target."
         )
 
     @property
@@ -188,8 +188,8 @@ class ParallelText:
                 lines = number + 1 + sum(1 for _ in (target if left is None else source))
                 counts = (number, lines) if left is None else (lines, number)
                 raise CorpusError(
-                    f"{self.paths[0]} has {counts[0]:,} lines and {self.paths[1]} has {counts[1]:,}: a pair is two lines "
-                    "of the same number, so the counts must be equal."
+                    f"{self.paths[0]} has {counts[0]:,} lines and {self.paths[1]} has {counts[1]:,}: a pair is two "
+                    "lines of the same number, so the counts must be equal."
                 )
             yield left, right
 

@@ -14,8 +14,7 @@ their ids are those of vocab.json.
 Subword regularisation gives a text another segmentation each time, a pure function of (seed, epoch, index). Since a
 piece never crosses a space, words are drawn one by one:
 
-- unigram (Kudo 2018, 3.2): a word's segmentation is drawn from its `BEST` most probable ones with probability
-  proportional to P^alpha. Only words with more segmentations than that are drawn otherwise than from all of them.
+- unigram (Kudo 2018, 3.2): a word's segmentation is drawn from all of them with probability proportional to P^alpha.
 - BPE dropout (Provilkov et al. 2020, 3.1): each merge is left out with a probability at each step. A word has a bank of
   `BANK` such segmentations an epoch, and an occurrence takes one of them: its distribution is exactly the paper's,
   while two occurrences of a frequent word in one epoch may share one.
@@ -26,9 +25,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,7 +42,6 @@ Kind = Literal["unigram", "bpe", "word-bpe"]
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPACE = "▁"
 WORD_END = "</w>"
-BEST = 64
 BANK = 32
 _SAMPLE = 3  # what a random stream is for
 _CONFIG = "subwords.json"
@@ -204,8 +204,11 @@ class SentencePieceSide:
         return [SPACE + word for word in normal.split(SPACE) if word]
 
     def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
-        if self._unigram:
-            return _weighted(self._drawn, word, number, amount, self._best)
+        if self.unigram:
+            lattice = self._drawn.get((word, amount))
+            if lattice is None:
+                self._drawn[word, amount] = lattice = self._lattice(word, amount)
+            return self._walk(lattice, number)
         return _banked(self._drawn, word, number, amount, key, self._merge)
 
     def save(self, path: Path) -> None:
@@ -225,20 +228,54 @@ class SentencePieceSide:
         return pieces
 
     @cached_property
-    def _unigram(self) -> bool:
+    def unigram(self) -> bool:
+        """Whether the pieces have probabilities of a unigram model; else they are BPE's."""
         try:
             self.processor.nbest_encode("a", nbest_size=2)
         except RuntimeError:
             return False
         return True
 
-    def _best(self, word: str) -> tuple[list[list[int]], np.ndarray]:
-        """A word's most probable segmentations and the logarithms of their probabilities."""
-        pieces = self._pieces
-        lowest = min(score for _, score in pieces.values()) - 10.0  # an unknown piece's, as in the library
-        score_of = dict(pieces.values())
-        found = self.processor.nbest_encode(word.removeprefix(SPACE), nbest_size=BEST)
-        return found, np.array([sum(score_of.get(i, lowest) for i in ids) for ids in found])
+    @cached_property
+    def _bounds(self) -> tuple[int, float]:
+        """Characters of the longest piece, and the score of an unknown character, which is the library's."""
+        return max(map(len, self._pieces)), min(score for _, score in self._pieces.values()) - 10.0
+
+    def _lattice(self, word: str, alpha: float) -> list[list[tuple[float, int, int]]]:
+        """For each end in the word, the pieces that end there: (cumulative probability, start, id).
+
+        The probability is that of being the last piece of the word up to there, with P^alpha: drawn from the end back,
+        a whole segmentation has exactly its share of all of them (forward filtering, backward sampling).
+        """
+        pieces, (longest, unknown) = self._pieces, self._bounds
+        total = [0.0] + [-math.inf] * len(word)  # logarithm of the sum over segmentations up to here
+        lattice: list[list[tuple[float, int, int]]] = [[]]
+        for end in range(1, len(word) + 1):
+            found = []
+            for start in range(max(0, end - longest), end):
+                piece = pieces.get(word[start:end])
+                if piece is None and end - start == 1:
+                    piece = (self.unk_id, unknown)
+                if piece is not None:
+                    found.append((total[start] + alpha * piece[1], start, piece[0]))
+            top = max(score for score, _, _ in found)
+            weights = [math.exp(score - top) for score, _, _ in found]
+            total[end] = top + math.log(sum(weights))
+            ends = np.cumsum(weights) / sum(weights)
+            lattice.append([(float(e), start, i) for e, (_, start, i) in zip(ends, found, strict=True)])
+        return lattice
+
+    def _walk(self, lattice: list[list[tuple[float, int, int]]], number: int) -> list[int]:
+        ids: list[int] = []
+        end = len(lattice) - 1
+        while end:
+            number = (number * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's generator, high bits used
+            share = (number >> 11) * 2.0**-53
+            choice = min(bisect_left(lattice[end], (share,)), len(lattice[end]) - 1)
+            _, end, piece = lattice[end][choice]
+            if piece != self.unk_id or not ids or ids[-1] != piece:  # the library joins what is unknown
+                ids.append(piece)
+        return ids[::-1]
 
     def _merge(self, word: str, dropout: float, draw: Iterator[float]) -> list[int]:
         pieces = self._pieces
@@ -361,23 +398,6 @@ def merge(
     return symbols
 
 
-def _weighted(
-    kept: dict[Any, Any],
-    word: str,
-    number: int,
-    alpha: float,
-    best: Callable[[str], tuple[list[list[int]], np.ndarray]],
-) -> list[int]:
-    """One of a word's segmentations, with probability proportional to P^alpha."""
-    found = kept.get((word, alpha))
-    if found is None:
-        segmentations, scores = best(word)
-        weights = np.exp(alpha * (scores - scores.max()))
-        kept[word, alpha] = found = (segmentations, np.cumsum(weights / weights.sum()))
-    segmentations, ends = found
-    return segmentations[min(int(np.searchsorted(ends, number * 2.0**-64, side="right")), len(segmentations) - 1)]
-
-
 def _banked(
     kept: dict[Any, Any],
     word: str,
@@ -455,6 +475,7 @@ def train_subwords(
     vocab_size: int,
     joint: bool,
     form: TextForm,
+    split_digits: bool = False,
 ) -> PairTokenizer:
     """Learn the pieces; the same text always gives the same ones.
 
@@ -465,11 +486,14 @@ def train_subwords(
             give fewer.
         joint: one vocabulary for both sides.
         form: how the texts were prepared.
+        split_digits: make every digit a piece of its own; SentencePiece only.
 
     Raises:
         DataError: a vocabulary that does not hold the text's characters.
     """
-    train = _train_word_bpe if kind == "word-bpe" else _train_sentencepiece
+    if kind == "word-bpe" and split_digits:
+        raise DataError("BPE within words cannot keep digits apart; take SentencePiece's pieces for that.")
+    train = _train_word_bpe if kind == "word-bpe" else partial(_train_sentencepiece, split_digits=split_digits)
 
     def both() -> Iterator[str]:
         yield from source()
@@ -481,7 +505,7 @@ def train_subwords(
     return PairTokenizer(kind, train(kind, source, vocab_size), train(kind, target, vocab_size), form)
 
 
-def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Side:
+def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_size: int, *, split_digits: bool) -> Side:
     import sentencepiece
 
     model = io.BytesIO()
@@ -497,6 +521,7 @@ def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_si
             eos_id=2,
             unk_id=3,
             hard_vocab_limit=False,
+            split_digits=split_digits,
             num_threads=16,  # the sums depend on their number, so that it is a fixed one
             minloglevel=2,
         )
@@ -557,8 +582,7 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     path = Path(path).expanduser()
     if path.is_file():
         side = SentencePieceSide(path.read_bytes(), str(path))
-        unigram = side._unigram
-        return PairTokenizer("unigram" if unigram else "bpe", side, side, form or TextForm())
+        return PairTokenizer("unigram" if side.unigram else "bpe", side, side, form or TextForm())
     if (path / _CONFIG).is_file():
         content = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
         try:

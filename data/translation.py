@@ -31,7 +31,7 @@ import numpy as np
 
 from .errors import DataError
 from .packing import RandomStream, ranges
-from .parallel import Pair, ParallelText
+from .parallel import Pair
 from .pretraining import Batch
 from .progress import ProgressCallback, Reporter
 from .subwords import PairTokenizer, sample
@@ -89,22 +89,24 @@ class PairStore:
 
 
 def build_pairs(
-    text: ParallelText | Callable[[], Iterable[Pair]],
+    text: Callable[[], Iterable[Pair]],
     tokenizer: PairTokenizer,
     root: str | Path,
     *,
     fingerprint: str,
     as_text: bool = False,
+    notes: Callable[[], list[str]] = list,
     progress: ProgressCallback | None = None,
 ) -> PairStore:
     """Tokenise pairs into a folder below `root`, or open the one that holds them already.
 
     Args:
-        text: the pairs.
+        text: gives the pairs.
         tokenizer: of both sides.
         root: folder of such folders.
         fingerprint: of the text.
         as_text: keep prepared texts, to be cut into pieces anew in each epoch.
+        notes: what is to be said of the text, asked once it was read; kept with the pairs.
         progress: hears how far it is.
     """
     key = f"{FORMAT_VERSION} {fingerprint} {tokenizer.fingerprint} {as_text}"
@@ -120,7 +122,7 @@ def build_pairs(
     lengths: list[list[np.ndarray]] = [[], []]
     sides = (tokenizer.source, tokenizer.target)
     with (unfinished / "source.bin").open("wb") as source, (unfinished / "target.bin").open("wb") as target:
-        for some in _chunks(text() if callable(text) else text):
+        for some in _chunks(text()):
             for side, out in enumerate((source, target)):
                 texts = [tokenizer.form.prepare(pair.target if side else pair.source, bool(side)) for pair in some]
                 ids = sides[side].encode(texts)
@@ -147,7 +149,7 @@ def build_pairs(
         "as_text": as_text,
         "dtype": dtype.name,
         "counts": asdict(PairCounts(pairs, totals[0], totals[1], unknown, longest[0], longest[1])),
-        "notes": list(text.findings) if isinstance(text, ParallelText) else [],
+        "notes": notes(),
     }
     (unfinished / "pairs.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     try:

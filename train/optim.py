@@ -6,7 +6,7 @@ a name in neither list is an error, so that a new kind of parameter cannot be de
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 
 from .errors import RunError
 
-Decay = Literal["linear", "cosine", "constant"]
+Decay = Literal["linear", "cosine", "constant", "inverse_sqrt"]
 
 DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
 NOT_DECAYED = frozenset({"bias", "scale", "start", "transitions", "end"})  # the last three are a CRF's scores
@@ -31,7 +31,8 @@ class OptimConfig:
     warmup: float = 0.01
     """Warm-up: a share of the steps if below 1, else a number of steps."""
     decay: Decay = "linear"
-    """Course after the warm-up, down to zero at the last step; 'constant' stays at the peak."""
+    """Course after the warm-up, down to zero at the last step; 'constant' stays at the peak, 'inverse_sqrt' falls with
+    the root of the step (Vaswani et al. 2017, 5.3)."""
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
     beta1: float = 0.9
@@ -42,6 +43,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    ema: float = 0.0
+    """Decay of a running mean of the parameters, which is then what is evaluated and left behind; 0 keeps none."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon"):
@@ -50,7 +53,7 @@ class OptimConfig:
         for name in ("warmup", "weight_decay", "clip_norm"):
             if not getattr(self, name) >= 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
 
@@ -87,7 +90,12 @@ def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
     def rate(count: Any) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)
         done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
-        down = {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)), "constant": jnp.ones_like(done)}
+        down = {
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+            "constant": jnp.ones_like(done),
+            "inverse_sqrt": jnp.sqrt(max(1, warmup) / jnp.maximum(step + 1, warmup)),
+        }
         return peak * jnp.where(step < warmup, (step + 1) / max(1, warmup), down[config.decay])
 
     return rate
@@ -132,7 +140,34 @@ def optimizer(
         steps.append(scale_by_layer_trust_ratio(stacked))
     if scales is not None:
         steps.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)))
-    return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+    steps.append(optax.scale_by_learning_rate(learning_rate))
+    if config.ema:
+        steps.append(running_mean(config.ema))
+    return optax.chain(*steps)
+
+
+class RunningMean(NamedTuple):
+    """State of `running_mean`: a tree like the parameters."""
+
+    running_mean: Any
+
+
+def running_mean(decay: float) -> optax.GradientTransformation:
+    """Keep mean <- decay * mean + (1 - decay) * parameters after each update; it stands last in a chain.
+
+    `optax.tree.get(opt_state, "running_mean")` finds it. It starts at the first parameters.
+    """
+
+    def update(updates: Any, state: RunningMean, params: Any = None) -> tuple[Any, RunningMean]:
+        mean = jax.tree.map(
+            lambda mean, param, update: decay * mean + (1 - decay) * (param + update),
+            state.running_mean,
+            params,
+            updates,
+        )
+        return updates, RunningMean(mean)
+
+    return optax.GradientTransformation(lambda params: RunningMean(jax.tree.map(lambda leaf: leaf, params)), update)
 
 
 def scale_by_layer_trust_ratio(stacked: Any) -> optax.GradientTransformation:

@@ -31,6 +31,8 @@ ATTENTION_SHARE = 1024
 """Row length at which attention costs as much as everything else: what the choice of a row length weighs."""
 COMPILATION = 16
 """Steps that compiling one more shape is worth."""
+TRIED = 256
+"""Batches that a row length is chosen by."""
 PREDICTION_ROWS = 32
 """Rows of a batch for prediction, at most."""
 SHORTEST_ROW = 64
@@ -226,41 +228,51 @@ def plan_shapes(
     most = max(1, 256 // unit_size)
     plans = [units for epoch in range(epochs) for units in epoch_batches(unit_lengths, batch, seed, epoch)]
     whole = int(unit_lengths.sum()) * batch // len(unit_lengths)  # tokens of a usual batch
-    best: tuple[float, Shapes] | None = None
-    for length in _candidate_lengths(longest, whole, positions):
-        counts = np.zeros(batch + 1, np.int64)  # of batches, by the rows they need
-        filled = 1
-        for units in plans:
-            rows, needed = pack_batch(unit_lengths[units[units >= 0]], length, most)
-            counts[needed] += 1
-            filled = max(filled, int(np.bincount(rows).max()))
-        sizes, total = _menu(counts, divisor, len(plans))
-        cost = total * length * (1 + length / ATTENTION_SHARE)
-        if best is None or cost < best[0]:
-            best = cost, Shapes(length, filled * unit_size, sizes)
-    assert best is not None
-    return best[1]
+    tried = plans[:: -(-len(plans) // TRIED)]
+
+    def price(length: int) -> float:
+        counts, _ = _rows_needed(unit_lengths, tried, batch, length, most)
+        return _menu(counts, divisor, len(plans) / len(tried))[1] * length * (1 + length / ATTENTION_SHARE)
+
+    length = min(_candidate_lengths(longest, whole, positions), key=price)
+    counts, filled = _rows_needed(unit_lengths, plans, batch, length, most)
+    return Shapes(length, filled * unit_size, _menu(counts, divisor, 1.0)[0])
+
+
+def _rows_needed(
+    unit_lengths: np.ndarray, plans: list[np.ndarray], batch: int, length: int, most: int
+) -> tuple[np.ndarray, int]:
+    """[batch + 1] how many batches need so many rows, and how many units the fullest row has."""
+    counts = np.zeros(batch + 1, np.int64)
+    filled = 1
+    for units in plans:
+        rows, needed = pack_batch(unit_lengths[units[units >= 0]], length, most)
+        counts[needed] += 1
+        filled = max(filled, int(np.bincount(rows).max()))
+    return counts, filled
 
 
 def _candidate_lengths(longest: int, whole: int, positions: int) -> list[int]:
-    """From the longest unit up, to a whole batch in a row or the model's limit; few enough to try them all."""
+    """From the longest unit up, to a whole batch in a row or the model's limit."""
     first = min(_round_up(longest, 8), positions)
     last = max(first, min(positions, _round_up(whole, 8), 4 * first))
-    step = _round_up(max(8, (last - first) // 12), 8)
-    return [*range(first, last, step), last] if last > first else [first]
+    return [*range(first, last, 8), last]
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _menu(counts: np.ndarray, divisor: int, steps: int) -> tuple[tuple[int, ...], float]:
-    """The sizes to compile for batches of which counts[r] need r rows, and the rows computed in all, as a price."""
+def _menu(counts: np.ndarray, divisor: int, share: float) -> tuple[tuple[int, ...], float]:
+    """The sizes to compile for batches of which counts[r] need r rows, and the rows computed in all, as a price.
+
+    Each of the batches stands for `share` of them.
+    """
     needed = np.flatnonzero(counts)
     sizes = sorted({_round_up(int(size), divisor) for size in needed})
     per_size = [int(counts[[n for n in needed if _round_up(int(n), divisor) == size]].sum()) for size in sizes]
     # Best menu that ends with each size: the sizes between two neighbours of the menu are rounded up to the larger.
-    price = min(COMPILATION, steps)
+    price = COMPILATION / share
     best: list[tuple[float, tuple[int, ...]]] = []
     for end, size in enumerate(sizes):
         options = []

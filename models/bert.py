@@ -26,13 +26,13 @@ from .crf import Crf, crf_entries
 from .heads import MaskedLanguageModelHead, gather_positions
 from .layers import (
     ACTIVATIONS,
+    Attention,
     Dropout,
     Embed,
     FeedForward,
     LayerNorm,
     Linear,
     Segments,
-    SelfAttention,
     row_numbers,
     run_layers,
 )
@@ -229,8 +229,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array, segment_ids: Segments, rows: Array, *, deterministic: bool) -> Array:
         c = self.config
-        attention = SelfAttention(
-            c.heads, c.attention_dropout, _init(c), c.dtype, c.attention_implementation, name="attention"
+        attention = Attention(
+            c.width, c.heads, c.attention_dropout, _init(c), c.dtype, c.attention_implementation, name="attention"
         )
         feed_forward = FeedForward(c.feed_forward, c.activation, _init(c), c.dtype, name="feed_forward")
 

@@ -4,7 +4,8 @@ A loss is a pair of float32 sums, over what is predicted, of the loss and of its
 devices, accumulation steps and hosts, and their quotient is the mean that the reference implementation reports.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from .layers import ACTIVATIONS, Embed, LayerNorm, Linear, add_bias, partitioned
+from .layers import ACTIVATIONS, Embed, LayerNorm, Linear, add_bias, outer_sum, partitioned
 
 IGNORED_LABEL = -100  # what the reference implementation's data holds where nothing is to be predicted
 
@@ -103,11 +104,150 @@ def prediction_sums(logits: Array, labels: Array, weights: Array | None = None) 
         labels: [...] int; where it is `IGNORED_LABEL` the weight is 0.
         weights: [...] float or None for ones; a prediction of weight 0 contributes exactly nothing.
     """
+    labels, weights = _counted(labels, weights)
+    losses, hits = cross_entropy(logits, labels)
+    return PredictionSums((losses * weights).sum(), (hits * weights).sum(), weights.sum())
+
+
+def _counted(labels: Array, weights: Array | None) -> tuple[Array, Array]:
+    """Labels that are all classes, and their weights [...] float32: 0 for those that were `IGNORED_LABEL`."""
     ignored = labels == IGNORED_LABEL
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    weights = jnp.where(ignored, 0.0, weights)
-    losses, hits = cross_entropy(logits, jnp.where(ignored, 0, labels))
-    return PredictionSums((losses * weights).sum(), (hits * weights).sum(), weights.sum())
+    return jnp.where(ignored, 0, labels), jnp.where(ignored, 0.0, weights)
+
+
+class SmoothedSums(NamedTuple):
+    """Float32 sums over weighted predictions of tokens. Only `loss` has a gradient."""
+
+    loss: Array  # of the smoothed loss
+    nll: Array  # of -log p(label), without smoothing; exp(nll / weight) is the perplexity
+    correct: Array  # of those that are right
+    weight: Array  # of the weights
+
+
+def label_smoothed_sums(
+    logits: Array, labels: Array, weights: Array | None = None, smoothing: float = 0.0
+) -> SmoothedSums:
+    """Cross-entropy against the label with probability 1 - smoothing and any word with smoothing / V.
+
+    Szegedy et al. 2015, 7; Vaswani et al. 2017, 5.4. The uniform share goes to all V words, the label among them, as in
+    PyTorch (and fairseq before 2020: 1 - smoothing of the label's loss and smoothing / V of the sum of all words').
+
+    Args:
+        logits: [..., V].
+        labels: [...] int; where it is `IGNORED_LABEL` the weight is 0.
+        weights: [...] float or None for ones.
+        smoothing: in [0, 1).
+    """
+    labels, weights = _counted(labels, weights)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    nll = -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    losses = (1 - smoothing) * nll - smoothing * log_probabilities.mean(axis=-1)
+    rest = (nll, (-nll >= log_probabilities.max(axis=-1)).astype(jnp.float32), jnp.ones_like(nll))
+    return SmoothedSums((losses * weights).sum(), *((jax.lax.stop_gradient(x) * weights).sum() for x in rest))
+
+
+def projected_sums(
+    hidden: Array, kernel: Array, labels: Array, weights: Array | None = None, smoothing: float = 0.0, bias: Any = None
+) -> SmoothedSums:
+    """`label_smoothed_sums` of hidden · kernelᵀ + bias, some tokens at a time: no tensor of all logits is ever held.
+
+    The gradient is taken while the logits of a few columns of the rows are at hand, so that they are computed once;
+    what is kept for the backward pass is two tensors of the hidden states' and the kernel's size.
+
+    Args:
+        hidden: [B, L, E], of the dtype to compute in; products are accumulated in float32.
+        kernel: [V, E] float32, as an embedding table.
+        labels, weights, smoothing: as there, [B, L].
+        bias: [V] float32 or None; it gets no gradient.
+    """
+    labels, weights = _counted(labels, weights)
+    loss, *rest = _projected(hidden, kernel, bias, labels, weights, smoothing)
+    return SmoothedSums(loss, *map(jax.lax.stop_gradient, rest), weights.sum())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _projected(
+    hidden: Array, kernel: Array, bias: Array | None, labels: Array, weights: Array, smoothing: float
+) -> tuple[Array, Array, Array]:
+    return _over_chunks(hidden, kernel, bias, labels, weights, smoothing, with_gradient=False)[0]
+
+
+def _projected_forward(
+    hidden: Array, kernel: Array, bias: Array | None, labels: Array, weights: Array, smoothing: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    return _over_chunks(hidden, kernel, bias, labels, weights, smoothing, with_gradient=True)
+
+
+def _projected_backward(
+    smoothing: float, residuals: tuple[Array, Array], gradients: tuple[Array, Array, Array]
+) -> tuple[Array, Array, None, None, None]:
+    del smoothing  # it is in the residuals
+    to_hidden, to_kernel = residuals
+    return (to_hidden * gradients[0]).astype(to_hidden.dtype), to_kernel * gradients[0], None, None, None
+
+
+_projected.defvjp(_projected_forward, _projected_backward)
+
+CHUNK_LOGITS = {"cpu": 1 << 22}
+"""Logits that `projected_sums` holds at a time, by platform: on a CPU what its caches hold, elsewhere 1 GiB."""
+
+
+def _over_chunks(
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    labels: Array,
+    weights: Array,
+    smoothing: float,
+    *,
+    with_gradient: bool,
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    """((loss, nll, correct), the loss's gradients to hidden and kernel, or zeros)."""
+    batch, length = labels.shape
+    vocab = kernel.shape[0]
+    # Columns are cut, not rows: rows may be spread over devices.
+    columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // (vocab * batch))
+    count = -(-length // columns)
+    columns = -(-length // count)
+    table = kernel.astype(hidden.dtype)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, count * columns - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, count, columns, *x.shape[2:]), 1, 0)
+
+    def step(carry: tuple[Array, ...], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Array | None]:
+        loss, nll, correct, to_kernel = carry
+        part, labels, weights = xs
+        logits = jnp.einsum("ble,ve->blv", part, table, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        top = logits.max(axis=-1)
+        exponentials = jnp.exp(logits - top[..., None])
+        total = exponentials.sum(axis=-1)
+        log_sum = jnp.log(total)
+        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        own = log_sum + (top - chosen)
+        mean = log_sum + (top - logits.mean(axis=-1))
+        loss += (((1 - smoothing) * own + smoothing * mean) * weights).sum()
+        nll += (own * weights).sum()
+        correct += ((chosen >= top) * weights).sum()
+        if not with_gradient:
+            return (loss, nll, correct, to_kernel), None
+        words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+        target = jnp.where(words == labels[..., None], 1 - smoothing + smoothing / vocab, smoothing / vocab)
+        gradient = (exponentials / total[..., None] - target) * weights[..., None]
+        gradient = gradient.astype(hidden.dtype)
+        flat = gradient.reshape(-1, vocab), part.reshape(-1, part.shape[-1])
+        return (loss, nll, correct, to_kernel + outer_sum(*flat)), jnp.einsum("blv,ve->ble", gradient, table)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, zero, jnp.zeros(kernel.shape if with_gradient else (), jnp.float32))
+    (loss, nll, correct, to_kernel), to_hidden = jax.lax.scan(step, start, (cut(hidden), cut(labels), cut(weights)))
+    if to_hidden is None:
+        return (loss, nll, correct), (zero, zero)
+    to_hidden = jnp.moveaxis(to_hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length]
+    return (loss, nll, correct), (to_hidden.astype(hidden.dtype), to_kernel)
 
 
 def masked_language_model_loss(logits: Array, labels: Array, weights: Array | None = None) -> WeightedSum:

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
@@ -132,18 +133,22 @@ def _matmul_backward(
     to_inputs = _dot(gradient, kernel.astype(dtype), gradient.ndim - 1, 1 - axis, inputs.dtype)
     rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
     gradient = gradient.reshape(-1, gradient.shape[-1])
-    pair = (rows, gradient) if axis == 0 else (gradient, rows)
-    if dtype == "float32" or rows.size * gradient.shape[-1] < HALVED or rows.shape[0] % 2:
-        return to_inputs, _outer(*pair)
-    return to_inputs, jax.lax.platform_dependent(*pair, cpu=_outer_in_halves, default=_outer)
+    return to_inputs, outer_sum(*((rows, gradient) if axis == 0 else (gradient, rows)))
 
 
 HALVED = 1 << 24
 """Multiplications in a product from which on `_outer_in_halves` is worth it."""
 
 
+def outer_sum(a: Array, b: Array) -> Array:
+    """a [T, M], b [T, N] of one dtype -> the sum over T of their outer products, [M, N] float32."""
+    if a.dtype == jnp.float32 or a.size * b.shape[1] < HALVED or a.shape[0] % 2:
+        return _outer(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=_outer_in_halves, default=_outer)
+
+
 def _outer(a: Array, b: Array) -> Array:
-    """a [T, M], b [T, N] -> the sum over T of their outer products, [M, N] float32."""
+    """`outer_sum` by one product."""
     return _dot(a, b, 0, 0, jnp.float32)
 
 
@@ -277,48 +282,93 @@ class Dropout(nn.Module):
         return hash_dropout(inputs, self.rate, row_seeds(dropout_seed(self), rows))
 
 
-class SelfAttention(nn.Module):
-    """Attention of a sequence to itself in `heads` subspaces, with its four projections (Vaswani et al. 2017, 3.2.2).
+class Attention(nn.Module):
+    """Attention in `heads` subspaces, with its four projections (Vaswani et al. 2017, 3.2.2).
+
+    Of a sequence to itself, or to a memory (an encoder's output); and, for decoding, of one token a beam to the keys
+    and values of before, which are kept heads first, so that no step transposes them.
 
     Attributes:
+        width: of queries and output, E.
         heads: number of heads, H; the head size is E / H.
         dropout: share of the attention probabilities that is dropped.
         implementation: backend of `kernels.attention`; None takes the fastest.
+        causal: whether later tokens are hidden.
     """
 
+    width: int
     heads: int
     dropout: float
     kernel_init: Initializer
     dtype: str = "float32"
     implementation: str | None = None
+    causal: bool = False
 
-    @nn.compact
-    def __call__(self, hidden: Array, segment_ids: Segments, rows: Array, *, deterministic: bool) -> Array:
-        """hidden [B, L, E], segment_ids [B, L] or a pair or None (everything is one segment), rows [B] -> [B, L, E]."""
-        width = hidden.shape[-1]
+    def setup(self) -> None:
         project = partial(
             Linear,
-            (self.heads, width // self.heads),
+            (self.heads, self.width // self.heads),
             ("embed", "heads", "head_dim"),
             kernel_init=self.kernel_init,
             dtype=self.dtype,
         )
-        query, key, value = (project(name=name)(hidden) for name in ("query", "key", "value"))
+        self.query, self.key, self.value = project(), project(), project()
+        self.out = Linear((self.width,), ("heads", "head_dim", "embed"), kernel_init=self.kernel_init, dtype=self.dtype)
+
+    def __call__(
+        self, hidden: Array, segment_ids: Segments, rows: Array, *, memory: Array | None = None, deterministic: bool
+    ) -> Array:
+        """Attend with every token.
+
+        Args:
+            hidden: [B, L, E].
+            segment_ids: [B, L], or a pair (of the queries, of the keys), or None where everything is one segment.
+            rows: [B] uint32, the rows' numbers.
+            memory: [B, S, E], what is attended to; None for `hidden` itself.
+
+        Returns:
+            [B, L, E]
+        """
+        memory = hidden if memory is None else memory
         query_segments, key_segments = split_segments(segment_ids)
         dropping = not deterministic and self.dropout > 0.0
         attended = attention(
-            query,
-            key,
-            value,
+            self.query(hidden),
+            self.key(memory),
+            self.value(memory),
+            causal=self.causal,
             query_segment_ids=query_segments,
             key_segment_ids=key_segments,
             dropout_rate=self.dropout if dropping else 0.0,
             dropout_seed=row_seeds(dropout_seed(self), rows) if dropping else None,
             implementation=self.implementation,
         )
-        return Linear(
-            (width,), ("heads", "head_dim", "embed"), kernel_init=self.kernel_init, dtype=self.dtype, name="out"
-        )(attended)
+        return self.out(attended)
+
+    def keys_values(self, memory: Array) -> tuple[Array, Array]:
+        """The keys and the values of a memory [B, S, E], each [B, H, S, D]."""
+        return jnp.swapaxes(self.key(memory), 1, 2), jnp.swapaxes(self.value(memory), 1, 2)
+
+    def step(self, hidden: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+        """Attend with one token of each of a row's beams, which share the row's keys and values.
+
+        Args:
+            hidden: [B, K, E], K beams a row.
+            keys, values: [B, H, S, D].
+            mask: bool [B, 1 or K, S], what each beam attends to. A beam that attends to nothing gets zeros.
+
+        Returns:
+            ([B, K, E], the probabilities [B, H, K, S] float32)
+        """
+        query = self.query(hidden) * jnp.asarray((self.width // self.heads) ** -0.5, self.dtype)
+        scores = jnp.einsum("bkhd,bhsd->bhks", query, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights / jnp.where(total == 0.0, 1.0, total)
+        attended = jnp.einsum("bhks,bhsd->bkhd", weights.astype(self.dtype), values)
+        return self.out(attended), weights
 
 
 class FeedForward(nn.Module):
@@ -327,18 +377,39 @@ class FeedForward(nn.Module):
     Attributes:
         width: the inner width, F.
         activation: a name in `ACTIVATIONS`.
+        dropout: share of the inner values that is dropped (not in the paper).
     """
 
     width: int
     activation: str
     kernel_init: Initializer
     dtype: str = "float32"
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, hidden: Array) -> Array:
+    def __call__(self, hidden: Array, rows: Array | None = None, *, deterministic: bool = True) -> Array:
+        """hidden [..., E] -> [..., E]; rows [B] uint32, needed where inner values are dropped."""
         linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
         inner = ACTIVATIONS[self.activation](linear((self.width,), ("embed", "mlp"), name="inner")(hidden))
+        if rows is not None:
+            inner = Dropout(self.dropout)(inner, rows, deterministic=deterministic)
         return linear((hidden.shape[-1],), ("mlp", "embed"), name="outer")(inner)
+
+
+def sinusoids(positions: int, width: int, *, interleaved: bool) -> np.ndarray:
+    """sin and cos of position / 10000^(2i / E), [positions, E] float32 (Vaswani et al. 2017, 3.5).
+
+    Args:
+        interleaved: channels 2i and 2i + 1 are the sine and the cosine of one frequency, as the paper writes it; else
+            all sines come first and then all cosines, as the paper's own code and most after it have them.
+    """
+    angles = np.arange(positions)[:, None] / np.power(10_000, 2 * np.arange(-(-width // 2)) / width)
+    sines, cosines = np.sin(angles), np.cos(angles[:, : width // 2])
+    if not interleaved:
+        return np.concatenate([sines, cosines], axis=1).astype(np.float32)
+    table = np.empty((positions, width), np.float32)
+    table[:, 0::2], table[:, 1::2] = sines, cosines
+    return table
 
 
 def run_layers(

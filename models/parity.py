@@ -264,7 +264,7 @@ def attention_probabilities(projections: Params, hidden: Array, mask: Array | No
     """What one layer attends to, [B, H, L, L], by the formula: no fast backend ever holds this tensor.
 
     Args:
-        projections: the parameters of one `layers.SelfAttention`.
+        projections: the parameters of one `layers.Attention`.
         hidden: [B, L, E], the layer's input.
         mask: [B, L], 1 for the tokens to attend to.
     """
@@ -324,6 +324,23 @@ def _bert_choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
     return _finish(flat, {"logits": logits}, loss)
 
 
+def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    """An encoder-decoder; without its own decoder input it reads the labels, moved by one (teacher forcing)."""
+    c = model.config
+    labels = inputs.pop("labels", None)
+    decoder_ids = inputs.pop("decoder_input_ids", None)
+    if decoder_ids is None:
+        if labels is None:
+            raise CheckpointError("expected.safetensors: neither labels nor decoder_input_ids")
+        start = jnp.full((labels.shape[0], 1), c.decoder_start_token_id, labels.dtype)
+        decoder_ids = jnp.concatenate([start, jnp.where(labels < 0, c.pad_token_id, labels)[:, :-1]], axis=1)
+    mask, decoder_mask = (inputs.pop(name, None) for name in ("attention_mask", "decoder_attention_mask"))
+    segments, decoder_segments = (None if m is None else reference_segments(m) for m in (mask, decoder_mask))
+    logits = model.apply({"params": params}, inputs.pop("input_ids"), segments, None, decoder_ids, decoder_segments)
+    loss = None if labels is None else _mean(heads.classification_loss(logits, labels))
+    return _finish(inputs, {"logits": logits}, loss)
+
+
 Adapter = Callable[[Any, Params, Inputs], Outputs]
 ADAPTERS: dict[str, Adapter] = {
     "Bert": _bert_model,
@@ -333,4 +350,6 @@ ADAPTERS: dict[str, Adapter] = {
     "BertForSequenceClassification": _bert_sequence,
     "BertForQuestionAnswering": _bert_span,
     "BertForMultipleChoice": _bert_choice,
+    "Marian": _translation,
+    "Transformer": _translation,
 }

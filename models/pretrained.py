@@ -33,7 +33,7 @@ from .tables import Architecture, CheckpointError, Params, Placed, Table, flatte
 log = logging.getLogger("bestiary.models")
 
 # model_type of config.json -> the module that holds the family.
-FAMILIES = {"bert": ".bert"}
+FAMILIES = {"bert": ".bert", "marian": ".marian", "transformer": ".transformer"}
 
 VOCABULARY_FILES = (
     "tokenizer.json",

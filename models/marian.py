@@ -1,0 +1,140 @@
+"""Marian: the Transformer as Marian NMT trains it, which the released OPUS-MT translators are.
+
+Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; Tiedemann and Thottingal 2020, "OPUS-MT".
+
+What marks it beside `transformer.py`, whose network this is: Swish, all sines of a position before all cosines, a
+constant added to each word's logit, and decoding that starts with the padding token. A Transformer that differs in no
+more than the order of a position's channels becomes a Marian model by moving its channels (`from_transformer`), and so
+a checkpoint that the reference implementation loads.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from .config import ConfigError, read_fields, write_fields
+from .tables import Architecture, Params, flatten
+from .transformer import (
+    SHARED_KEYS,
+    Transformer,
+    TransformerConfig,
+    checkpoint_table,
+    is_encoder_parameter,
+    make_config,
+)
+
+__all__ = ["ARCHITECTURES", "Marian", "MarianConfig", "checkpoint_table", "from_transformer", "is_encoder_parameter"]
+
+
+@dataclass(frozen=True)
+class MarianConfig(TransformerConfig):
+    """Sizes and settings of a Marian model. The defaults are the reference implementation's."""
+
+    vocab_size: int = 58_101
+    width: int = 1024
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    encoder_heads: int = 16
+    decoder_heads: int = 16
+    encoder_feed_forward: int = 4096
+    decoder_feed_forward: int = 4096
+    activation: str = "gelu"
+    sinusoids: str = "halves"
+    scale_embeddings: bool = False
+    logits_bias: bool = True
+    pad_token_id: int = 58_100
+    eos_token_id: int = 0
+    bos_token_id: int | None = None
+    decoder_start_token_id: int = 58_100
+    forced_eos_token_id: int | None = 0
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """The config of a parsed config.json; `ConfigError` names every setting that is not implemented."""
+        fields, extra = read_fields(cls, stored, KEYS, REQUIRED)
+        shared, tied = (stored.get(key, True) for key in ("share_encoder_decoder_embeddings", "tie_word_embeddings"))
+        if shared and not tied:
+            raise ConfigError("config.json:\n  tie_word_embeddings: only true is implemented with shared embeddings")
+        fields["tying"] = "all" if shared else "decoder" if tied else "none"
+        return make_config(cls, fields, tuple((key, text) for key, text in extra if key not in TYING_KEYS))
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary to write as config.json, without `architectures`, which are the model's to say."""
+        stored = write_fields(self, KEYS) | {"model_type": "marian", "is_encoder_decoder": True}
+        stored |= dict(zip(TYING_KEYS, (self.tying == "all", self.tying != "none"), strict=True))
+        return stored | {"decoder_vocab_size": self.target_words}
+
+
+TYING_KEYS = ("share_encoder_decoder_embeddings", "tie_word_embeddings")
+KEYS = {**SHARED_KEYS, "target_vocab_size": "decoder_vocab_size"}
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("marian",),
+    "is_encoder_decoder": (True,),
+    "static_position_embeddings": (True,),
+    "normalize_before": (False,),
+    "normalize_embedding": (False,),
+    "add_final_layer_norm": (False,),
+    "extra_pos_embeddings": (0,),
+    "encoder_layerdrop": (0, 0.0),
+    "decoder_layerdrop": (0, 0.0),
+    "quantization_config": (None,),
+}
+
+
+class Marian(Transformer):
+    """The network of `transformer.py`, under the released checkpoints' name."""
+
+    config: MarianConfig  # pyright: ignore[reportIncompatibleVariableOverride] (modules are frozen)
+
+
+def from_transformer(model: Transformer, params: Params) -> tuple[Marian, dict[str, Any]]:
+    """The same function as a Marian model, with the channels of interleaved positions moved into halves.
+
+    The norms, the matrices and the sums of a Transformer know no order of the channels, so that it may be changed in
+    all of them alike.
+
+    Args:
+        model: of `transformer.py`.
+        params: its parameters on the host, unboxed.
+
+    Raises:
+        ValueError: a model that Marian cannot be: normalised before sub-layers, or with another embedding width.
+    """
+    c = model.config
+    unlike = {"pre_norm": c.pre_norm, "embedding_width": c.table_width != c.width}
+    if any(unlike.values()):
+        found = " and no ".join(name for name, differs in unlike.items() if differs)
+        raise ValueError(f"the reference implementation's Marian has no {found}: not converted")
+    fields = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)}
+    config = MarianConfig(**fields | {"sinusoids": "halves", "logits_bias": True})
+    order = np.arange(c.width)
+    if c.sinusoids == "interleaved":
+        order = np.concatenate([order[0::2], order[1::2]])
+    moved: dict[str, Any] = {}
+    for path, leaf in flatten(params):
+        branch = moved
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = _reordered(path, np.asarray(leaf), order)
+    if not c.logits_bias:
+        moved["final_logits_bias"] = np.zeros(c.target_words, np.float32)
+    return Marian(config), moved
+
+
+def _reordered(path: tuple[str, ...], leaf: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """A parameter with the channels of the hidden states in another order, on whichever axis has them."""
+    match path:
+        case (_, "embedding") | (*_, "out" | "outer", "kernel" | "bias") | (*_, "scale"):
+            return leaf[..., order]
+        case (*_, "attention_norm" | "cross_attention_norm" | "feed_forward_norm", "bias"):
+            return leaf[..., order]
+        case (*_, "query" | "key" | "value" | "inner", "kernel"):
+            return leaf[:, order]
+    return leaf
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (Architecture("MarianMTModel", "translation", Marian),)
+config_from_json: Callable[[Mapping[str, Any]], MarianConfig] = MarianConfig.from_json

@@ -1,0 +1,794 @@
+"""The Transformer: an encoder and a decoder of attention and feed-forward layers, for translation.
+
+Vaswani et al. 2017, "Attention Is All You Need".
+
+What marks it among its neighbours: positions as sinusoids, with nothing learnt; embeddings multiplied by the square
+root of the width and shared by source, target and output (3.4); layers normalised after each addition (post-norm, 3.1);
+ReLU; dropout on the sum of embeddings and positions and on the output of each sub-layer before it is added (5.4).
+
+Several pairs share a row: a pair has one number on both sides, and the encoder, the decoder and the attention from one
+to the other are all held to their own pair.
+
+New weights: embeddings from a normal distribution of deviation 1/sqrt(width), matrices from Glorot and Bengio's (2010)
+uniform one, zeros for biases, ones for norms, as in the authors' code.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .config import ConfigError, Extra, read_fields, write_fields
+from .heads import SmoothedSums, projected_sums
+from .layers import (
+    ACTIVATIONS,
+    Attention,
+    Dropout,
+    Embed,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    Segments,
+    add_bias,
+    partitioned,
+    row_numbers,
+    run_layers,
+    sinusoids,
+    split_segments,
+)
+from .tables import Architecture, Entry, Params, Reshaped, Table, Transposed, linear_entries, norm_entries, same
+
+NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and settings of a Transformer. The defaults are those of the paper's base model."""
+
+    vocab_size: int = 37_000
+    """number of word pieces of the source, and of the target too unless it has its own, V"""
+    target_vocab_size: int | None = None
+    """number of word pieces of the target; None where it is the source's vocabulary"""
+    width: int = 512
+    """size of the hidden states, E"""
+    embedding_width: int | None = None
+    """size of the embeddings, which are projected to the width and back where it is another; None for the width"""
+    encoder_layers: int = 6
+    """number of layers of the encoder"""
+    decoder_layers: int = 6
+    """number of layers of the decoder"""
+    encoder_heads: int = 8
+    """number of attention heads of the encoder; must divide the width"""
+    decoder_heads: int = 8
+    """number of attention heads of the decoder; must divide the width"""
+    encoder_feed_forward: int = 2048
+    """inner width of the encoder's feed-forward sub-layers"""
+    decoder_feed_forward: int = 2048
+    """inner width of the decoder's feed-forward sub-layers"""
+    positions: int = 1024
+    """longest example on either side, in tokens"""
+    activation: str = "relu"
+    """non-linearity, a name in layers.ACTIVATIONS"""
+    sinusoids: str = "interleaved"
+    """order of the positions' channels: interleaved (sine, cosine, ... as in 3.5) or halves (all sines, all cosines)"""
+    scale_embeddings: bool = True
+    """multiply embeddings by the square root of the width (3.4)"""
+    pre_norm: bool = False
+    """normalise what goes into a sub-layer instead of each sum, and the last layer's output"""
+    tying: str = "all"
+    """which tables are one: all (source, target, output), decoder (target and output) or none"""
+    logits_bias: bool = False
+    """add a constant to each word's logit, which is read and written but not trained"""
+    dropout: float = 0.1
+    """share dropped of embeddings and of each sub-layer's output in training"""
+    attention_dropout: float = 0.0
+    """share of the attention probabilities dropped in training (not in the paper)"""
+    activation_dropout: float = 0.0
+    """share of the feed-forward sub-layers' inner values dropped in training (not in the paper)"""
+    pad_token_id: int = 0
+    """the token whose embedding takes no gradient from being looked up"""
+    eos_token_id: int = 2
+    """the token that ends a text"""
+    bos_token_id: int | None = 1
+    """the token that begins a text, where the tokenizer has one"""
+    decoder_start_token_id: int = 2
+    """the token that the decoder's input begins with"""
+    forced_eos_token_id: int | None = None
+    """the token that decoding ends the longest allowed text with"""
+
+    dtype: str = "float32"
+    """what is computed in, float32 or bfloat16; parameters, norms, softmax and losses stay float32"""
+    scan_layers: bool = True
+    """compile one layer and loop over it; off writes all layers out (same numbers, longer compilation)"""
+    remat: bool = False
+    """recompute each layer's inner values in the backward pass: less memory, about a third more work"""
+    attention_implementation: str | None = None
+    """backend of kernels.attention; None takes the fastest"""
+
+    extra: Extra = ()
+    """what else config.json held, written back with it"""
+    repeated: tuple[str, ...] = ()
+    """tied copies and buffers that the checkpoint held, written back with it"""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field, allowed in (("tying", TYINGS), ("sinusoids", SINUSOIDS), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{name}: {field} is one of {', '.join(allowed)}, not {getattr(self, field)!r}")
+        for side in ("encoder", "decoder"):
+            heads = getattr(self, f"{side}_heads")
+            if self.width % heads:
+                raise ValueError(f"{name}: width {self.width} is not a multiple of {side}_heads {heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"{name}: unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.tying == "all" and self.target_words != self.vocab_size:
+            raise ValueError(
+                f"{name}: tying 'all' shares one table, but the source has {self.vocab_size} words and the target"
+                f" {self.target_words}; take one vocabulary for both, or tying 'decoder'"
+            )
+
+    @property
+    def target_words(self) -> int:
+        """Number of word pieces of the target."""
+        return self.vocab_size if self.target_vocab_size is None else self.target_vocab_size
+
+    @property
+    def table_width(self) -> int:
+        """Size of the embeddings."""
+        return self.width if self.embedding_width is None else self.embedding_width
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A size by name, with changes to its fields: `TransformerConfig.preset("transformer-tiny", dropout=0.3)`."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r} of the Transformer; known: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """The config of a parsed config.json; `ConfigError` names every setting that is not implemented."""
+        fields, extra = read_fields(cls, stored, KEYS, REQUIRED)
+        return make_config(cls, fields, extra)
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary to write as config.json, without `architectures`, which are the model's to say."""
+        return write_fields(self, KEYS) | {"model_type": "transformer", "is_encoder_decoder": True}
+
+
+def make_config(cls: Any, fields: Mapping[str, Any], extra: Extra) -> Any:
+    """A config of what a config.json held, with what does not fit together told as `ConfigError`."""
+    try:
+        return cls(**fields, extra=tuple((key, text) for key, text in extra if key not in WRITTEN_ANEW))
+    except ValueError as error:
+        raise ConfigError(f"config.json:\n  {error}") from None
+
+
+TYINGS = ("all", "decoder", "none")
+SINUSOIDS = ("interleaved", "halves")
+WRITTEN_ANEW = ("model_type", "architectures", "is_encoder_decoder")
+# Under the names that released checkpoints of encoder-decoders have for them, where they have one.
+SHARED_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "d_model",
+    "encoder_layers": "encoder_layers",
+    "decoder_layers": "decoder_layers",
+    "encoder_heads": "encoder_attention_heads",
+    "decoder_heads": "decoder_attention_heads",
+    "encoder_feed_forward": "encoder_ffn_dim",
+    "decoder_feed_forward": "decoder_ffn_dim",
+    "positions": "max_position_embeddings",
+    "activation": "activation_function",
+    "scale_embeddings": "scale_embedding",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "pad_token_id": "pad_token_id",
+    "eos_token_id": "eos_token_id",
+    "bos_token_id": "bos_token_id",
+    "decoder_start_token_id": "decoder_start_token_id",
+    "forced_eos_token_id": "forced_eos_token_id",
+}
+KEYS = {
+    **SHARED_KEYS,
+    "target_vocab_size": "decoder_vocab_size",
+    "embedding_width": "embedding_size",
+    "sinusoids": "sinusoids",
+    "pre_norm": "normalize_before",
+    "tying": "tying",
+    "logits_bias": "final_logits_bias",
+}
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("transformer",),
+    "is_encoder_decoder": (True,),
+    "activation_function": tuple(ACTIVATIONS),
+    "tying": TYINGS,
+    "sinusoids": SINUSOIDS,
+    "quantization_config": (None,),
+}
+
+
+def _size(layers: int, width: int, heads: int, feed_forward: int, dropout: float, vocab_size: int) -> dict[str, Any]:
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", layers), ("heads", heads), ("feed_forward", feed_forward))
+    }
+    return {"width": width, "dropout": dropout, "vocab_size": vocab_size, **sides}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Vaswani et al. 2017, table 3, with the 37,000 shared pieces of English and German (5.1).
+    "transformer-base": _size(6, 512, 8, 2048, 0.1, 37_000),
+    "transformer-big": _size(6, 1024, 16, 4096, 0.3, 37_000),
+    # For Multi30k: Wu et al. 2021, "Good for Misconceived Reasons" (Transformer-Tiny).
+    "transformer-tiny": _size(4, 128, 4, 256, 0.3, 10_000),
+}
+
+
+def _glorot(key: Array, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> Array:
+    """Uniform in ±sqrt(6 / (inputs + outputs)). The heads' axes of a projection are one axis, of the width."""
+    outer = tuple(shape) if len(shape) == 2 else (math.isqrt(math.prod(shape)),) * 2
+    limit = math.sqrt(6 / sum(outer))
+    return jax.random.uniform(key, shape, dtype, -limit, limit, out_sharding=out_sharding)
+
+
+def _attention(c: TransformerConfig, heads: int, *, causal: bool = False) -> Attention:
+    return Attention(c.width, heads, c.attention_dropout, _glorot, c.dtype, c.attention_implementation, causal)
+
+
+def _feed_forward(c: TransformerConfig, width: int) -> FeedForward:
+    return FeedForward(width, c.activation, _glorot, c.dtype, c.activation_dropout)
+
+
+def _add(
+    c: TransformerConfig, hidden: Array, norm: LayerNorm, sublayer: Callable[[Array], Array], drop: Callable[..., Array]
+) -> Array:
+    """A sub-layer's output added to its input, and the sum normalised (3.1); or the input, where norms come first."""
+    if c.pre_norm:
+        return hidden + drop(sublayer(norm(hidden)))
+    return norm(hidden + drop(sublayer(hidden)))
+
+
+class EncoderBlock(nn.Module):
+    """One layer of the encoder: self-attention, then feed-forward (3.1)."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention = _attention(c, c.encoder_heads)
+        self.attention_norm = LayerNorm(NORM_EPSILON, c.dtype)
+        self.feed_forward = _feed_forward(c, c.encoder_feed_forward)
+        self.feed_forward_norm = LayerNorm(NORM_EPSILON, c.dtype)
+        self.drop = Dropout(c.dropout)
+
+    def __call__(self, hidden: Array, segment_ids: Segments, rows: Array, *, deterministic: bool) -> Array:
+        mode = {"rows": rows, "deterministic": deterministic}
+        add = partial(_add, self.config, drop=partial(self.drop, **mode))
+        hidden = add(hidden, self.attention_norm, lambda x: self.attention(x, segment_ids, **mode))
+        return add(hidden, self.feed_forward_norm, lambda x: self.feed_forward(x, **mode))
+
+
+class DecoderBlock(nn.Module):
+    """One layer of the decoder: self-attention to what came before, attention to the encoder, feed-forward (3.1)."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention = _attention(c, c.decoder_heads, causal=True)
+        self.attention_norm = LayerNorm(NORM_EPSILON, c.dtype)
+        self.cross_attention = _attention(c, c.decoder_heads)
+        self.cross_attention_norm = LayerNorm(NORM_EPSILON, c.dtype)
+        self.feed_forward = _feed_forward(c, c.decoder_feed_forward)
+        self.feed_forward_norm = LayerNorm(NORM_EPSILON, c.dtype)
+        self.drop = Dropout(c.dropout)
+
+    def __call__(
+        self,
+        hidden: Array,
+        segment_ids: Segments,
+        memory: Array,
+        cross_segments: Segments,
+        rows: Array,
+        *,
+        deterministic: bool,
+    ) -> Array:
+        mode = {"rows": rows, "deterministic": deterministic}
+        add = partial(_add, self.config, drop=partial(self.drop, **mode))
+        hidden = add(hidden, self.attention_norm, lambda x: self.attention(x, segment_ids, **mode))
+        hidden = add(
+            hidden,
+            self.cross_attention_norm,
+            lambda x: self.cross_attention(x, cross_segments, memory=memory, **mode),
+        )
+        return add(hidden, self.feed_forward_norm, lambda x: self.feed_forward(x, **mode))
+
+    def step(
+        self, hidden: Array, memory: tuple[Array, Array], memory_mask: Array, cache: "Slots", index: Array, mask: Array
+    ) -> tuple[Array, "Slots", Array]:
+        """The layer for one token of each beam, as `Steps.step`; also the attention to the encoder [B, H, K, S]."""
+
+        def attend(x: Array) -> Array:
+            nonlocal cache
+            new = self.attention.keys_values(x)
+            place = (0, 0, index * x.shape[1], 0)
+            cache = Slots(
+                *(jax.lax.dynamic_update_slice(old, part, place) for old, part in zip(cache, new, strict=True))
+            )
+            return self.attention.step(x, *cache, mask)[0]
+
+        def attend_memory(x: Array) -> Array:
+            nonlocal probabilities
+            attended, probabilities = self.cross_attention.step(x, *memory, memory_mask)
+            return attended
+
+        probabilities = jnp.zeros(())
+        add = partial(_add, self.config, drop=lambda x: x)
+        hidden = add(hidden, self.attention_norm, attend)
+        hidden = add(hidden, self.cross_attention_norm, attend_memory)
+        return add(hidden, self.feed_forward_norm, self.feed_forward), cache, probabilities
+
+    def keys_values(self, memory: Array) -> "Slots":
+        """The encoder's output [B, S, E] as keys and values, each [B, H, S, D]."""
+        return Slots(*self.cross_attention.keys_values(memory))
+
+
+class Transformer(nn.Module):
+    """Encoder, decoder, and the products with the word embeddings that make the decoder's output logits."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        table = partial(Embed, axis="vocab", dtype=c.dtype, padding_id=c.pad_token_id)
+        width = c.table_width
+        deviation = nn.initializers.normal
+        self.source = table(c.vocab_size, width, embedding_init=deviation(width**-0.5))
+        if c.tying != "all":
+            self.target = table(c.target_words, width, embedding_init=deviation(width**-0.5))
+        if c.tying == "none":
+            self.output = table(c.target_words, c.width, embedding_init=deviation(c.width**-0.5))
+        if width != c.width:
+            linear = partial(Linear, axes=("embed", "embed_out"), kernel_init=_glorot, dtype=c.dtype, use_bias=False)
+            self.source_projection = linear((c.width,))
+            self.target_projection = linear((c.width,))
+            if c.tying != "none":
+                self.output_projection = linear((width,))
+        self.encoder = EncoderBlock(c)
+        self.decoder = DecoderBlock(c)
+        if c.pre_norm:
+            self.encoder_norm = LayerNorm(NORM_EPSILON, c.dtype)
+            self.decoder_norm = LayerNorm(NORM_EPSILON, c.dtype)
+        if c.logits_bias:
+            zeros = partitioned(nn.initializers.zeros_init(), "vocab")
+            self.final_logits_bias = self.param("final_logits_bias", zeros, (c.target_words,), jnp.float32)
+        self.drop = Dropout(c.dropout)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        segment_ids: Segments = None,
+        position_ids: Array | None = None,
+        decoder_input_ids: Array | None = None,
+        decoder_segment_ids: Segments = None,
+        decoder_position_ids: Array | None = None,
+        *,
+        rows: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Logits of each next word.
+
+        Args:
+            input_ids: [B, S] int32, the source.
+            segment_ids: [B, S] int32, which pair of the row each token belongs to, 0 for padding; None for one pair
+                that fills the row. A pair of arrays gives queries and keys their own.
+            position_ids: [B, S] int32, position within the example; None counts from 0 along the row.
+            decoder_input_ids: [B, T] int32, the start token and then the target but for its last token. Only
+                initialisation does without.
+            decoder_segment_ids, decoder_position_ids: [B, T] int32, as the source's; None stands for segments of 1.
+            rows: [B] uint32, the rows' numbers, which with the stream "dropout" decide what is dropped; None counts
+                from 0.
+            deterministic: no dropout.
+
+        Returns:
+            [B, T, V] float32
+        """
+        decoder_input_ids = self._decoder_input(input_ids, decoder_input_ids)
+        mode: dict[str, Any] = {"rows": rows, "deterministic": deterministic}
+        memory = self.encode(input_ids, segment_ids, position_ids, **mode)
+        return self.logits(
+            self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
+        )
+
+    def loss(
+        self,
+        input_ids: Array,
+        segment_ids: Segments,
+        position_ids: Array | None,
+        decoder_input_ids: Array,
+        decoder_segment_ids: Segments,
+        decoder_position_ids: Array | None,
+        labels: Array,
+        label_weights: Array | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        rows: Array | None = None,
+        deterministic: bool = True,
+    ) -> SmoothedSums:
+        """`heads.label_smoothed_sums` of the logits that `__call__` gives, which are never held all at once.
+
+        Args:
+            labels: [B, T] int32, the target; `heads.IGNORED_LABEL` counts for nothing.
+            label_weights: [B, T], or None for ones.
+        """
+        mode: dict[str, Any] = {"rows": rows, "deterministic": deterministic}
+        memory = self.encode(input_ids, segment_ids, position_ids, **mode)
+        hidden = self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
+        bias = self.final_logits_bias if self.config.logits_bias else None
+        return projected_sums(
+            self._to_table(hidden), self._output_table.embedding, labels, label_weights, label_smoothing, bias
+        )
+
+    def encode(
+        self,
+        input_ids: Array,
+        segment_ids: Segments = None,
+        position_ids: Array | None = None,
+        *,
+        rows: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """The encoder's output [B, S, E]."""
+        c = self.config
+        rows = row_numbers(rows, input_ids)
+        hidden = self._embed(
+            self.source, "source_projection", input_ids, position_ids, rows=rows, deterministic=deterministic
+        )
+        hidden, _ = run_layers(
+            self.encoder,
+            hidden,
+            segment_ids,
+            rows,
+            count=c.encoder_layers,
+            scan=c.scan_layers,
+            remat=c.remat,
+            deterministic=deterministic,
+        )
+        return self.encoder_norm(hidden) if c.pre_norm else hidden
+
+    def decode(
+        self,
+        memory: Array,
+        segment_ids: Segments,
+        decoder_input_ids: Array,
+        decoder_segment_ids: Segments = None,
+        decoder_position_ids: Array | None = None,
+        *,
+        rows: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """The decoder's output [B, T, E], from the encoder's, [B, S, E], and its `segment_ids`."""
+        c = self.config
+        rows = row_numbers(rows, decoder_input_ids)
+        hidden = self._embed(
+            self._target_table,
+            "target_projection",
+            decoder_input_ids,
+            decoder_position_ids,
+            rows=rows,
+            deterministic=deterministic,
+        )
+        hidden, _ = run_layers(
+            self.decoder,
+            hidden,
+            decoder_segment_ids,
+            memory,
+            _cross_segments(decoder_input_ids, decoder_segment_ids, memory, segment_ids),
+            rows,
+            count=c.decoder_layers,
+            scan=c.scan_layers,
+            remat=c.remat,
+            deterministic=deterministic,
+        )
+        return self.decoder_norm(hidden) if c.pre_norm else hidden
+
+    def last_logits(self, hidden: Array) -> Array:
+        """The last decoder layer's output [..., E] -> logits [..., V] float32."""
+        return self.logits(self.decoder_norm(hidden) if self.config.pre_norm else hidden)
+
+    def logits(self, hidden: Array) -> Array:
+        """The decoder's output [..., E] -> logits [..., V] float32."""
+        logits = self._output_table.attend(self._to_table(hidden))
+        if not self.config.logits_bias:
+            return logits
+        return add_bias(logits, jax.lax.stop_gradient(self.final_logits_bias))
+
+    def embed_step(self, tokens: Array, position: Array) -> Array:
+        """Target tokens [B, K] that all stand at one position -> [B, K, E]."""
+        return self._embed(
+            self._target_table,
+            "target_projection",
+            tokens,
+            jnp.broadcast_to(position, tokens.shape),
+            rows=row_numbers(None, tokens),
+            deterministic=True,
+        )
+
+    @nn.nowrap
+    def steps(self) -> "Steps":
+        """What `train.decode` decodes with."""
+        return Steps(self)
+
+    def _decoder_input(self, input_ids: Array, decoder_input_ids: Array | None) -> Array:
+        if decoder_input_ids is not None:
+            return decoder_input_ids
+        if self.is_initializing():
+            return input_ids
+        raise ValueError("decoder_input_ids: expected int [B, T], found None")
+
+    def _embed(
+        self,
+        table: Embed,
+        projection: str,
+        ids: Array,
+        position_ids: Array | None,
+        *,
+        rows: Array,
+        deterministic: bool,
+    ) -> Array:
+        """Embeddings times sqrt(E), plus positions; dropout on the sum (3.4, 3.5, 5.4)."""
+        c = self.config
+        length = ids.shape[1]
+        if position_ids is None and length > c.positions:
+            raise ValueError(f"a row has {length} tokens, but the model has {c.positions} positions")
+        vectors = table(ids)
+        if c.table_width != c.width:
+            vectors = getattr(self, projection)(vectors)
+        if c.scale_embeddings:
+            vectors = vectors * math.sqrt(c.width)
+        places = jnp.asarray(sinusoids(c.positions, c.width, interleaved=c.sinusoids == "interleaved"))
+        # A position beyond the last gives NaN, never another position's vector.
+        at = places[None, :length] if position_ids is None else jnp.take(places, position_ids, axis=0, mode="fill")
+        return self.drop((vectors + at).astype(c.dtype), rows, deterministic=deterministic)
+
+    @property
+    def _target_table(self) -> Embed:
+        return self.source if self.config.tying == "all" else self.target
+
+    @property
+    def _output_table(self) -> Embed:
+        return self.output if self.config.tying == "none" else self._target_table
+
+    def _to_table(self, hidden: Array) -> Array:
+        """[..., E] -> what is multiplied with the output's table, [..., its width]."""
+        narrow = self.config.table_width != self.config.width and self.config.tying != "none"
+        return self.output_projection(hidden) if narrow else hidden
+
+
+def _cross_segments(
+    decoder_input_ids: Array, decoder_segment_ids: Segments, memory: Array, source: Segments
+) -> Segments:
+    """(segments of the decoder's tokens, segments of the encoder's), where either is given."""
+    query_segments, key_segments = split_segments(decoder_segment_ids)[0], split_segments(source)[1]
+    if query_segments is None and key_segments is None:
+        return None
+    if query_segments is None:
+        query_segments = jnp.ones(decoder_input_ids.shape, jnp.int32)
+    if key_segments is None:
+        key_segments = jnp.ones(memory.shape[:2], jnp.int32)
+    return query_segments, key_segments
+
+
+# Decoding one token at a time, for `train.decode`.
+
+
+class Slots(NamedTuple):
+    """Keys and values of one layer, heads first."""
+
+    keys: Array  # [B, H, slots, D]
+    values: Array  # [B, H, slots, D]
+
+
+class Memory(NamedTuple):
+    """What is computed once for each source."""
+
+    layers: tuple[Slots, ...]  # the encoder's output as each decoder layer's keys and values
+    mask: Array  # [B, S] bool, True for tokens
+
+
+class Prepared(NamedTuple):
+    """Parameters as the steps need them."""
+
+    params: Params
+    layers: tuple[Params, ...]  # the decoder's, layer by layer
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A model as `train.decode` uses it: pure functions, each row's keys and values shared by its beams."""
+
+    model: Transformer
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The model's, with the special tokens that decoding starts and ends with."""
+        return self.model.config
+
+    def prepare(self, params: Params) -> Prepared:
+        """Take the stacked layers apart, once and not in each step."""
+        return Prepared(params, unstack(params["decoder"], self.config.decoder_layers))
+
+    def start(self, prepared: Prepared, input_ids: Array, segment_ids: Array) -> Memory:
+        """Read sources: input_ids [B, S] int32; segment_ids [B, S] int32, 1 for tokens and 0 for padding."""
+        variables = {"params": prepared.params}
+        encoded: Any = self.model.apply(variables, input_ids, segment_ids, method="encode")
+        block = DecoderBlock(self.config, parent=None)
+        layers: Any = tuple(block.apply({"params": layer}, encoded, method="keys_values") for layer in prepared.layers)
+        return Memory(layers, segment_ids != 0)
+
+    def cache(self, rows: int, slots: int) -> tuple[Slots, ...]:
+        """Empty keys and values, for each layer."""
+        c = self.config
+        empty = jnp.zeros((rows, c.decoder_heads, slots, c.width // c.decoder_heads), c.dtype)
+        return (Slots(empty, empty),) * c.decoder_layers
+
+    def step(
+        self,
+        prepared: Prepared,
+        memory: Memory,
+        cache: tuple[Slots, ...],
+        tokens: Array,
+        index: Array,
+        mask: Array,
+    ) -> tuple[Array, tuple[Slots, ...], tuple[Array, ...]]:
+        """Read one more token of each beam.
+
+        Args:
+            memory: of B sources.
+            cache: of the steps so far; this step fills the slots from index · K on.
+            tokens: [B, K] int32.
+            index: [] int32, the tokens' position.
+            mask: bool [B, K, slots], the slots that each beam descends from, its own among them.
+
+        Returns:
+            (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S] float32)
+        """
+        variables = {"params": prepared.params}
+        hidden: Any = self.model.apply(variables, tokens, index, method="embed_step")
+        block = DecoderBlock(self.config, parent=None)
+        filled, attentions = [], []
+        for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache, strict=True):
+            result: Any = block.apply(
+                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, index, mask, method="step"
+            )
+            hidden, slots, attention = result
+            filled.append(slots)
+            attentions.append(attention)
+        logits: Any = self.model.apply(variables, hidden, method="last_logits")
+        return logits, tuple(filled), tuple(attentions)
+
+
+def unstack(params: Params, count: int) -> tuple[Params, ...]:
+    """Stacked layers, one by one."""
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
+
+
+@partial(jax.jit, static_argnums=0)
+def cross_attention_maps(
+    model: Transformer, params: Params, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
+) -> Array:
+    """What each token of the decoder's input attends to in the source.
+
+    Args:
+        input_ids: [B, S] int32.
+        decoder_input_ids: [B, T] int32, the start token and then the target.
+        segment_ids: [B, S] int32, 1 for tokens and 0 for padding; None for no padding.
+
+    Returns:
+        [N, B, H, T, S] float32, probabilities of every layer and head; those of t are for predicting token t + 1.
+    """
+    steps = model.steps()
+    prepared = steps.prepare(params)
+    memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)
+    rows, length = decoder_input_ids.shape
+
+    def read(cache: tuple[Slots, ...], xs: tuple[Array, Array]) -> tuple[tuple[Slots, ...], Array]:
+        tokens, index = xs
+        mask = jnp.broadcast_to(jnp.arange(length) <= index, (rows, 1, length))
+        _, cache, attentions = steps.step(prepared, memory, cache, tokens[:, None], index, mask)
+        return cache, jnp.stack(attentions)[:, :, :, 0]
+
+    _, maps = jax.lax.scan(read, steps.cache(rows, length), (decoder_input_ids.T, jnp.arange(length)))
+    return jnp.moveaxis(maps, 0, 3)
+
+
+# The two-way table between the parameters and the stored names, which are those of released encoder-decoders.
+
+
+def _attention_entries(name: str, path: tuple[str, ...], width: int, heads: int, layers: int) -> list[Entry]:
+    inner = (heads, width // heads)
+    return [
+        *(
+            entry
+            for part in ("query", "key", "value")
+            for entry in linear_entries(f"{name}.{part[0]}_proj", (*path, part), (width,), inner, layers)
+        ),
+        *linear_entries(f"{name}.out_proj", (*path, "out"), inner, (width,), layers),
+    ]
+
+
+def _layer_entries(c: TransformerConfig, side: str) -> list[Entry]:
+    layers, heads, inner = (getattr(c, f"{side}_{size}") for size in ("layers", "heads", "feed_forward"))
+    stored, width = f"model.{side}.layers.{{layer}}", (c.width,)
+    attentions = [("attention", "self_attn"), *([("cross_attention", "encoder_attn")] if side == "decoder" else [])]
+    entries = []
+    for name, stored_name in attentions:
+        entries += _attention_entries(f"{stored}.{stored_name}", (side, name), c.width, heads, layers)
+        entries += norm_entries(f"{stored}.{stored_name}_layer_norm", (side, f"{name}_norm"), c.width, layers)
+    return [
+        *entries,
+        *linear_entries(f"{stored}.fc1", (side, "feed_forward", "inner"), width, (inner,), layers),
+        *linear_entries(f"{stored}.fc2", (side, "feed_forward", "outer"), (inner,), width, layers),
+        *norm_entries(f"{stored}.final_layer_norm", (side, "feed_forward_norm"), c.width, layers),
+    ]
+
+
+def checkpoint_table(model: nn.Module) -> Table:
+    """The table of one of this file's models, or of its sibling's."""
+    c: TransformerConfig = model.config  # type: ignore[attr-defined]
+    shared, source, target = (
+        "model.shared.weight",
+        "model.encoder.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+    )
+    output, bias = "lm_head.weight", "final_logits_bias"
+    words, width = c.target_words, c.table_width
+    tied: dict[str, str] = {}
+    if c.tying == "all":
+        entries = [Entry(shared, ("source", "embedding"), same(c.vocab_size, width))]
+        tied = dict.fromkeys((source, target, output), shared)
+    else:
+        entries = [
+            Entry(source, ("source", "embedding"), same(c.vocab_size, width)),
+            Entry(target, ("target", "embedding"), same(words, width)),
+        ]
+        if c.tying == "decoder":
+            tied = {output: target}
+        else:
+            entries.append(Entry(output, ("output", "embedding"), same(words, c.width)))
+    if width != c.width:
+        for side, name in (("encoder", "source"), ("decoder", "target")):
+            kernel = (f"{name}_projection", "kernel")
+            entries.append(Entry(f"model.{side}.embed_projection.weight", kernel, Transposed((width,), (c.width,))))
+        if c.tying != "none":
+            kernel = ("output_projection", "kernel")
+            entries.append(Entry("lm_projection.weight", kernel, Transposed((c.width,), (width,))))
+    for side in ("encoder", "decoder"):
+        entries += _layer_entries(c, side)
+        if c.pre_norm:
+            entries += norm_entries(f"model.{side}.layer_norm", (f"{side}_norm",), c.width)
+    if c.logits_bias:
+        entries.append(Entry(bias, (bias,), Reshaped((1, words), (words,))))
+    places = sinusoids(c.positions, c.width, interleaved=c.sinusoids == "interleaved")
+    return Table(
+        tuple(entries),
+        tied=tied,
+        buffers=dict.fromkeys(("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"), places),
+    )
+
+
+def is_encoder_parameter(path: tuple[str, ...]) -> bool:
+    """Whether every Transformer has this parameter; there is one head, so all of them."""
+    del path
+    return True
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (Architecture("Transformer", "translation", Transformer),)
+config_from_json: Callable[[Mapping[str, Any]], TransformerConfig] = TransformerConfig.from_json

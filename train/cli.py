@@ -15,6 +15,17 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
         "PretrainConfig",
         "pretrain BERT (MLM + NSP); with no arguments, a small one on Python's own documentation",
     ),
+    ("translate", "train"): (
+        ".translate",
+        "TranslateConfig",
+        "train a translator; with no arguments, English-German dates, durations, amounts and quantities",
+    ),
+    ("translate", "run"): (".translate_run", "RunConfig", "translate lines as they come; --attention draws maps"),
+    ("translate", "score"): (
+        ".translate_score",
+        "ScoreConfig",
+        "score translations: sacreBLEU's BLEU and chrF, and tokenised BLEU",
+    ),
     ("tokenizer", "train"): (".tokenize", "TokenizerConfig", "train a tokenizer on a corpus"),
     ("finetune",): (".glue_task", "GlueConfig", "fine-tune on a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, ..."),
     ("finetune", "glue"): (".glue_suite", "GlueSuiteConfig", "fine-tune on several tasks of GLUE, and make one table"),
@@ -34,6 +45,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("finetune", "pos"): (".tagging_task", "PosConfig", "fine-tune on parts of speech in CoNLL-U"),
     ("evaluate",): (".evaluate", "EvaluateConfig", "a fine-tuned model's official metrics on labelled examples"),
     ("predict",): (".predict", "PredictConfig", "what a fine-tuned model says of new examples"),
+    ("embed",): (".embed", "EmbedConfig", "vectors of sentences or tokens from a pretrained encoder"),
     ("parity",): (
         "..models.parity",
         "ParityConfig",

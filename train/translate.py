@@ -1,0 +1,713 @@
+"""Train a translator: the Transformer of Vaswani et al. 2017, from parallel text to a checkpoint folder.
+
+    bestiary translate train                            English-German dates, durations, amounts and quantities, minutes
+    bestiary translate train --source train.en.gz --target train.de.gz --dev val.en.gz val.de.gz \
+        --preset transformer-tiny --out runs/ende
+
+Several pairs share a row, on both sides (data/translation.py). Label smoothing, Adam (0.9, 0.98) and the inverse
+square root of the step are the paper's (5.3, 5.4); what else there is - sampled pieces, R-Drop, a mean of checkpoints,
+a running mean, an early end by the dev set's BLEU - is off unless it is asked for.
+
+A run starts from, in this order: (1) its own newest whole checkpoint, (2) the checkpoint named by --resume-from,
+(3) the weights named by --init-from, (4) scratch.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from ..data.parallel import Pair, ParallelText
+from ..data.stream import batches, evaluation_batches
+from ..data.subwords import PairTokenizer, TextForm, load_subwords, train_subwords
+from ..data.translation import PairStore, TranslationRows, build_pairs, describe_pairs
+from ..models import load, save
+from ..models.heads import SmoothedSums, label_smoothed_sums
+from ..models.transformer import Transformer, TransformerConfig
+from .decode import DecodeConfig, Generator
+from .errors import RunError
+from .finetune import read_params, write_params
+from .learner import Learner, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
+from .loop import Best, Fitted, LoopConfig, Stop, TrainState
+from .metrics import Meter, Sums
+from .optim import OptimConfig, schedule
+from .pretrain import user_cache_folder
+from .progress import Progress, duration
+from .run_folder import RunFolder
+from .sharding import Replicas, Spread, SpreadConfig, start_spread
+from .translate_run import check_vocabulary, longest_output
+from .translate_score import corpus_scores, deciding
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+Subwords = Literal["unigram", "bpe", "word-bpe"]
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    """Train a translator on parallel text.
+
+    With no arguments: English-German dates, durations, amounts and quantities, minutes on two CPU cores.
+    """
+
+    source: Path | None = None
+    """File of source sentences, one a line (.gz and .zst too)."""
+    target: Path | None = None
+    """File of their translations, with as many lines."""
+    pairs: str | None = None
+    """Instead of both: a .tsv or .jsonl file, a prepared tensorflow-datasets folder such as wmt14_translate's, or
+    tfds:NAME."""
+    fields: tuple[str, str] | None = None
+    """Where --pairs has the two sides: column numbers of a .tsv, from 1, or names of fields or features. None: the
+    first two columns, or what --languages names."""
+    languages: tuple[str, str] = ("en", "de")
+    """Source and target (ISO 639-1)."""
+    dev: tuple[str, ...] = ()
+    """Held-out text: two files, or one as for --pairs. None: --dev-pairs of the training text are held out."""
+    dev_pairs: int = 1000
+    """About how many pairs are held out where --dev is not given; pairs with the same source stay together."""
+    encoding: str = "utf-8"
+    """Character encoding of the text."""
+
+    subwords: Subwords = "unigram"
+    """Pieces: SentencePiece's unigram or bpe, or BPE within words (word-bpe)."""
+    vocab_size: int = 8000
+    """Pieces, four special ones included; of each side where they are separate."""
+    joint: bool = True
+    """One vocabulary for both sides."""
+    split_digits: bool | None = None
+    """Make every digit a piece of its own. None: where the pieces are SentencePiece's."""
+    lowercase: bool = False
+    """Lower-case both sides."""
+    moses: bool = False
+    """Normalise punctuation and split words as the Moses scripts do; translations are joined again."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer that was saved with a translator, or a SentencePiece model file for both sides. None: one
+    is trained on the text."""
+    sample_subwords: float = 0.0
+    """Cut words up anew in every epoch: alpha of unigram pieces (Kudo 2018), or the share of BPE merges that is dropped
+    (Provilkov et al. 2020)."""
+    cache: Path | None = None
+    """Folder for tokenised text, which later runs share. None: bestiary/ in the user's cache folder."""
+
+    preset: str = "transformer-tiny"
+    """Size: transformer-tiny (4+4 layers, 128 wide), -base or -big."""
+    tying: Literal["all", "decoder", "none"] | None = None
+    """Which of the source's, the target's and the output's embeddings are one. None: all where the vocabulary is joint,
+    else decoder."""
+    pre_norm: bool = False
+    """Normalise what goes into a sub-layer instead of what comes out (not the paper's)."""
+    dropout: float = 0.1
+    """Share of embeddings and of sub-layers' outputs that is dropped."""
+    attention_dropout: float = 0.0
+    """Share of attention probabilities that is dropped."""
+    activation_dropout: float = 0.0
+    """Share of the feed-forward layers' inner values that is dropped."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What is computed in; parameters are float32 always. auto: bfloat16 on an accelerator, float32 on a CPU."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it; off writes all layers out: same numbers, longer compilation."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    attention: str | None = None
+    """Backend of the attention kernel; None takes the fastest that supports the call."""
+
+    row_tokens: int = 64
+    """Tokens of a row, on each side; several pairs share one. A pair that is longer is left out and counted."""
+    too_long: Literal["drop", "refuse"] = "drop"
+    """What happens to pairs that are longer than a row."""
+    batch_tokens: int = 4096
+    """Target tokens of an update, padding included: rows times --row-tokens."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory; the numbers stay the same."""
+    steps: int = 2000
+    """Updates, at most."""
+    label_smoothing: float = 0.1
+    """Share of the probability that is spread over all words."""
+    r_drop: float = 0.0
+    """Weight of the divergence between two passes with dropout of their own (R-Drop, Liang et al. 2021); 0: one
+    pass."""
+    seed: int = 0
+    """Of everything random."""
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: OptimConfig(
+            learning_rate=2e-3,
+            warmup=400,
+            decay="inverse_sqrt",
+            weight_decay=0.0,
+            beta2=0.98,
+            epsilon=1e-9,
+            clip_norm=0.0,
+        )
+    )
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: LoopConfig(evaluate_every=500, checkpoint_every=500)
+    )
+    dev_beam: int = 1
+    """Beam that the dev text is translated with at each evaluation; 1 is greedy, and fast."""
+    patience: int = 0
+    """End after so many evaluations in turn whose dev BLEU is no better than the best; 0: at the last step only."""
+    average: int = 0
+    """Leave behind the mean of the weights at so many evaluations; 0: no mean."""
+    average_of: Literal["last", "best"] = "last"
+    """Which evaluations --average takes: the last ones, or those with the best dev BLEU."""
+
+    out: Path = Path("runs/translate")
+    """Run folder. A run that was stopped goes on when the same command is given again."""
+    resume_from: Path | None = None
+    """Run folder, or one step of its checkpoints, that a new run goes on from, with optimiser and data position."""
+    init_from: Path | None = None
+    """Checkpoint folder (config.json, model.safetensors) whose weights a new run starts from."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+
+    def __post_init__(self) -> None:
+        if (self.source is None) != (self.target is None):
+            raise RunError("--source and --target come together: give both files.")
+        if self.source is not None and self.pairs is not None:
+            raise RunError("--pairs holds both sides: leave --source and --target out.")
+        if len(self.dev) > 2:
+            raise RunError(f"--dev names {len(self.dev)} files; expected two, or one that holds both sides.")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing", "sample_subwords"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RunError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 and below 1."
+                )
+        least = {"row_tokens": 8, "accumulate": 1, "steps": 1, "dev_beam": 1, "patience": 0, "average": 0, "r_drop": 0}
+        for name, value in {**least, "dev_pairs": 1, "seed": 0}.items():
+            if getattr(self, name) < value:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {value}.")
+        if self.batch_tokens % self.row_tokens:
+            raise RunError(f"--batch-tokens {self.batch_tokens} is not a multiple of --row-tokens {self.row_tokens}.")
+        if self.average and self.optim.ema:
+            raise RunError("--average and --optim.ema are two ways to a mean of the weights: take one.")
+        if self.tying == "all" and not self.joint and self.tokenizer is None:
+            raise RunError("--tying all shares one table: it takes a joint vocabulary. Take --tying decoder.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self.batch_tokens // self.row_tokens
+
+
+# Settings that change neither the numbers of a run nor what it leaves behind: they may differ when it is started again.
+FREE = frozenset({
+    "out", "cache", "remat", "scan_layers", "loop.keep", "loop.checkpoint_every",
+    *(f"spread.{f.name}" for f in dataclasses.fields(SpreadConfig)),
+})  # fmt: skip
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """The pairs of a run, before they are tokenised."""
+
+    train: Callable[[], Iterable[Pair]]  # anew at each call
+    dev: list[Pair]
+    fingerprint: str  # of the training pairs
+    described: str
+    notes: Callable[[], list[str]]  # what was met in the training text, once it was read
+
+
+def read_texts(config: TranslateConfig) -> Texts:
+    """The training and the dev pairs. Only the dev pairs are read yet, where they have files of their own."""
+    options: dict[str, Any] = dict(fields=config.fields, languages=config.languages, encoding=config.encoding)
+    given = (config.source, config.target) if config.source is not None else (config.pairs,)
+    if given == (None,):
+        from ..data.phrases import phrase_pairs
+
+        held_out = phrase_pairs("held-out", config.languages)[: config.dev_pairs]
+        train = phrase_pairs("train", config.languages)
+        name = f"embedded phrases {config.languages} {len(train)}"
+        return Texts(lambda: train, held_out, hashlib.sha256(name.encode()).hexdigest(), "embedded phrases", list)
+    text = ParallelText([str(path) for path in given if path is not None], empty="drop", **options)
+    fingerprint, described = text.fingerprint, str(text)
+    if config.dev:
+        dev = list(ParallelText(config.dev, **options | {"split": "validation"}))
+        return Texts(lambda: text, dev, fingerprint, described, lambda: list(text.findings))
+    counted = sum(1 for _ in text)
+
+    def held_out(pair: Pair) -> bool:
+        digest = hashlib.blake2b(pair.source.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < config.dev_pairs / counted * 2**64
+
+    dev = [pair for pair in text if held_out(pair)]
+    if not 0 < len(dev) < counted:
+        raise RunError(f"{text}: {counted} pairs are too few to hold {config.dev_pairs} out. Give --dev, or fewer.")
+    return Texts(
+        lambda: (pair for pair in text if not held_out(pair)),
+        dev,
+        f"{fingerprint} without {config.dev_pairs}",
+        described,
+        lambda: list(text.findings),
+    )
+
+
+class Data(NamedTuple):
+    """The tokenised text of a run."""
+
+    tokenizer: PairTokenizer
+    train: PairStore
+    dev: list[Pair]
+    dev_store: PairStore
+
+
+def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
+    """Tokenizer and tokenised pairs, made where they are missing."""
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("data_prepared")
+    root = (config.cache or user_cache_folder()) / "translation"
+    texts = read_texts(config)
+
+    def show(report: Any) -> None:
+        progress.update(str(report))
+
+    form = TextForm(config.languages, config.lowercase, config.moses)
+    if config.tokenizer is not None:
+        tokenizer = load_subwords(config.tokenizer, form)
+    else:
+        tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
+    store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
+    train = store(texts.train, fingerprint=texts.fingerprint, as_text=bool(config.sample_subwords), notes=texts.notes)
+    dev_name = hashlib.sha256(repr([(pair.source, pair.target) for pair in texts.dev]).encode()).hexdigest()
+    dev_store = store(lambda: (pair for pair in texts.dev if pair.source and pair.target), fingerprint=dev_name)
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data_prepared")
+    for line in (*describe_pairs(train, texts.described), *describe_pairs(dev_store, "dev")):
+        progress.line(line)
+    return Data(tokenizer, train, texts.dev, dev_store)
+
+
+def trained_tokenizer(
+    config: TranslateConfig, texts: Texts, form: TextForm, root: Path, progress: Progress
+) -> PairTokenizer:
+    """The tokenizer of this text; trained if it is not there yet."""
+    split_digits = config.subwords != "word-bpe" if config.split_digits is None else config.split_digits
+    key = f"{config.subwords} {config.vocab_size} {config.joint} {split_digits} {form} {texts.fingerprint}"
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        progress.line(f"learning {config.vocab_size:,} pieces ({config.subwords})")
+        trained = train_subwords(
+            config.subwords,
+            lambda: (form.prepare(pair.source, target=False) for pair in texts.train()),
+            lambda: (form.prepare(pair.target, target=True) for pair in texts.train()),
+            vocab_size=config.vocab_size,
+            joint=config.joint,
+            form=form,
+            split_digits=split_digits,
+        )
+        unfinished = root / f"{folder.name}.{os.getpid()}"
+        trained.save(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has just made the same one
+                raise
+            shutil.rmtree(unfinished)
+    return load_subwords(folder)
+
+
+def make_rows(config: TranslateConfig, data: Data, start_id: int, *, dev: bool = False) -> TranslationRows:
+    """The rows that are trained on, or the dev set's.
+
+    Raises:
+        RunError: pairs are longer than a row, and --too-long refuses them.
+    """
+    rows = TranslationRows(
+        data.dev_store if dev else data.train,
+        data.tokenizer,
+        source_length=config.row_tokens,
+        target_length=config.row_tokens,
+        start_id=start_id,
+        seed=config.seed,
+        sampling=0.0 if dev else config.sample_subwords,
+    )
+    too_long = rows.statistics().too_long
+    if too_long and config.too_long == "refuse":
+        raise RunError(
+            f"{too_long:,} {'dev ' if dev else ''}pairs are longer than a row of {config.row_tokens} tokens: raise "
+            "--row-tokens, or leave them out with --too-long drop."
+        )
+    return rows
+
+
+# --- model and optimiser ----------------------------------------------------------------------------------------------
+
+
+def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> TransformerConfig:
+    """The model's configuration: a preset, or that of the checkpoint it starts from.
+
+    Raises:
+        RunError: the vocabularies do not fit.
+    """
+    compute = {"float32": "float32", "bfloat16": "bfloat16"}.get(config.dtype)
+    run: dict[str, Any] = dict(
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        dtype=compute or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        attention_implementation=config.attention,
+    )
+    if config.init_from is not None:
+        found = load(config.init_from).config
+        if not isinstance(found, TransformerConfig):
+            raise RunError(f"{config.init_from}: a {type(found).__name__}; expected a translator's checkpoint.")
+        check_vocabulary(found, tokenizer, str(config.init_from))
+        return dataclasses.replace(found, **run)
+    source, target = tokenizer.source, tokenizer.target
+    sizes: dict[str, Any] = dict(
+        vocab_size=source.size,
+        target_vocab_size=None if tokenizer.joint else target.size,
+        tying=config.tying or ("all" if tokenizer.joint else "decoder"),
+        positions=max(512, config.row_tokens),
+        pre_norm=config.pre_norm,
+        pad_token_id=target.pad_id,
+        eos_token_id=target.eos_id,
+        bos_token_id=target.bos_id,
+        decoder_start_token_id=target.eos_id if target.bos_id is None else target.bos_id,
+    )
+    try:
+        return TransformerConfig.preset(config.preset, **sizes, **run)
+    except (ValueError, KeyError) as error:
+        raise RunError(str(error)) from None
+
+
+def make_model(config: TranslateConfig, architecture: TransformerConfig) -> tuple[Transformer, Learner]:
+    """The model and how it is trained; nothing is computed yet."""
+    model = Transformer(architecture)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    learner = make_learner(
+        lambda key: model.init(key, ids)["params"],
+        optim=config.optim,
+        rate=schedule(config.optim, [(config.steps, None)]),
+        seed=config.seed,
+    )
+    return model, learner
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+INPUTS = (
+    "input_ids", "segment_ids", "position_ids", "decoder_input_ids", "decoder_segment_ids", "decoder_position_ids",
+)  # fmt: skip
+
+
+def smoothed_sums(model: Transformer, params: Any, batch: dict[str, jax.Array], **kwargs: Any) -> SmoothedSums:
+    """The losses of a batch, summed."""
+    inputs = [batch[name] for name in INPUTS]
+    return model.apply(
+        {"params": params},
+        *inputs,
+        batch["labels"],
+        batch["label_weights"],
+        rows=batch["rows"],
+        method="loss",
+        **kwargs,
+    )  # type: ignore[return-value]
+
+
+def two_passes(
+    model: Transformer, params: Any, batch: dict[str, jax.Array], key: jax.Array, smoothing: float
+) -> tuple[SmoothedSums, jax.Array]:
+    """The losses of two passes with dropout of their own, and half the sum of their divergences both ways.
+
+    Liang et al. 2021, equations 2 to 4. Both passes' logits are held.
+    """
+    inputs = [batch[name] for name in INPUTS]
+    sums, log_probabilities = [], []
+    for number in (0, 1):
+        logits: Any = model.apply(
+            {"params": params},
+            *inputs,
+            rows=batch["rows"],
+            deterministic=False,
+            rngs={"dropout": jax.random.fold_in(key, number)},
+        )
+        sums.append(label_smoothed_sums(logits, batch["labels"], batch["label_weights"], smoothing))
+        log_probabilities.append(jax.nn.log_softmax(logits.astype(jnp.float32)))
+    first, second = log_probabilities
+    both_ways = ((jnp.exp(first) - jnp.exp(second)) * (first - second)).sum(-1)
+    return jax.tree.map(jnp.add, *sums), 0.5 * (both_ways * batch["label_weights"]).sum()
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    replicas: Replicas,
+    *,
+    model: Transformer,
+    learner: Learner,
+    smoothing: float,
+    r_drop: float,
+    accumulate: int,
+) -> tuple[TrainState, Sums]:
+    """One update: the mean smoothed loss over the batch's target tokens."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
+    tokens = replicas.sum((batch["segment_ids"] > 0).sum())
+    targets = replicas.sum(batch["label_weights"].sum())
+    weight = jnp.maximum(targets, 1.0)
+
+    def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        if r_drop:
+            sums, divergence = two_passes(model, params, part, key, smoothing)
+            return (sums.loss + r_drop * divergence) / weight, (sums, divergence)
+        sums = smoothed_sums(model, params, part, label_smoothing=smoothing, deterministic=False, rngs={"dropout": key})
+        return sums.loss / weight, (sums, jnp.float32(0))
+
+    state, (sums, divergence), norm = gradient_step(
+        state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate
+    )
+    one = jnp.float32(1)
+    metrics = {
+        "loss": (sums.loss, sums.weight),
+        "nll": (sums.nll, sums.weight),
+        "accuracy": (sums.correct, sums.weight),
+        "gradient_norm": (norm, one),
+        "target_tokens": (targets, one),
+        "source_tokens": (tokens.astype(jnp.float32), one),
+    }
+    return state, {**metrics, "divergence": (divergence, targets)} if r_drop else metrics
+
+
+def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, model: Transformer) -> Sums:
+    """Sums over held-out rows."""
+    batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
+    sums = replicas.sum(smoothed_sums(model, params, batch, label_smoothing=0.0, deterministic=True))
+    return {"nll": (sums.nll, sums.weight), "accuracy": (sums.correct, sums.weight)}
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """The dev set's loss, and its BLEU when it is translated.
+
+    Every process translates the whole set, on one of its devices. An empty source is translated to nothing.
+    """
+
+    def __init__(
+        self, config: TranslateConfig, data: Data, model: Transformer, learner: Learner, spread: Spread, keep: "Means"
+    ):
+        self._tokenizer, self._spread, self._keep, self._ema = data.tokenizer, spread, keep, bool(config.optim.ema)
+        rows = make_rows(config, data, model.config.decoder_start_token_id, dev=True)
+        index, count = spread.share(config.rows)
+        self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
+        self._step = spread.evaluate(partial(evaluation_step, model=model), learner.specs)
+        self.references = [pair.target for pair in data.dev]
+        ids = data.tokenizer.encode_source([pair.source for pair in data.dev])
+        self._sources = [[*tokens, data.tokenizer.source.eos_id] for tokens in ids]
+        self._longest = longest_output(model.config, max(map(len, self._sources)))
+        self._model, self._beam = model, config.dev_beam
+        self._generators: dict[int, Generator] = {}
+        self.deciding = deciding(data.tokenizer.form)
+
+    def translate(self, params: Any, beam: int) -> list[str]:
+        """The dev set's translations by parameters on the host."""
+        if beam not in self._generators:
+            decoding = DecodeConfig(beam=beam, max_length=self._longest)
+            self._generators[beam] = Generator(self._model, params, decoding)
+        outputs = self._generators[beam].with_params(params)(self._sources)
+        return [
+            self._tokenizer.decode(found[0].tokens) if len(source) > 1 else ""
+            for source, found in zip(self._sources, outputs, strict=True)
+        ]
+
+    def scores(self, params: Any, beam: int) -> dict[str, float]:
+        """Scores of the dev set's translations by parameters on the host."""
+        found = corpus_scores(self.translate(params, beam), self.references, self._tokenizer.form)
+        return found.values
+
+    def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
+        running = optax.tree.get(state.opt_state, "running_mean") if self._ema else state.params
+        meter = Meter()
+        for batch in self.batches():
+            meter.add(self._spread.fetch(self._step(running, self._spread.put(batch))))
+            if stop.signal is not None and jax.process_count() == 1:
+                return None
+        params = on_host(self._spread.leave(running))
+        scores = self.scores(params, self._beam)
+        if stop.signal is not None and jax.process_count() == 1:
+            return None
+        self._keep(int(on_host(self._spread.leave(state.step))), params, scores[self.deciding])
+        return {**meter.means(), **scores}
+
+
+class Means:
+    """The weights of evaluations, kept for their mean: `weights/STEP_BLEU.safetensors` in the run folder."""
+
+    def __init__(self, folder: Path, config: TranslateConfig):
+        self._folder, self._count, self._of = folder / "weights", config.average, config.average_of
+
+    def __call__(self, step: int, params: Any, bleu: float) -> None:
+        """Keep an evaluation's weights, and no more than are needed."""
+        if not self._count or jax.process_index() > 0:
+            return
+        self._folder.mkdir(exist_ok=True)
+        for path in self._files():
+            if self._step(path) >= step:  # of a start that came further than its last checkpoint
+                path.unlink()
+        write_params(self._folder / f"{step}_{bleu:.6f}.safetensors", params)
+        for path in self._files()[: -self._count]:
+            path.unlink()
+
+    def mean(self) -> tuple[Any, list[int]]:
+        """The mean of the weights, and the steps that it is taken over; (None, []) where none were kept."""
+        files = self._files()
+        total: Any = None
+        for path in files:
+            params = jax.tree.map(lambda leaf: leaf.astype(np.float64), read_params(path))
+            total = params if total is None else jax.tree.map(np.add, total, params)
+        if total is None:
+            return None, []
+        mean = jax.tree.map(lambda leaf: (leaf / len(files)).astype(np.float32), total)
+        return mean, sorted(map(self._step, files))
+
+    @staticmethod
+    def _step(path: Path) -> int:
+        return int(path.stem.split("_")[0])
+
+    def _files(self) -> list[Path]:
+        """The worst first."""
+        files = [path for path in self._folder.glob("*.safetensors") if re.fullmatch(r"\d+_[\d.]+", path.stem)]
+        if self._of == "last":
+            return sorted(files, key=self._step)
+        return sorted(files, key=lambda path: (float(path.stem.split("_")[1]), self._step(path)))
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def describe(
+    config: TranslateConfig, rows: TranslationRows, model: TransformerConfig, params: Any, progress: Progress
+) -> None:
+    """Say what is about to be done, and what the data came to."""
+    progress.line(f"an epoch: {rows.statistics()}; {rows.statistics().rows / config.rows:,.1f} updates")
+    devices = jax.devices()
+    progress.line(
+        f"model: {model.encoder_layers}+{model.decoder_layers} layers, {model.width} wide, vocabulary "
+        f"{model.vocab_size:,}, {count_parameters(params):,} parameters, computed in {model.dtype}, on "
+        f"{len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
+    )
+
+
+def results(
+    config: TranslateConfig,
+    data: Data,
+    fitted: Fitted,
+    held_out: Mapping[str, float],
+    means: list[int],
+    parameters: int,
+) -> dict[str, Any]:
+    """The content of results.json."""
+    return {
+        "task": "translate",
+        "steps": fitted.step,
+        "seed": config.seed,
+        "parameters": parameters,
+        "held_out": dict(held_out),
+        "best": None if fitted.best is None else {"step": fitted.best[0], "bleu": fitted.best[1]},
+        "mean_of_steps": means,
+        "target_tokens": fitted.totals["target_tokens"],
+        "seconds_in_steps": fitted.seconds,
+        "target_tokens_per_second": fitted.rate("target_tokens"),
+        "text": dataclasses.asdict(data.train.counts),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax", "sacrebleu")},
+    }
+
+
+def translate(config: TranslateConfig, stop: Stop) -> int:
+    """Train; returns the exit status."""
+    started = time.perf_counter()
+    spread = start_spread(config.spread)
+    main_process = jax.process_index() == 0
+    progress = Progress(shown=main_process)
+    if config.rows % config.accumulate:
+        raise RunError(f"A batch of {config.rows} rows cannot be computed in {config.accumulate} parts.")
+    spread.share(config.rows // config.accumulate)
+    run = RunFolder(config.out, config, FREE)
+    data = prepare_data(config, progress)
+    architecture = model_config(config, data.tokenizer)
+    model, learner = make_model(config, architecture)
+    rows = make_rows(config, data, architecture.decoder_start_token_id)
+    describe(config, rows, architecture, spread.abstract(learner.make, learner.specs).params, progress)
+    means = Means(config.out, config)
+    evaluate = Evaluation(config, data, model, learner, spread, means)
+    index, count = spread.share(config.rows)
+    best_file = config.out / "best.safetensors"
+
+    def keep_best(_: int, state: TrainState) -> None:
+        running = optax.tree.get(state.opt_state, "running_mean") if config.optim.ema else state.params
+        params = on_host(spread.leave(running))
+        if main_process:
+            write_params(best_file, params)
+
+    init = config.init_from
+    fitted = learn(
+        run=run,
+        loop=config.loop,
+        learner=learner,
+        spread=spread,
+        step=partial(
+            train_step,
+            model=model,
+            learner=learner,
+            smoothing=config.label_smoothing,
+            r_drop=config.r_drop,
+            accumulate=config.accumulate,
+        ),
+        steps=config.steps,
+        batches=batches(rows, batch_rows=config.rows, host_index=index, host_count=count),
+        evaluate=evaluate,
+        start=Start(config.resume_from, init and (lambda: load(init).params), f"the weights of {init}"),
+        show=("loss", "nll", "accuracy"),
+        counts={"target_tokens": "target tokens/s"},
+        progress=progress,
+        stop=stop,
+        best=Best(evaluate.deciding, True, config.patience, keep_best),
+    )
+    if fitted.stopped is not None:
+        return exit_status(fitted)
+    params, over = means.mean()
+    if params is None and config.patience:
+        params = read_params(best_file)
+    if params is None:
+        state = fitted.state
+        params = on_host(optax.tree.get(state.opt_state, "running_mean") if config.optim.ema else state.params)
+    if main_process:
+        save(config.out / "model", model, params, data.tokenizer)
+        translations = evaluate.translate(params, 5)
+        found = corpus_scores(translations, evaluate.references, data.tokenizer.form)
+        progress.line(f"dev, beam 5: {found}")
+        run.finish(results(config, data, fitted, found.values | found.signatures, over, count_parameters(params)))
+        for pair, translation in list(zip(data.dev, translations, strict=True))[:5]:
+            mark = "ok" if translation == pair.target else f"for {pair.target}"
+            progress.line(f"  {pair.source} → {translation} ({mark})")
+        progress.line(f"done in {duration(time.perf_counter() - started)}; the model is in {config.out / 'model'}")
+    run.close()
+    return 0
+
+
+def main(config: TranslateConfig) -> int:
+    """`bestiary translate train`; returns the exit status."""
+    with Stop() as stop:
+        return translate(config, stop)

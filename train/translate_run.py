@@ -1,0 +1,284 @@
+"""Translate text with a trained translator: lines in, lines out, in their order.
+
+    bestiary translate run --model runs/ende --beam 5 < source.txt > translation.txt
+    bestiary translate run --model runs/ende --attention map.html < sentence.txt
+
+It reads and writes as it goes, some lines at a time, so that a million lines need no more memory than a thousand. An
+empty line stays empty. Control characters count as spaces. A line that is longer than the model takes is translated in
+parts and counted, or refused; nothing is cut.
+"""
+
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+
+import jax
+import tyro
+
+from ..data.parallel import Findings, clean_line
+from ..data.subwords import PairTokenizer, load_subwords
+from ..models import load
+from ..models.transformer import TransformerConfig
+from .decode import DecodeConfig, Generator
+from .errors import RunError
+from .progress import Progress
+
+TooLong = Literal["split", "refuse"]
+WAIT_SECONDS = 0.05  # for more lines, once there is one
+PARTS = (".!?;:", ",", " ")  # where a line that is too long is parted: after the last of these that fits, in this order
+
+
+class Translation(NamedTuple):
+    """One translation of a line."""
+
+    text: str  # running text
+    prepared: str  # as the model wrote it: in words of its tokeniser
+    score: float  # of the search, summed over parts
+    finished: bool  # whether the model ended it, rather than the longest allowed length
+
+
+def longest_output(model: TransformerConfig, source: int) -> int:
+    """Tokens that the translation of so many source tokens may have: half as many again, and 16."""
+    return min(model.positions, source * 3 // 2 + 16)
+
+
+def check_vocabulary(model: TransformerConfig, tokenizer: PairTokenizer, where: str) -> None:
+    """Raise RunError unless the tokenizer's pieces are the model's."""
+    for side, size, expected in (
+        ("source", tokenizer.source.size, model.vocab_size),
+        ("target", tokenizer.target.size, model.target_words),
+    ):
+        if size != expected:
+            raise RunError(
+                f"{where}: the model has a {side} vocabulary of {expected:,}, the tokenizer one of {size:,}. Give the "
+                "tokenizer that the model was trained with."
+            )
+
+
+def model_folder(folder: Path) -> Path:
+    """The checkpoint folder that is meant: a run folder's model/, or the folder itself."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def open_translator(
+    folder: Path, decode: DecodeConfig, *, rows: int = 64, too_long: TooLong = "split", dtype: str | None = None
+) -> "Translator":
+    """The translator of a run folder or a checkpoint folder.
+
+    Raises:
+        RunError: another kind of model, or a tokenizer that is not this model's.
+    """
+    folder = model_folder(folder)
+    loaded = load(folder, **({} if dtype is None else {"dtype": dtype}))
+    if not isinstance(loaded.config, TransformerConfig):
+        raise RunError(f"{folder}: a {type(loaded.config).__name__}; expected a translator's checkpoint.")
+    tokenizer = load_subwords(folder)
+    check_vocabulary(loaded.config, tokenizer, str(folder))
+    return Translator(loaded.model, jax.device_put(loaded.params), tokenizer, decode, rows=rows, too_long=too_long)
+
+
+class Translator:
+    """Translates lists of lines.
+
+    Args:
+        model, params: the model and its parameters.
+        tokenizer: its tokenizer.
+        decode: how to search.
+        rows: sentences that are translated together.
+        too_long: what is done to lines longer than the model's positions.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        tokenizer: PairTokenizer,
+        decode: DecodeConfig,
+        *,
+        rows: int = 64,
+        too_long: TooLong = "split",
+    ):
+        self.model, self.params, self.tokenizer, self.too_long = model, params, tokenizer, too_long
+        self.findings, self.lines = Findings(), 0
+        try:
+            self.generator = Generator(model, params, decode, rows=rows)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+    @cached_property
+    def longest(self) -> int:
+        """Source tokens that the model takes, the end token included."""
+        return self.model.config.positions
+
+    def translate(self, lines: Iterable[str]) -> list[list[Translation]]:
+        """The translations of each line, the best first; in the order of the lines.
+
+        Raises:
+            RunError: a line is too long, where these are refused.
+        """
+        parts, counts = [], []
+        for line in lines:
+            self.lines += 1
+            text, control = clean_line(line)
+            if control:
+                self.findings.add("control characters, taken for spaces", self.lines)
+            found = self._parts(text) if text else []
+            parts += found
+            counts.append(len(found))
+        outputs = iter(self.generator(parts)) if parts else iter(())
+        return [self._join([next(outputs) for _ in range(count)]) for count in counts]
+
+    def _parts(self, text: str) -> list[list[int]]:
+        """Source ids of a line, with the end token; several lists where it is too long for one."""
+        ids = [*self.tokenizer.encode_source([text])[0], self.tokenizer.source.eos_id]
+        if len(ids) <= self.longest:
+            return [ids]
+        if self.too_long == "refuse":
+            raise RunError(
+                f"line {self.lines}: {len(ids)} tokens, and the model takes {self.longest}. Part it, or let --too-long "
+                "split do so."
+            )
+        self.findings.add(f"more than {self.longest} tokens, translated in parts", self.lines)
+        return self._split(text)
+
+    def _split(self, text: str) -> list[list[int]]:
+        """Part a text near its middle, after a sentence's end if there is one, until every part fits."""
+        ids = [*self.tokenizer.encode_source([text])[0], self.tokenizer.source.eos_id]
+        if len(ids) <= self.longest or len(text) < 2:
+            return [ids]
+        middle, quarter = len(text) // 2, len(text) // 4
+        for marks in PARTS:
+            near = [
+                place + 1
+                for place in range(middle - quarter, middle + quarter)
+                if text[place] in marks and (marks == " " or text[place + 1 : place + 2] == " ")
+            ]
+            if near:
+                cut = min(near, key=lambda place: abs(place - middle))
+                break
+        else:
+            cut = middle
+        return [part for half in (text[:cut].strip(), text[cut:].strip()) if half for part in self._split(half)]
+
+    def _join(self, parts: Sequence[Sequence[Any]]) -> list[Translation]:
+        """The n-th best of a line in parts is made of the n-th best of each."""
+        if not parts:
+            return [Translation("", "", 0.0, True)]
+        result = []
+        for hypotheses in zip(*parts, strict=True):
+            texts = [self.tokenizer.decode(found.tokens) for found in hypotheses]
+            prepared = [self.tokenizer.decode_prepared(found.tokens) for found in hypotheses]
+            score = sum(float(found.score) for found in hypotheses)
+            ended = all(found.finished for found in hypotheses)
+            result.append(Translation(" ".join(texts), " ".join(prepared), score, ended))
+        return result
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Translate standard input to standard output, a line for a line."""
+
+    model: Path
+    """Run folder, or checkpoint folder with its tokenizer."""
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DecodeConfig(beam=5))
+    batch: int = 64
+    """Sentences that are translated together."""
+    window: int = 2048
+    """Most lines that are read before their translations are written. More sort better by length, and wait longer."""
+    too_long: TooLong = "split"
+    """Lines longer than the model takes: translate them in parts, or refuse them."""
+    scores: bool = False
+    """Write each translation's score and a tab before it. With --n-best above 1 a line is written for each."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in."""
+    attention: Path | None = None
+    """HTML file to draw the attention of the first lines' translations to their sources in."""
+    layers: tuple[int, ...] = ()
+    """With --attention: layers to draw, from 1. None: the last."""
+    heads: tuple[int, ...] = ()
+    """With --attention: heads to draw, from 1. None: all, and their mean."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.window < 1:
+            raise RunError("--batch and --window must be at least 1.")
+
+
+class Lines:
+    """The lines of a stream, read by a thread as they come; at most `window` wait to be taken."""
+
+    def __init__(self, stream: BinaryIO, window: int):
+        self._window = window
+        self._waiting: queue.Queue[str | Exception | None] = queue.Queue(window)
+        self._stream = stream
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for number, line in enumerate(self._stream, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise RunError(
+                        f"standard input, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at column "
+                        f"{error.start + 1}). Convert the text first."
+                    ) from None
+                self._waiting.put(text.removesuffix("\n").removesuffix("\r"))
+            self._waiting.put(None)
+        except Exception as error:  # goes on in the thread that takes the lines
+            self._waiting.put(error)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """Up to `window` lines at a time: those that are there, once there is one."""
+        some: list[str] = []
+        while True:
+            try:
+                line = self._waiting.get(timeout=WAIT_SECONDS if some else None)
+            except queue.Empty:
+                yield some
+                some = []
+                continue
+            if isinstance(line, str):
+                some.append(line)
+            if some and (len(some) == self._window or not isinstance(line, str)):
+                yield some
+                some = []
+            if isinstance(line, Exception):
+                raise line
+            if line is None:
+                return
+
+
+def main(config: RunConfig) -> int:
+    """`bestiary translate run`; returns the exit status."""
+    progress = Progress()
+    translator = open_translator(
+        config.model, config.decode, rows=config.batch, too_long=config.too_long, dtype=config.dtype
+    )
+    drawn = False
+    for lines in Lines(sys.stdin.buffer, config.window):
+        found = translator.translate(lines)
+        for translations in found:
+            shown = translations if config.decode.n_best > 1 else translations[:1]
+            for translation in shown:
+                score = f"{translation.score:.4f}\t" if config.scores or config.decode.n_best > 1 else ""
+                sys.stdout.write(f"{score}{translation.text}\n")
+        sys.stdout.flush()
+        if config.attention is not None and not drawn:
+            from .attention_map import draw_attention
+
+            best = [translations[0] for translations in found]
+            draw_attention(config.attention, translator, lines, best, config.layers, config.heads)
+            progress.line(f"attention drawn in {config.attention}")
+            drawn = True
+        progress.update(f"{translator.lines:,} lines translated")
+    for note in translator.findings:
+        progress.line(note)
+    return 0

@@ -1,0 +1,159 @@
+"""Score translations: sacreBLEU's BLEU and chrF with their signatures, and tokenised BLEU under its own name.
+
+    bestiary translate score --model runs/ende --source test.en.gz --reference test.de.gz
+    bestiary translate score --hypothesis translation.txt --reference test.de.gz
+
+`bleu` and `chrf` are what to report: sacreBLEU (Post 2018) splits words itself, so they compare between systems.
+`tokenised_bleu` is multi-bleu.perl's: of words as the model's own tokeniser splits them. It compares only where both
+sides were prepared alike, as the figures of papers that quote it.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from ..data.parallel import ParallelText
+from ..data.subwords import TextForm
+from .decode import DecodeConfig
+from .errors import RunError
+from .progress import Progress
+from .run_folder import write_json, write_text
+from .translate_run import open_translator
+
+
+class Scores(NamedTuple):
+    """Figures by name, and the signatures of sacreBLEU's."""
+
+    values: dict[str, float]
+    signatures: dict[str, str]
+    details: str  # of the tokenised BLEU, as multi-bleu.perl prints it
+
+    def __str__(self) -> str:
+        shown = "  ".join(f"{name} {value:.2f}" for name, value in self.values.items())
+        return f"{shown}  ({self.signatures['bleu_signature']})"
+
+
+def deciding(form: TextForm) -> str:
+    """The figure that decides between two models: one that only writes lower case is not charged for it."""
+    return "bleu_lowercase" if form.lowercase else "bleu"
+
+
+def corpus_scores(
+    translations: Sequence[str],
+    references: Sequence[str],
+    form: TextForm,
+    prepared: Sequence[str] | None = None,
+) -> Scores:
+    """Score translations against one reference each.
+
+    Args:
+        translations, references: running text.
+        form: how both are brought into words for the tokenised BLEU.
+        prepared: the translations as the model wrote them, in words already; None: they are prepared as the references.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    cased, lower, chrf = BLEU(), BLEU(lowercase=True), CHRF()
+    tokenised = BLEU(tokenize="none", force=True, smooth_method="none")
+    lists = list(translations), [list(references)]
+    bleu = cased.corpus_score(*lists)
+    words = tokenised.corpus_score(
+        [form.prepare(text, target=True) for text in translations] if prepared is None else list(prepared),
+        [[form.prepare(text, target=True) for text in references]],
+    )
+    values = {
+        "bleu": bleu.score,
+        "bleu_lowercase": lower.corpus_score(*lists).score,
+        "chrf": chrf.corpus_score(*lists).score,
+        "tokenised_bleu": words.score,
+    }
+    signatures = {"bleu_signature": str(cased.get_signature()), "chrf_signature": str(chrf.get_signature())}
+    precisions = "/".join(f"{precision:.1f}" for precision in words.precisions)
+    details = (
+        f"BLEU = {words.score:.2f}, {precisions} (BP={words.bp:.3f}, "
+        f"ratio={words.sys_len / max(1, words.ref_len):.3f}, hyp_len={words.sys_len}, ref_len={words.ref_len})"
+    )
+    return Scores(values, signatures, details)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Translate a test set and score it, or score a translation that is there."""
+
+    reference: Path
+    """File of reference translations, one a line (.gz and .zst too)."""
+    model: Path | None = None
+    """Run folder or checkpoint folder to translate --source with."""
+    source: Path | None = None
+    """File of source sentences, as many as references."""
+    hypothesis: Path | None = None
+    """File of translations to score, instead of --model and --source."""
+    lowercase: bool = False
+    """With --hypothesis: lower-case both sides for the tokenised BLEU."""
+    moses: bool = False
+    """With --hypothesis: split both sides' words as Moses does for the tokenised BLEU."""
+    language: str = "de"
+    """With --hypothesis: language of the text, for --moses."""
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DecodeConfig(beam=5))
+    batch: int = 64
+    """Sentences that are translated together."""
+    translations: Path | None = None
+    """File to write the translations to."""
+    out: Path | None = None
+    """JSON file to write the figures to; they are printed too."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (self.source is None) or (self.model is None) == (self.hypothesis is None):
+            raise RunError("Give --model and --source, or --hypothesis alone.")
+
+
+def main(config: ScoreConfig) -> int:
+    """`bestiary translate score`; returns the exit status."""
+    progress = Progress()
+    result: dict[str, Any] = {"task": "translate score"}
+    if config.model is None or config.source is None:
+        assert config.hypothesis is not None
+        references, translations = read_two(config.reference, config.hypothesis)
+        form = TextForm((config.language, config.language), config.lowercase, config.moses)
+        prepared = None
+    else:
+        sources, references = read_two(config.source, config.reference)
+        translator = open_translator(config.model, config.decode, rows=config.batch)
+        clock = time.perf_counter()
+        translated = translator.translate(sources)
+        seconds = time.perf_counter() - clock
+        result |= {"seconds": seconds, "sentences_per_second": len(sources) / seconds}
+        translations = [found[0].text for found in translated]
+        prepared = [found[0].prepared for found in translated]
+        form = translator.tokenizer.form
+        if config.translations is not None:
+            write_text(config.translations, "".join(f"{text}\n" for text in translations))
+    found = corpus_scores(translations, references, form, prepared)
+    result |= {"sentences": len(references), **found.values, **found.signatures}
+    result |= {"tokenised_bleu_details": found.details, "settings": settings(config)}
+    progress.line(f"{len(references):,} sentences")
+    progress.line(f"tokenised (multi-bleu style): {found.details}")
+    if config.out is not None:
+        write_json(config.out, result)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def settings(config: ScoreConfig) -> dict[str, Any]:
+    """What the figures were made with."""
+    return {"beam": config.decode.beam, "length_penalty": config.decode.length_penalty, "batch": config.batch}
+
+
+def read_two(first: Path, second: Path) -> tuple[list[str], list[str]]:
+    """The lines of two files of one length, control characters taken for spaces.
+
+    Raises:
+        CorpusError: their numbers of lines differ, or one is not UTF-8.
+    """
+    pairs = list(ParallelText([first, second]))
+    return [pair.source for pair in pairs], [pair.target for pair in pairs]

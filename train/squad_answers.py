@@ -123,7 +123,7 @@ def best_pairs(start: np.ndarray, end: np.ndarray, allowed: np.ndarray, count: i
 
 
 def _cut(context: str, start: int, stop: int) -> str:
-    """The text of a span, with the accents that hang on its last letter: a tokenizer that strips them ends before."""
-    while stop < len(context) and unicodedata.combining(context[stop]):
+    """The text of a span, with the marks that hang on its last letter: a tokenizer that strips accents ends before."""
+    while stop < len(context) and unicodedata.category(context[stop]) == "Mn":
         stop += 1
     return context[start:stop]

@@ -108,13 +108,14 @@ def metrics_v2(
             found[f"{prefix}f1"] = 100.0 * sum(f1s[key] for key in keys) / len(keys)
             found[f"{prefix}total"] = float(len(keys))
     if null_odds is not None:
-        found["best_exact"], found["best_exact_thresh"] = _best_threshold(raw, [s.exact for s in raw.values()], odds)
-        found["best_f1"], found["best_f1_thresh"] = _best_threshold(raw, [s.f1 for s in raw.values()], odds)
+        unanswerable = sum(not question.answers for question in questions)
+        for name, scores in (("exact", [s.exact for s in raw.values()]), ("f1", [s.f1 for s in raw.values()])):
+            found[f"best_{name}"], found[f"best_{name}_thresh"] = _best_threshold(raw, scores, odds, unanswerable)
     return found
 
 
 def _best_threshold(
-    raw: Mapping[str, _Scored], scores: Sequence[float], odds: Mapping[str, float]
+    raw: Mapping[str, _Scored], scores: Sequence[float], odds: Mapping[str, float], unanswerable: int
 ) -> tuple[float, float]:
     """(the best mean score in per cent, the threshold that gives it), as the official script looks for them.
 
@@ -122,7 +123,7 @@ def _best_threshold(
     0 for a threshold at which none is answered.
     """
     by_key = dict(zip(raw, scores, strict=True))
-    total = best = float(sum(not scored.answerable for scored in raw.values()))
+    total = best = float(unanswerable)
     threshold = 0.0
     for key in sorted(odds, key=lambda key: odds[key]):
         if key not in raw:

@@ -1,0 +1,67 @@
+"""Features of packed texts: hidden states of several layers made one, and one vector for each text of a row.
+
+Letters for shapes: K layers that were chosen, B rows, L tokens, X texts in a row, E model width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .heads import gather_positions
+
+COMBINATIONS = ("sum", "mean", "concat")
+POOLINGS = ("cls", "mean", "max", "mean_sqrt_len")
+
+
+def combine(hidden: Array, how: str) -> Array:
+    """hidden [K, ..., E] -> [..., E], their sum or mean, or [..., K·E], side by side in the order given."""
+    if how == "concat":
+        return jnp.concatenate(list(hidden), axis=-1)
+    return hidden.sum(axis=0) if how == "sum" else hidden.mean(axis=0)
+
+
+def mix(hidden: Array, weights: Array, gamma: Array) -> Array:
+    """γ · Σ_k softmax(w)_k · hidden_k, a learned mix of layers (Peters et al. 2018, "Deep contextualized", formula 1).
+
+    Args:
+        hidden: [..., K, E].
+        weights: [K], before the softmax.
+        gamma: [].
+    """
+    return gamma * jnp.einsum("...ke,k->...e", hidden, jax.nn.softmax(weights), precision="highest")
+
+
+def pool(hidden: Array, segment_ids: Array, cls_positions: Array, how: str) -> Array:
+    """One vector for each text of packed rows, in float32.
+
+    Args:
+        hidden: [B, L, E].
+        segment_ids: [B, L] int32; text x of a row is where it is x + 1.
+        cls_positions: [B, X] int32, the first token of each text.
+        how: "cls" takes the first token; "mean" and "max" go over all of a text's tokens, special ones included, as
+            sentence-transformers does; "mean_sqrt_len" is their sum over the root of their number.
+
+    Returns:
+        [B, X, E]; what comes out for a slot without a text means nothing.
+    """
+    hidden = hidden.astype(jnp.float32)
+    rows, slots = cls_positions.shape
+    if how == "cls":
+        return gather_positions(hidden, cls_positions)
+    if how == "max":
+        numbers = jnp.arange(rows, dtype=segment_ids.dtype)[:, None] * (slots + 1) + segment_ids
+        highest = jax.ops.segment_max(
+            hidden.reshape(-1, hidden.shape[-1]), numbers.reshape(-1), num_segments=rows * (slots + 1)
+        )
+        return highest.reshape(rows, slots + 1, -1)[:, 1:]
+    texts = jnp.arange(1, slots + 1, dtype=segment_ids.dtype)
+    belongs = (segment_ids[:, None, :] == texts[None, :, None]).astype(jnp.float32)  # [B, X, L]
+    total = jnp.einsum("bxl,ble->bxe", belongs, hidden, precision="highest")
+    count = jnp.maximum(belongs.sum(axis=-1, keepdims=True), 1.0)
+    return total / (count if how == "mean" else jnp.sqrt(count))
+
+
+def normalize(vectors: Array) -> Array:
+    """[..., E] each divided by its length; zeros stay."""
+    length = jnp.sqrt(jnp.square(vectors).sum(axis=-1, keepdims=True))
+    return vectors / jnp.maximum(length, 1e-12)

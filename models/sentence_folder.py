@@ -1,0 +1,91 @@
+"""Folders of sentence-transformers: an encoder, and how its hidden states become a sentence's vector.
+
+    modules.json                         what is applied, one after the other: Transformer, Pooling, Normalize
+    config.json, model.safetensors, ...  the encoder: here, or in the Transformer's own folder
+    sentence_bert_config.json            beside the encoder: max_seq_length, do_lower_case
+    1_Pooling/config.json                pooling_mode_cls_token, pooling_mode_mean_tokens, ...
+    config_sentence_transformers.json    prompts, default_prompt_name
+
+(Reimers and Gurevych 2019, "Sentence-BERT".)
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import ConfigError
+
+# The keys that 1_Pooling/config.json may set to true, in the order in which their vectors are joined, and what they are
+# called here.
+POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+
+
+class SentenceFolder(NamedTuple):
+    """What a folder of sentence-transformers says."""
+
+    encoder: Path  # the checkpoint folder of the encoder
+    pooling: tuple[str, ...]  # as in `pooling.POOLINGS`; several are joined
+    normalize: bool  # divide each vector by its length
+    max_length: int | None  # tokens of a text, special ones included
+    lowercase: bool  # texts are lower-cased before the tokenizer sees them
+    prompt: str  # put before every text
+
+
+def read_sentence_folder(folder: Path) -> SentenceFolder | None:
+    """The settings of a folder, or None for one without modules.json.
+
+    Raises:
+        ConfigError: modules that are not implemented, or files that are not what they should be.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = _read(folder / "modules.json")
+    try:
+        kinds = [(str(module["type"]).rpartition(".")[2], folder / module["path"]) for module in modules]
+    except (TypeError, KeyError):
+        raise ConfigError(f"{folder / 'modules.json'}: expected a list of modules, each with type and path") from None
+    names = [kind for kind, _ in kinds]
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ConfigError(
+            f"{folder / 'modules.json'}: only Transformer, Pooling and, if at all, Normalize are implemented, in this "
+            f"order; found {', '.join(names) or 'none'}"
+        )
+    encoder, pooling = kinds[0][1], kinds[1][1] / "config.json"
+    settings = _read(encoder / "sentence_bert_config.json") if (encoder / "sentence_bert_config.json").is_file() else {}
+    prompts = folder / "config_sentence_transformers.json"
+    general = _read(prompts) if prompts.is_file() else {}
+    name = general.get("default_prompt_name")
+    if name is not None and name not in (general.get("prompts") or {}):
+        raise ConfigError(f"{prompts}: default_prompt_name is {json.dumps(name)}, which is not among its prompts")
+    return SentenceFolder(
+        encoder,
+        _poolings(pooling),
+        "Normalize" in names,
+        settings.get("max_seq_length"),
+        bool(settings.get("do_lower_case")),
+        "" if name is None else general["prompts"][name],
+    )
+
+
+def _poolings(path: Path) -> tuple[str, ...]:
+    stored = _read(path)
+    asked = [key for key, value in stored.items() if key.startswith("pooling_mode_") and value]
+    unknown = [key for key in asked if key not in POOLING_KEYS]
+    if unknown or not asked:
+        found = f"found {', '.join(unknown)}" if unknown else "none of them is true"
+        raise ConfigError(f"{path}: only {', '.join(POOLING_KEYS)} are implemented; {found}")
+    return tuple(name for key, name in POOLING_KEYS.items() if key in asked)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; modules.json names this folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON in UTF-8 ({error})") from None

@@ -68,34 +68,42 @@ class TableConfig:
             raise RunError(f"--dev-fraction is {self.dev_fraction}; it must be between 0 and 1.")
 
 
-def table_task(config: TableConfig) -> TableTask:
-    """The task that a table makes.
+def table_task(
+    train: Path,
+    *,
+    text: str,
+    text_pair: str | None,
+    label: str,
+    labels: tuple[str, ...],
+    regression: bool,
+    max_length: int,
+) -> TableTask:
+    """The task that a table makes; arguments as in TableConfig.
 
     Raises:
         DataError: with file and line. RunError: fewer than two classes.
     """
-    labels = None if config.regression else config.labels or read_labels(config.train, config.label)
-    if labels is not None and len(labels) < 2:
-        raise RunError(f"{config.train}: all labels are {', '.join(labels)!r}; there is nothing to tell apart.")
+    known = None if regression else labels or read_labels(train, label)
+    if known is not None and len(known) < 2:
+        raise RunError(f"{train}: all labels are {', '.join(known)!r}; there is nothing to tell apart.")
     metrics = ("pearson", "spearman")
-    if labels is not None:
-        metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy", "macro_f1")
-    return TableTask(
-        "classification",
-        config.run.max_length,
-        labels,
-        labels,
-        metrics,
-        config.text_pair is not None,
-        config.text,
-        config.text_pair,
-        config.label,
-    )
+    if known is not None:
+        metrics = ("accuracy", "f1") if len(known) == 2 else ("accuracy", "macro_f1")
+    pairs = text_pair is not None
+    return TableTask("classification", max_length, known, known, metrics, pairs, text, text_pair, label)
 
 
 def main(config: TableConfig) -> int:
     """`bestiary finetune classification`; returns the exit status."""
-    task = table_task(config)
+    task = table_task(
+        config.train,
+        text=config.text,
+        text_pair=config.text_pair,
+        label=config.label,
+        labels=config.labels,
+        regression=config.regression,
+        max_length=config.run.max_length,
+    )
 
     def data() -> TaskData:
         train = task.read(config.train, "train", labelled=True)

@@ -27,7 +27,8 @@ from ..data.examples import Features, Shapes, TrainingBatches, batches_in_epoch,
 from ..data.packing import RandomStream
 from ..data.tokenizer import Tokenizer
 from ..models import save
-from ..models.pretrained import Loaded, load_with_report
+from ..models.config import read_labels
+from ..models.pretrained import Loaded, load_with_report, read_config
 from ..models.tables import flatten
 from .errors import RunError
 from .learner import Learner, Names, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
@@ -137,9 +138,30 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         attention_implementation=config.attention,
     )
     loaded, report = load_with_report(config.model, head=task.head, seed=config.seed, **run, **drop, **changes)
-    if report.initialised:
-        progress.line(f"drawn anew, not from {config.model}: {', '.join(report.initialised)}")
+    if task.max_length > loaded.config.positions:
+        raise RunError(f"--max-length is {task.max_length}, beyond the model's {loaded.config.positions} positions.")
+    new = list(report.initialised)
+    names = changes.get("label_names")
+    held = read_labels(read_config(config.model))[1]
+    if names is not None and names != held and not any(name.startswith(HEADS) for name in new):
+        loaded = loaded._replace(params={**loaded.params, **new_head(loaded.model, config.seed)})
+        new.append(f"the head, whose classes are {', '.join(held or ['not named'])}")
+    if new:
+        progress.line(f"drawn anew, not from {config.model}: {', '.join(new)}")
     return loaded
+
+
+HEADS = ("classifier",)  # what the stored names of a head's parameters begin with
+
+
+def new_head(model: Any, seed: int) -> dict[str, Any]:
+    """Everything but a model's encoder, drawn anew."""
+
+    def draw(key: jax.Array) -> dict[str, Any]:
+        params = nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))["params"]
+        return {name: part for name, part in params.items() if name != "encoder"}
+
+    return jax.device_get(jax.jit(draw)(jax.random.key(seed)))
 
 
 def make_optimiser(config: FinetuneConfig, task: Task, loaded: Loaded, steps: int) -> Learner:

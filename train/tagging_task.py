@@ -206,8 +206,10 @@ def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[s
     """Precision, recall and F1 of whole entities by seqeval, as conlleval counts: all together, and F1 by kind."""
     from seqeval.metrics import classification_report
 
+    if all(tag == "O" for tags in (*wanted, *predicted) for tag in tags):  # seqeval would take the mean of nothing
+        return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
     report: Any = classification_report(wanted, predicted, output_dict=True, zero_division=0)
-    together = report.get("micro avg", {"precision": 0.0, "recall": 0.0, "f1-score": 0.0})
+    together = report["micro avg"]
     scores = {
         name: float(together[f"{name}-score" if name == "f1" else name]) for name in ("precision", "recall", "f1")
     }

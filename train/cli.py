@@ -46,6 +46,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("evaluate",): (".evaluate", "EvaluateConfig", "a fine-tuned model's official metrics on labelled examples"),
     ("predict",): (".predict", "PredictConfig", "what a fine-tuned model says of new examples"),
     ("embed",): (".embed", "EmbedConfig", "vectors of sentences or tokens from a pretrained encoder"),
+    ("probe",): (".probe", "ProbeConfig", "train a cheap head on a pretrained encoder's features of a task"),
     ("parity",): (
         "..models.parity",
         "ParityConfig",
@@ -55,6 +56,11 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
         ".bench_pretrain",
         "BenchConfig",
         "measure pretraining: real tokens/s, loss, share of the matmul rate, data pipeline",
+    ),
+    ("bench", "translate"): (
+        ".bench_translate",
+        "BenchConfig",
+        "measure translation: target tokens/s of training, sentences/s of decoding",
     ),
     ("bench", "attention"): (
         "..kernels.bench",

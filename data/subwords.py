@@ -64,6 +64,10 @@ class Side(Protocol):
         """The text of ids; special ones but the unknown are left out."""
         ...
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id's piece, special ones too."""
+        ...
+
     def words(self, text: str) -> list[str]:
         """What `draw` takes: no piece crosses from one to the next."""
         ...
@@ -199,6 +203,10 @@ class SentencePieceSide:
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode([i for i in map(int, ids) if i not in self._special])
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        count = self.processor.get_piece_size()
+        return [self.processor.id_to_piece(i) if i < count else PAD for i in map(int, ids)]
+
     def words(self, text: str) -> list[str]:
         normal = self.processor.normalize(text)
         return [SPACE + word for word in normal.split(SPACE) if word]
@@ -314,6 +322,9 @@ class MarianSide:
         kept = (self._tokens.get(int(i), UNK) for i in ids if int(i) not in (self.pad_id, self.eos_id))
         return "".join(kept).replace(SPACE, " ").strip()
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._tokens.get(int(i), UNK) for i in ids]
+
     def words(self, text: str) -> list[str]:
         return self._pieces.words(text)
 
@@ -357,6 +368,9 @@ class WordBpeSide:
         special = (self.pad_id, self.bos_id, self.eos_id)
         kept = [i for i in map(int, ids) if i not in special]
         return self.backend.decode(kept, skip_special_tokens=False).strip()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self.backend.id_to_token(int(i)) or UNK for i in ids]
 
     def words(self, text: str) -> list[str]:
         return text.split()

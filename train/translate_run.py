@@ -274,9 +274,8 @@ def main(config: RunConfig) -> int:
         if config.attention is not None and not drawn:
             from .attention_map import draw_attention
 
-            best = [translations[0] for translations in found]
-            draw_attention(config.attention, translator, lines, best, config.layers, config.heads)
-            progress.line(f"attention drawn in {config.attention}")
+            count = draw_attention(config.attention, translator, lines, config.layers, config.heads)
+            progress.line(f"attention of {count} sentences drawn in {config.attention}")
             drawn = True
         progress.update(f"{translator.lines:,} lines translated")
     for note in translator.findings:

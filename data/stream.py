@@ -22,6 +22,15 @@ from .errors import DataError
 from .pretraining import Batch, Position
 
 
+class Rows(Protocol):
+    """The plan of a window."""
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        ...
+
+
 class RowSource(Protocol):
     """Rows that are planned window by window, epoch by epoch: what a stream asks of a data set."""
 
@@ -32,7 +41,7 @@ class RowSource(Protocol):
 
     def windows_in_epoch(self, epoch: int) -> int: ...
     def rows_in_window(self, epoch: int, window: int) -> int: ...
-    def plan(self, epoch: int, window: int) -> Any: ...
+    def plan(self, epoch: int, window: int) -> Rows: ...
     def read_tokens(self, plan: Any, rows: np.ndarray | None = None) -> Any: ...
     def assemble(self, plan: Any, tokens: Any, rows: np.ndarray, first_row: int) -> Batch: ...
     def padding(self, rows: int) -> Batch: ...
@@ -185,7 +194,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
             self._plan, self._tokens = plan, tokens
         return plan, tokens
 
-    def _rows_here(self, at: Position, plan: Any) -> np.ndarray | None:
+    def _rows_here(self, at: Position, plan: Rows) -> np.ndarray | None:
         """This host's rows of a window, from the position on; None for all."""
         if len(self._of.share) == self._of.batch_rows:
             return None

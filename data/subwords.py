@@ -4,12 +4,15 @@ A `PairTokenizer` holds a source and a target side, which are one and the same w
 is done to a text before it is cut up: lower-casing, and the Moses tokeniser's normalisation and word splitting. Its
 folder is part of a model's checkpoint folder:
 
-    subwords.json                 kind, whether joint, the languages, lower-casing, Moses
-    spm.model                     SentencePiece, joint; else source.spm and target.spm
-    tokenizer.json                BPE over words (`tokenizers`), joint; else source.json and target.json
+    subwords.json             kind, whether joint, the languages, lower-casing, Moses
+    tokenizer_config.json     what the reference implementation asks for
+    source.spm, target.spm    SentencePiece, in the format of released Marian models, with
+    vocab.json                the ids of the source's pieces, or of both sides', and target_vocab.json where they differ
+    tokenizer.json            or BPE over words (`tokenizers`), joint; else source.json and target.json
 
-A folder in Marian's released format (source.spm, target.spm, vocab.json) loads too: the pieces are SentencePiece's,
-their ids are those of vocab.json.
+transformers' AutoTokenizer loads a folder with SentencePiece's files, or with tokenizer.json, to the same ids; a text
+that is to be lower-cased or split into words must be so before. A released Marian folder loads here without
+subwords.json: its pieces are SentencePiece's, their ids those of vocab.json.
 
 Subword regularisation gives a text another segmentation each time, a pure function of (seed, epoch, index). Since a
 piece never crosses a space, words are drawn one by one:
@@ -81,6 +84,11 @@ class Side(Protocol):
         ...
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each piece."""
+        ...
+
+    @property
     def state(self) -> bytes:
         """What decides the ids, to be hashed."""
         ...
@@ -134,7 +142,7 @@ class PairTokenizer:
     @property
     def joint(self) -> bool:
         """Whether both sides have one vocabulary."""
-        return self.source is self.target or self.kind == "marian"
+        return self.source is self.target or self.source.vocabulary == self.target.vocabulary
 
     def encode_source(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of source texts, without special ones."""
@@ -164,17 +172,25 @@ class PairTokenizer:
         """Write the tokenizer's files into `folder`, which is made if it is not there."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.kind == "marian":
-            for name, side in (("source", self.source), ("target", self.target)):
-                side.save(folder / name)
-            return
-        if self.joint:
-            self.source.save(folder / ("tokenizer" if self.kind == "word-bpe" else "spm"))
+        words = self.kind == "word-bpe"
+        if words and self.joint:
+            self.source.save(folder / "tokenizer")
         else:
             self.source.save(folder / "source")
             self.target.save(folder / "target")
-        content = {"kind": self.kind, "joint": self.joint, **asdict(self.form)}
-        (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if not words:
+            _write_json(folder / "vocab.json", self.source.vocabulary)
+            if not self.joint:
+                _write_json(folder / "target_vocab.json", self.target.vocabulary)
+        source, target = self.form.languages
+        reference = {
+            "tokenizer_class": "PreTrainedTokenizerFast" if words else "MarianTokenizer",
+            **{f"{role}_token": piece for role, piece in (("pad", PAD), ("eos", EOS), ("unk", UNK))},
+            **({} if words else {"source_lang": source, "target_lang": target, "separate_vocabs": not self.joint}),
+        }
+        _write_json(folder / "tokenizer_config.json", reference)
+        if self.kind != "marian":
+            _write_json(folder / _CONFIG, {"kind": self.kind, "joint": self.joint, **asdict(self.form)})
 
 
 class SentencePieceSide:
@@ -220,7 +236,12 @@ class SentencePieceSide:
         return _banked(self._drawn, word, number, amount, key, self._merge)
 
     def save(self, path: Path) -> None:
-        path.with_name(f"{path.name}.{'model' if path.name == 'spm' else 'spm'}").write_bytes(self.state)
+        path.with_name(f"{path.name}.spm").write_bytes(self.state)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        pieces = {self.processor.id_to_piece(i): i for i in range(self.processor.get_piece_size())}
+        return pieces if self.pad_id < len(pieces) else pieces | {PAD: self.pad_id}
 
     @cached_property
     def _pieces(self) -> dict[str, tuple[int, float]]:
@@ -305,7 +326,7 @@ class MarianSide:
 
     def __init__(self, model: bytes, vocabulary: dict[str, int], where: str):
         self._pieces = SentencePieceSide(model, where)
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         missing = [piece for piece in (PAD, EOS, UNK) if piece not in vocabulary]
         if missing:
             raise DataError(f"{where}: the vocabulary has no {', '.join(missing)}, which Marian's has.")
@@ -333,10 +354,9 @@ class MarianSide:
 
     def save(self, path: Path) -> None:
         path.with_name(f"{path.name}.spm").write_bytes(self._pieces.state)
-        path.with_name("vocab.json").write_text(json.dumps(self._vocabulary, ensure_ascii=False), encoding="utf-8")
 
     def _ids(self, pieces: Iterable[str]) -> list[int]:
-        return [self._vocabulary.get(piece, self.unk_id) for piece in pieces]
+        return [self.vocabulary.get(piece, self.unk_id) for piece in pieces]
 
 
 class WordBpeSide:
@@ -357,7 +377,7 @@ class WordBpeSide:
             raise DataError(f"{where}: the vocabulary has no {', '.join(missing)}.")
         self.pad_id, self.eos_id, self.unk_id = (vocabulary[piece] for piece in (PAD, EOS, UNK))
         self.bos_id: int | None = vocabulary[BOS]
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(content["model"]["merges"])}
         self._drawn: dict[Any, Any] = {}
 
@@ -384,7 +404,7 @@ class WordBpeSide:
     def _merge(self, word: str, dropout: float, draw: Iterator[float]) -> list[int]:
         symbols = [*word[:-1], word[-1] + WORD_END]
         pieces = merge(symbols, lambda left, right: self._ranks.get((left, right)), dropout, draw)
-        return [self._vocabulary.get(piece, self.unk_id) for piece in pieces]
+        return [self.vocabulary.get(piece, self.unk_id) for piece in pieces]
 
 
 def merge(
@@ -546,7 +566,7 @@ def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_si
 
 def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Side:
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     characters, last = set(), set()
     for text in texts():
@@ -577,6 +597,9 @@ def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int)
     trained = tokenizers.Tokenizer(models.BPE(content["vocab"], merges, unk_token=UNK, end_of_word_suffix=WORD_END))
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trained.decoder = decoders.BPEDecoder(suffix=WORD_END)
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, trained.token_to_id(EOS))]
+    )
     return WordBpeSide(trained)
 
 
@@ -605,7 +628,7 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
         except (KeyError, TypeError) as error:
             raise DataError(f"{path / _CONFIG}: not as this program writes it ({error}).") from None
         if joint:
-            side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "spm.model"))
+            side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"))
             return PairTokenizer(kind, side, side, found)
         ending = "json" if kind == "word-bpe" else "spm"
         sides = [_load_side(path / f"{name}.{ending}") for name in ("source", "target")]
@@ -615,6 +638,10 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     raise DataError(
         f"{path}: no tokenizer for translation there. Expected {_CONFIG}, or source.spm, target.spm and vocab.json."
     )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _load_side(path: Path) -> Side:
@@ -633,15 +660,16 @@ def _load_side(path: Path) -> Side:
 
 def _load_marian(path: Path, form: TextForm | None) -> PairTokenizer:
     vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-    if (path / "target_vocab.json").is_file():
-        raise DataError(f"{path}: separate vocabularies (target_vocab.json) of a Marian folder are not read.")
+    own = path / "target_vocab.json"
+    target_vocabulary = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else vocabulary
     form = form or TextForm()
     config = path / "tokenizer_config.json"
     if config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         names = (content.get("source_lang"), content.get("target_lang"))
         form = replace(form, languages=tuple(a or b for a, b in zip(names, form.languages, strict=True)))
-    sides = [
-        MarianSide((path / name).read_bytes(), vocabulary, str(path / name)) for name in ("source.spm", "target.spm")
-    ]
-    return PairTokenizer("marian", sides[0], sides[1], form)
+    source, target = (
+        MarianSide((path / f"{name}.spm").read_bytes(), ids, str(path / f"{name}.spm"))
+        for name, ids in (("source", vocabulary), ("target", target_vocabulary))
+    )
+    return PairTokenizer("marian", source, target, form)

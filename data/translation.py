@@ -266,6 +266,11 @@ class PairPlan:
     statistics: PairStatistics
     sampled: tuple[np.ndarray, np.ndarray] | None  # ids of both sides, where they were sampled for this plan
 
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self.row_pairs) - 1
+
 
 class TranslationRows:
     """The rows that a translator is trained on. A batch (B rows, S and L positions of a source and a target row):

@@ -72,6 +72,24 @@ class Adaptation(Protocol):
         ...
 
 
+class AdaptedModel:
+    """A model whose parameters are the extended tree: what a train loop needs of a flax module."""
+
+    def __init__(self, model: nn.Module, adaptation: Adaptation):
+        self.plain, self._adaptation = model, adaptation
+        self.config: Any = model.config  # type: ignore[attr-defined]
+
+    def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """New parameters, in boxes."""
+        params = self.plain.init(key, *args, **kwargs)["params"]
+        return {"params": self._adaptation.extend(params, jax.random.fold_in(key, 1))}
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain model's `apply`, adapted."""
+        with self._adaptation.active():
+            return self.plain.apply(*args, **kwargs)
+
+
 def adaptation(config: AdaptConfig, model: nn.Module, params: Params) -> Adaptation | None:
     """The adaptation that the configuration asks for, or None where all of the model trains.
 

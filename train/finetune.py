@@ -30,6 +30,7 @@ from ..models import save
 from ..models.config import read_labels
 from ..models.pretrained import Loaded, load_with_report, read_config
 from ..models.tables import flatten
+from .adapt import AdaptConfig, AdaptedModel, adaptation
 from .errors import RunError
 from .learner import Learner, Names, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
 from .loop import Best, Fitted, LoopConfig, Stop, TrainState
@@ -77,6 +78,7 @@ class FinetuneConfig:
     """The embeddings and so many of the lowest layers stay as they are."""
     layer_decay: float = 1.0
     """Each layer's learning rate is that of the layer above it times this; pooler and head have the full rate."""
+    adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0)
     )
@@ -164,8 +166,17 @@ def new_head(model: Any, seed: int) -> dict[str, Any]:
     return jax.device_get(jax.jit(draw)(jax.random.key(seed)))
 
 
-def make_optimiser(config: FinetuneConfig, task: Task, loaded: Loaded, steps: int) -> Learner:
-    """The optimiser, with the layers' and the task's learning rates; nothing is computed yet."""
+def make_optimiser(
+    config: FinetuneConfig, task: Task, loaded: Loaded, steps: int, chosen: Callable[[Names], bool] | None = None
+) -> Learner:
+    """The optimiser, with the layers' and the task's learning rates; nothing is computed yet.
+
+    Args:
+        config, task: of the run.
+        loaded: the model.
+        steps: of the run.
+        chosen: names along the way to a parameter -> whether it may train; None: all may.
+    """
     ids = jnp.zeros((1, 8), jnp.int32)
     layers = layer_counts(loaded.model)
     trains, scales = layer_rates(config, layers)
@@ -174,9 +185,17 @@ def make_optimiser(config: FinetuneConfig, task: Task, loaded: Loaded, steps: in
         optim=config.optim,
         rate=schedule(config.optim, [(steps, None)]),
         seed=config.seed,
-        trains=trains,
+        trains=_both(trains, chosen),
         scales=task_rates(task, scales),
     )
+
+
+def _both(
+    first: Callable[[Names], bool] | None, second: Callable[[Names], bool] | None
+) -> Callable[[Names], bool] | None:
+    if first is None or second is None:
+        return first or second
+    return lambda names: first(names) and second(names)
 
 
 def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[Names], Any] | None:
@@ -371,11 +390,16 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
     loaded = load_model(c, task, progress)
     if loaded.tokenizer is None:
         raise RunError(f"{c.model}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
+    plan = adaptation(c.adapt, loaded.model, loaded.params)
+    plain = loaded.model
+    if plan is not None:
+        extended = plan.extend(loaded.params, jax.random.key(c.seed))
+        loaded = loaded._replace(model=AdaptedModel(plain, plan), params=extended)
     encoded = encode_data(c, task, data, loaded.tokenizer, progress)
     features = encoded.train
     per_epoch = batches_in_epoch(features.units, c.batch_size)
     steps = c.steps or max(1, round(c.epochs * per_epoch))
-    learner = make_optimiser(c, task, loaded, steps)
+    learner = make_optimiser(c, task, loaded, steps, None if plan is None else plan.trains)
     divisor = spread.divisor() * c.accumulate
     shapes = plan_shapes(
         features.unit_lengths,
@@ -450,7 +474,10 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         if main_process:
             task.write_predictions(c.out / "predictions", split, predicted.kept, some, examples)
     if main_process:
-        save(c.out / "model", loaded.model, params, loaded.tokenizer)
+        if plan is not None:
+            plan.save(c.out / "adapter", plain, params, str(c.model))
+            params = plan.merged(params)
+        save(c.out / "model", plain, params, loaded.tokenizer)
         write_json(c.out / "task.json", settings(task))
         run.finish(results(c, task, fitted, metrics, count_parameters(params), features))
         for split, values in metrics.items():

@@ -90,8 +90,8 @@ class Features:
 
 
 def pack_features(
-    ids: Sequence[Sequence[int]],
-    types: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | np.ndarray],
+    types: Sequence[Sequence[int] | np.ndarray],
     *,
     example: Sequence[int] | np.ndarray | None = None,
     segment_fields: Mapping[str, Any] | None = None,

@@ -9,7 +9,7 @@ positions between (further tokens of a word, [CLS], padding) are passed over.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -177,5 +177,6 @@ def _widened(emissions: Array, weights: CrfWeights) -> tuple[Array, CrfWeights]:
     return jnp.asarray(emissions, dtype), CrfWeights(*(jnp.asarray(weight, dtype) for weight in weights))
 
 
-def _by_position(*arrays: Array) -> tuple[Array, ...]:
+def _by_position(*arrays: Array) -> Any:
+    """[B, L, ...] each -> a tuple of [L, B, ...]."""
     return tuple(jnp.moveaxis(array, 1, 0) for array in arrays)

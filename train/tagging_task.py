@@ -208,7 +208,8 @@ def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[s
 
     if all(tag == "O" for tags in (*wanted, *predicted) for tag in tags):  # seqeval would take the mean of nothing
         return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
-    report: Any = classification_report(wanted, predicted, output_dict=True, zero_division=0)
+    nothing: Any = 0  # where nothing is found or there is nothing to find; annotated as text there
+    report: Any = classification_report(wanted, predicted, output_dict=True, zero_division=nothing)
     together = report["micro avg"]
     scores = {
         name: float(together[f"{name}-score" if name == "f1" else name]) for name in ("precision", "recall", "f1")
@@ -326,9 +327,10 @@ def main(config: NerConfig | PosConfig) -> int:
     )
     # The tags to tell apart are those of the training file, which is therefore read first.
     train, repaired = task.read_file(config.data, "train", labelled=True)
-    task = dataclasses.replace(task, labels=tag_set(train, entities=entities))
-    if len(task.labels) < 2:
-        raise RunError(f"{config.data}: every word has the tag {task.labels[0]!r}; there is nothing to tell apart.")
+    labels = tag_set(train, entities=entities)
+    if len(labels) < 2:
+        raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to tell apart.")
+    task = dataclasses.replace(task, labels=labels)
 
     def data() -> TaskData:
         evaluation = {"dev": task.read(config.eval_data or config.data, "dev", labelled=True)}

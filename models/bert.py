@@ -35,6 +35,7 @@ from .layers import (
     Segments,
     row_numbers,
     run_layers,
+    segments_at,
 )
 from .tables import Architecture, Entry, Table, linear_entries, norm_entries, same
 
@@ -227,14 +228,27 @@ class Block(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Array, segment_ids: Segments, rows: Array, *, deterministic: bool) -> Array:
+    def __call__(
+        self,
+        hidden: Array,
+        segment_ids: Segments,
+        rows: Array,
+        *,
+        positions: Array | None = None,
+        deterministic: bool,
+    ) -> Array:
+        """hidden [B, L, E] -> [B, L, E], or [B, X, E] of the tokens at positions [B, X] alone."""
         c = self.config
         attention = Attention(
             c.width, c.heads, c.attention_dropout, _init(c), c.dtype, c.attention_implementation, name="attention"
         )
         feed_forward = FeedForward(c.feed_forward, c.activation, _init(c), c.dtype, name="feed_forward")
 
-        attended = attention(hidden, segment_ids, rows, deterministic=deterministic)
+        memory = hidden
+        if positions is not None:
+            hidden = gather_positions(hidden, positions)
+            segment_ids = segments_at(segment_ids, positions)
+        attended = attention(hidden, segment_ids, rows, memory=memory, deterministic=deterministic)
         attended = Dropout(c.dropout)(attended, rows, deterministic=deterministic)
         hidden = LayerNorm(c.norm_epsilon, c.dtype, name="attention_norm")(hidden + attended)
         fed = Dropout(c.dropout)(feed_forward(hidden), rows, deterministic=deterministic)
@@ -244,7 +258,7 @@ class Block(nn.Module):
 class Encoded(NamedTuple):
     """What the encoder gives."""
 
-    hidden: Array  # [B, L, E], the last layer's
+    hidden: Array  # [B, L, E], the last layer's; [B, X, E], of [CLS], where these alone were asked for
     pooled: Array | None  # [B, E], or [B, X, E] where positions of [CLS] were given; None without a pooler
     every_hidden: Array | None  # [N + 1, B, L, E], the embeddings and each layer's, where asked for
 
@@ -273,6 +287,7 @@ class Bert(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
         every_layer: bool = False,
+        cls_only: bool = False,
     ) -> Encoded:
         """Encode rows of tokens.
 
@@ -287,9 +302,12 @@ class Bert(nn.Module):
                 from 0.
             deterministic: no dropout.
             every_layer: also return the embeddings and every layer's hidden states.
+            cls_only: let the last layer compute [CLS] alone, all that a classifier reads: the same numbers, but
+                for what dropout draws.
         """
         c = self.config
         rows = row_numbers(rows, input_ids)
+        first = jnp.zeros((len(input_ids), 1), jnp.int32) if cls_positions is None else cls_positions
         embedded = self.embeddings(input_ids, position_ids, token_type_ids, rows, deterministic=deterministic)
         hidden, outputs = run_layers(
             self.layers,
@@ -301,12 +319,12 @@ class Bert(nn.Module):
             remat=c.remat,
             deterministic=deterministic,
             every_layer=every_layer,
+            last_positions=first if cls_only else None,
         )
         pooled = None
         if self.pooler:
-            pooled = jnp.tanh(
-                self.pool(hidden[:, 0] if cls_positions is None else gather_positions(hidden, cls_positions))
-            )
+            cls = hidden if cls_only and not self.is_initializing() else gather_positions(hidden, first)
+            pooled = jnp.tanh(self.pool(cls[:, 0] if cls_positions is None else cls))
         every_hidden = None if outputs is None else jnp.concatenate([embedded[None], outputs])
         return Encoded(hidden, pooled, every_hidden)
 
@@ -425,6 +443,7 @@ class BertForSequenceClassification(nn.Module):
             cls_positions=cls_positions,
             rows=rows,
             deterministic=deterministic,
+            cls_only=True,
         ).pooled
         assert pooled is not None
         return self.classifier(self.drop(pooled, rows, deterministic=deterministic))
@@ -461,6 +480,7 @@ class BertForMultipleChoice(nn.Module):
             cls_positions=cls_positions,
             rows=rows,
             deterministic=deterministic,
+            cls_only=True,
         ).pooled
         assert pooled is not None
         return self.classifier(self.drop(pooled, rows, deterministic=deterministic))[..., 0]

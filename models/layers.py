@@ -49,6 +49,14 @@ def split_segments(segment_ids: Segments) -> tuple[Array | None, Array | None]:
     return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
 
 
+def segments_at(segment_ids: Segments, positions: Array) -> Segments:
+    """The segments of queries that are at positions [B, X] of their rows, and of all keys."""
+    queries, keys = split_segments(segment_ids)
+    if queries is None:
+        return None if keys is None else (jnp.ones(positions.shape, keys.dtype), keys)
+    return jnp.take_along_axis(queries, positions, axis=1), queries if keys is None else keys
+
+
 @jax.custom_jvp
 def gelu_exact(x: Array) -> Array:
     """x·Φ(x) by the error function (Hendrycks and Gimpel 2016), computed in float32."""
@@ -421,6 +429,7 @@ def run_layers(
     remat: bool,
     deterministic: bool,
     every_layer: bool = False,
+    last_positions: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Apply `count` layers of one kind, whose parameters are stacked along a first axis "layers" of size N.
 
@@ -432,27 +441,45 @@ def run_layers(
             lets the compiler fuse over layers. Parameters, numbers and dropout are the same.
         remat: recompute a layer's inner values in the backward pass instead of keeping them.
         every_layer: also return the output of each layer.
+        last_positions: [B, X] int32, the only tokens that the last layer is to compute, which then is called with
+            `positions=last_positions` as well; None for all of them.
 
     Returns:
-        (the last layer's output [B, L, E], all layers' outputs [N, B, L, E] or None)
+        (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
     """
+    # New parameters are drawn by the whole stack.
+    part = last_positions is not None and not block.is_initializing()
+    if part and every_layer:
+        raise ValueError("run_layers: every_layer and last_positions exclude each other")
 
     def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
         hidden = block(hidden, *broadcast, deterministic=deterministic)
         return hidden, hidden if every_layer else None
 
+    def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
+        return block(hidden, *broadcast, positions=last_positions, deterministic=deterministic)
+
     body = nn.remat(layer, prevent_cse=not scan) if remat else layer
+    scanned = count - 1 if part else count
     stacked = nn.scan(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,  # type: ignore[arg-type]  (annotated as int, documented as this)
-        length=count,
-        unroll=1 if scan else count,
+        length=scanned,
+        unroll=1 if scan else max(1, scanned),
         metadata_params={nn.PARTITION_NAME: "layers"},
         check_constancy_invariants=False,  # no variable is shared by the layers, so a second trace would find nothing
     )
-    return stacked(block, hidden, broadcast)
+    if not part:
+        return stacked(block, hidden, broadcast)
+
+    def of_layers(chosen: Any) -> Callable[[Any], Any]:
+        return lambda stack: jax.tree.map(lambda parameter: parameter[chosen], stack)
+
+    if scanned:
+        hidden, _ = nn.map_variables(stacked, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
+    return nn.map_variables(last_layer, "params", of_layers(scanned))(block, hidden, broadcast), None
 
 
 def row_numbers(rows: Array | None, input_ids: Array) -> Array:

@@ -219,3 +219,28 @@ def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="no preset 'bert-huge'"):
         bert.BertConfig.preset("bert-huge")
     assert bert.BertConfig.preset("bert-mini", vocab_size=7).vocab_size == 7
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_last_layer_can_compute_cls_alone(scan: bool) -> None:
+    """The pooled [CLS], and its gradients, are those of the whole last layer."""
+    model = bert.Bert(dataclasses.replace(SMALL, scan_layers=scan, remat=scan))
+    segments = jnp.asarray([[1] * 5 + [2] * 7, [1] * 4 + [2] * 4 + [0] * 4, [1] * 12, [0] * 12])
+    positions = jnp.asarray([[0, 5], [0, 4], [0, 0], [0, 0]])
+    used = jnp.asarray([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+
+    def summed(tree: Any, cls_only: bool) -> tuple[jax.Array, jax.Array]:
+        encoded = model.apply({"params": tree}, IDS, segments, cls_positions=positions, cls_only=cls_only)
+        assert encoded.hidden.shape == ((4, 2, 16) if cls_only else (4, 12, 16))
+        pooled = encoded.pooled * used[..., None]
+        return jnp.sin(pooled * jnp.arange(16.0)[None, None]).sum(), pooled
+
+    with jax.default_matmul_precision("highest"):
+        (_, found), gradients = jax.jit(jax.value_and_grad(partial(summed, cls_only=True), has_aux=True))(params(model))
+        (_, expected), wanted = jax.jit(jax.value_and_grad(partial(summed, cls_only=False), has_aux=True))(
+            params(model)
+        )
+        first = run(model, params(model), IDS, segments, cls_only=True).pooled
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, wanted)
+    np.testing.assert_allclose(first[:3], found[:3, 0], atol=1e-6)

@@ -12,6 +12,7 @@ at a time, which is what makes it fast, hence no batching of rows either.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import grain
@@ -34,7 +35,7 @@ class Rows(Protocol):
 class RowSource(Protocol):
     """Rows that are planned window by window, epoch by epoch: what a stream asks of a data set."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for two data sets with the same rows under the same numbers."""
         ...

@@ -47,6 +47,10 @@ VOCABULARY_FILES = (
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "target.spm",
+    "target_vocab.json",
+    "source.json",
+    "target.json",
+    "subwords.json",
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -69,7 +73,7 @@ class Loaded(NamedTuple):
     model: Any  # the family's flax.linen module
     params: dict[str, Any]  # float32 NumPy arrays on the host: place them with `jax.device_put`, under any sharding
     config: Any  # the family's config dataclass, also `model.config`
-    tokenizer: Any  # data.tokenizer's, or None where the folder holds no tokenizer files
+    tokenizer: Any  # data.tokenizer's, or data.subwords' of a translator; None where the folder holds no such files
 
 
 class Report(NamedTuple):
@@ -474,6 +478,10 @@ def _sync(path: Path) -> None:
 def _load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         return None
+    if any((folder / name).is_file() for name in ("subwords.json", "source.spm")):
+        from ..data.subwords import load_subwords
+
+        return load_subwords(folder)
     from ..data.tokenizer import load_tokenizer
 
     return load_tokenizer(folder)

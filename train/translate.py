@@ -234,10 +234,12 @@ def read_texts(config: TranslateConfig) -> Texts:
         train = phrase_pairs("train", config.languages)
         name = f"embedded phrases {config.languages} {len(train)}"
         return Texts(lambda: train, held_out, hashlib.sha256(name.encode()).hexdigest(), "embedded phrases", list)
-    text = ParallelText([str(path) for path in given if path is not None], empty="drop", **options)
+    options["empty"] = "drop"
+    text = ParallelText([str(path) for path in given if path is not None], **options)
     fingerprint, described = text.fingerprint, str(text)
     if config.dev:
-        dev = list(ParallelText(config.dev, **options | {"split": "validation"}))
+        options |= {"empty": "keep", "split": "validation"}
+        dev = list(ParallelText(config.dev, **options))
         return Texts(lambda: text, dev, fingerprint, described, lambda: list(text.findings))
     counted = sum(1 for _ in text)
 
@@ -613,7 +615,7 @@ def results(
     config: TranslateConfig,
     data: Data,
     fitted: Fitted,
-    held_out: Mapping[str, float],
+    held_out: Mapping[str, float | str],
     means: list[int],
     parameters: int,
 ) -> dict[str, Any]:

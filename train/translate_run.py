@@ -8,6 +8,7 @@ empty line stays empty. Control characters count as spaces. A line that is longe
 parts and counted, or refused; nothing is cut.
 """
 
+import dataclasses
 import queue
 import sys
 import threading
@@ -21,7 +22,7 @@ import jax
 import tyro
 
 from ..data.parallel import Findings, clean_line
-from ..data.subwords import PairTokenizer, load_subwords
+from ..data.subwords import PairTokenizer
 from ..models import load
 from ..models.transformer import TransformerConfig
 from .decode import DecodeConfig, Generator
@@ -39,7 +40,6 @@ class Translation(NamedTuple):
     text: str  # running text
     prepared: str  # as the model wrote it: in words of its tokeniser
     score: float  # of the search, summed over parts
-    finished: bool  # whether the model ended it, rather than the longest allowed length
 
 
 def longest_output(model: TransformerConfig, source: int) -> int:
@@ -74,10 +74,13 @@ def open_translator(
         RunError: another kind of model, or a tokenizer that is not this model's.
     """
     folder = model_folder(folder)
-    loaded = load(folder, **({} if dtype is None else {"dtype": dtype}))
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    loaded = load(folder, **changes)
     if not isinstance(loaded.config, TransformerConfig):
         raise RunError(f"{folder}: a {type(loaded.config).__name__}; expected a translator's checkpoint.")
-    tokenizer = load_subwords(folder)
+    tokenizer = loaded.tokenizer
+    if not isinstance(tokenizer, PairTokenizer):
+        raise RunError(f"{folder}: no tokenizer for translation there (subwords.json, or source.spm and vocab.json).")
     check_vocabulary(loaded.config, tokenizer, str(folder))
     return Translator(loaded.model, jax.device_put(loaded.params), tokenizer, decode, rows=rows, too_long=too_long)
 
@@ -105,6 +108,8 @@ class Translator:
     ):
         self.model, self.params, self.tokenizer, self.too_long = model, params, tokenizer, too_long
         self.findings, self.lines = Findings(), 0
+        # Padding is never written, as in the reference's generation settings of Marian.
+        decode = dataclasses.replace(decode, suppressed=(*decode.suppressed, tokenizer.target.pad_id))
         try:
             self.generator = Generator(model, params, decode, rows=rows)
         except ValueError as error:
@@ -168,14 +173,13 @@ class Translator:
     def _join(self, parts: Sequence[Sequence[Any]]) -> list[Translation]:
         """The n-th best of a line in parts is made of the n-th best of each."""
         if not parts:
-            return [Translation("", "", 0.0, True)]
+            return [Translation("", "", 0.0)]
         result = []
         for hypotheses in zip(*parts, strict=True):
             texts = [self.tokenizer.decode(found.tokens) for found in hypotheses]
             prepared = [self.tokenizer.decode_prepared(found.tokens) for found in hypotheses]
-            score = sum(float(found.score) for found in hypotheses)
-            ended = all(found.finished for found in hypotheses)
-            result.append(Translation(" ".join(texts), " ".join(prepared), score, ended))
+            score = sum(found.score for found in hypotheses)
+            result.append(Translation(" ".join(texts), " ".join(prepared), score))
         return result
 
 

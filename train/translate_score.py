@@ -56,7 +56,8 @@ def corpus_scores(
         form: how both are brought into words for the tokenised BLEU.
         prepared: the translations as the model wrote them, in words already; None: they are prepared as the references.
     """
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     cased, lower, chrf = BLEU(), BLEU(lowercase=True), CHRF()
     tokenised = BLEU(tokenize="none", force=True, smooth_method="none")

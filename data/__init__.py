@@ -11,6 +11,9 @@
     packing.py      BERT's sentence pairs, planned from lengths alone, several a row
     pretraining.py  rows by their number
     stream.py       the stream of batches (Grain)
+    squad.py        questions answered by spans, and windows of their contexts
+    multiple_choice.py  SWAG and CODAH
+    tagging.py      CoNLL columns and CoNLL-U
 
 Names are imported on first use: Grain and tensorflow-datasets take seconds that `--help` should not pay for.
 """

@@ -54,7 +54,13 @@ ALIASES = {"output": "out", "feed-forward": "feed_forward"}
 ALL = "all-linear"
 
 # The peft name of what a model is for; a model for something else has none.
-TASKS = {"classification": "SEQ_CLS", "tokens": "TOKEN_CLS", "span": "QUESTION_ANS", "encoder": "FEATURE_EXTRACTION"}
+TASKS = {
+    "classification": "SEQ_CLS",
+    "tokens": "TOKEN_CLS",
+    "span": "QUESTION_ANS",
+    "translation": "SEQ_2_SEQ_LM",
+    "encoder": "FEATURE_EXTRACTION",
+}
 
 
 class LoraError(ValueError):
@@ -286,6 +292,8 @@ def adapted(config: LoraConfig) -> Iterator[None]:
     It must be entered where the model is traced: within the function that `jax.jit` compiles, around `model.apply`.
     Adapters drop their inputs where the model drops at all (`deterministic` is off), by the stream "dropout" and the
     rows' numbers as everything else, so that neither the mesh nor accumulation changes what is dropped.
+
+    Decoding (train/decode.py) takes a merged tree.
     """
     calls: list[dict[str, Any]] = []  # arguments of the modules that are being called, from the outermost
 
@@ -296,13 +304,11 @@ def adapted(config: LoraConfig) -> Iterator[None]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module = context.module
-        if context.method_name != "__call__":
-            return next_call(*args, **kwargs)
         if isinstance(module, Linear):
             outputs = next_call(*args, **kwargs)
-            return (
-                outputs + _adapter(module, args[0], calls, config) if module.has_variable("params", LORA_A) else outputs
-            )
+            if context.method_name == "__call__" and module.has_variable("params", LORA_A):
+                outputs = outputs + _adapter(module, args[0], calls, config)
+            return outputs
         calls.append(inspect.signature(context.orig_method).bind(*args, **kwargs).arguments)
         try:
             return next_call(*args, **kwargs)

@@ -46,7 +46,7 @@ class Features:
     input_ids: [T] int32, one feature after the other, special tokens included. token_type_ids: [T] int32. starts:
     [F + 1] int64, where each begins. example: [F] int64, the number of the example that it was made of. segment_fields:
     values of each feature, [F, ...]. token_fields: values of each token, [T, ...]. unit_size: features that stay
-    together. truncated: tokens that were cut off.
+    together. truncated: tokens that were cut off. note: what else is to be said of them.
     """
 
     input_ids: np.ndarray
@@ -57,6 +57,7 @@ class Features:
     token_fields: Mapping[str, np.ndarray] = field(default_factory=dict)
     unit_size: int = 1
     truncated: int = 0
+    note: str = ""
 
     @property
     def count(self) -> int:

@@ -336,9 +336,10 @@ def encode_data(
     def encode(name: str, examples: Sequence[Any]) -> Features:
         features = task.encode(tokenizer, examples)
         cut = f", {features.truncated:,} tokens cut off" if features.truncated else ""
+        note = f", {features.note}" if features.note else ""
         progress.line(
             f"{name}: {len(examples):,} examples, {len(features.input_ids):,} tokens in {features.count:,} pieces of "
-            f"up to {int(features.lengths.max()):,}{cut}"
+            f"up to {int(features.lengths.max()):,}{cut}{note}"
         )
         return features
 

@@ -91,7 +91,10 @@ class SquadTask(PlainTask):
             },
             truncated=windows.cut_tokens,
         )
-        return SquadFeatures(**{f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}, windows=windows)
+        fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
+        if windows.answers_outside:
+            fields["note"] = f"{windows.answers_outside:,} answers longer than a window"
+        return SquadFeatures(**fields, windows=windows)
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
         return apply_tokens(model, params, batch, **kwargs)
@@ -111,7 +114,7 @@ class SquadTask(PlainTask):
         start, end = sums(outputs[0], batch["start_positions"]), sums(outputs[1], batch["end_positions"])
         return {
             "loss": ((start.loss + end.loss) / 2, start.weight),
-            "accuracy": ((start.correct + end.correct) / 2, start.weight),
+            "position_accuracy": ((start.correct + end.correct) / 2, start.weight),
         }
 
     def keep(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Kept:

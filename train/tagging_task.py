@@ -128,6 +128,8 @@ class TaggingTask(PlainTask):
         )
         fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
         fields["token_fields"] = {"labels": labels, "label_weights": first.astype(np.float32)}
+        if pieces.split:
+            fields["note"] = f"{pieces.split:,} sentences in several pieces"
         return TaggedFeatures(**fields, first=first)
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Tagged:

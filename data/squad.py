@@ -193,7 +193,7 @@ class Windows:
     cut_tokens: int = 0
     """tokens of questions that were beyond `max_question`"""
     answers_outside: int = 0
-    """answers that no window holds as a whole"""
+    """answers that no window holds as a whole, or that the tokenizer has no token for"""
 
 
 def make_windows(
@@ -214,7 +214,7 @@ def make_windows(
         max_question: tokens of a question; what is beyond them is cut off, and counted.
 
     Raises:
-        DataError: lengths that leave no room for the context, or an answer that no token touches.
+        DataError: lengths that leave no room for the context.
     """
     if doc_stride < 1:
         raise DataError(f"--doc-stride is {doc_stride}; it must be at least 1.")
@@ -234,7 +234,7 @@ def make_windows(
         windows.cut_tokens += max(0, len(words) - max_question)
         words = words[:max_question]
         context = contexts[numbers[question.context]]
-        answer = context.tokens_of(question.answers[0], question.key) if question.answers else None
+        answer = context.tokens_of(question.answers[0]) if question.answers else None
         head = np.array(cls + words + sep, np.int32)
         parts = context.parts(max_length - len(head) - 1, doc_stride)
         held = False
@@ -248,7 +248,7 @@ def make_windows(
             held |= inside
             for places, token in zip((windows.first, windows.last), answer or (0, 0), strict=True):
                 places.append(len(head) + token - start if inside else 0)
-        windows.answers_outside += answer is not None and not held
+        windows.answers_outside += bool(question.answers) and not held
     return windows
 
 
@@ -258,16 +258,11 @@ class _Context:
     def __init__(self, ids: np.ndarray, spans: np.ndarray):
         self.ids, self.spans = ids, spans
 
-    def tokens_of(self, answer: Answer, key: str) -> tuple[int, int]:
-        """The first and the last token that the answer touches."""
+    def tokens_of(self, answer: Answer) -> tuple[int, int] | None:
+        """The first and the last token that the answer touches; None if there is none (zero-width characters, say)."""
         first = int(np.searchsorted(self.spans[:, 1], answer.start, side="right"))
         last = int(np.searchsorted(self.spans[:, 0], answer.start + len(answer.text), side="left")) - 1
-        if last < first:
-            raise DataError(
-                f'Question "{key}": the tokenizer gives no token for the answer {_short(answer.text)}. Leave the '
-                "question out, or take the tokenizer of a model for this language."
-            )
-        return first, last
+        return (first, last) if first <= last else None
 
     def parts(self, room: int, stride: int) -> list[tuple[int, int]]:
         """[start, stop) of each window; an empty context has one, empty window."""

@@ -93,7 +93,7 @@ class SquadTask(PlainTask):
         )
         fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
         if windows.answers_outside:
-            fields["note"] = f"{windows.answers_outside:,} answers longer than a window"
+            fields["note"] = f"{windows.answers_outside:,} answers that no window holds"
         return SquadFeatures(**fields, windows=windows)
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> tuple[jax.Array, jax.Array]:

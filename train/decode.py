@@ -19,7 +19,6 @@ same three ways to stop, so the same sequences and scores.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -321,8 +320,11 @@ class Searcher:
             open=choice.open,
         )
 
-    def _restrict(self, scores: Array, history: Array | None, moment: Moment) -> Array:
-        """Scores [R, K, V] by the reference's rules in its order: what repeats is lowered, what may not be is -inf."""
+    def _restrict(self, scores: Array, certain: Array, history: Array | None, moment: Moment) -> Array:
+        """Scores [R, K, V] by the reference's rules in its order: what repeats is lowered, what may not be is -inf.
+
+        certain [R, K] is the score of what is bound to be.
+        """
         c = self.config
         words = scores.shape[-1]
         if history is not None and c.repetition_penalty != 1.0:
@@ -336,8 +338,9 @@ class Searcher:
         if c.min_length:
             scores = jnp.where(end[None, None] & (length <= c.min_length), -jnp.inf, scores)
         if self.forced_eos_id is not None:
-            forced = jnp.where(jnp.arange(words) == self.forced_eos_id, 0.0, -jnp.inf)
-            scores = jnp.where(length == c.max_length, forced[None, None], scores)
+            bound = jnp.arange(words) == self.forced_eos_id
+            forced = jnp.where(bound[None, None], certain[..., None], -jnp.inf)
+            scores = jnp.where(length == c.max_length, forced, scores)
         if c.suppressed:
             barred = np.zeros(words, bool)
             barred[list(c.suppressed)] = True
@@ -349,7 +352,7 @@ class Searcher:
     def _follow(self, sources: Sources, search: Search, logits: Array, history: Array | None, moment: Moment) -> Choice:
         """Each hypothesis gets one more token, the best one or one that is drawn."""
         c = self.config
-        scores = self._restrict(logits, history, moment)
+        scores = self._restrict(logits, jnp.zeros_like(search.scores), history, moment)
         if c.sample:
             scores = _narrowed(scores / c.temperature, c.top_k, c.top_p)
             draw = jax.vmap(jax.vmap(jax.random.categorical))
@@ -382,7 +385,11 @@ class Searcher:
         """The best of all continuations of all hypotheses, group by group."""
         c = self.config
         size = c.beam // c.diverse_groups
-        gains = self._restrict(jax.nn.log_softmax(logits, axis=-1), history, moment)
+        # Log probabilities are gains - norm; of the candidates alone, where no rule needs them of all words.
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        if c.repetition_penalty != 1.0:
+            logits, norm = logits - norm[..., None], jnp.zeros_like(norm)
+        gains = self._restrict(logits, norm, history, moment)
         bonus = jnp.zeros(search.scores.shape, jnp.float32)
         if coverage is not None:
             received = jnp.where(sources.mask[:, None], jnp.log(jnp.minimum(coverage, 1.0)), 0.0)
@@ -396,7 +403,9 @@ class Searcher:
                 own = own - c.diversity_penalty * _counts(before, own.shape[-1])[:, None]
             ended = Ended(*(x[:, part] for x in search.ended))
             choices.append(
-                self._search_group(own, search.scores[:, part], bonus[:, part], ended, search.open[:, group], moment)
+                self._search_group(
+                    own, norm[:, part], search.scores[:, part], bonus[:, part], ended, search.open[:, group], moment
+                )
             )
 
         if len(choices) == 1:
@@ -411,14 +420,14 @@ class Searcher:
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *choices)
 
     def _search_group(
-        self, gains: Array, scores: Array, bonus: Array, ended: Ended, open_: Array, moment: Moment
+        self, gains: Array, norm: Array, scores: Array, bonus: Array, ended: Ended, open_: Array, moment: Moment
     ) -> Choice:
-        """One group: gains [R, k, V], scores and bonus [R, k], open_ [R]."""
+        """One group: gains [R, k, V]; norm, scores and bonus [R, k]; open_ [R]."""
         c = self.config
         size = scores.shape[1]
         # Twice as many candidates as beams, so that enough go on even where the better half ends.
         values, words = top_candidates(gains, min(2 * size, gains.shape[-1]))
-        values = (values + scores[..., None]).reshape(len(values), -1)
+        values = (values - norm[..., None] + scores[..., None]).reshape(len(values), -1)
         values, at = jax.lax.top_k(values, min(2 * size, values.shape[1]))
         parents = (at // words.shape[2]).astype(jnp.int32)
         words = jnp.take_along_axis(words.reshape(len(words), -1), at, axis=1)
@@ -471,25 +480,27 @@ def _moment(prefix: Array, step: Array) -> Moment:
 
 
 def top_candidates(scores: Array, count: int) -> tuple[Array, Array]:
-    """The `count` largest of scores [..., V], and where they are: as `jax.lax.top_k`, in a quarter of a CPU's time.
+    """The `count` largest of scores [..., V], and where they are: as `jax.lax.top_k`, in a third of a CPU's time.
 
-    The words are divided into columns, and each column's largest is found, which is one pass without branches; the
-    largest words all lie in the columns with the `count` largest of these.
+    They all lie in the `count` blocks with the largest maxima, which one pass without branches finds.
     """
-    vocab = scores.shape[-1]
-    depth = 1 << max(0, round(math.log2(vocab / count) / 2))
-    columns = vocab // depth
-    if columns <= count:
+    vocab, lead = scores.shape[-1], scores.ndim - 1
+    blocks = -(-vocab // BLOCK)
+    if blocks <= count:
         return jax.lax.top_k(scores, count)
-    table = scores[..., : depth * columns].reshape(*scores.shape[:-1], depth, columns)
-    _, best = jax.lax.top_k(table.max(axis=-2), count)
-    places = jnp.arange(depth)[:, None] * columns
-    words = best[..., None, :] + jnp.expand_dims(places, tuple(range(scores.ndim - 1)))
-    words = words.reshape(*scores.shape[:-1], depth * count)
-    rest = jnp.broadcast_to(jnp.arange(depth * columns, vocab), (*scores.shape[:-1], vocab - depth * columns))
-    words = jnp.concatenate([words, rest], axis=-1)
-    values, at = jax.lax.top_k(jnp.take_along_axis(scores, words, axis=-1), count)
+    window = (1,) * lead + (BLOCK,)
+    padding = [(0, 0)] * lead + [(0, blocks * BLOCK - vocab)]
+    tops = jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, window, window, padding)
+    _, best = jax.lax.top_k(tops, count)
+    words = best[..., None] * BLOCK + jnp.expand_dims(jnp.arange(BLOCK), tuple(range(lead + 1)))
+    words = words.reshape(*scores.shape[:-1], count * BLOCK)
+    inside = jnp.take_along_axis(scores, words, axis=-1, mode="fill", fill_value=-jnp.inf)
+    values, at = jax.lax.top_k(inside, count)
     return values, jnp.take_along_axis(words, at, axis=-1)
+
+
+BLOCK = 16
+"""Words of a block in `top_candidates`."""
 
 
 def _marked(tokens: Array, words: int) -> Array:

@@ -34,6 +34,8 @@ ROW_LENGTHS = (64, 128, 256, 512)
 """Tokens of a row; a text goes into the shortest that holds it."""
 BATCH_TOKENS = 2048
 """Tokens of a batch, on each device."""
+FEW = 8
+"""Where no more than this part of a batch is left, a batch of that size is taken: each row length has two programs."""
 WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 1 << 18
 """What is sorted and packed together, at most: bounds the memory of a stream."""
 
@@ -175,10 +177,12 @@ class Extractor:
         for shorter, length in zip([0, *lengths], lengths, strict=False):
             mine = np.flatnonzero((features.lengths > shorter) & (features.lengths <= length))
             slots = max(1, length // 4)
-            rows = max(1, BATCH_TOKENS // length) * self._spread.divisor()
+            most = max(1, BATCH_TOKENS // length) * self._spread.divisor()
+            few = max(1, BATCH_TOKENS // length // FEW) * self._spread.divisor()
             row_of, needed = pack(features.lengths[mine], length, slots)
             order = np.argsort(row_of, kind="stable")
-            for first in range(0, needed, rows):
+            for first in range(0, needed, most):
+                rows = most if needed - first > few else few
                 here = order[np.searchsorted(row_of[order], first) : np.searchsorted(row_of[order], first + rows)]
                 some = range(first, first + rows)
                 pad_id = self.tokenizer.pad_id

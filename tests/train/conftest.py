@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,3 +78,45 @@ def uninterrupted(workshop) -> Path:
     """The folder of a run that nothing disturbed."""
     workshop.pretrain(workshop.folder / "uninterrupted")
     return workshop.folder / "uninterrupted"
+
+
+@pytest.fixture(scope="session")
+def sentence_encoder(tmp_path_factory) -> Path:
+    """A tiny encoder with its tokenizer, drawn at random, as a folder of sentence-transformers."""
+    import json
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from bestiary import models
+    from bestiary.data import load_tokenizer
+    from bestiary.models.bert import Bert, BertConfig
+    from flax import linen as nn
+
+    folder = tmp_path_factory.mktemp("sentences") / "encoder"
+    vocabulary = folder.parent / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    sizes = dict(width=16, layers=2, heads=2, feed_forward=24, positions=64)
+    model = Bert(BertConfig(vocab_size=len(WORDS) + 5, **sizes))
+    random = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = jax.tree.map(lambda leaf: np.float32(random.normal(size=leaf.shape) * 0.5), shapes)
+    models.save(folder, model, params, load_tokenizer(vocabulary))
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules += [{"path": f"{i}_{name}", "type": f"x.{name}"} for i, name in ((1, "Pooling"), (2, "Normalize"))]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12, "do_lower_case": False}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made_up() -> Callable[..., list[str]]:
+    """(count, seed) -> sentences of 0 to 15 words of the tiny encoder's vocabulary."""
+
+    def sentences(count: int, seed: int = 0) -> list[str]:
+        generator = random.Random(seed)
+        return [" ".join(generator.choices(WORDS, k=generator.randint(0, 15))) for _ in range(count)]
+
+    return sentences

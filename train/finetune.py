@@ -72,6 +72,9 @@ class FinetuneConfig:
     """What is computed in; parameters are float32 always. auto: bfloat16 on an accelerator, float32 on a CPU."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more work."""
+    scan_layers: bool | None = None
+    """Compile one layer and loop over it; off writes all layers out: same numbers and faster steps, longer compilation.
+    None: models of up to 8 layers are written out."""
     attention: str | None = None
     """Backend of the attention kernel; None takes the fastest that supports the call."""
     freeze_layers: int = 0
@@ -115,6 +118,7 @@ class FinetuneConfig:
 FREE_HERE = (
     "out",
     "remat",
+    "scan_layers",
     "loop.keep",
     "loop.checkpoint_every",
     *(f"spread.{f.name}" for f in dataclasses.fields(SpreadConfig)),
@@ -140,6 +144,9 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         attention_implementation=config.attention,
     )
     loaded, report = load_with_report(config.model, head=task.head, seed=config.seed, **run, **drop, **changes)
+    scan = loaded.config.layers > WRITTEN_OUT if config.scan_layers is None else config.scan_layers
+    shaped = dataclasses.replace(loaded.config, scan_layers=scan)
+    loaded = loaded._replace(config=shaped, model=loaded.model.clone(config=shaped))
     if task.max_length > loaded.config.positions:
         raise RunError(f"--max-length is {task.max_length}, beyond the model's {loaded.config.positions} positions.")
     new = list(report.initialised)
@@ -153,6 +160,7 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     return loaded
 
 
+WRITTEN_OUT = 8  # layers, up to which a compiler sees all of them
 HEADS = ("classifier",)  # what the stored names of a head's parameters begin with
 
 
@@ -177,11 +185,11 @@ def make_optimiser(
         steps: of the run.
         chosen: names along the way to a parameter -> whether it may train; None: all may.
     """
-    ids = jnp.zeros((1, 8), jnp.int32)
-    layers = layer_counts(loaded.model)
-    trains, scales = layer_rates(config, layers)
+    boxed = boxed_shapes(loaded.model)
+    trains, scales = layer_rates(config, layer_counts(boxed))
     return make_learner(
-        lambda key: loaded.model.init(key, ids)["params"],
+        # The weights come from the checkpoint: drawing others first would only take time to compile.
+        lambda _: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed),
         optim=config.optim,
         rate=schedule(config.optim, [(steps, None)]),
         seed=config.seed,
@@ -205,9 +213,13 @@ def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[N
     return lambda names: jnp.float32(task.rates.get(names[0], 1.0)) * (1.0 if scales is None else scales(names))
 
 
-def layer_counts(model: Any) -> dict[Names, tuple[int, int]]:
+def boxed_shapes(model: Any) -> Any:
+    """Shapes of a model's parameters in their boxes of logical axis names."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+
+
+def layer_counts(boxed: Any) -> dict[Names, tuple[int, int]]:
     """Names along the way to each parameter that is stacked for all layers -> (number of layers, its axes)."""
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)):
         if leaf.names[:1] == ("layers",):
@@ -443,7 +455,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
             task=task,
             model=loaded.model,
             learner=learner,
-            layers=layer_counts(loaded.model),
+            layers=layer_counts(boxed_shapes(loaded.model)),
             frozen=c.freeze_layers,
             accumulate=c.accumulate,
             unit_size=features.unit_size,

@@ -221,7 +221,7 @@ def _over_chunks(
         part, labels, weights = xs
         logits = jnp.einsum("ble,ve->blv", part, table, preferred_element_type=jnp.float32)
         if bias is not None:
-            logits = logits + bias
+            logits = logits + bias[None, None]
         top = logits.max(axis=-1)
         exponentials = jnp.exp(logits - top[..., None])
         total = exponentials.sum(axis=-1)

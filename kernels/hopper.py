@@ -1,8 +1,8 @@
 """The Hopper backend: attention by Pallas kernels for sm_90 (H100, H200), forward and backward.
 
 Here the call is made ready (padding, hash words, the bias as the kernels read it), given its derivative, and split over
-a mesh. The kernels are in `hopper_forward.py`, `hopper_backward.py` and `hopper_bias.py`; what they share in
-`hopper_tile.py`, `hopper_work.py` and `hopper_operands.py`.
+a mesh. The kernels are in `hopper_forward.py`, `hopper_backward.py` and `hopper_bias.py`, those for
+short rows in `hopper_short.py`; what they share in `hopper_tile.py`, `hopper_work.py` and `hopper_operands.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from . import hopper_short
 from .bias import DenseBias, toeplitz_row
 from .call import Call
 from .hash import query_words
@@ -35,13 +36,22 @@ LARGEST_HEAD = 256
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """The tile sizes of each kernel; and whether dk and dv are computed together, or apart to spare registers."""
+    """How the kernels cut a call; what tuning varies.
+
+    Attributes:
+      forward, query_gradient, key_gradient, bias_gradient: the tile sizes of each kernel.
+      together: whether dk and dv are computed together, or apart to spare registers.
+      one_pass, fused: stages of the short rows' kernels, forward and backward; 0 to use the others instead. So do calls
+        that do not fit into the short rows' kernels.
+    """
 
     forward: Blocks
     query_gradient: Blocks
     key_gradient: Blocks
     bias_gradient: Blocks
     together: bool = True
+    one_pass: int = 0
+    fused: int = 0
 
 
 def blocks_for(size: int, value_size: int, bias: str | None = None, dropout: bool = False) -> Tuning:
@@ -52,6 +62,10 @@ def blocks_for(size: int, value_size: int, bias: str | None = None, dropout: boo
       bias: None, "row" or "dense".
       dropout: whether there is any.
     """
+    return dataclasses.replace(_tiles(size, value_size, bias, dropout), one_pass=2, fused=2)
+
+
+def _tiles(size: int, value_size: int, bias: str | None, dropout: bool) -> Tuning:
     large = max(size, value_size)
     if large <= 64:
         wide = 64 if bias == "dense" else 128
@@ -185,13 +199,20 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _forward(plan: Plan, arrays: dict[str, Array], *, out_dtype: Any) -> dict[str, Array]:
     query, key, value = (arrays.pop(name) for name in ("query", "key", "value"))
-    out, lse = forward(plan.options, plan.tuning.forward, query, key, value, arrays, out_dtype)
+    options, stages = plan.options, plan.tuning.one_pass
+    if hopper_short.fits_forward(options, query.shape, value.shape, stages, out_dtype):
+        out, lse = hopper_short.forward(options, stages, query, key, value, arrays, out_dtype)
+    else:
+        out, lse = forward(options, plan.tuning.forward, query, key, value, arrays, out_dtype)
     return {"out": out, "lse": lse}
 
 
 def _backward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
     query, key, value, gradient = (arrays.pop(name) for name in ("query", "key", "value", "gradient"))
     arguments = (query, key, value, gradient, arrays)
+    if hopper_short.fits_backward(plan.options, query.shape, value.shape, plan.tuning.fused):
+        grads = hopper_short.backward(plan.options, plan.tuning.fused, *arguments)
+        return dict(zip(("query", "key", "value"), grads, strict=True))
     query_grad = query_gradient(plan.options, plan.tuning.query_gradient, *arguments)
     arguments = _after(plan, query_grad, arguments)
     key_grads = functools.partial(key_gradient, plan.options, plan.tuning.key_gradient, *arguments)

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .hopper_operands import BiasTiles, Vectors, launch, registers
+from .hopper_operands import BiasTiles, Vectors, in_tiles, launch, out_in_tiles, registers
 from .hopper_tile import (
     WARPGROUP_ROWS,
     Blocks,
@@ -54,7 +53,8 @@ def query_gradient(
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     ids = extra.get("query_segments"), extra.get("key_segments")
     items = work(options.area(queries, keys), rows, columns, *ids, axis=1)
-    inputs = {"q": query, "k": key, "v": value, "do": gradient} | vectors.arrays | biases.arrays
+    inputs = dict(zip(("q", "k", "v", "do"), in_tiles(query, key, value, gradient), strict=True))
+    inputs |= vectors.arrays | biases.arrays
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
     ring = Ring(stages)
@@ -106,10 +106,11 @@ def query_gradient(
                     (scratch["q"].at[w], scratch["k"].at[slot].T),
                     (scratch["do"].at[w], scratch["v"].at[slot].T),
                 )
+                whole = bounds.whole(t)
                 (weights, slope), dropped = two_products(
-                    pairs, lambda s: recomputed(bounds.whole(t), options, s, bias, side, keys, every)
+                    pairs, lambda s: recomputed(whole, options, s, bias, side, keys, every)
                 )
-                scores = score_gradient(options, weights, slope, dropped, side, every).astype(query.dtype)
+                scores = score_gradient(whole, options, weights, slope, dropped, side, keys, every).astype(query.dtype)
                 (total,) = accumulate(options, [(total, lambda: scores, scratch["k"].at[slot])])
                 if vectors.keys or bias is not None:
                     release()
@@ -133,8 +134,8 @@ def query_gradient(
     }
     scratch |= vectors.scratch((1, rows), (stages, columns)) | biases.scratch()
     grid = {"head": heads, "tile": -(-queries // rows), "batch": batch}
-    out = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
-    return launch("attention_query_gradient", body, blocks, inputs, out, scratch, grid)[0]
+    out = [out_in_tiles(query.shape, query.dtype)]
+    return launch("attention_query_gradient", body, blocks, inputs, out, scratch, grid)[0][:, :queries]
 
 
 def key_gradient(
@@ -156,7 +157,8 @@ def key_gradient(
     biases = BiasTiles(options, extra, blocks, queries, axis=1)
     ids = extra.get("query_segments"), extra.get("key_segments")
     items = work(options.area(queries, keys), columns, rows, *ids, axis=2)
-    inputs = {"q": query, "k": key, "v": value, "do": gradient} | vectors.arrays | biases.arrays
+    inputs = dict(zip(("q", "k", "v", "do"), in_tiles(query, key, value, gradient), strict=True))
+    inputs |= vectors.arrays | biases.arrays
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
     ring = Ring(stages)
@@ -201,13 +203,13 @@ def key_gradient(
             registers(options, blocks, computing=True)
             shape, mine = (WARPGROUP_ROWS, columns), pl.ds(w * WARPGROUP_ROWS, WARPGROUP_ROWS)
             plgpu.barrier_wait(scratch["own"])
-            own = Side(jnp.int32(0), first + w * WARPGROUP_ROWS, shape, 1)
+            own = Side(jnp.int32(0), first + w * WARPGROUP_ROWS, shape, 1, sums_over_keys=False)
             loaded = {name: own.load_keys(scratch[name].at[0, mine]) for name in vectors.keys}
 
             def step(n: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
                 _, t = place_of(n)
                 slot = ring.slot(n)
-                side = Side(t * columns, own.key, shape, 1)
+                side = Side(t * columns, own.key, shape, 1, sums_over_keys=False)
                 plgpu.barrier_wait(scratch["ready"].at[slot])
                 every = loaded | {name: side.load_queries(scratch[name].at[slot]) for name in vectors.queries}
                 bias = biases.tile(scratch, slot, w, side)
@@ -216,8 +218,10 @@ def key_gradient(
                     (scratch["v"].at[w], scratch["do"].at[slot].T),
                 )
 
+                whole = bounds.whole(t)
+
                 def recompute(products: Array) -> tuple[Array, Array | None]:
-                    return recomputed(bounds.whole(t), options, products, bias, side, keys, every)
+                    return recomputed(whole, options, products, bias, side, keys, every)
 
                 def dropped_weights(weights: Array) -> Array:
                     if options.dropout_rate:
@@ -229,7 +233,7 @@ def key_gradient(
                 if "k" in wanted:
                     (weights, slope), weight_gradient = two_products(pairs, recompute)
                 else:
-                    (weights, slope), weight_gradient = recompute(product(*pairs[0])), None
+                    (weights, slope), weight_gradient = recompute(product(pairs[0])), None
                 products = []
                 if "v" in wanted:
                     products.append((sums["v"], lambda: dropped_weights(weights), scratch["do"].at[slot]))
@@ -237,9 +241,9 @@ def key_gradient(
                     products.append(
                         (
                             sums["k"],
-                            lambda: score_gradient(options, weights, slope, weight_gradient, side, every).astype(
-                                query.dtype
-                            ),
+                            lambda: score_gradient(
+                                whole, options, weights, slope, weight_gradient, side, keys, every
+                            ).astype(query.dtype),
                             scratch["q"].at[slot],
                         )
                     )
@@ -269,6 +273,5 @@ def key_gradient(
     }
     scratch |= vectors.scratch((stages, columns), (1, rows)) | biases.scratch()
     grid = {"head": key_heads, "tile": -(-keys // rows), "batch": batch}
-    shapes = {"k": key, "v": value}
-    out = [jax.ShapeDtypeStruct(shapes[name].shape, query.dtype) for name in wanted]
-    return launch("attention_key_gradient", body, blocks, inputs, out, scratch, grid)
+    out = [out_in_tiles((batch, keys, key_heads, sizes[name]), query.dtype) for name in wanted]
+    return [x[:, :keys] for x in launch("attention_key_gradient", body, blocks, inputs, out, scratch, grid)]

@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .hopper_operands import BiasTiles, Vectors, launch, registers
+from .hopper_operands import BiasTiles, Vectors, in_tiles, launch, registers
 from .hopper_tile import (
     MULTIPROCESSORS,
     WARPGROUP_ROWS,
@@ -52,7 +52,8 @@ def bias_gradient(
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     ids = extra.get("query_segments"), extra.get("key_segments")
     items = work(options.area(queries, keys), rows, columns, *ids, axis=1)
-    inputs = {"q": query, "k": key, "v": value, "do": gradient} | vectors.arrays | biases.arrays
+    inputs = dict(zip(("q", "k", "v", "do"), in_tiles(query, key, value, gradient), strict=True))
+    inputs |= vectors.arrays | biases.arrays
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
     ring = Ring(stages)
@@ -72,7 +73,7 @@ def bias_gradient(
     else:
         before = parts = share = 0
         grid = {"tile": query_tiles * key_tiles, "head": heads_of_bias, "batch": rows_of_bias}
-        out_shape = (rows_of_bias, heads_of_bias, queries, ceil_to(keys, 4))
+        out_shape = (rows_of_bias, heads_of_bias, ceil_to(queries, 8), ceil_to(keys, 32))  # whole tiles are stored
 
     def steps_of(tile: Any, h: Any, part: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any, Any, Any]]]:
         """How many steps a block has, and each one's batch row, head, tile of queries and tile of keys."""
@@ -151,12 +152,13 @@ def bias_gradient(
                     (scratch["q"].at[slot, w], scratch["k"].at[slot].T),
                     (scratch["do"].at[slot, w], scratch["v"].at[slot].T),
                 )
+                whole = bounds.whole(j)
                 (weights, slope), dropped = two_products(
-                    pairs, lambda s: recomputed(bounds.whole(j), options, s, bias, side, keys, every)
+                    pairs, lambda s: recomputed(whole, options, s, bias, side, keys, every)
                 )
                 release()
                 plgpu.barrier_arrive(scratch["free"].at[slot])
-                return total + score_gradient(options, weights, slope, dropped, side, every)
+                return total + score_gradient(whole, options, weights, slope, dropped, side, keys, every)
 
             def step(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 done, total = carry
@@ -192,7 +194,7 @@ def bias_gradient(
     out = [jax.ShapeDtypeStruct(out_shape, jnp.float32)]
     out = launch("attention_bias_gradient", body, blocks, inputs, out, scratch, grid)[0]
     if options.bias == "dense":
-        return out[..., :keys]
+        return out[..., :queries, :keys]
     return _sum_of_bands(jnp.sum(out, axis=2), queries, keys)
 
 

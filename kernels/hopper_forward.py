@@ -14,32 +14,27 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from .hash import key_words
-from .hopper_operands import registers
+from .hopper_operands import BiasTiles, Vectors, in_tiles, out_in_tiles, registers
 from .hopper_tile import (
     LOG2E,
+    LOWEST,
     MULTIPROCESSORS,
     WARPGROUP_ROWS,
     Blocks,
     Options,
     Side,
     accumulate,
-    ceil_to,
     kept,
     logits,
     mask_unless,
     matrix,
     product,
     release,
-    toeplitz_tile,
     zeros,
 )
-from .hopper_work import KEY_PADDING, QUERY_PADDING, Ring, Work, pad_ids, pad_row, pad_words, work
-
-LOWEST = float(np.finfo(np.float32).min)
+from .hopper_work import Ring, Work, work
 
 
 def forward(
@@ -71,26 +66,12 @@ def forward(
     grid = min(total, MULTIPROCESSORS)
     takes_turns = blocks.warpgroups == 2
 
-    inputs: dict[str, Array] = {"query": query, "key": key, "value": value}
+    inputs: dict[str, Array] = dict(zip(("query", "key", "value"), in_tiles(query, key, value), strict=True))
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
-    # A query's and a key's vectors, that travel with its tile of q or k.
-    query_vectors: dict[str, Any] = {}
-    key_vectors: dict[str, Any] = {}
-    if options.segments:
-        inputs["query_segments"] = pad_ids(extra["query_segments"], rows, QUERY_PADDING)
-        inputs["key_segments"] = pad_ids(extra["key_segments"], columns, KEY_PADDING)
-        query_vectors["query_segments"] = jnp.int32
-        key_vectors["key_segments"] = jnp.int32
-    if options.dropout_rate:
-        inputs |= {name: pad_words(extra[name], rows) for name in ("a", "b")}
-        inputs["g"] = key_words(jnp.arange(ceil_to(keys, columns), dtype=jnp.uint32))
-        query_vectors |= {"a": jnp.uint32, "b": jnp.uint32}
-        key_vectors["g"] = jnp.uint32
-    if options.bias == "row":
-        inputs["row"] = pad_row(extra["row"], rows, columns)
-    elif options.bias == "dense":
-        inputs["dense"] = extra["dense"]
+    vectors = Vectors(options, extra, keys, rows, columns)
+    biases = BiasTiles(options, extra, blocks, queries, axis=0)
+    inputs |= vectors.arrays | biases.arrays
     names = list(inputs)
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -134,9 +115,7 @@ def forward(
             for w in range(blocks.warpgroups):
                 place = pl.ds(first + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 plgpu.copy_gmem_to_smem(refs["query"].at[b, place, head], scratch["q"].at[w], scratch["q_ready"])
-            for name in query_vectors:
-                source = refs[name].at[b] if name == "query_segments" else refs[name].at[b, head]
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(first, rows)], scratch[name], scratch["q_ready"])
+            vectors.copy_queries(refs, scratch, 0, b, head, pl.ds(first, rows), scratch["q_ready"])
 
             def tiles_of_keys(t: Array, step: Array) -> Array:
                 slot = ring.slot(step)
@@ -144,17 +123,8 @@ def forward(
                 ring.wait_free(scratch["k_free"], step)
                 ready = scratch["k_ready"].at[slot]
                 plgpu.copy_gmem_to_smem(refs["key"].at[b, place, key_head], scratch["k"].at[slot], ready)
-                for name in key_vectors:
-                    source = refs[name].at[b] if name == "key_segments" else refs[name]
-                    plgpu.copy_gmem_to_smem(source.at[place], scratch[name].at[slot], ready)
-                if options.bias == "row":
-                    part = pl.ds(t * columns - first + queries, rows + columns)
-                    plgpu.copy_gmem_to_smem(refs["row"].at[head, part], scratch["row"].at[slot], ready)
-                if options.bias == "dense":
-                    source = refs["dense"].at[b if dense_shape[0] > 1 else 0, head if dense_shape[1] > 1 else 0]
-                    for w in range(blocks.warpgroups):
-                        part = pl.ds(first + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                        plgpu.copy_gmem_to_smem(source.at[part, place], scratch["dense"].at[slot, w], ready)
+                vectors.copy_keys(refs, scratch, slot, b, place, ready)
+                biases.copy(refs, scratch, slot, b, head, first, t * columns, ready)
                 ring.wait_free(scratch["v_free"], step)
                 plgpu.copy_gmem_to_smem(
                     refs["value"].at[b, place, key_head], scratch["v"].at[slot], scratch["v_ready"].at[slot]
@@ -170,12 +140,16 @@ def forward(
     def compute(
         refs: Mapping[str, Any], out_ref: Any, lse_ref: Any, scratch: Any, w: Array, count: Array, item: Any, ring: Ring
     ) -> None:
-        def turn() -> None:
+        def arrive(where: Any = True) -> None:
             if takes_turns:
-                plgpu.barrier_arrive(scratch["turn"])
-                plgpu.barrier_wait(scratch["turn"])
+                pl.when(where)(lambda: plgpu.barrier_arrive(scratch["turn"]))
 
-        pl.when(w == 1)(turn)
+        def wait(where: Any = True) -> None:
+            if takes_turns:
+                pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"]))
+
+        arrive()
+        wait(w == 1)
         mine = pl.ds(w * WARPGROUP_ROWS, WARPGROUP_ROWS)
         shape = (WARPGROUP_ROWS, columns)
 
@@ -184,7 +158,7 @@ def forward(
             first = tile * rows + w * WARPGROUP_ROWS
             plgpu.barrier_wait(scratch["q_ready"])
             side = Side(first, jnp.int32(0), shape, 0)
-            vectors = {name: side.load_queries(scratch[name].at[mine]) for name in query_vectors}
+            own = {name: side.load_queries(scratch[name].at[0, mine]) for name in vectors.queries}
 
             @pl.when(bounds.first < bounds.stop)
             def _() -> None:
@@ -194,20 +168,20 @@ def forward(
                 sums, top, total, step = carry
                 slot = ring.slot(step)
                 side = Side(first, t * columns, shape, 0)
-                scores = product(scratch["q"].at[w], scratch["k"].at[slot].T, then=turn)
-                bias = None
-                if options.bias == "row":
-                    part = pl.ds((blocks.warpgroups - 1 - w) * WARPGROUP_ROWS, WARPGROUP_ROWS + columns)
-                    bias = toeplitz_tile(options, scratch["row"].at[slot, part], side)
-                elif options.bias == "dense":
-                    bias = plgpu.load(scratch["dense"].at[slot, w], layout=plgpu.Layout.WGMMA)
-                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in key_vectors}
+
+                def turn() -> None:
+                    arrive((w == 1) | (t > bounds.first))
+                    wait()
+
+                scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=turn)
+                bias = biases.tile(scratch, slot, w, side)
+                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys}
                 if key_side or bias is not None:
                     release()
                 plgpu.barrier_arrive(scratch["k_free"].at[slot])
                 if not options.simple:
                     scores = logits(options, scores, bias)
-                scores = mask_unless(bounds.whole(t), options, scores, side, keys, vectors | key_side)
+                scores = mask_unless(bounds.whole(t), options, scores, side, keys, own | key_side)
                 unit = options.scale * LOG2E if options.simple else 1.0
                 new_top = jnp.maximum(top, jnp.max(scores, axis=1) * unit)
                 shrink = jnp.exp2(top - new_top)
@@ -216,16 +190,14 @@ def forward(
                 total = total * shrink
                 dropped = weights
                 if options.dropout_rate:
-                    keep = kept(options, side, vectors["a"], vectors["b"], key_side["g"])
+                    keep = kept(options, side, own["a"], own["b"], key_side["g"])
                     dropped = jnp.where(keep, weights, 0.0)
                 weights16 = dropped.astype(query.dtype)
                 total = total + jnp.sum(weights, axis=1)
                 sums, total, new_top, weights16 = lax.optimization_barrier((sums, total, new_top, weights16))
-                if takes_turns:
-                    plgpu.barrier_arrive(scratch["turn"])
+                arrive()
                 plgpu.barrier_wait(scratch["v_ready"].at[slot])
-                if takes_turns:
-                    plgpu.barrier_wait(scratch["turn"])
+                wait()
 
                 def await_next_key() -> None:
                     @pl.when(t + 1 < bounds.stop)
@@ -243,7 +215,9 @@ def forward(
                 step,
             )
             sums, top, weight, step = lax.fori_loop(bounds.first, bounds.stop, tile_of_keys, start)
-            if vectors:
+            # The other warpgroup's last turn must not wait for the next queries: those wait for it to free their place.
+            arrive((w == 0) & (bounds.first < bounds.stop))
+            if own:
                 release()
             plgpu.barrier_arrive(scratch["q_free"])
             empty = weight == 0.0
@@ -261,38 +235,31 @@ def forward(
             return step
 
         lax.fori_loop(0, count, one, jnp.int32(0))
-        pl.when(w == 0)(turn)
+        wait(w == 0)
         plgpu.wait_smem_to_gmem(0)
 
-    dense_shape = extra["dense"].shape if options.bias == "dense" else (1, 1)
     w, stages, dtype = blocks.warpgroups, blocks.stages, query.dtype
-    with_keys = 1 + len(key_vectors) + (options.bias == "row") + (w if options.bias == "dense" else 0)
     scratch = {
         "q": matrix((w, WARPGROUP_ROWS, size), dtype),
         "k": matrix((stages, columns, size), dtype),
         "v": matrix((stages, columns, value_size), dtype),
         "out": matrix((w, WARPGROUP_ROWS, value_size), out_dtype),
         "lse": plgpu.SMEM((w, WARPGROUP_ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(num_arrivals=w + len(query_vectors)),
+        "q_ready": plgpu.Barrier(num_arrivals=w + len(vectors.queries)),
         "q_free": plgpu.Barrier(num_arrivals=w),
-        "k_ready": plgpu.Barrier(num_arrivals=with_keys, num_barriers=stages),
+        "k_ready": plgpu.Barrier(num_arrivals=1 + len(vectors.keys) + biases.copies, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
     if takes_turns:
         scratch["turn"] = plgpu.Barrier(num_arrivals=2)
-    scratch |= {name: plgpu.SMEM((rows,), kind) for name, kind in query_vectors.items()}
-    scratch |= {name: plgpu.SMEM((stages, columns), kind) for name, kind in key_vectors.items()}
-    if options.bias == "row":
-        scratch["row"] = plgpu.SMEM((stages, rows + columns), jnp.float32)
-    elif options.bias == "dense":
-        scratch["dense"] = matrix((stages, w, WARPGROUP_ROWS, columns), jnp.float32)
+    scratch |= vectors.scratch((1, rows), (stages, columns)) | biases.scratch()
 
     out, lse = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((batch, queries, heads, value_size), out_dtype),
+            out_in_tiles((batch, queries, heads, value_size), out_dtype),
             jax.ShapeDtypeStruct((batch, heads, tiles * rows), jnp.float32),
         ),
         scratch_types=scratch,
@@ -303,4 +270,4 @@ def forward(
         kernel_name="attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs.values())
-    return out, lse[:, :, :queries]
+    return out[:, :queries], lse[:, :, :queries]

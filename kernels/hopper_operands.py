@@ -1,10 +1,11 @@
-"""What the backward kernels read besides matrices, the registers they take, and how they are launched."""
+"""What the Hopper kernels read besides matrices, the registers they take, and how they are launched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ class Vectors:
     ) -> None:
         self.options = options
         self.arrays: dict[str, Array] = {}
-        padding = -extra["lse"].shape[2] % query_block
-        # A place beyond the last query weighs nothing: exp2(score - inf) = 0.
-        self.arrays["lse"] = jnp.pad(extra["lse"], ((0, 0), (0, 0), (0, padding)), constant_values=jnp.inf)
-        self.arrays["delta"] = pad_words(extra["delta"], query_block)
-        self.queries = {"lse": jnp.float32, "delta": jnp.float32}
+        self.queries: dict[str, Any] = {}
         self.keys: dict[str, Any] = {}
+        if "lse" in extra:  # in the backward pass
+            padding = -extra["lse"].shape[2] % query_block
+            # A place beyond the last query weighs nothing: exp2(score - inf) = 0.
+            self.arrays["lse"] = jnp.pad(extra["lse"], ((0, 0), (0, 0), (0, padding)), constant_values=jnp.inf)
+            self.arrays["delta"] = pad_words(extra["delta"], query_block)
+            self.queries = {"lse": jnp.float32, "delta": jnp.float32}
         if options.segments:
             self.arrays["query_segments"] = pad_ids(extra["query_segments"], query_block, QUERY_PADDING)
             self.arrays["key_segments"] = pad_ids(extra["key_segments"], key_block, KEY_PADDING)
@@ -70,11 +73,18 @@ class BiasTiles:
         elif options.bias == "dense":
             # A warpgroup reads its own rows; where they are keys, from the transposed bias.
             dense = extra["dense"] if axis == 0 else jnp.swapaxes(extra["dense"], 2, 3)
-            self.arrays["bias"] = jnp.pad(dense, ((0, 0), (0, 0), (0, 0), (0, -dense.shape[3] % 4)))
+            # The copy engine's tiles of float32 are 8 x 32.
+            self.arrays["bias"] = jnp.pad(dense, ((0, 0), (0, 0), (0, -dense.shape[2] % 8), (0, -dense.shape[3] % 32)))
 
     @property
     def copies(self) -> int:
-        return {None: 0, "row": 1, "dense": self.blocks.warpgroups}[self.options.bias]
+        return {None: 0, "row": len(self._parts), "dense": self.blocks.warpgroups}[self.options.bias]
+
+    @property
+    def _parts(self) -> list[tuple[int, int]]:
+        """Where the copies of a tile's part of a Toeplitz row begin, and their lengths: at most 256 each."""
+        length = self.blocks.rows + self.blocks.columns
+        return [(start, min(256, length - start)) for start in range(0, length, 256)]
 
     def scratch(self) -> dict[str, Any]:
         blocks = self.blocks
@@ -87,8 +97,9 @@ class BiasTiles:
     def copy(self, refs: Any, scratch: Any, slot: Any, b: Any, head: Any, query: Any, key: Any, barrier: Any) -> None:
         blocks = self.blocks
         if self.options.bias == "row":
-            part = pl.ds(key - query + self.length, blocks.rows + blocks.columns)
-            plgpu.copy_gmem_to_smem(refs["bias"].at[head, part], scratch["bias"].at[slot], barrier)
+            for start, length in self._parts:
+                source = refs["bias"].at[head, pl.ds(key - query + self.length + start, length)]
+                plgpu.copy_gmem_to_smem(source, scratch["bias"].at[slot, pl.ds(start, length)], barrier)
         elif self.options.bias == "dense":
             shape = self.arrays["bias"].shape
             source = refs["bias"].at[b if shape[0] > 1 else 0, head if shape[1] > 1 else 0]
@@ -117,6 +128,17 @@ def registers(options: Options, blocks: Blocks, *, computing: bool) -> None:
         plgpu.set_max_registers(240 if blocks.warpgroups == 2 else 160, action="increase")
     else:
         plgpu.set_max_registers(24 if blocks.warpgroups == 2 else 32, action="decrease")
+
+
+def in_tiles(*matrices: Array) -> tuple[Array, ...]:
+    """Matrices [B, L, H, D] with zeros up to a multiple of 8 tokens, since the copy engine knows whole tiles only."""
+    return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in matrices)
+
+
+def out_in_tiles(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel writes [B, L, H, D] to: see `in_tiles`."""
+    batch, length, heads, size = shape
+    return jax.ShapeDtypeStruct((batch, ceil_to(length, 8), heads, size), dtype)
 
 
 def launch(

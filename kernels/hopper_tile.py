@@ -26,13 +26,14 @@ from .blocks import Area
 from .hash import _M1, _M2, threshold
 
 LOG2E = math.log2(math.e)
+LOWEST = float(np.finfo(np.float32).min)
 WARPGROUP_ROWS = 64
 """Rows of one `wgmma`, and of every warpgroup's tile."""
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM): the size of a persistent grid. Another number of them costs balance, never correctness."""
 
-SHARED_MEMORY = 227 * 1024 - 1024
+SHARED_MEMORY = 227 * 1024 - 4096
 """Bytes of shared memory that a block may have, less what barriers and alignment take."""
 
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("hopper_mode", default=None)
@@ -117,12 +118,17 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """Where a tile lies: its first query and key (traced), its shape, and which axis the queries run along."""
+    """Where a tile lies: its first query and key (traced), its shape, and which axis the queries run along.
+
+    `sums_over_keys`: whether anything is summed over its keys, so that those beyond the last must weigh nothing. Where
+    they are rows of dk and dv alone, they are never stored.
+    """
 
     query: Any
     key: Any
     shape: tuple[int, int]
     axis: int
+    sums_over_keys: bool = True
 
     def along_queries(self, vector: Array) -> Array:
         return lax.broadcast_in_dim(vector, self.shape, [self.axis])
@@ -152,15 +158,17 @@ def zeros(shape: tuple[int, ...], axis: int | None = None, fill: float = 0.0) ->
     return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
 
-def product(a: Any, b: Any, then: Callable[[], None] | None = None) -> Array:
-    """a @ b, both in shared memory, float32; `then` runs once it is issued, before it is awaited."""
+def product(*pairs: tuple[Any, Any], then: Callable[[], None] | None = None) -> Array:
+    """The sum of all a @ b, both in shared memory, float32; `then` runs once it is issued, before it is awaited."""
 
     def body(accumulator: Any) -> Array:
-        plgpu.wgmma(accumulator, a, b)
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
         if then is not None:
             then()
         return accumulator[...]
 
+    a, b = pairs[0]
     return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
@@ -280,8 +288,7 @@ def masked(
         assert key_segments is not None
         # Padding differs from everything, and so do the places beyond the last key: see `pad_ids`.
         keep = both(keep, side.along_queries(query_segments) == side.along_keys(key_segments))
-    elif side.axis == 0 and keys % side.shape[1]:
-        # With the queries along the other axis, what lies beyond the last key falls into rows that are never stored.
+    elif side.sums_over_keys and keys % side.shape[1 - side.axis]:
         keep = both(keep, side.keys() < keys)
     return scores if keep is None else jnp.where(keep, scores, -jnp.inf)
 
@@ -289,7 +296,7 @@ def masked(
 def can_mask(options: Options, keys: int, side: Side) -> bool:
     """Whether any tile of this shape needs mask code at all."""
     limited = options.left is not None or options.right is not None or options.segments
-    return limited or (side.axis == 0 and keys % side.shape[1] != 0)
+    return limited or (side.sums_over_keys and keys % side.shape[1 - side.axis] != 0)
 
 
 def mask_unless(
@@ -333,18 +340,26 @@ def recomputed(
 
 
 def score_gradient(
+    whole: Any,
     options: Options,
     weights: Array,
     slope: Array | None,
     weight_gradient: Array,
     side: Side,
+    keys: int,
     vectors: Mapping[str, Array],
 ) -> Array:
-    """The gradient of the scores (in natural units, biased), from that of the weights that met the values."""
+    """The gradient of the scores (in natural units, biased), from that of the weights that met the values.
+
+    What is not attended to may be so large that its weight's gradient is infinite or not a number: 0 times that is 0.
+    """
     if options.dropout_rate:
         keep = kept(options, side, vectors["a"], vectors["b"], vectors["g"])
         weight_gradient = jnp.where(keep, weight_gradient * (1 / (1 - options.dropout_rate)), 0.0)
-    gradient = weights * (weight_gradient - side.along_queries(vectors["delta"]))
+    change = weight_gradient - side.along_queries(vectors["delta"])
+    if can_mask(options, keys, side):
+        change = lax.cond(whole, lambda c: c, lambda c: jnp.where(weights > 0.0, c, 0.0), change)
+    gradient = weights * change
     return gradient if slope is None else gradient * slope
 
 

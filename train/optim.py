@@ -158,7 +158,7 @@ def running_mean(decay: float) -> optax.GradientTransformation:
     `optax.tree.get(opt_state, "running_mean")` finds it. It starts at the first parameters.
     """
 
-    def update(updates: Any, state: RunningMean, params: Any = None) -> tuple[Any, RunningMean]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RunningMean]:
         mean = jax.tree.map(
             lambda mean, param, update: decay * mean + (1 - decay) * (param + update),
             state.running_mean,

@@ -159,6 +159,8 @@ class TranslateConfig:
     )
     dev_beam: int = 1
     """Beam that the dev text is translated with at each evaluation; 1 is greedy, and fast."""
+    final_beam: int = 5
+    """Beam that the dev text is translated with at the end."""
     patience: int = 0
     """End after so many evaluations in turn whose dev BLEU is no better than the best; 0: at the last step only."""
     average: int = 0
@@ -186,8 +188,8 @@ class TranslateConfig:
                 raise RunError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 and below 1."
                 )
-        least = {"row_tokens": 8, "accumulate": 1, "steps": 1, "dev_beam": 1, "patience": 0, "average": 0, "r_drop": 0}
-        for name, value in {**least, "dev_pairs": 1, "seed": 0}.items():
+        least = {"row_tokens": 8, "accumulate": 1, "steps": 1, "dev_beam": 1, "final_beam": 1, "dev_pairs": 1}
+        for name, value in {**least, "patience": 0, "average": 0, "r_drop": 0, "seed": 0}.items():
             if getattr(self, name) < value:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {value}.")
         if self.batch_tokens % self.row_tokens:
@@ -230,10 +232,10 @@ def read_texts(config: TranslateConfig) -> Texts:
     if given == (None,):
         from ..data.phrases import phrase_pairs
 
-        held_out = phrase_pairs("held-out", config.languages)[: config.dev_pairs]
+        dev = phrase_pairs("held-out", config.languages)[: config.dev_pairs]
         train = phrase_pairs("train", config.languages)
         name = f"embedded phrases {config.languages} {len(train)}"
-        return Texts(lambda: train, held_out, hashlib.sha256(name.encode()).hexdigest(), "embedded phrases", list)
+        return Texts(lambda: train, dev, hashlib.sha256(name.encode()).hexdigest(), "embedded phrases", list)
     options["empty"] = "drop"
     text = ParallelText([str(path) for path in given if path is not None], **options)
     fingerprint, described = text.fingerprint, str(text)
@@ -697,9 +699,9 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
         params = on_host(optax.tree.get(state.opt_state, "running_mean") if config.optim.ema else state.params)
     if main_process:
         save(config.out / "model", model, params, data.tokenizer)
-        translations = evaluate.translate(params, 5)
+        translations = evaluate.translate(params, config.final_beam)
         found = corpus_scores(translations, evaluate.references, data.tokenizer.form)
-        progress.line(f"dev, beam 5: {found}")
+        progress.line(f"dev, beam {config.final_beam}: {found}")
         run.finish(results(config, data, fitted, found.values | found.signatures, over, count_parameters(params)))
         for pair, translation in list(zip(data.dev, translations, strict=True))[:5]:
             mark = "ok" if translation == pair.target else f"for {pair.target}"

@@ -72,6 +72,7 @@ def corpus_scores(
         "bleu_lowercase": lower.corpus_score(*lists).score,
         "chrf": chrf.corpus_score(*lists).score,
         "tokenised_bleu": words.score,
+        "exact_match": 100 * sum(map(str.__eq__, translations, references)) / max(1, len(references)),
     }
     signatures = {"bleu_signature": str(cased.get_signature()), "chrf_signature": str(chrf.get_signature())}
     precisions = "/".join(f"{precision:.1f}" for precision in words.precisions)

@@ -1,0 +1,343 @@
+"""Training a translator, translating with it, scoring it: small models on made-up words."""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from bestiary.data.subwords import TextForm
+from bestiary.models.transformer import TransformerConfig
+from bestiary.train.decode import DecodeConfig
+from bestiary.train.errors import RunError
+from bestiary.train.loop import LoopConfig, Stop
+from bestiary.train.optim import OptimConfig, running_mean, schedule
+from bestiary.train.translate import Means, TranslateConfig, translate
+from bestiary.train.translate_run import Lines, Translator, open_translator
+from bestiary.train.translate_score import corpus_scores
+
+NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
+MAIN = "from bestiary.train.cli import main; raise SystemExit(main())"
+STEPS = 12
+
+
+def made_up_pairs(count: int, seed: int) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    lines = [draw.choices(list(NUMBERS), k=draw.randint(1, 6)) for _ in range(count)]
+    return [(" ".join(words), " ".join(NUMBERS[word] for word in words)) for words in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of pairs to train on and to test with."""
+    folder = tmp_path_factory.mktemp("translate")
+    for name, count in (("train", 400), ("dev", 20)):
+        pairs = made_up_pairs(count, count)
+        (folder / f"{name}.en").write_text("".join(f"{source}\n" for source, _ in pairs))
+        (folder / f"{name}.de").write_text("".join(f"{target}\n" for _, target in pairs))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model() -> Any:
+    """The preset of the tests is smaller than the smallest that is offered."""
+    patch = pytest.MonkeyPatch()
+    whole = TransformerConfig.preset
+
+    def preset(name: str, **changes: Any) -> TransformerConfig:
+        sizes = dict(width=32, encoder_layers=2, decoder_layers=2, encoder_heads=2, decoder_heads=2)
+        return whole(name, **sizes, encoder_feed_forward=64, decoder_feed_forward=64, **changes)
+
+    patch.setattr(TransformerConfig, "preset", preset)
+    yield
+    patch.undo()
+
+
+def make_config(folder: Path, out: str, **changes: Any) -> TranslateConfig:
+    settings = dict(
+        source=folder / "train.en",
+        target=folder / "train.de",
+        dev=(str(folder / "dev.en"), str(folder / "dev.de")),
+        vocab_size=60,
+        row_tokens=32,
+        batch_tokens=256,
+        steps=STEPS,
+        accumulate=2,
+        r_drop=0.5,
+        sample_subwords=0.2,
+        final_beam=1,
+        optim=OptimConfig(learning_rate=3e-3, warmup=4, decay="inverse_sqrt", weight_decay=0.0, beta2=0.98, ema=0.5),
+        loop=LoopConfig(log_every=3, evaluate_every=4, checkpoint_every=5),
+        cache=folder / "cache",
+        out=folder / out,
+    )
+    return TranslateConfig(**(settings | changes))  # pyright: ignore
+
+
+class StopAfter(Stop):
+    """As if a signal came during a step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def agreed(self, step: int) -> bool:
+        if step == self.step:
+            self.signal = 15
+        return step == self.step
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """The folder of a run that nothing disturbed: with R-Drop, sampled pieces, a running mean and batches in parts."""
+    config = make_config(folder, "whole")
+    assert translate(config, Stop()) == 0
+    return config.out
+
+
+def test_the_run_folder_is_whole(trained: Path):
+    results = json.loads((trained / "results.json").read_text())
+    assert results["steps"] == STEPS
+    assert {"bleu", "chrf", "tokenised_bleu", "bleu_signature"} <= set(results["held_out"])
+    assert {"config.json", "model.safetensors", "subwords.json", "source.spm", "vocab.json"} <= {
+        path.name for path in (trained / "model").iterdir()
+    }
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval/bleu" in record] == [4, 8, 12]
+    training = [record for record in records if "loss" in record]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert all(record["divergence"] > 0 for record in training)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, trained: Path):
+    config = make_config(folder, "stopped")
+    assert translate(config, StopAfter(7)) == 0
+    assert not (config.out / "results.json").exists()
+    assert translate(config, Stop()) == 0
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (config.out / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_an_early_end_and_separate_vocabularies(folder: Path):
+    config = make_config(
+        folder,
+        "flags",
+        subwords="bpe",
+        joint=False,
+        vocab_size=40,
+        accumulate=1,
+        r_drop=0.0,
+        sample_subwords=0.0,
+        average=2,
+        patience=1,
+        optim=OptimConfig(learning_rate=1e-9, warmup=2, decay="inverse_sqrt", weight_decay=0.0),
+        loop=LoopConfig(evaluate_every=2),
+    )
+    assert translate(config, Stop()) == 0
+    results = json.loads((config.out / "results.json").read_text())
+    assert results["steps"] == 4  # the second evaluation was no better than the first
+    assert results["best"]["step"] == 2
+    assert results["mean_of_steps"] == [2, 4]
+
+
+def test_the_inverse_square_root_of_the_step():
+    config = OptimConfig(learning_rate=0.5, warmup=100, decay="inverse_sqrt")
+    rate = schedule(config, [(1000, None)])
+    steps = np.array([0, 49, 99, 100, 399, 999])
+    paper = 0.5 * 10 * np.minimum((steps + 1) ** -0.5, (steps + 1) * 100**-1.5)
+    np.testing.assert_allclose([float(rate(int(step))) for step in steps], paper, rtol=1e-5)
+
+
+def test_a_running_mean_follows_the_parameters():
+    transform = optax.chain(optax.sgd(1.0), running_mean(0.75))
+    params = {"kernel": jax.numpy.array([4.0])}
+    state = transform.init(params)
+    for _ in range(2):
+        updates, state = transform.update({"kernel": jax.numpy.array([2.0])}, state, params)
+        params = optax.apply_updates(params, updates)
+    mean = optax.tree.get(state, "running_mean")
+    assert mean["kernel"].tolist() == [0.75 * (0.75 * 4 + 0.25 * 2) + 0.25 * 0]
+
+
+def test_means_keep_the_last_or_the_best(tmp_path: Path, folder: Path):
+    for of, expected in (("last", [3, 4]), ("best", [2, 4])):
+        means = Means(tmp_path / of, make_config(folder, "unused", average_of=of))
+        (tmp_path / of).mkdir()
+        for step, bleu in ((1, 1.0), (2, 9.0), (3, 2.0), (4, 5.0)):
+            means(step, {"a": {"b": np.full(3, float(step), np.float32)}}, bleu)
+        mean, steps = means.mean()
+        assert steps == expected
+        assert mean["a"]["b"].tolist() == [sum(expected) / 2] * 3
+
+
+# --- translating ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def translator(trained: Path) -> Translator:
+    return open_translator(trained, DecodeConfig(beam=2, max_length=16), rows=4)
+
+
+def test_lines_keep_their_order_and_empty_ones_stay(translator: Translator):
+    lines = ["one two three", "", "four", "  ", "two one", "six six six five one"]
+    together = [found[0].text for found in translator.translate(lines)]
+    assert together == [translator.translate([line])[0][0].text for line in lines]
+    assert together[1] == together[3] == ""
+    compiled = translator.generator.compilations
+    translator.translate(["five", "six two"])
+    assert translator.generator.compilations == compiled
+
+
+def test_control_characters_count_as_spaces(translator: Translator):
+    before = translator.lines
+    found = translator.translate(["one\x00two\u2028three"])
+    assert found[0][0].text == translator.translate(["one two three"])[0][0].text
+    assert list(translator.findings) == [f"1 line with control characters, taken for spaces: {before + 1}"]
+
+
+def test_long_lines_are_parted_or_refused(trained: Path):
+    line = "one two three four five six one " * 4
+    for too_long, limit in (("split", 12), ("refuse", 12), ("split", 512)):
+        translator = open_translator(trained, DecodeConfig(beam=1, max_length=16), rows=4, too_long=too_long)  # pyright: ignore
+        translator.__dict__["longest"] = limit
+        if too_long == "refuse":
+            with pytest.raises(RunError, match=r"line 1: .* the model takes 12"):
+                translator.translate([line])
+            continue
+        parts = translator._parts(line.strip())
+        assert all(len(part) <= limit for part in parts)
+        said = " ".join(translator.tokenizer.source.decode(part) for part in parts)
+        assert said.replace(" ", "") == line.replace(" ", "")
+        assert (len(parts) > 1) == (limit == 12)
+        assert bool(list(translator.findings)) == (limit == 12)
+
+
+class Dripping(io.RawIOBase):
+    """A stream whose lines come one by one."""
+
+    def __init__(self, lines: list[bytes], wait: float):
+        self.lines, self.wait, self.given = lines, wait, 0
+
+    def __iter__(self):
+        for line in self.lines:
+            self.given += 1
+            yield line
+            time.sleep(self.wait)
+
+
+def test_lines_are_taken_as_they_come():
+    slow = Lines(Dripping([b"a\n", b"b\r\n", b"c"], 0.2), 10)  # pyright: ignore
+    assert list(slow) == [["a"], ["b"], ["c"]]
+    fast = Lines(io.BytesIO(b"\xef\xbb\xbfx\n" + b"y\n" * 24), 10)  # pyright: ignore
+    assert [len(some) for some in fast] == [10, 10, 5]
+    endless = Dripping([b"z\n"] * 100_000, 0.0)
+    first = next(iter(Lines(endless, 10)))  # pyright: ignore
+    assert len(first) == 10
+    assert endless.given <= 30  # no more is read than can wait
+
+
+def test_a_line_that_is_not_utf8_is_named_after_those_before_it():
+    lines = iter(Lines(io.BytesIO(b"a\nb\nc\xff\n"), 10))  # pyright: ignore
+    assert next(lines) == ["a", "b"]
+    with pytest.raises(RunError, match=r"line 3: not UTF-8 \(byte 0xff at column 2\)"):
+        next(lines)
+
+
+@pytest.fixture
+def command(folder: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts `bestiary` with a compilation cache."""
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, "-c", MAIN, *arguments], env=environment, stdin=pipe, stdout=pipe, stderr=pipe
+        )
+
+    return start
+
+
+def test_the_command_answers_each_line_and_draws_attention(command: Any, trained: Path, tmp_path: Path):
+    drawn = tmp_path / "map.html"
+    flags = ["--beam", "1", "--max-length", "16", "--batch", "4", "--attention", str(drawn), "--layers", "1", "2"]
+    process = command("translate", "run", "--model", str(trained), *flags)
+    process.stdin.write(b"one two\n\nthree\n")
+    process.stdin.flush()
+    answers = [process.stdout.readline() for _ in range(3)]  # before the input ends
+    rest, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said.decode()
+    assert answers[1] == b"\n"
+    assert rest == b""
+    page = drawn.read_text()
+    assert page.count("<table>") == 2 * 2 * 3  # sentences, layers, the mean and two heads
+    assert "layer 2, head 1" in page
+
+
+def test_the_command_ends_quietly_when_its_reader_leaves(command: Any, trained: Path):
+    process = command("translate", "run", "--model", str(trained), "--beam", "1", "--max-length", "16", "--batch", "4")
+    process.stdout.close()
+    process.stdin.write(b"one two\n" * 200)
+    process.stdin.close()
+    assert process.wait(timeout=120) == 141
+    assert b"Traceback" not in process.stderr.read()
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_sacrebleus_and_multi_bleus():
+    from sacrebleu import corpus_bleu, corpus_chrf
+
+    references = ["Der Hund läuft über die Wiese .", "Ein Mann schläft auf dem Sofa im Zimmer ."]
+    translations = ["der Hund rennt über die Wiese .", "Ein Mann schläft auf dem Sofa ."]
+    found = corpus_scores(translations, references, TextForm())
+    assert found.values["bleu"] == corpus_bleu(translations, [references]).score
+    assert found.values["chrf"] == corpus_chrf(translations, [references]).score
+    assert found.values["bleu_lowercase"] > found.values["bleu"]
+    assert "tok:13a" in found.signatures["bleu_signature"]
+    # multi-bleu.perl of these lines, by hand: 12, 9, 7, 5 of 14, 12, 10, 8 n-grams; 14 words for 16
+    expected = 100 * np.exp(1 - 16 / 14 + np.log([12 / 14, 9 / 12, 7 / 10, 5 / 8]).mean())
+    np.testing.assert_allclose(found.values["tokenised_bleu"], expected, rtol=1e-9)
+    assert "hyp_len=14, ref_len=16" in found.details
+
+
+def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_path: Path):
+    (tmp_path / "short.de").write_text("eins\n")
+    with pytest.raises(ValueError, match=r"400 lines .* 1:"):
+        translate(make_config(folder, "bad", target=tmp_path / "short.de"), Stop())
+    with pytest.raises(RunError, match="longer than a row of 8"):
+        translate(make_config(folder, "bad", row_tokens=8, too_long="refuse", vocab_size=22), Stop())
+    with pytest.raises(RunError, match="vocabulary"):
+        translate(make_config(folder, "bad", init_from=trained / "model", vocab_size=40), Stop())
+    with pytest.raises(RunError, match="come together"):
+        make_config(folder, "bad", target=None)
+    with pytest.raises(RunError, match="joint"):
+        make_config(folder, "bad", joint=False, tying="all")
+    with pytest.raises((RunError, ValueError), match="beam"):
+        open_translator(trained, DecodeConfig(beam=0))
+    assert not (folder / "bad").exists()
+
+
+def test_held_out_pairs_share_no_source(folder: Path):
+    from bestiary.train.translate import read_texts
+
+    texts = read_texts(dataclasses.replace(make_config(folder, "x"), dev=(), dev_pairs=60))
+    train = list(texts.train())
+    assert len(train) + len(texts.dev) == 400
+    assert 20 < len(texts.dev) < 120
+    assert not {pair.source for pair in train} & {pair.source for pair in texts.dev}

@@ -32,7 +32,18 @@ from ..models.pretrained import Loaded, load_with_report, read_config
 from ..models.tables import flatten
 from .adapt import AdaptConfig, AdaptedModel, adaptation
 from .errors import RunError
-from .learner import Learner, Names, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
+from .learner import (
+    Learner,
+    Names,
+    Start,
+    count_parameters,
+    exit_status,
+    gradient_step,
+    kept_params,
+    learn,
+    make_learner,
+    on_host,
+)
 from .loop import Best, Fitted, LoopConfig, Stop, TrainState
 from .metrics import Sums
 from .optim import OptimConfig, schedule
@@ -370,11 +381,14 @@ def encode_data(
 class Evaluation:
     """The metrics of the first evaluation split, and its mean loss."""
 
-    def __init__(self, task: Task, predictor: Predictor, examples: Sequence[Any], features: Features):
-        self._task, self._predictor, self._examples, self._features = task, predictor, examples, features
+    def __init__(
+        self, task: Task, optim: OptimConfig, predictor: Predictor, examples: Sequence[Any], features: Features
+    ):
+        self._task, self._optim, self._predictor = task, optim, predictor
+        self._examples, self._features = examples, features
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
-        predicted = self._predictor(state.params, self._features, stop)
+        predicted = self._predictor(kept_params(state, self._optim), self._features, stop)
         if predicted is None:
             return None
         return {**predicted.means, **self._task.metrics(predicted.kept, self._features, self._examples)}
@@ -440,7 +454,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
     take_best = c.take == "best" or (c.take is None and c.patience > 0)
 
     def keep(_: int, state: TrainState) -> None:
-        params = on_host(spread.leave(state.params))
+        params = on_host(spread.leave(kept_params(state, c.optim)))
         if main_process:
             write_params(kept_best, params)
 
@@ -462,7 +476,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         ),
         steps=steps,
         batches=batches,
-        evaluate=Evaluation(task, predictor, *first),
+        evaluate=Evaluation(task, c.optim, predictor, *first),
         start=Start(c.resume_from, lambda: loaded.params, f"the weights of {c.model}"),
         show=("loss",),
         counts={"tokens": "real tokens/s", "examples": "examples/s"},
@@ -472,7 +486,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
     )
     if fitted.stopped is not None:
         return exit_status(fitted)
-    whole = fitted.state.params
+    whole = kept_params(fitted.state, c.optim)
     if take_best:
         whole = jax.tree.map(place, whole, read_params(kept_best))
     running = spread.enter(whole)

@@ -171,6 +171,13 @@ def gradient_step(
     )
 
 
+def kept_params(state: TrainState, optim: OptimConfig) -> Any:
+    """The parameters to evaluate and to leave behind: with --ema the running mean, of what trains."""
+    if not optim.ema:
+        return state.params
+    return _join(optax.tree.get(state.opt_state, "running_mean"), state.params)
+
+
 class Start(NamedTuple):
     """What a run that has no checkpoint of its own starts from."""
 
@@ -268,7 +275,12 @@ def _starting_state(
         def place(leaf: jax.Array, host: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(host)[index])
 
-        state = state.replace(params=jax.tree.map(place, state.params, start.weights()))
+        params = jax.tree.map(place, state.params, start.weights())
+        opt_state = state.opt_state
+        if optax.tree.get(opt_state, "running_mean") is not None:  # it starts where the parameters start
+            copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(_split(params, learner.trains)[0])
+            opt_state = optax.tree.set(opt_state, running_mean=copied)
+        state = state.replace(params=params, opt_state=opt_state)
         progress.line(f"starting from {start.described}")
     return state, 0, None
 

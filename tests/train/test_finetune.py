@@ -307,7 +307,7 @@ def test_rates_fall_by_one_factor_a_layer(encoder):
 
 
 def test_a_regression_with_frozen_layers(tmp_path):
-    """Pairs are rated in STS-B's format, and what is frozen stays, whatever the weight decay."""
+    """Pairs are rated in STS-B's format; what is frozen stays, whatever the weight decay and in a running mean too."""
     draw = random.Random(3)
     folder = tmp_path / "STS-B"
     folder.mkdir()
@@ -319,7 +319,7 @@ def test_a_regression_with_frozen_layers(tmp_path):
             rows += f"{number}\t{texts}\t{5.0 if first is second else 0.0}\n"
         (folder / f"{split}.tsv").write_text(f"index\tsentence1\tsentence2\tscore\n{rows}")
     encoder, out = write_encoder(tmp_path, 2), tmp_path / "run"
-    flags = ["--steps", "4", "--max-length", "32", "--freeze-layers", "1", "--weight-decay", "0.1"]
+    flags = ["--steps", "4", "--max-length", "32", "--freeze-layers", "1", "--weight-decay", "0.1", "--ema", "0.5"]
     assert main(["finetune", "stsb", "--data", str(tmp_path), "--model", str(encoder), "--out", str(out), *flags]) == 0
     metrics = json.loads((out / "results.json").read_text())["metrics"]["dev"]
     assert set(metrics) == {"pearson", "spearman", "score", "loss"}

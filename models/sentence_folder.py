@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from .config import ConfigError
 
-# The keys that 1_Pooling/config.json may set to true, in the order in which their vectors are joined, and what they are
-# called here.
-POOLING_KEYS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+# What 1_Pooling/config.json may ask for, in the order in which the vectors are joined: what it is called here, the key
+# that is set to true, and the name that `pooling_mode` may give instead.
+POOLINGS = {
+    "cls": ("pooling_mode_cls_token", "cls"),
+    "max": ("pooling_mode_max_tokens", "max"),
+    "mean": ("pooling_mode_mean_tokens", "mean"),
+    "mean_sqrt_len": ("pooling_mode_mean_sqrt_len_tokens", "mean_sqrt_len_tokens"),
 }
 
 
@@ -62,24 +62,34 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     name = general.get("default_prompt_name")
     if name is not None and name not in (general.get("prompts") or {}):
         raise ConfigError(f"{prompts}: default_prompt_name is {json.dumps(name)}, which is not among its prompts")
+    prompt = "" if name is None else general["prompts"][name]
     return SentenceFolder(
         encoder,
-        _poolings(pooling),
+        _poolings(pooling, prompt),
         "Normalize" in names,
         settings.get("max_seq_length"),
         bool(settings.get("do_lower_case")),
-        "" if name is None else general["prompts"][name],
+        prompt,
     )
 
 
-def _poolings(path: Path) -> tuple[str, ...]:
+def _poolings(path: Path, prompt: str) -> tuple[str, ...]:
     stored = _read(path)
-    asked = [key for key, value in stored.items() if key.startswith("pooling_mode_") and value]
-    unknown = [key for key in asked if key not in POOLING_KEYS]
+    if prompt and not stored.get("include_prompt", True):
+        raise ConfigError(f"{path}: include_prompt: only true is implemented with a prompt, found false")
+    mode = stored.get("pooling_mode")
+    if mode is None:
+        stored = {"pooling_mode_mean_tokens": True} | stored  # what an absent key stands for
+        asked = [key for key, value in stored.items() if key.startswith("pooling_mode_") and value]
+    else:
+        asked = [str(mode).lower()]
+    unknown = [key for key in asked if not any(key in names for names in POOLINGS.values())]
     if unknown or not asked:
-        found = f"found {', '.join(unknown)}" if unknown else "none of them is true"
-        raise ConfigError(f"{path}: only {', '.join(POOLING_KEYS)} are implemented; {found}")
-    return tuple(name for key, name in POOLING_KEYS.items() if key in asked)
+        known = ", ".join(key for key, _ in POOLINGS.values())
+        raise ConfigError(
+            f"{path}: only {known} are implemented; {f'found {unknown[0]}' if unknown else 'none of them is true'}"
+        )
+    return tuple(name for name, names in POOLINGS.items() if any(key in names for key in asked))
 
 
 def _read(path: Path) -> Any:

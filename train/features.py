@@ -24,7 +24,7 @@ from ..data.examples import Features, Placed, assemble, encode_texts, pack_featu
 from ..data.packing import pack
 from ..models import load
 from ..models.pooling import POOLINGS, combine, normalize, pool
-from ..models.pretrained import VOCABULARY_FILES
+from ..models.pretrained import VOCABULARY_FILES, family_of, read_config
 from ..models.sentence_folder import SentenceFolder, read_sentence_folder
 from .errors import RunError
 from .sharding import OverMesh, Replicas, make_mesh
@@ -116,6 +116,11 @@ class Extractor:
 
     def __init__(self, config: FeatureConfig, *, apart: bool = False):
         folder = read_sentence_folder(config.model) or SentenceFolder(config.model, ("mean",), False, None, False, "")
+        stored = read_config(folder.encoder)
+        if not any(kind.head == "encoder" for kind in family_of(stored, folder.encoder).ARCHITECTURES):
+            raise RunError(
+                f"{folder.encoder}: a {stored.get('model_type')} is not an encoder alone; it has no features."
+            )
         self.model, params, model_config, self.tokenizer = load(folder.encoder, head="encoder", dtype=config.dtype)
         if self.tokenizer is None:
             raise RunError(f"{folder.encoder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")

@@ -186,12 +186,18 @@ def test_a_folder_says_how_its_vectors_are_made(tmp_path):
         modules=modules("Transformer", "Pooling"),
         **{
             "0_Transformer__sentence_bert_config": {"max_seq_length": 77, "do_lower_case": True},
-            "1_Pooling__config": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True, "other": True},
+            "1_Pooling__config": {"pooling_mode_cls_token": True, "include_prompt": True},  # mean is on as well
         },
         config_sentence_transformers={"prompts": {"query": "query: "}, "default_prompt_name": "query"},
     )  # fmt: skip
     found = read_sentence_folder(tmp_path)
     assert found == (tmp_path / "0_Transformer", ("cls", "mean"), False, 77, True, "query: ")
+
+
+def test_a_pooling_can_be_named(tmp_path):
+    pooling = {"pooling_mode": "max", "pooling_mode_mean_tokens": True}
+    write(tmp_path, modules=modules("Transformer", "Pooling", "Normalize"), **{"1_Pooling__config": pooling})
+    assert read_sentence_folder(tmp_path) == (tmp_path / "0_Transformer", ("max",), True, None, False, "")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,14 @@ def test_a_folder_says_how_its_vectors_are_made(tmp_path):
         ({"modules": {"a": 1}}, "expected a list of modules"),
         ({"1_Pooling__config": {"pooling_mode_lasttoken": True}}, "found pooling_mode_lasttoken"),
         ({"1_Pooling__config": {"pooling_mode_mean_tokens": False}}, "none of them is true"),
+        ({"1_Pooling__config": {"pooling_mode": "weightedmean"}}, "found weightedmean"),
+        (
+            {
+                "1_Pooling__config": {"include_prompt": False},
+                "config_sentence_transformers": {"prompts": {"q": "q: "}, "default_prompt_name": "q"},
+            },
+            "include_prompt: only true",
+        ),
         ({"config_sentence_transformers": {"default_prompt_name": "x"}}, "not among its prompts"),
     ],
 )

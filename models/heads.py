@@ -162,8 +162,8 @@ def projected_sums(
         bias: [V] float32 or None; it gets no gradient.
     """
     labels, weights = _counted(labels, weights)
-    loss, *rest = _projected(hidden, kernel, bias, labels, weights, smoothing)
-    return SmoothedSums(loss, *map(jax.lax.stop_gradient, rest), weights.sum())
+    loss, nll, correct = _projected(hidden, kernel, bias, labels, weights, smoothing)
+    return SmoothedSums(loss, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(correct), weights.sum())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -31,6 +31,8 @@ from jax import Array
 
 LOW = -1.0e9
 """A score that nothing real has; finite, so that sums with it are never NaN. The reference's."""
+NOTHING = -1.0e6
+"""A bound below which no score is real, whatever length the one above was divided by."""
 
 
 @dataclass(frozen=True)
@@ -559,8 +561,11 @@ class Generator:
         rows: most sentences searched at a time.
     """
 
+    # Every size takes a second or two to compile, so there are few: rows and slots go in steps of four, the lengths of
+    # sources in powers of two.
     FIRST_SLOTS = 32  # tokens of a target that there is room for at first
     FEWEST_ROWS = 4  # a batch of fewer sentences is filled up
+    FEWEST_TOKENS = 32  # a shorter source is filled up
 
     def __init__(self, model: Any, params: Any, config: DecodeConfig, *, rows: int = 64) -> None:
         """Args: model: with a method `steps()`; params: its parameters, unboxed; rows: sentences searched at a time.
@@ -593,16 +598,17 @@ class Generator:
         return self._searcher.compilations
 
     def __call__(
-        self, sources: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]] | None = None
+        self, sources: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]] | None = None, *, first: int = 0
     ) -> list[list[Hypothesis]]:
         """Generate for each source.
 
         Args:
             sources: tokens as the encoder reads them, the end token included.
             prefixes: the first tokens of each output, which may be empty; None for none.
+            first: the first source's number, where these are a part of many: what is drawn depends on the number.
 
         Returns:
-            the `n_best` hypotheses for each source, best first; a sampled model's in the order drawn.
+            `n_best` hypotheses for each source, best first (fewer where there are not so many); drawn ones as drawn.
 
         Raises:
             ValueError: an empty source, or one longer than the model has positions, by its number.
@@ -621,7 +627,7 @@ class Generator:
         order = sorted(range(len(sources)), key=lambda i: (-len(sources[i]), -len(prefixes[i])))
         found: dict[int, list[Hypothesis]] = {}
         for start in range(0, len(order), self.rows):
-            self._batch(order[start : start + self.rows], sources, prefixes, found)
+            self._batch(order[start : start + self.rows], sources, prefixes, first, found)
         return [found[i] for i in range(len(sources))]
 
     def _batch(
@@ -629,6 +635,7 @@ class Generator:
         chosen: Sequence[int],
         sources: Sequence[Sequence[int]],
         prefixes: Sequence[Sequence[int]],
+        first: int,
         found: dict[int, list[Hypothesis]],
     ) -> None:
         """Search one batch and put its hypotheses into `found`."""
@@ -636,15 +643,14 @@ class Generator:
         rows = self._rounded_rows(len(chosen))
         limit = self._rounded(longest + self.config.max_length)
         slots = min(self.FIRST_SLOTS, limit)
-        # As few shapes as there are sizes: lengths are rounded up to powers of two.
         ids = _filled([sources[i] for i in chosen], rows, self._rounded(max(len(sources[i]) for i in chosen)))
         prefix = _filled([prefixes[i] for i in chosen], rows, self._rounded(longest) if longest else 0)
         numbers = np.full(rows, -1, np.int32)
         numbers[: len(chosen)] = chosen
         s = self._searcher
-        read, search = s.begin(self._params, ids, numbers, prefix, slots)
+        read, search = s.begin(self._params, ids, np.where(numbers < 0, -1, numbers + first), prefix, slots)
         while True:
-            enough = rows // 2 if rows // 2 >= self.FEWEST_ROWS else 0
+            enough = rows // 4 if rows // 4 >= self.FEWEST_ROWS else 0
             search = s.advance(self._params, read, search, np.int32(enough))
             step, open_ = jax.device_get((search.step, search.open.any(axis=1)))
             (going,) = np.nonzero(open_)
@@ -652,7 +658,7 @@ class Generator:
             if not len(going):
                 return
             if step == slots:
-                slots = min(2 * slots, limit)
+                slots = min(4 * slots, limit)
             rows = min(rows, self._rounded_rows(len(going)))
             keep = np.full(rows, -1, np.int32)
             keep[: len(going)] = going
@@ -672,6 +678,8 @@ class Generator:
                 best = np.argsort(-ended.scores[row], kind="stable")[: self.config.n_best]
             hypotheses = []
             for i in best:
+                if hypotheses and not ended.scores[row, i] > NOTHING:
+                    break
                 tokens, parent = [int(ended.tokens[row, i])], ended.parents[row, i]
                 for step in range(ended.steps[row, i] - 1, -1, -1):
                     tokens.append(int(chosen[step, row, parent]))
@@ -682,12 +690,12 @@ class Generator:
             found[int(numbers[row])] = hypotheses
 
     def _rounded(self, length: int) -> int:
-        return min(self.positions, max(16, 1 << (length - 1).bit_length()))
+        return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
 
     def _rounded_rows(self, count: int) -> int:
         rows = self.rows
-        while rows // 2 >= max(count, self.FEWEST_ROWS):
-            rows //= 2
+        while rows // 4 >= max(count, self.FEWEST_ROWS):
+            rows //= 4
         return rows
 
 

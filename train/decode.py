@@ -12,7 +12,8 @@ table of numbers instead of a copy of the cache, the encoder's keys and values a
 sentence, and the work left is matrix products.
 
 The search of a batch runs on the device until every sentence is finished. It comes back to the host when its slots are
-full, and goes on with twice as many, or when half of its sentences are finished, and goes on with the others.
+full, and goes on with four times as many, or when three quarters of its sentences are finished, and goes on with the
+others.
 
 Beam search is the reference implementation's (transformers 5): the same candidates, the same order of penalties, the
 same three ways to stop, so the same sequences and scores.

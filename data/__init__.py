@@ -11,6 +11,10 @@
     packing.py      BERT's sentence pairs, planned from lengths alone, several a row
     pretraining.py  rows by their number
     stream.py       the stream of batches (Grain)
+    parallel.py     pairs of sentences from two files, TSV, JSON lines and TFDS folders
+    subwords.py     pieces for translation: SentencePiece and BPE, trained, sampled, saved
+    translation.py  pairs as rows of an encoder and a decoder, packed on both sides
+    phrases.py      the parallel text that comes along: CLDR's dates, durations, amounts and quantities
     squad.py        questions answered by spans, and windows of their contexts
     multiple_choice.py  SWAG and CODAH
     tagging.py      CoNLL columns and CoNLL-U

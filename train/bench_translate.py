@@ -77,7 +77,9 @@ class BenchConfig:
     """Translate so many lines of it."""
     batch: int = 64
     """Sentences that are translated together."""
-    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DecodeConfig(beam=5))
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: DecodeConfig(beam=5, max_length=64)
+    )
     out: Path | None = None
     """JSON file to write; it is printed too."""
 
@@ -125,7 +127,7 @@ def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str,
     data = prepare_data(training, progress)
     architecture = model_config(training, data.tokenizer)
     model, learner = make_model(training, architecture)
-    rows = make_rows(training, data, architecture.decoder_start_token_id)
+    rows = make_rows(training, data, architecture.decoder_start_token_id, progress)
     index, count = spread.share(training.rows)
     stream = batches(rows, batch_rows=training.rows, host_index=index, host_count=count)
     update = partial(train_step, model=model, learner=learner, smoothing=0.1, r_drop=0.0, accumulate=1)

@@ -37,6 +37,7 @@ from ..data.subwords import PairTokenizer, TextForm, load_subwords, train_subwor
 from ..data.translation import PairStore, TranslationRows, build_pairs, describe_pairs
 from ..models import load, save
 from ..models.heads import SmoothedSums, label_smoothed_sums
+from ..models.marian import Marian, MarianConfig, from_transformer
 from ..models.transformer import Transformer, TransformerConfig
 from .decode import DecodeConfig, Generator
 from .errors import RunError
@@ -77,7 +78,8 @@ class TranslateConfig:
     languages: tuple[str, str] = ("en", "de")
     """Source and target (ISO 639-1)."""
     dev: tuple[str, ...] = ()
-    """Held-out text: two files, or one as for --pairs. None: --dev-pairs of the training text are held out."""
+    """Held-out text: two files, or one as for --pairs, of a data set its validation split. None: --dev-pairs of the
+    training text are held out."""
     dev_pairs: int = 1000
     """About how many pairs are held out where --dev is not given; pairs with the same source stay together."""
     encoding: str = "utf-8"
@@ -327,7 +329,9 @@ def trained_tokenizer(
     return load_subwords(folder)
 
 
-def make_rows(config: TranslateConfig, data: Data, start_id: int, *, dev: bool = False) -> TranslationRows:
+def make_rows(
+    config: TranslateConfig, data: Data, start_id: int, progress: Progress, *, dev: bool = False
+) -> TranslationRows:
     """The rows that are trained on, or the dev set's.
 
     Raises:
@@ -343,6 +347,8 @@ def make_rows(config: TranslateConfig, data: Data, start_id: int, *, dev: bool =
         sampling=0.0 if dev else config.sample_subwords,
     )
     too_long = rows.statistics().too_long
+    if too_long and dev:
+        progress.line(f"dev: {too_long:,} pairs are too long for a row, and not in the dev loss")
     if too_long and config.too_long == "refuse":
         raise RunError(
             f"{too_long:,} {'dev ' if dev else ''}pairs are longer than a row of {config.row_tokens} tokens: raise "
@@ -396,15 +402,24 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> Transform
 
 def make_model(config: TranslateConfig, architecture: TransformerConfig) -> tuple[Transformer, Learner]:
     """The model and how it is trained; nothing is computed yet."""
-    model = Transformer(architecture)
+    model = Marian(architecture) if isinstance(architecture, MarianConfig) else Transformer(architecture)
     ids = jnp.zeros((1, 8), jnp.int32)
     learner = make_learner(
         lambda key: model.init(key, ids)["params"],
         optim=config.optim,
         rate=schedule(config.optim, [(config.steps, None)]),
         seed=config.seed,
+        trains=lambda names: "final_logits_bias" not in names,  # Marian's, which is only read and written
     )
     return model, learner
+
+
+def released(model: Transformer, params: Any) -> tuple[Transformer, Any]:
+    """The same function as a Marian model, which the reference implementation loads, where it can be one."""
+    c = model.config
+    if isinstance(model, Marian) or c.pre_norm or c.table_width != c.width:
+        return model, params
+    return from_transformer(model, params)
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -509,10 +524,17 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: TranslateConfig, data: Data, model: Transformer, learner: Learner, spread: Spread, keep: "Means"
+        self,
+        config: TranslateConfig,
+        data: Data,
+        model: Transformer,
+        learner: Learner,
+        spread: Spread,
+        keep: "Means",
+        progress: Progress,
     ):
         self._tokenizer, self._spread, self._keep, self._ema = data.tokenizer, spread, keep, bool(config.optim.ema)
-        rows = make_rows(config, data, model.config.decoder_start_token_id, dev=True)
+        rows = make_rows(config, data, model.config.decoder_start_token_id, progress, dev=True)
         index, count = spread.share(config.rows)
         self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
         self._step = spread.evaluate(partial(evaluation_step, model=model), learner.specs)
@@ -652,10 +674,10 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     data = prepare_data(config, progress)
     architecture = model_config(config, data.tokenizer)
     model, learner = make_model(config, architecture)
-    rows = make_rows(config, data, architecture.decoder_start_token_id)
+    rows = make_rows(config, data, architecture.decoder_start_token_id, progress)
     describe(config, rows, architecture, spread.abstract(learner.make, learner.specs).params, progress)
     means = Means(config.out, config)
-    evaluate = Evaluation(config, data, model, learner, spread, means)
+    evaluate = Evaluation(config, data, model, learner, spread, means, progress)
     index, count = spread.share(config.rows)
     best_file = config.out / "best.safetensors"
 
@@ -698,7 +720,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
         state = fitted.state
         params = on_host(optax.tree.get(state.opt_state, "running_mean") if config.optim.ema else state.params)
     if main_process:
-        save(config.out / "model", model, params, data.tokenizer)
+        save(config.out / "model", *released(model, params), data.tokenizer)
         translations = evaluate.translate(params, config.final_beam)
         found = corpus_scores(translations, evaluate.references, data.tokenizer.form)
         progress.line(f"dev, beam {config.final_beam}: {found}")

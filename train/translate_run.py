@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
@@ -25,7 +24,7 @@ from ..data.parallel import Findings, clean_line
 from ..data.subwords import PairTokenizer
 from ..models import load
 from ..models.transformer import TransformerConfig
-from .decode import DecodeConfig, Generator
+from .decode import DecodeConfig, Generator, Hypothesis
 from .errors import RunError
 from .progress import Progress
 
@@ -40,6 +39,9 @@ class Translation(NamedTuple):
     text: str  # running text
     prepared: str  # as the model wrote it: in words of its tokeniser
     score: float  # of the search, summed over parts
+
+
+LONGEST_OUTPUT = 256  # tokens, unless --max-length says otherwise
 
 
 def longest_output(model: TransformerConfig, source: int) -> int:
@@ -66,7 +68,13 @@ def model_folder(folder: Path) -> Path:
 
 
 def open_translator(
-    folder: Path, decode: DecodeConfig, *, rows: int = 64, too_long: TooLong = "split", dtype: str | None = None
+    folder: Path,
+    decode: DecodeConfig,
+    *,
+    rows: int = 64,
+    longest: int = 0,
+    too_long: TooLong = "split",
+    dtype: str | None = None,
 ) -> "Translator":
     """The translator of a run folder or a checkpoint folder.
 
@@ -82,7 +90,15 @@ def open_translator(
     if not isinstance(tokenizer, PairTokenizer):
         raise RunError(f"{folder}: no tokenizer for translation there (subwords.json, or source.spm and vocab.json).")
     check_vocabulary(loaded.config, tokenizer, str(folder))
-    return Translator(loaded.model, jax.device_put(loaded.params), tokenizer, decode, rows=rows, too_long=too_long)
+    return Translator(
+        loaded.model,
+        jax.device_put(loaded.params),
+        tokenizer,
+        decode,
+        rows=rows,
+        longest=longest,
+        too_long=too_long,
+    )
 
 
 class Translator:
@@ -91,9 +107,10 @@ class Translator:
     Args:
         model, params: the model and its parameters.
         tokenizer: its tokenizer.
-        decode: how to search.
+        decode: how to search. Its longest output is cut down to the model's positions.
         rows: sentences that are translated together.
-        too_long: what is done to lines longer than the model's positions.
+        longest: source tokens that a line may have, its end token included; 0 for the model's positions.
+        too_long: what is done to longer lines.
     """
 
     def __init__(
@@ -104,21 +121,23 @@ class Translator:
         decode: DecodeConfig,
         *,
         rows: int = 64,
+        longest: int = 0,
         too_long: TooLong = "split",
     ):
         self.model, self.params, self.tokenizer, self.too_long = model, params, tokenizer, too_long
+        positions = model.config.positions
+        self.longest = min(positions, longest or positions)
         self.findings, self.lines = Findings(), 0
-        # Padding is never written, as in the reference's generation settings of Marian.
-        decode = dataclasses.replace(decode, suppressed=(*decode.suppressed, tokenizer.target.pad_id))
         try:
+            # Padding is never written, as in the reference's generation settings of Marian.
+            decode = self.decode = dataclasses.replace(
+                decode,
+                max_length=min(decode.max_length, positions),
+                suppressed=(*decode.suppressed, tokenizer.target.pad_id),
+            )
             self.generator = Generator(model, params, decode, rows=rows)
         except ValueError as error:
             raise RunError(str(error)) from None
-
-    @cached_property
-    def longest(self) -> int:
-        """Source tokens that the model takes, the end token included."""
-        return self.model.config.positions
 
     def translate(self, lines: Iterable[str]) -> list[list[Translation]]:
         """The translations of each line, the best first; in the order of the lines.
@@ -126,7 +145,7 @@ class Translator:
         Raises:
             RunError: a line is too long, where these are refused.
         """
-        parts, counts = [], []
+        parts, counts, first = [], [], self.lines + 1
         for line in lines:
             self.lines += 1
             text, control = clean_line(line)
@@ -136,7 +155,7 @@ class Translator:
             parts += found
             counts.append(len(found))
         outputs = iter(self.generator(parts)) if parts else iter(())
-        return [self._join([next(outputs) for _ in range(count)]) for count in counts]
+        return [self._join([next(outputs) for _ in range(count)], number) for number, count in enumerate(counts, first)]
 
     def _parts(self, text: str) -> list[list[int]]:
         """Source ids of a line, with the end token; several lists where it is too long for one."""
@@ -145,8 +164,8 @@ class Translator:
             return [ids]
         if self.too_long == "refuse":
             raise RunError(
-                f"line {self.lines}: {len(ids)} tokens, and the model takes {self.longest}. Part it, or let --too-long "
-                "split do so."
+                f"line {self.lines}: {len(ids)} tokens, and {self.longest} are taken. Part it, or let --too-long split "
+                "do so."
             )
         self.findings.add(f"more than {self.longest} tokens, translated in parts", self.lines)
         return self._split(text)
@@ -170,10 +189,12 @@ class Translator:
             cut = middle
         return [part for half in (text[:cut].strip(), text[cut:].strip()) if half for part in self._split(half)]
 
-    def _join(self, parts: Sequence[Sequence[Any]]) -> list[Translation]:
+    def _join(self, parts: Sequence[Sequence[Hypothesis]], line: int) -> list[Translation]:
         """The n-th best of a line in parts is made of the n-th best of each."""
         if not parts:
             return [Translation("", "", 0.0)]
+        if any(len(found[0].tokens) == self.decode.max_length for found in parts):
+            self.findings.add("a translation as long as --max-length allows, probably unfinished", line)
         result = []
         for hypotheses in zip(*parts, strict=True):
             texts = [self.tokenizer.decode(found.tokens) for found in hypotheses]
@@ -192,13 +213,17 @@ class RunConfig:
 
     model: Path
     """Run folder, or checkpoint folder with its tokenizer."""
-    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DecodeConfig(beam=5))
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: DecodeConfig(beam=5, max_length=LONGEST_OUTPUT)
+    )
     batch: int = 64
     """Sentences that are translated together."""
     window: int = 2048
     """Most lines that are read before their translations are written. More sort better by length, and wait longer."""
+    longest: int = 0
+    """Tokens that a line may have; 0: as many as the model has positions. What was trained on is a better bound."""
     too_long: TooLong = "split"
-    """Lines longer than the model takes: translate them in parts, or refuse them."""
+    """Longer lines: translate them in parts, and count them, or refuse them."""
     scores: bool = False
     """Write each translation's score and a tab before it. With --n-best above 1 a line is written for each."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -211,8 +236,8 @@ class RunConfig:
     """With --attention: heads to draw, from 1. None: all, and their mean."""
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.window < 1:
-            raise RunError("--batch and --window must be at least 1.")
+        if self.batch < 1 or self.window < 1 or self.longest < 0:
+            raise RunError("--batch and --window must be at least 1, --longest at least 0.")
 
 
 class Lines:
@@ -264,7 +289,12 @@ def main(config: RunConfig) -> int:
     """`bestiary translate run`; returns the exit status."""
     progress = Progress()
     translator = open_translator(
-        config.model, config.decode, rows=config.batch, too_long=config.too_long, dtype=config.dtype
+        config.model,
+        config.decode,
+        rows=config.batch,
+        longest=config.longest,
+        too_long=config.too_long,
+        dtype=config.dtype,
     )
     drawn = False
     for lines in Lines(sys.stdin.buffer, config.window):

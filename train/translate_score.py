@@ -23,7 +23,7 @@ from .decode import DecodeConfig
 from .errors import RunError
 from .progress import Progress
 from .run_folder import write_json, write_text
-from .translate_run import open_translator
+from .translate_run import LONGEST_OUTPUT, open_translator
 
 
 class Scores(NamedTuple):
@@ -101,7 +101,9 @@ class ScoreConfig:
     """With --hypothesis: split both sides' words as Moses does for the tokenised BLEU."""
     language: str = "de"
     """With --hypothesis: language of the text, for --moses."""
-    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DecodeConfig(beam=5))
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: DecodeConfig(beam=5, max_length=LONGEST_OUTPUT)
+    )
     batch: int = 64
     """Sentences that are translated together."""
     translations: Path | None = None
@@ -133,6 +135,8 @@ def main(config: ScoreConfig) -> int:
         translations = [found[0].text for found in translated]
         prepared = [found[0].prepared for found in translated]
         form = translator.tokenizer.form
+        for note in translator.findings:
+            progress.line(note)
         if config.translations is not None:
             write_text(config.translations, "".join(f"{text}\n" for text in translations))
     found = corpus_scores(translations, references, form, prepared)

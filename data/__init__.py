@@ -15,6 +15,9 @@
     subwords.py     pieces for translation: SentencePiece and BPE, trained, sampled, saved
     translation.py  pairs as rows of an encoder and a decoder, packed on both sides
     phrases.py      the parallel text that comes along: CLDR's dates, durations, amounts and quantities
+    examples.py     fine-tuning's features: batches of a fixed number of them in packed rows of few shapes
+    tables_text.py  texts and labels from TSV, CSV and JSON lines with named columns
+    glue.py         GLUE's nine tasks and its diagnostic set
     squad.py        questions answered by spans, and windows of their contexts
     multiple_choice.py  SWAG and CODAH
     tagging.py      CoNLL columns and CoNLL-U

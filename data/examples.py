@@ -209,7 +209,15 @@ def pack_batch(unit_lengths: np.ndarray, length: int, most: int) -> tuple[np.nda
 
 
 def plan_shapes(
-    unit_lengths: np.ndarray, unit_size: int, *, batch: int, seed: int, epochs: int, positions: int, divisor: int = 1
+    unit_lengths: np.ndarray,
+    unit_size: int,
+    *,
+    batch: int,
+    seed: int,
+    epochs: int,
+    positions: int,
+    divisor: int = 1,
+    multiple: int = 8,
 ) -> Shapes:
     """The row length and the few numbers of rows that a run computes least with.
 
@@ -221,6 +229,7 @@ def plan_shapes(
         epochs: of the run.
         positions: longest row that the model takes.
         divisor: what the number of rows must be a multiple of.
+        multiple: what the row length must be a multiple of, where the model takes rows that long.
 
     Raises:
         DataError: a unit is longer than a row can be.
@@ -235,7 +244,7 @@ def plan_shapes(
         counts, _ = _rows_needed(unit_lengths, tried, batch, length, most)
         return _menu(counts, divisor, len(plans) / len(tried))[1] * length * (1 + length / ATTENTION_SHARE)
 
-    length = min(_candidate_lengths(longest, whole, positions), key=price)
+    length = min(_candidate_lengths(longest, whole, positions, multiple), key=price)
     counts, filled = _rows_needed(unit_lengths, plans, batch, length, most)
     return Shapes(length, filled * unit_size, _menu(counts, divisor, 1.0)[0])
 
@@ -253,11 +262,11 @@ def _rows_needed(
     return counts, filled
 
 
-def _candidate_lengths(longest: int, whole: int, positions: int) -> list[int]:
+def _candidate_lengths(longest: int, whole: int, positions: int, multiple: int) -> list[int]:
     """From the longest unit up, to a whole batch in a row or the model's limit."""
-    first = min(_round_up(longest, 8), positions)
-    last = max(first, min(positions, _round_up(whole, 8), 4 * first))
-    return [*range(first, last, 8), last]
+    first = min(_round_up(longest, multiple), positions)
+    last = max(first, min(positions, _round_up(whole, multiple), 4 * first))
+    return [*range(first, last, multiple), last]
 
 
 def _round_up(value: int, multiple: int) -> int:

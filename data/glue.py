@@ -7,6 +7,7 @@ the numbers that tensorflow-datasets gives them; the TSVs' own names for them ar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,8 @@ def has_split(task: GlueTask, path: str | Path, split: str) -> bool:
     """Whether a split is there to be read."""
     path = glue_source(task, path)
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
-        return True
+        described = json.loads((_tfds_source(path).tfds_folder / "dataset_info.json").read_text(encoding="utf-8"))
+        return TFDS_SPLITS.get(split, split) in [there["name"] for there in described["splits"]]
     return path.is_file() or _split_file(task, path, split) is not None
 
 
@@ -263,10 +265,13 @@ def _names_columns(file: Path) -> bool:
     return first is not None and first.fields["first"] == "index"
 
 
-def _tfds_rows(path: str | Path, split: str) -> Iterator[Row]:
+def _tfds_source(path: str | Path) -> Source:
     named = str(path).startswith(TFDS_PREFIX)
-    source = Source(Path(path), str(path), "tfds-name" if named else "tfds-folder")
-    examples = open_tfds(source, TFDS_SPLITS.get(split, split))
+    return Source(Path(path), str(path), "tfds-name" if named else "tfds-folder")
+
+
+def _tfds_rows(path: str | Path, split: str) -> Iterator[Row]:
+    examples = open_tfds(_tfds_source(path), TFDS_SPLITS.get(split, split))
     for number in range(len(examples)):
         fields = {
             name: value.decode("utf-8") if isinstance(value, bytes) else value

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 
 from ..data.examples import Features, Shapes, TrainingBatches, batches_in_epoch, plan_shapes
@@ -436,6 +437,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         epochs=-(-steps // per_epoch),
         positions=row_limit(loaded.config),
         divisor=divisor,
+        multiple=8 if jax.default_backend() == "cpu" else 128,  # of the attention kernels' blocks
     )
     describe(c, loaded, shapes, features, learner, progress)
     index, count = spread.share(divisor)
@@ -457,6 +459,8 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         params = on_host(spread.leave(kept_params(state, c.optim)))
         if main_process:
             write_params(kept_best, params)
+        if jax.process_count() > 1:  # all of them read it at the end
+            multihost_utils.sync_global_devices("best_kept")
 
     every = c.loop.evaluate_every or max(1, round(c.evaluate_epochs * per_epoch))
     fitted = learn(

@@ -29,7 +29,12 @@ class GlueTextTask(TextTask):
     """A task of GLUE; `name` is its name there."""
 
     def read(self, path: Path, split: str, *, labelled: bool) -> list[TextExample]:
-        return read_glue(GLUE[self.name], path, split, labelled=labelled).examples
+        """As `Task.read`; "dev" and "test" are MNLI's matched ones, and "ax" is the diagnostic set."""
+        task = GLUE[self.name]
+        if split == "ax":
+            return read_glue(GLUE["ax"], path, "test", labelled=labelled).examples
+        split = {"dev": task.evaluation[0], "test": task.test[0]}.get(split, split)
+        return read_glue(task, path, split, labelled=labelled).examples
 
     def metrics(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
         values = super().metrics(kept, features, examples)

@@ -131,6 +131,7 @@ def test_tensorflow_datasets_give_the_same_examples(tmp_path):
     folder = next(tmp_path.rglob("dataset_info.json")).parent
     assert texts(read_glue(GLUE["qnli"], folder, "train", labelled=True).examples) == [("Wer?", "Bär.", 1, "4")]
     assert texts(read_glue(GLUE["qnli"], folder, "dev", labelled=True).examples) == [("a", "b", 0, "5")]
+    assert [has_split(GLUE["qnli"], folder, split) for split in ("train", "dev", "test")] == [True, True, False]
 
 
 def test_the_real_files(shared):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from bestiary.data import Corpus, TokenCache, Tokenizer, build_cache, load_tokenizer
 
 WORDS = 3000

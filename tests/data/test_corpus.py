@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+
 from bestiary.data import Corpus, CorpusError, embedded_documents, read_documents
 from bestiary.data.fingerprint import corpus_fingerprint
 from bestiary.data.reading import CHUNK_BYTES

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tokenizers
+
 from bestiary.data.errors import DataError
 from bestiary.data.examples import (
     TrainingBatches,

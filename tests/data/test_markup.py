@@ -1,6 +1,7 @@
 """Markup is taken out, words are kept."""
 
 import pytest
+
 from bestiary.data.markup import paragraphs
 
 

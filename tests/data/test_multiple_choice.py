@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from bestiary.data import DataError
 from bestiary.data.multiple_choice import read_codah, read_swag, split_fold
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from bestiary.data.packing import Examples, RandomStream, Statistics, _truncated, pack, plan_pairs, plan_singles
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+
 from bestiary.data.errors import CorpusError
 from bestiary.data.parallel import ParallelText, clean_line
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from bestiary.data import DataError, PretrainingDataset, TokenCache
 from bestiary.data.pretraining import Batch, Position
 

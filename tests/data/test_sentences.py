@@ -1,6 +1,7 @@
 """Sentences end where a reader would end them."""
 
 import pytest
+
 from bestiary.data import split_sentences
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from bestiary.data import DataError, Tokenizer, load_tokenizer
 from bestiary.data.squad import Answer, Question, make_windows, read_squad
 

@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+
 from bestiary.data import DataError, PretrainingDataset, TokenCache, batches, evaluation_batches
 from bestiary.data.pretraining import Batch
 

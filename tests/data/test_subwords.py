@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from bestiary.data.errors import DataError
 from bestiary.data.subwords import PairTokenizer, TextForm, load_subwords, merge, sample, train_subwords
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from bestiary.data import DataError, load_tokenizer
 from bestiary.data.tagging import check_tags, read_conll, read_conllu, tag_set, tokenise_words
 

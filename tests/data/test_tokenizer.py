@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from bestiary.data import DataError, Document, Tokenizer, embedded_documents, load_tokenizer, train_wordpiece
 
 FIXTURES = Path(__file__).parent / "fixtures" / "wordpiece"

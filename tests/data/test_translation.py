@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from bestiary.data.errors import DataError
 from bestiary.data.parallel import Pair
 from bestiary.data.phrases import phrase_pairs

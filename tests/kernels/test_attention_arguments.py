@@ -6,8 +6,9 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention
 from jax import ShapeDtypeStruct as Shape
+
+from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention
 
 QUERY, KEY, VALUE = (Shape(shape, jnp.float32) for shape in ((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)))
 IDS = Shape((2, 5), jnp.int32), Shape((2, 7), jnp.int32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.kernels import bench, bench_peers, bench_timing, layers_bench
 from bestiary.kernels.bench_cases import CORPORA, BenchError, Case, draw, needed_area, needed_work, pack, parse_shapes
 from bestiary.train import cli

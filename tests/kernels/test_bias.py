@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, relative_position_bucket, toeplitz_row
 from bestiary.kernels.bias import bucket_edges, dense_bias, dense_from_toeplitz
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.kernels.blocks import Area, Segments, bounds, needed, segments, whole
 
 QUERIES, KEYS = 4, 3

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
+
 from bestiary.kernels import BACKENDS, AlibiBias, attention, cudnn
 from bestiary.kernels.attention import _check
-from jax._src.cudnn import fused_attention_stablehlo as fused
 
 B, L, H, K, D = 2, 12, 4, 2, 16
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.kernels import hash_dropout, row_seeds
 from bestiary.kernels.hash import keep, key_words, query_words, threshold
 

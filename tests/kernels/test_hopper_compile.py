@@ -110,11 +110,12 @@ def main(folder: Path) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
     from bestiary.kernels import DenseBias, RelativeBias, hopper
     from bestiary.kernels.call import Call
     from bestiary.kernels.split import splitting
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     def devices(topology: str) -> Any:
         text = (FOLDER / "h200.txtpb").read_text()

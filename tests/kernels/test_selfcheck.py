@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.kernels import attention, selfcheck, xla
 from bestiary.kernels.attention import BACKENDS
 

@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from bestiary.kernels import hash, tpu, xla
 from bestiary.kernels.bias import DenseBias, RelativeBias, dense_from_toeplitz
 from bestiary.kernels.call import Call
@@ -14,9 +18,6 @@ from bestiary.kernels.split import splitting
 from bestiary.kernels.tpu import Blocks
 from bestiary.kernels.tpu_frame import Tiling
 from bestiary.kernels.tpu_tile import pad_row, row_part, skew, unskew
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 # The interpreter's programs are large and run once.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

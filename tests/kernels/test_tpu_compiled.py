@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from bestiary.kernels import tpu
 from bestiary.kernels.bias import DenseBias, RelativeBias
 from bestiary.kernels.call import Call
 from bestiary.kernels.split import splitting
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: nothing can be compiled for a TPU")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+
 from bestiary.kernels import AlibiBias, DenseBias, hopper, tpu, tune, tuning, tuning_table, xla
 from bestiary.kernels.bench_cases import Case
 from bestiary.kernels.bench_timing import Seconds

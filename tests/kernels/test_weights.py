@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention, attention_weights
 
 B, L, S, H, K, D = 2, 13, 17, 4, 2, 8

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.models import bert, heads, layers
 
 SMALL = bert.BertConfig(vocab_size=61, width=16, layers=2, heads=2, feed_forward=24, positions=12)

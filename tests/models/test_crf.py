@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary import models
 from bestiary.models.bert import BertConfig, BertForTokenClassification
 from bestiary.models.crf import CrfWeights, constrained, decode, legal_steps, log_likelihood

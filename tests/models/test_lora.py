@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from bestiary import models
 from bestiary.models import lora
 from bestiary.models.bert import BertConfig, BertForSequenceClassification
@@ -30,7 +32,6 @@ from bestiary.models.lora import (
 )
 from bestiary.models.tables import CheckpointError, flatten
 from bestiary.models.transformer import Transformer, TransformerConfig
-from safetensors.numpy import load_file, save_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES: Any = dict(vocab_size=23, width=8, layers=3, heads=2, feed_forward=12, positions=16, num_labels=3)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bestiary.models.parity import ParityConfig, Report, check, describe, gradient_errors, main
 from safetensors.numpy import load_file, save_file
+
+from bestiary.models.parity import ParityConfig, Report, check, describe, gradient_errors, main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = (

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from bestiary import models
 from bestiary.models.bert import Bert, BertConfig, BertForMaskedLM, BertForPreTraining
 from bestiary.models.config import ConfigError
 from bestiary.models.pretrained import load_with_report
 from bestiary.models.tables import CheckpointError, Reshaped, Transposed, flatten
-from safetensors.numpy import load_file, save_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HEADS = ["bert_pretraining", "bert_model", "bert_classification", "bert_tokens", "bert_span", "bert_choice"]

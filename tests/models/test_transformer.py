@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary import models
 from bestiary.models import heads, layers
 from bestiary.models.config import ConfigError

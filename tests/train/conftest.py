@@ -88,10 +88,11 @@ def sentence_encoder(tmp_path_factory) -> Path:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from flax import linen as nn
+
     from bestiary import models
     from bestiary.data import load_tokenizer
     from bestiary.models.bert import Bert, BertConfig
-    from flax import linen as nn
 
     folder = tmp_path_factory.mktemp("sentences") / "encoder"
     vocabulary = folder.parent / "vocab.txt"

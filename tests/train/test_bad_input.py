@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+
 from bestiary.train import checkpoint
 from bestiary.train.cli import main
 

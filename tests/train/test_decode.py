@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from bestiary import models
 from bestiary.train.decode import DecodeConfig, Generator, top_candidates
-from safetensors.numpy import load_file
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
 CASES = json.loads((FIXTURE / "generations.json").read_text())

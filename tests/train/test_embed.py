@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from bestiary import models
 from bestiary.models.config import ConfigError
 from bestiary.models.pooling import combine, mix, normalize
@@ -18,7 +20,6 @@ from bestiary.train.cli import main
 from bestiary.train.embed import ArrayFile
 from bestiary.train.errors import RunError
 from bestiary.train.features import Extractor, FeatureConfig, parse_layers, parse_pooling, windows
-from safetensors.numpy import load_file
 
 FIXTURES = Path(__file__).parent.parent / "models" / "fixtures"
 

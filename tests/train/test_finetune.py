@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.experimental.compilation_cache import compilation_cache
+
 from bestiary import models
 from bestiary.data import load_tokenizer
 from bestiary.data.examples import TrainingBatches, assemble, pack_batch
@@ -23,8 +26,6 @@ from bestiary.train.glue_task import GlueConfig, glue_task
 from bestiary.train.prediction import Predictor
 from bestiary.train.sharding import SpreadConfig, logical_specs, start_spread
 from bestiary.train.task_metrics import glue_metrics, metric
-from flax import linen as nn
-from jax.experimental.compilation_cache import compilation_cache
 
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "dull")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bestiary.train.errors import RunError
 from bestiary.train.optim import OptimConfig, decay_mask, optimizer, schedule
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
 from bestiary.train.cli import main
 from bestiary.train.features import Extractor
 from bestiary.train.probe import Head, fit_head, joined, learn_mix
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.preprocessing import StandardScaler
 
 # --- the head ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from safetensors import safe_open
+
 from bestiary import models
 from bestiary.data import load_tokenizer
 from bestiary.data.examples import assemble
@@ -17,8 +20,6 @@ from bestiary.models.bert import Bert, BertConfig
 from bestiary.train.cli import main
 from bestiary.train.squad_task import SquadTask
 from bestiary.train.tagging_task import TaggingTask, entity_scores
-from flax import linen as nn
-from safetensors import safe_open
 
 KEYS, TAILS = ("ada", "bob", "cy", "dee"), ("smith", "jones", "brown")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town", "who")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+
 from bestiary.models import layers
 from bestiary.train.errors import RunError
 from bestiary.train.sharding import MESH_AXES, RULES, mesh_sharding, parse_mesh

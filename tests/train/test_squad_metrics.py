@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+
 from bestiary.data.squad import Answer, Question, Windows
 from bestiary.train.squad_answers import best_pairs, find_answers
 from bestiary.train.squad_metrics import choose_threshold, exact, f1, metrics_v1, metrics_v2, normalised

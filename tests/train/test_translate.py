@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+
 from bestiary.data.subwords import TextForm
 from bestiary.models.transformer import TransformerConfig
 from bestiary.train.decode import DecodeConfig

@@ -517,6 +517,14 @@ def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+def evaluated(state: TrainState, ema: bool) -> Any:
+    """The parameters that are evaluated and left behind: the present ones, or their running mean."""
+    if not ema:
+        return state.params
+    mean = optax.tree.get(state.opt_state, "running_mean")  # None where a parameter does not train
+    return jax.tree.map(lambda m, p: p if m is None else m, mean, state.params, is_leaf=lambda leaf: leaf is None)
+
+
 class Evaluation:
     """The dev set's loss, and its BLEU when it is translated.
 
@@ -563,7 +571,7 @@ class Evaluation:
         return found.values
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
-        running = optax.tree.get(state.opt_state, "running_mean") if self._ema else state.params
+        running = evaluated(state, self._ema)
         meter = Meter()
         for batch in self.batches():
             meter.add(self._spread.fetch(self._step(running, self._spread.put(batch))))
@@ -682,8 +690,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     best_file = config.out / "best.safetensors"
 
     def keep_best(_: int, state: TrainState) -> None:
-        running = optax.tree.get(state.opt_state, "running_mean") if config.optim.ema else state.params
-        params = on_host(spread.leave(running))
+        params = on_host(spread.leave(evaluated(state, bool(config.optim.ema))))
         if main_process:
             write_params(best_file, params)
 
@@ -717,8 +724,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     if params is None and config.patience:
         params = read_params(best_file)
     if params is None:
-        state = fitted.state
-        params = on_host(optax.tree.get(state.opt_state, "running_mean") if config.optim.ema else state.params)
+        params = on_host(evaluated(fitted.state, bool(config.optim.ema)))
     if main_process:
         save(config.out / "model", *released(model, params), data.tokenizer)
         translations = evaluate.translate(params, config.final_beam)

@@ -132,11 +132,11 @@ class TranslateConfig:
     """Tokens of a row, on each side; several pairs share one. A pair that is longer is left out and counted."""
     too_long: Literal["drop", "refuse"] = "drop"
     """What happens to pairs that are longer than a row."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     """Target tokens of an update, padding included: rows times --row-tokens."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other, to save memory; the numbers stay the same."""
-    steps: int = 2000
+    steps: int = 1500
     """Updates, at most."""
     label_smoothing: float = 0.1
     """Share of the probability that is spread over all words."""
@@ -147,8 +147,8 @@ class TranslateConfig:
     """Of everything random."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(
-            learning_rate=2e-3,
-            warmup=400,
+            learning_rate=3e-3,
+            warmup=300,
             decay="inverse_sqrt",
             weight_decay=0.0,
             beta2=0.98,

@@ -28,7 +28,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import tuning
-from .bench_cases import BIASES, CORPORA, BenchError, Case, draw, needed_area, needed_work, parse_shapes
+from .bench_cases import (
+    BIASES,
+    CORPORA,
+    BenchError,
+    Case,
+    draw,
+    needed_area,
+    needed_work,
+    parse_shapes,
+    parse_window,
+)
 from .bench_peers import OURS, Refused, contestants, enter, first_line, known_peers
 from .bench_timing import METHOD, Ceilings, Seconds, machine, measure_ceilings, table, write, write_json
 from .tune import tune
@@ -55,6 +65,8 @@ class BenchConfig:
     """Biases to measure, separated by commas: none, relative (T5, with its table's gradient), alibi, dense."""
     causal: bool = False
     """Hide later keys."""
+    window: str = ""
+    """LEFT,RIGHT: how many keys are seen before and after the query's own place; nothing on a side: no limit there."""
     packed: str | None = None
     """Rows packed with documents of simulated lengths: wikipedia (mean 261 tokens) or short (mean 131)."""
     dropout: float = 0.0
@@ -92,8 +104,9 @@ def main(config: BenchConfig) -> int:
         return 2
     config.out.mkdir(parents=True, exist_ok=True)
     result = run(config, cases, names)
+    window = f"window-{config.window.replace(',', '-')}" if config.window else ""
     stem = config.out / "-".join(
-        filter(None, ["attention", result["chip"], config.packed or "", "causal" if config.causal else ""])
+        filter(None, ["attention", result["chip"], config.packed or "", "causal" if config.causal else "", window])
     )
     text = markdown(result)
     write_json(stem.with_name(stem.name + ".json"), result)
@@ -132,11 +145,14 @@ def plan(config: BenchConfig) -> tuple[list[Case], list[str]]:
         if peer not in known_peers():
             raise BenchError(f"--peers: expected some of {', '.join(known_peers())}, found {peer!r}")
     shapes = parse_shapes(config.shapes or default)
+    window = parse_window(config.window)
     for b, queries, keys, *_ in shapes:
         if config.packed is not None and queries != keys:
             raise BenchError(f"--shapes: packed rows attend to themselves, found {b}x{queries} queries x {keys} keys")
     cases = [
-        Case(*shape, dtype, bias, config.causal, config.packed, config.dropout) for shape in shapes for bias in biases
+        Case(*shape, dtype, bias, config.causal, config.packed, config.dropout, window)
+        for shape in shapes
+        for bias in biases
     ]
     return cases, contestants(peers)
 

@@ -48,6 +48,12 @@ class Case:
     causal: bool = False
     packed: str | None = None
     dropout: float = 0.0
+    window: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """The window with causality in it: how many keys are seen before and after the query's own place."""
+        return self.window[0], 0 if self.causal else self.window[1]
 
     @property
     def label(self) -> str:
@@ -57,6 +63,7 @@ class Case:
         extras = [
             "" if self.bias == "none" else self.bias,
             "causal" if self.causal else "",
+            "" if self.window == (None, None) else f"window {window_text(self.window)}",
             self.packed or "",
             f"dropout {self.dropout:g}" if self.dropout else "",
         ]
@@ -95,6 +102,25 @@ def parse_shapes(text: str) -> list[tuple[int, int, int, int, int, int]]:
     return shapes
 
 
+def parse_window(text: str) -> tuple[int | None, int | None]:
+    """`--window` as (left, right), None for no limit; a BenchError says what was expected."""
+    if not text:
+        return None, None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 2 or not all(re.fullmatch(r"\d*", part) for part in parts):
+        raise BenchError(
+            f"--window: expected LEFT,RIGHT (keys seen before and after the query's own place; nothing on a side for "
+            f"no limit there) or one number for both, found {text!r}"
+        )
+    left, right = (int(part) if part else None for part in (parts[0], parts[-1]))
+    return left, right
+
+
+def window_text(window: tuple[int | None, int | None]) -> str:
+    """As `--window` takes it."""
+    return ",".join("" if side is None else str(side) for side in window)
+
+
 def document_lengths(lengths: Lengths, most: int, generator: np.random.Generator) -> Iterator[int]:
     """Lengths without end, each between 1 and `most`."""
     centre = np.log(lengths.mean) - lengths.spread**2 / 2
@@ -124,13 +150,18 @@ def pack(lengths: Lengths, rows: int, row_length: int, seed: int) -> np.ndarray:
 
 def needed_area(case: Case, segment_ids: np.ndarray | None) -> int:
     """Pairs of a query and a key that attend to each other, over the batch; of one head."""
-    if segment_ids is not None:
-        lengths = np.concatenate([np.bincount(row)[1:] for row in segment_ids]).astype(np.int64)
-        return int((lengths * (lengths + 1) // 2 if case.causal else lengths**2).sum())
-    if not case.causal:
-        return case.batch * case.queries * case.keys
-    seen = np.minimum(np.arange(1, case.queries + 1, dtype=np.int64), case.keys)
-    return case.batch * int(seen.sum())
+    left, right = case.sides
+
+    def pairs(queries: int, keys: int) -> int:
+        place = np.arange(queries, dtype=np.int64)
+        first = 0 if left is None else np.maximum(place - left, 0)
+        last = keys - 1 if right is None else np.minimum(place + right, keys - 1)
+        return int(np.maximum(last - first + 1 + 0 * place, 0).sum())
+
+    if segment_ids is None:
+        return case.batch * pairs(case.queries, case.keys)
+    lengths = np.concatenate([np.bincount(row)[1:] for row in segment_ids])
+    return sum(pairs(int(length), int(length)) for length in lengths)
 
 
 class Needed(NamedTuple):

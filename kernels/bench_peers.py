@@ -99,6 +99,7 @@ def ours(name: str, case: Case, inputs: Arrays) -> Any:
         inputs.value,
         bias=bias_of(case, inputs.parameter),
         causal=case.causal,
+        window=case.window,
         query_segment_ids=inputs.segment_ids,
         key_segment_ids=inputs.segment_ids,
         implementation=name,
@@ -107,10 +108,16 @@ def ours(name: str, case: Case, inputs: Arrays) -> Any:
 
 
 def _dense(case: Case, inputs: Arrays) -> dict[str, Any]:
-    """Bias and mask written out, for those who know nothing else. Padding sees padding, so that no row is empty."""
+    """Bias and mask written out, for those who know nothing else. Padding sees padding, so that no row is empty.
+
+    With the window, as jax.nn and tokamax take it.
+    """
     bias = bias_of(case, inputs.parameter)
     ids = inputs.segment_ids
+    windowed = case.window != (None, None)
+    far = case.queries + case.keys  # no limit
     return {
+        "local_window_size": tuple(far if side is None else side for side in case.window) if windowed else None,
         "bias": None if bias is None else dense_bias(bias, case.queries, case.keys).astype(case.dtype),
         "mask": None if ids is None else (ids[:, :, None] == ids[:, None, :])[:, None],
     }
@@ -152,7 +159,11 @@ def splash(case: Case, inputs: Arrays, interpret: bool = False) -> Any:
 
     # Its default of 128 is slow; the largest block of up to 512 that divides the length is how it is used.
     q, k = (next(size for size in (512, 256, 128) if length % size == 0) for length in (case.queries, case.keys))
-    mask = (masks.CausalMask if case.causal else masks.FullMask)((case.queries, case.keys))
+    shape = case.queries, case.keys
+    if case.window == (None, None):
+        mask = (masks.CausalMask if case.causal else masks.FullMask)(shape)
+    else:
+        mask = masks.LocalMask(shape, window_size=case.sides, offset=0)
     make: Any = kernel.make_splash_mha
     run = make(
         masks.MultiHeadMask([mask] * case.heads),
@@ -228,15 +239,16 @@ class TorchRunner:
         query, key, value, *parameter = parts
         mask = None if ids is None else (ids[:, :, None] == ids[:, None, :])[:, None]
         causal = case.causal
+        windowed = case.window != (None, None)
+        if windowed or (causal and (parameter or mask is not None)):  # It takes a mask or causality, not both.
+            left, right = case.sides
+            seen = torch.ones(case.queries, case.keys, dtype=torch.bool, device=self.device)
+            seen = seen if left is None else seen.triu(-left)
+            seen = seen if right is None else seen.tril(right)
+            mask, causal = seen if mask is None else mask & seen, False
         if parameter:
             bias = self._bias(parameter[0]).to(query.dtype)
-            if causal:
-                seen = torch.ones(case.queries, case.keys, dtype=torch.bool, device=self.device).tril()
-                mask, causal = seen if mask is None else mask & seen, False
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        elif mask is not None and causal:
-            mask = mask & torch.ones(case.queries, case.keys, dtype=torch.bool, device=self.device).tril()
-            causal = False
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=case.heads != case.key_heads
         )

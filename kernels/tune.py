@@ -203,7 +203,7 @@ def call_of(case: Case, inputs: Arrays) -> Call:
         key_segment_ids=inputs.segment_ids,
         dropout_seeds=seeds,
         causal=case.causal,
-        window=(None, None),
+        window=case.window,
         scale=1 / math.sqrt(case.size),
         softcap=None,
         dropout_rate=case.dropout,
@@ -351,7 +351,7 @@ def compile_(job: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    name, case = job["chip"], Case(**job["case"])
+    name, case = job["chip"], Case(**job["case"] | {"window": tuple(job["case"]["window"])})
     if name in GPUS:
         target = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
     else:

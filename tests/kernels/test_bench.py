@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from bestiary.kernels import bench, bench_peers, bench_timing, layers_bench
-from bestiary.kernels.bench_cases import CORPORA, BenchError, Case, draw, needed_area, needed_work, pack, parse_shapes
+from bestiary.kernels.bench_cases import (
+    CORPORA,
+    BenchError,
+    Case,
+    draw,
+    needed_area,
+    needed_work,
+    pack,
+    parse_shapes,
+    parse_window,
+)
 from bestiary.train import cli
 
 CASE = Case(2, 6, 6, 4, 2, 8, "float32")
@@ -36,11 +46,22 @@ def test_shapes_that_do_not_fit(text):
         ({"causal": True, "keys": 4}, None, 2 * (1 + 2 + 3 + 4 + 4 + 4)),
         ({}, [[1, 1, 1, 2, 0, 0], [1, 2, 2, 2, 2, 2]], 9 + 1 + 1 + 25),
         ({"causal": True}, [[1, 1, 1, 2, 0, 0], [0, 0, 0, 0, 0, 0]], 6 + 1),
+        ({"window": (1, 0)}, None, 2 * (1 + 5 * 2)),
+        ({"window": (None, 1)}, None, 2 * (2 + 3 + 4 + 5 + 6 + 6)),
+        ({"window": (1, 2), "causal": True, "keys": 4}, None, 2 * (1 + 3 * 2 + 1)),
+        ({"window": (1, 0)}, [[1, 1, 1, 2, 0, 0], [0, 0, 0, 0, 0, 0]], 1 + 2 + 2 + 1),
     ],
 )
 def test_needed_area_is_the_pairs_that_attend(change, ids, area):
     case = dataclasses.replace(CASE, **change)
     assert needed_area(case, None if ids is None else np.array(ids, np.int32)) == area
+
+
+@pytest.mark.parametrize(
+    ("text", "window"), [("", (None, None)), ("7", (7, 7)), ("7,", (7, None)), (",0", (None, 0)), ("3, 4", (3, 4))]
+)
+def test_window(text, window):
+    assert parse_window(text) == window
 
 
 def test_needed_work_by_hand():
@@ -160,6 +181,7 @@ def test_the_share_of_the_ceiling_is_of_the_longer_time():
         (["--bias", "none,rotary"], "--bias: expected some of none, relative, alibi, dense, found 'rotary'"),
         (["--packed", "wiki"], "--packed: expected one of wikipedia, short, found 'wiki'"),
         (["--peers", "flash"], "--peers: expected some of all, none, jax.nn"),
+        (["--window", "3,x"], "--window: expected LEFT,RIGHT"),
         (["--dropout", "1.5"], "--dropout: expected a rate in [0, 1), found 1.5"),
         (["--chip", "h200"], "--chip: only with --tune"),
         (["--tune"], "--tune: no chip here; name one to compile for, --chip h100|h200|v4"),

@@ -41,7 +41,7 @@ def read_swag(path: Path, *, labelled: bool = True) -> list[Choice]:
     Raises:
         DataError: a column is missing, a row has too few fields, a label is not one; with file and line.
     """
-    reader = csv.reader(io.StringIO(read_text(path, "utf-8"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -77,7 +77,7 @@ def read_codah(path: Path, *, labelled: bool = True) -> list[Choice]:
     """
     questions = []
     fields = CHOICES + 2 + labelled
-    for number, line in enumerate(read_lines(path, "utf-8"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -14,12 +14,17 @@ CHUNK_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".zst")
 
 
-def decoded_chunks(path: Path, encoding: str, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def decoded_chunks(
+    path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[str]:
     """The text of a file, chunk by chunk; `.gz` and `.zst` are decompressed. A byte order mark is dropped.
 
+    `encoding` is what the user may choose by a flag of that name; None is UTF-8, of formats that are always in it.
     `on_bytes` hears how many bytes of the file itself each step has read. Raises `CorpusError` for bytes that are not
     `encoding`, an unknown encoding, and compressed data that is damaged or ends early.
     """
+    remedy = "Convert the file to UTF-8." if encoding is None else "Convert the file, or pass --encoding."
+    encoding = encoding or "utf-8"
     try:
         decoder = codecs.getincrementaldecoder(_with_mark_dropped(encoding))("strict")
     except LookupError:
@@ -34,9 +39,7 @@ def decoded_chunks(path: Path, encoding: str, on_bytes: Callable[[int], None] = 
                 line, column = line + before.count("\n"), 1
             column += len(before) - (before.rfind("\n") + 1)
             found = f"byte 0x{error.object[error.start]:02x} at column {column}"
-            raise CorpusError(
-                f"{path}, line {line}: not {_display_name(encoding)} ({found}). Convert the file, or pass --encoding."
-            ) from None
+            raise CorpusError(f"{path}, line {line}: not {_display_name(encoding)} ({found}). {remedy}") from None
         breaks = text.count("\n")
         if breaks:
             line, column = line + breaks, 1
@@ -45,12 +48,14 @@ def decoded_chunks(path: Path, encoding: str, on_bytes: Callable[[int], None] = 
             yield text
 
 
-def read_text(path: Path, encoding: str, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+def read_text(path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None) -> str:
     """The whole text of a file, with `\\n` line ends. Errors as in `decoded_chunks`."""
     return "".join(decoded_chunks(path, encoding, on_bytes)).replace("\r\n", "\n")
 
 
-def read_lines(path: Path, encoding: str, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def read_lines(
+    path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[str]:
     """The lines of a file without their ends (`\\n` or `\\r\\n`), in constant memory. Errors as in `decoded_chunks`."""
     rest = ""
     for chunk in decoded_chunks(path, encoding, on_bytes):

@@ -75,14 +75,14 @@ def read_table(
 
 
 def _tab_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(read_lines(path, "utf-8"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             yield number, line.split("\t")
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.reader((f"{line}\n" for line in read_lines(path, "utf-8")), strict=True)
+    reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True)
     number = 1
     try:
         for record in reader:
@@ -119,7 +119,7 @@ def _records(
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_lines(path, "utf-8"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -159,7 +159,7 @@ def read_conllu(path: Path, *, column: PartOfSpeech = "upos", labelled: bool = T
 def _blocks(path: Path, *, comments: bool = False) -> Iterator[list[tuple[int, list[str]]]]:
     """The lines between blank ones, as (line's number, its fields)."""
     block: list[tuple[int, list[str]]] = []
-    for number, line in enumerate(read_lines(path, "utf-8"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         # Only these two are blank: a no-break space or an ideographic one may be a word.
         stripped = line.strip(" \t")
         if not stripped:

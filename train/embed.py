@@ -86,7 +86,7 @@ def lines_of(path: Path | None) -> Iterator[str]:
     if path is not None:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file.")
-        yield from read_lines(path, "utf-8")
+        yield from read_lines(path)
         return
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:

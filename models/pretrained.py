@@ -105,7 +105,8 @@ def load(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        CheckpointError: another family, a pickle, tensors that do not fit; ConfigError: settings not implemented.
+        CheckpointError: another family, or one without this head, a pickle, tensors that do not fit; ConfigError:
+            settings not implemented.
     """
     loaded, report = load_with_report(folder, head=head, num_labels=num_labels, seed=seed, **changes)
     if report.initialised:
@@ -127,6 +128,9 @@ def load_with_report(
     folder = Path(folder)
     stored = read_config(folder)
     family = family_of(stored, folder)
+    if head is not None and not any(a.head == head for a in family.ARCHITECTURES):
+        name, known = family.__name__.rpartition(".")[2], ", ".join(dict.fromkeys(a.head for a in family.ARCHITECTURES))
+        raise CheckpointError(f"{folder}: a checkpoint of {name}; head: expected one of {known}, found {head!r}")
     config = family.config_from_json(stored)
     if num_labels is not None and num_labels != config.num_labels:
         changes = {"num_labels": num_labels, "label_names": None, **changes}
@@ -303,9 +307,6 @@ def _fits(family: Any, architecture: Architecture, config: Any, tensors: "Tensor
 def _architecture_for(family: Any, head: str, config: Any, tensors: "Tensors") -> Architecture:
     """The architecture with this head; where there are several, the one that misses fewest tensors."""
     candidates = [a for a in family.ARCHITECTURES if a.head == head]
-    if not candidates:
-        known = ", ".join(dict.fromkeys(a.head for a in family.ARCHITECTURES))
-        raise ValueError(f"head: expected one of {known}, found {head!r}")
     return min(candidates, key=lambda a: len(family.checkpoint_table(a.build(config)).place(tensors.shapes).missing))
 
 

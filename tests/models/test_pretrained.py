@@ -288,6 +288,8 @@ def test_a_head_needs_the_whole_encoder(tmp_path: Path) -> None:
         assert name in str(caught.value)
     with pytest.raises(ValueError, match=r"head: expected one of encoder, pretraining.*found 'poetry'"):
         models.load(source, head="poetry")
+    with pytest.raises(CheckpointError, match=r"a checkpoint of marian; head: expected one of translation, found"):
+        models.load(FIXTURES / "marian_translation", head="classification", num_labels=2)
 
 
 def test_a_folder_that_calls_itself_less_than_it_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

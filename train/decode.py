@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .errors import RunError
+
 LOW = -1.0e9
 """A score that nothing real has; finite, so that sums with it are never NaN. The reference's."""
 NOTHING = -1.0e6
@@ -84,24 +86,24 @@ class DecodeConfig:
         self._at_least(1, "beam", "max_length", "n_best", "diverse_groups")
         self._at_least(0, "min_length", "top_k", "no_repeat_ngram", "coverage_penalty")
         if self.min_length >= self.max_length:
-            raise ValueError(f"min_length: expected less than max_length {self.max_length}, found {self.min_length}")
+            raise RunError(f"min_length: expected less than max_length {self.max_length}, found {self.min_length}")
         if not self.temperature > 0 or not self.repetition_penalty > 0:
-            raise ValueError("temperature and repetition_penalty: expected numbers above 0")
+            raise RunError("temperature and repetition_penalty: expected numbers above 0")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number above 0 and at most 1, found {self.top_p}")
+            raise RunError(f"top_p: expected a number above 0 and at most 1, found {self.top_p}")
         if self.beam % self.diverse_groups:
-            raise ValueError(f"diverse_groups: expected a divisor of beam {self.beam}, found {self.diverse_groups}")
+            raise RunError(f"diverse_groups: expected a divisor of beam {self.beam}, found {self.diverse_groups}")
         if self.sample and self.beam > 1:
-            raise ValueError("sample: draws independent outputs, so beam must be 1; n_best says how many")
+            raise RunError("sample: draws independent outputs, so beam must be 1; n_best says how many")
         if not self.sample and self.n_best > self.beam:
-            raise ValueError(f"n_best: expected at most beam {self.beam}, found {self.n_best}")
+            raise RunError(f"n_best: expected at most beam {self.beam}, found {self.n_best}")
         if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ValueError("temperature, top_k and top_p change what is drawn; they need sample")
+            raise RunError("temperature, top_k and top_p change what is drawn; they need sample")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+                raise RunError(f"{name}: expected at least {least}, found {getattr(self, name)}")
 
     @property
     def searches(self) -> bool:
@@ -572,18 +574,18 @@ class Generator:
         """Args: model: with a method `steps()`; params: its parameters, unboxed; rows: sentences searched at a time.
 
         Raises:
-            ValueError: an output would be longer than the model has positions, or a token that it does not have.
+            RunError: an output would be longer than the model has positions, or a token that it does not have.
         """
         if rows < 1:
-            raise ValueError(f"rows: expected at least 1, found {rows}")
+            raise RunError(f"rows: expected at least 1, found {rows}")
         self.config = config
         self.rows = rows
         self.positions: int = model.config.positions
         if config.max_length > self.positions:
-            raise ValueError(f"max_length {config.max_length}: the model has {self.positions} positions")
+            raise RunError(f"max_length {config.max_length}: the model has {self.positions} positions")
         words = model.config.target_words
         if any(not 0 <= token < words for token in config.suppressed):
-            raise ValueError(f"suppressed: expected tokens from 0 to {words - 1}, found {config.suppressed}")
+            raise RunError(f"suppressed: expected tokens from 0 to {words - 1}, found {config.suppressed}")
         self._searcher = Searcher(model.steps(), config)
         self._params = jax.device_put(params)
 
@@ -612,16 +614,16 @@ class Generator:
             `n_best` hypotheses for each source, best first (fewer where there are not so many); drawn ones as drawn.
 
         Raises:
-            ValueError: an empty source, or one longer than the model has positions, by its number.
+            RunError: an empty source, or one longer than the model has positions, by its number.
         """
         prefixes = [()] * len(sources) if prefixes is None else prefixes
         if len(prefixes) != len(sources):
-            raise ValueError(f"{len(sources)} sources, but {len(prefixes)} prefixes")
+            raise RunError(f"{len(sources)} sources, but {len(prefixes)} prefixes")
         for number, (source, prefix) in enumerate(zip(sources, prefixes, strict=True)):
             if not 0 < len(source) <= self.positions:
-                raise ValueError(f"source {number}: expected 1 to {self.positions} tokens, found {len(source)}")
+                raise RunError(f"source {number}: expected 1 to {self.positions} tokens, found {len(source)}")
             if len(prefix) + self.config.max_length > self.positions:
-                raise ValueError(
+                raise RunError(
                     f"prefix {number}: {len(prefix)} tokens and max_length {self.config.max_length} more do not fit"
                     f" the model's {self.positions} positions"
                 )

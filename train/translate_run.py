@@ -128,16 +128,13 @@ class Translator:
         positions = model.config.positions
         self.longest = min(positions, longest or positions)
         self.findings, self.lines = Findings(), 0
-        try:
-            # Padding is never written, as in the reference's generation settings of Marian.
-            decode = self.decode = dataclasses.replace(
-                decode,
-                max_length=min(decode.max_length, positions),
-                suppressed=(*decode.suppressed, tokenizer.target.pad_id),
-            )
-            self.generator = Generator(model, params, decode, rows=rows)
-        except ValueError as error:
-            raise RunError(str(error)) from None
+        # Padding is never written, as in the reference's generation settings of Marian.
+        decode = self.decode = dataclasses.replace(
+            decode,
+            max_length=min(decode.max_length, positions),
+            suppressed=(*decode.suppressed, tokenizer.target.pad_id),
+        )
+        self.generator = Generator(model, params, decode, rows=rows)
 
     def translate(self, lines: Iterable[str]) -> list[list[Translation]]:
         """The translations of each line, the best first; in the order of the lines.

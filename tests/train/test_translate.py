@@ -376,7 +376,8 @@ def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_p
 def test_the_command_says_in_one_line_what_is_wrong(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert cli(["translate", "run", "--model", "nowhere", "--beam", "1", *flags]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bestiary: ") and message in line
+    assert line.startswith("bestiary: ")
+    assert message in line
 
 
 def test_held_out_pairs_share_no_source(folder: Path):

@@ -71,7 +71,7 @@ def read_squad(
             without an answer, or one that is not in its context, with the question's id.
     """
     try:
-        document = json.loads(read_text(path, "utf-8"))
+        document = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}).") from None
     questions: list[Question] = []
@@ -192,8 +192,8 @@ class Windows:
     """W arrays [tokens of the context] bool: of the windows with this token, this one shows most around it"""
     cut_tokens: int = 0
     """tokens of questions that were beyond `max_question`"""
-    answers_outside: int = 0
-    """answers that no window holds as a whole, or that the tokenizer has no token for"""
+    unheld: list[int] = field(default_factory=list)
+    """numbers of the questions whose answer no window holds as a whole, or the tokenizer has no token for"""
 
 
 def make_windows(
@@ -248,7 +248,8 @@ def make_windows(
             held |= inside
             for places, token in zip((windows.first, windows.last), answer or (0, 0), strict=True):
                 places.append(len(head) + token - start if inside else 0)
-        windows.answers_outside += bool(question.answers) and not held
+        if question.answers and not held:
+            windows.unheld.append(number)
     return windows
 
 

@@ -369,8 +369,10 @@ def encode_data(
 
     for note in data.notes:
         progress.line(note)
+    features = encode("train", train)
+    task.check(features, train)
     return EncodedData(
-        encode("train", train),
+        features,
         {name: (examples, encode(name, examples)) for name, examples in data.evaluation.items()},
         {name: (examples, encode(name, examples)) for name, examples in data.prediction.items()},
     )
@@ -526,11 +528,12 @@ def describe(
     training = [
         leaf for leaf, here in zip(jax.tree.leaves(params), jax.tree.leaves(learner.trains), strict=True) if here
     ]
-    area = features.unit_lengths.mean() * config.batch_size
+    examples = min(config.batch_size, features.units)
+    area = features.unit_lengths.mean() * examples
     rows = " or ".join(map(str, shapes.rows))
     devices = jax.devices()
     progress.line(
-        f"a step: {config.batch_size} examples in {rows} rows of {shapes.length} tokens, about "
+        f"a step: {examples} examples in {rows} rows of {shapes.length} tokens, about "
         f"{area / (shapes.rows[-1] * shapes.length):.0%} full"
     )
     progress.line(

@@ -92,9 +92,25 @@ class SquadTask(PlainTask):
             truncated=windows.cut_tokens,
         )
         fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
-        if windows.answers_outside:
-            fields["note"] = f"{windows.answers_outside:,} answers that no window holds"
+        if windows.unheld:
+            fields["note"] = f"{len(windows.unheld):,} answers that no window holds"
         return SquadFeatures(**fields, windows=windows)
+
+    def check(self, features: Features, examples: Sequence[Question]) -> None:
+        """Refuse answers that no window holds, unless bad answers may be passed over."""
+        assert isinstance(features, SquadFeatures)
+        unheld = features.windows.unheld
+        if not unheld or self.skip_bad_answers:
+            return
+        question = examples[unheld[0]]
+        text = question.answers[0].text
+        shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
+        raise DataError(
+            f"{len(unheld):,} of {len(examples):,} questions to train on have an answer that no window holds, as "
+            f'question "{question.key}": {shown}, {len(text):,} characters. Raise --max-length (it is '
+            f"{self.max_length}), lower --doc-stride (it is {self.doc_stride}), or pass --skip-bad-answers: their "
+            "windows are then learnt as without an answer."
+        )
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
         return apply_tokens(model, params, batch, **kwargs)
@@ -258,7 +274,8 @@ class SquadConfig:
     """For version 2.0: a question has no answer where the score for that is so much above the best span's. None: the
     value with the best F1 on the evaluation data."""
     skip_bad_answers: bool = False
-    """Leave out questions to train on whose answer is not in their context where the file says, instead of ending."""
+    """Instead of ending: leave out questions to train on whose answer is not in their context where the file says, and
+    take the windows of those whose answer none of them holds as without one."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: FinetuneConfig(model=tyro.MISSING, out=tyro.MISSING, max_length=384, epochs=2.0)
     )

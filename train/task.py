@@ -73,6 +73,10 @@ class Task(Protocol):
         """The features of examples, with their labels as fields; zeros where there are none."""
         ...
 
+    def check(self, features: Features, examples: Sequence[Any]) -> None:
+        """As in `PlainTask`."""
+        ...
+
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
         """What the model says of a batch; `kwargs` are deterministic= and rngs=."""
         ...
@@ -123,6 +127,9 @@ class Task(Protocol):
 
 class PlainTask:
     """What few tasks have of their own; the others inherit these."""
+
+    def check(self, features: Features, examples: Sequence[Any]) -> None:
+        """Raise DataError for examples that cannot be trained on, where only their features tell."""
 
     @property
     def rates(self) -> Mapping[str, float]:

@@ -131,6 +131,21 @@ def test_bad_answers_are_refused_before_training(encoder, tmp_path, capsys):
     assert "leave no room for the context" in refused(capsys, *command, "--skip-bad-answers", "--max-question", "22")
 
 
+def test_an_answer_beyond_the_windows_is_refused_before_training(encoder, tmp_path, capsys):
+    context = " ".join(PLAIN * 3)
+    entry = {"id": "long", "question": "who", "answers": [{"text": context, "answer_start": 0}]}
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [entry]}]}]}))
+    command = (
+        "finetune", "squad", "--data", str(train), "--eval-data", str(train), "--model", str(encoder),
+        "--out", str(tmp_path / "run"), "--steps", "1", *FAST, *WINDOWS,
+    )  # fmt: skip
+    said = refused(capsys, *command)
+    assert "1 of 1 questions to train on have an answer that no window holds" in said
+    assert 'question "long"' in said
+    assert not (tmp_path / "run").exists()
+
+
 def squad_task() -> SquadTask:
     return SquadTask("squad", 24, 8, 4, 4, 5, None, False)
 

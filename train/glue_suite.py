@@ -8,6 +8,7 @@ Each run has a folder of its own, `OUT/TASK/seed-N`, and goes on where it was wh
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +16,10 @@ from typing import Annotated, Any
 import tyro
 
 from ..data.glue import FINETUNED, GLUE, has_split
+from ..models.pretrained import read_config
 from .errors import RunError
 from .finetune import FinetuneConfig
-from .glue_task import GlueConfig, GlueName
+from .glue_task import GlueConfig, GlueName, glue_data, glue_task
 from .glue_task import main as finetune_one
 from .run_folder import write_json, write_text
 
@@ -87,9 +89,26 @@ def _start(config: GlueSuiteConfig, task: str, seed: int) -> Path:
     return config.mnli_model or config.run.model
 
 
+def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
+    """Read every task's data and every model's config.json, so that nothing bad shows up after hours.
+
+    Args:
+        runs: in order.
+        to_come: models that the runs themselves make.
+
+    Raises:
+        DataError: with file and line. FileNotFoundError, ConfigError: no checkpoint folder.
+    """
+    for run in {run.task: run for run in runs}.values():
+        glue_data(glue_task(run.task, run.run.max_length), run.data, run.diagnostic)
+    for model in {run.run.model for run in runs} - to_come:
+        read_config(model)
+
+
 def main(config: GlueSuiteConfig) -> int:
     """`bestiary finetune glue`; returns the exit status."""
     runs = planned(config)
+    check(runs, {run.run.out / "model" for run in runs})
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         print(f"--- {run.task}, seed {run.run.seed}")
@@ -99,7 +118,7 @@ def main(config: GlueSuiteConfig) -> int:
             return status
         found.setdefault(run.task, []).append(json.loads(results.read_text()))
     rows = [row for task, results in found.items() for row in table_rows(task, results)]
-    scores = [statistics.fmean(_first(result)["score"] for result in results) for results in found.values()]
+    scores = [statistics.fmean(task_score(task, result) for result in results) for task, results in found.items()]
     table = "\n".join([
         f"| task | metric | mean of {len(config.seeds)} | each |",
         "| --- | --- | --- | --- |",
@@ -126,5 +145,7 @@ def table_rows(task: str, results: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def _first(result: dict[str, Any]) -> dict[str, float]:
-    return next(iter(result["metrics"].values()))
+def task_score(task: str, result: dict[str, Any]) -> float:
+    """A task's part of GLUE's score: the mean over its development sets that are there, of which MNLI has two."""
+    metrics = result["metrics"]
+    return statistics.fmean(metrics[split]["score"] for split in GLUE[task].evaluation if split in metrics)

@@ -21,7 +21,7 @@ from bestiary.models.tables import flatten
 from bestiary.train import finetune
 from bestiary.train.cli import main
 from bestiary.train.finetune import FinetuneConfig, layer_rates
-from bestiary.train.glue_suite import GlueSuiteConfig, planned
+from bestiary.train.glue_suite import GlueSuiteConfig, planned, task_score
 from bestiary.train.glue_task import GlueConfig, glue_task
 from bestiary.train.prediction import Predictor
 from bestiary.train.sharding import SpreadConfig, logical_specs, start_spread
@@ -378,6 +378,27 @@ def test_several_tasks_make_one_table(encoder, sst2, finetuned, tmp_path, capsys
     assert f"| sst2 | accuracy | {score:.4f} | {score:.4f} |" in table
     assert f"| all | mean of the tasks' scores | {score:.4f} | |" in table
     assert json.loads((tmp_path / "results.json").read_text())["score"] == score
+
+
+def test_a_suite_with_anything_bad_does_not_begin(encoder, sst2, tmp_path, capsys):
+    arguments = ["finetune", "glue", "--model", str(encoder), "--tasks", "sst2", "rte", "--out", str(tmp_path / "runs")]
+    data = tmp_path / "glue"
+    shutil.copytree(sst2, data / "SST-2")
+    (data / "RTE").mkdir()
+    for split, label in (("train", "entailment"), ("dev", "perhaps")):
+        rows = f"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t{label}\n"
+        (data / "RTE" / f"{split}.tsv").write_text(rows)
+    assert main([*arguments, "--data", str(data)]) == 1
+    assert "RTE/dev.tsv, line 2: the label 'perhaps' is not in the label set" in capsys.readouterr().err
+    (data / "RTE" / "dev.tsv").write_text((data / "RTE" / "train.tsv").read_text())
+    assert main([*arguments, "--data", str(data), "--mnli-model", str(tmp_path / "none")]) == 1
+    assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_score_of_mnli_is_the_mean_of_both_sets():
+    metrics = {"dev_matched": {"score": 0.5}, "dev_mismatched": {"score": 0.75}, "ax": {"score": 0.0}}
+    assert task_score("mnli", {"metrics": metrics}) == 0.625
 
 
 def test_mnli_comes_first_where_others_start_from_it(encoder, tmp_path):

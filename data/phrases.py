@@ -76,12 +76,12 @@ def phrase_pairs(split: Split, languages: tuple[str, str] = ("en", "de"), count:
         if len(pairs) == wanted:
             break
         say = make.phrase(index)
-        source = say(languages[0])
+        source, target = (_typed(say(language)) for language in languages)
         digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") % HELD_OUT == 0
         if held_out == (split == "held-out") and source not in seen:
             seen.add(source)
-            pairs.append(Pair(source, say(languages[1]), len(pairs) + 1))
+            pairs.append(Pair(source, target, len(pairs) + 1))
     return pairs
 
 
@@ -188,6 +188,11 @@ class _Phrases:
 
         number, unit = _number(draw), _pick(self.units, draw)
         return lambda language: format_unit(number, unit, locale=self.locales[language])
+
+
+def _typed(text: str) -> str:
+    """With plain spaces, where CLDR has some that do not break or are narrow."""
+    return " ".join(text.split())
 
 
 def _number(draw: Draw) -> float | int:

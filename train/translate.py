@@ -236,15 +236,14 @@ def read_texts(config: TranslateConfig) -> Texts:
 
         dev = phrase_pairs("held-out", config.languages)[: config.dev_pairs]
         train = phrase_pairs("train", config.languages)
-        name = f"embedded phrases {config.languages} {len(train)}"
-        return Texts(lambda: train, dev, hashlib.sha256(name.encode()).hexdigest(), "embedded phrases", list)
+        return Texts(lambda: train, dev, fingerprint(train), "embedded phrases", list)
     options["empty"] = "drop"
     text = ParallelText([str(path) for path in given if path is not None], **options)
-    fingerprint, described = text.fingerprint, str(text)
+    described = str(text)
     if config.dev:
         options |= {"empty": "keep", "split": "validation"}
         dev = list(ParallelText(config.dev, **options))
-        return Texts(lambda: text, dev, fingerprint, described, lambda: list(text.findings))
+        return Texts(lambda: text, dev, text.fingerprint, described, lambda: list(text.findings))
     counted = sum(1 for _ in text)
 
     def held_out(pair: Pair) -> bool:
@@ -257,10 +256,15 @@ def read_texts(config: TranslateConfig) -> Texts:
     return Texts(
         lambda: (pair for pair in text if not held_out(pair)),
         dev,
-        f"{fingerprint} without {config.dev_pairs}",
+        f"{text.fingerprint} without {config.dev_pairs}",
         described,
         lambda: list(text.findings),
     )
+
+
+def fingerprint(pairs: Iterable[Pair]) -> str:
+    """A hash of what pairs say."""
+    return hashlib.sha256(repr([(pair.source, pair.target) for pair in pairs]).encode()).hexdigest()
 
 
 class Data(NamedTuple):
@@ -291,8 +295,7 @@ def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
         tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
     store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
     train = store(texts.train, fingerprint=texts.fingerprint, as_text=bool(config.sample_subwords), notes=texts.notes)
-    dev_name = hashlib.sha256(repr([(pair.source, pair.target) for pair in texts.dev]).encode()).hexdigest()
-    dev_store = store(lambda: (pair for pair in texts.dev if pair.source and pair.target), fingerprint=dev_name)
+    dev_store = store(lambda: (pair for pair in texts.dev if pair.source and pair.target), fingerprint=fingerprint(texts.dev))
     if jax.process_index() == 0 and jax.process_count() > 1:
         multihost_utils.sync_global_devices("data_prepared")
     for line in (*describe_pairs(train, texts.described), *describe_pairs(dev_store, "dev")):

@@ -134,6 +134,7 @@ def test_phrases_are_two_languages_and_disjoint():
     text = "\n".join(f"{pair.source} | {pair.target}" for pair in train)
     for sample in ("1st quarter", "1. Quartal", " ago", "vor ", "March", "März", "euros | ", "Kilometer"):
         assert sample in text
+    assert not set(text) & {"\u00a0", "\u202f"}  # spaces that nobody types, and SentencePiece does not tell apart
     french = phrase_pairs("train", ("en", "fr"), count=50)
     assert [pair.source for pair in french][:5] != [pair.target for pair in french][:5]
     with pytest.raises(DataError, match="CLDR"):

@@ -295,7 +295,8 @@ def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
         tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
     store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
     train = store(texts.train, fingerprint=texts.fingerprint, as_text=bool(config.sample_subwords), notes=texts.notes)
-    dev_store = store(lambda: (pair for pair in texts.dev if pair.source and pair.target), fingerprint=fingerprint(texts.dev))
+    kept = [pair for pair in texts.dev if pair.source and pair.target]
+    dev_store = store(lambda: kept, fingerprint=fingerprint(texts.dev))
     if jax.process_index() == 0 and jax.process_count() > 1:
         multihost_utils.sync_global_devices("data_prepared")
     for line in (*describe_pairs(train, texts.described), *describe_pairs(dev_store, "dev")):

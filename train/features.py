@@ -70,7 +70,7 @@ class FeatureConfig:
     """What a text's vector is made of: cls (its first token), mean, max or mean_sqrt_len (over its tokens), several
     with commas side by side; or token: no pooling. None: what the folder says, else mean."""
     normalize: Annotated[bool | None, YES_OR_NO] = None
-    """Divide each vector by its length. Default: what the folder says."""
+    """Divide each vector by its length. Default: what the folder says; tokens' vectors stay as they are."""
     max_length: int | None = None
     """Tokens of a text, special ones included; what is longer is cut. None: what the folder says, else what the model
     takes."""
@@ -230,12 +230,15 @@ def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: 
     length = min(folder.max_length or limit, limit) if config.max_length is None else config.max_length
     if not 3 <= length <= limit:
         raise RunError(f"--max-length {length}: expected 3 to {limit}, the positions of this model.")
+    pooling = folder.pooling if config.pooling is None else parse_pooling(config.pooling)
+    # A folder's normalisation comes after its pooling: sentence-transformers leaves vectors of tokens as they are too.
+    normalized = folder.normalize and bool(pooling) if config.normalize is None else config.normalize
     return Settings(
         folder.encoder,
         layers,
         None if apart else config.combine if len(layers) > 1 else "sum",
-        folder.pooling if config.pooling is None else parse_pooling(config.pooling),
-        folder.normalize if config.normalize is None else config.normalize,
+        pooling,
+        normalized,
         length,
         folder.lowercase,
         folder.prompt if config.prompt is None else config.prompt,

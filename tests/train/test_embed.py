@@ -75,7 +75,7 @@ def test_vectors_of_tokens_say_where_each_line_begins(sentence_encoder, made_up,
     monkeypatch.setattr("bestiary.train.features.WINDOW_TEXTS", 4)
     texts = made_up(10, seed=2)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    flags = ["--pooling", "token", "--normalize", "no", "--layers=0,2", "--combine", "concat"]
+    flags = ["--pooling", "token", "--layers=0,2", "--combine", "concat"]
     files = ["--input", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "tokens.npz")]
     assert main(["embed", "--model", str(sentence_encoder), *flags, *files]) == 0
     with np.load(tmp_path / "tokens.npz") as found:

@@ -254,7 +254,7 @@ def _check(
         key_segment_ids=key_segment_ids,
         dropout_seeds=seeds,
         causal=bool(causal),
-        window=_check_window(window),
+        window=_check_window(window, q_len, k_len),
         scale=1 / math.sqrt(size) if scale is None else _check_number("scale", scale),
         softcap=None if softcap is None else _check_number("softcap", softcap, positive=True),
         dropout_rate=rate,
@@ -289,13 +289,20 @@ def _check_bias(bias: Bias | None, scores: tuple[int, int, int, int]) -> Bias | 
     return bias
 
 
-def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+def _check_window(
+    window: tuple[int | None, int | None] | None, queries: int, keys: int
+) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     sides = tuple(window) if isinstance(window, tuple | list) else ()
     if len(sides) != 2 or any(side is not None and not (isinstance(side, int) and side >= 0) for side in sides):
         raise ValueError(f"window: expected (left, right), each an integer >= 0 or None for no limit, found {window!r}")
-    return sides
+    left, right = sides
+    # A side that reaches past the row is no limit, and the backends add to the others in int32.
+    return (
+        None if left is None or left >= queries - 1 else left,
+        None if right is None or right >= keys - 1 else right,
+    )
 
 
 def _check_number(name: str, value: float, *, positive: bool = False) -> float:

@@ -96,12 +96,9 @@ def run(call: Call) -> tuple[Array, Array]:
 
 
 def _limits(call: Call) -> tuple[int | None, int | None]:
-    """The window as it is within the rows: a limit that no pair of tokens exceeds is none."""
+    """How far a query sees before and after its own place."""
     left, right = call.window
-    right = 0 if call.causal else right
-    left = None if left is not None and left >= call.query.shape[1] - 1 else left
-    right = None if right is not None and right >= call.key.shape[1] - 1 and not call.causal else right
-    return left, right
+    return left, 0 if call.causal else right
 
 
 @dataclasses.dataclass(frozen=True)

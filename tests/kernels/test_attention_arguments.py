@@ -99,6 +99,13 @@ def test_a_traced_scale_is_refused():
         jax.eval_shape(lambda scale: attention(*(jnp.ones((1, 2, 1, 4)),) * 3, scale=scale), Shape((), jnp.float32))
 
 
+def test_a_window_wider_than_the_row_is_no_limit():
+    query, key = jnp.sin(jnp.arange(24.0)).reshape(1, 3, 2, 4), jnp.cos(jnp.arange(40.0)).reshape(1, 5, 2, 4)
+    wide, none, narrow = (attention(query, key, key, window=window) for window in ((2, 2**40), None, (2, 3)))
+    assert jnp.array_equal(wide, none)
+    assert not jnp.array_equal(narrow, none)
+
+
 @pytest.fixture
 def choices(monkeypatch):
     """Two backends in place of the real ones; the first refuses a softcap."""

@@ -35,7 +35,7 @@ def broken(call, results):
 def leaks(call, results):
     """Right in every output but of the last rows of long inputs."""
     out, lse = results
-    return (out.at[:, -20:].multiply(1.05) if out.shape[1] > 512 else out), lse
+    return (out.at[:, -20:].multiply(1.05) if out.shape[1] == max(selfcheck.LENGTHS) else out), lse
 
 
 def wrong_gradient(call, results):
@@ -43,10 +43,25 @@ def wrong_gradient(call, results):
     return xla.run(dataclasses.replace(call, value=jax.lax.stop_gradient(call.value)))
 
 
+compute, KNOWN = selfcheck._run, {}
+
+
+def compute_once(name, dtype, inputs):
+    """What the reference gives does not depend on the kernel beside it."""
+    if name != "xla":
+        return compute(name, dtype, inputs)
+    key = dtype, inputs["query"].shape
+    if key not in KNOWN:
+        KNOWN[key] = compute(name, dtype, inputs)
+    return KNOWN[key]
+
+
 @pytest.fixture
 def offer(monkeypatch):
-    """Puts an unproven kernel before the reference."""
+    """Puts an unproven kernel before the reference, to be compared on shorter rows than a chip's own blocks ask for."""
     selfcheck.agrees.cache_clear()
+    monkeypatch.setattr(selfcheck, "LENGTHS", {24: 2, 72: 1})
+    monkeypatch.setattr(selfcheck, "_run", compute_once)
 
     def put(kernel):
         monkeypatch.setattr(choice, "BACKENDS", {"new": kernel, "xla": BACKENDS["xla"]})

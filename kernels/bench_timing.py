@@ -124,14 +124,20 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    kind = f"{os.cpu_count()} cores, {platform.machine()} CPU" if device.platform == "cpu" else device.device_kind
     return {
-        "device": kind,
+        "device": f"{_cores()}, {platform.machine()} CPU" if device.platform == "cpu" else device.device_kind,
         "devices": jax.device_count(),
         "platform": getattr(device.client, "platform_version", device.platform),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _cores() -> str:
+    """How many cores this process may use, of how many there are."""
+    every = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    return f"{every} cores" if usable == every else f"{usable} of {every} cores"
 
 
 def write(path: Path, content: str | bytes) -> None:

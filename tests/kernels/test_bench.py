@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import types
 
 import jax
@@ -255,7 +256,9 @@ def test_layers_command(tmp_path, capsys):
 
 
 def test_machine_names_what_was_used(monkeypatch):
-    assert bench_timing.machine()["device"].endswith("CPU")
+    monkeypatch.setattr(bench_timing.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(bench_timing.os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
+    assert re.fullmatch(r"2 of 8 cores, \w+ CPU", bench_timing.machine()["device"])
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", client=types.SimpleNamespace())
     monkeypatch.setattr(bench_timing.jax, "devices", lambda: [device])
     assert bench_timing.machine()["device"] == "NVIDIA H200"

@@ -48,7 +48,7 @@ from .learner import (
 from .loop import Best, Fitted, LoopConfig, Stop, TrainState
 from .metrics import Sums
 from .optim import OptimConfig, schedule
-from .prediction import Predictor, place, row_limit
+from .prediction import Predicted, Predictor, place, row_limit
 from .progress import Progress, duration
 from .run_folder import RunFolder, write_json
 from .sharding import Replicas, SpreadConfig, start_spread
@@ -382,18 +382,23 @@ def encode_data(
 
 
 class Evaluation:
-    """The metrics of the first evaluation split, and its mean loss."""
+    """The metrics of the first evaluation split, and its mean loss.
+
+    `latest` is the last state that was evaluated, and what it predicted: the end of a run need not predict it again.
+    """
 
     def __init__(
         self, task: Task, optim: OptimConfig, predictor: Predictor, examples: Sequence[Any], features: Features
     ):
         self._task, self._optim, self._predictor = task, optim, predictor
         self._examples, self._features = examples, features
+        self.latest: tuple[TrainState, Predicted] | None = None
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         predicted = self._predictor(kept_params(state, self._optim), self._features, stop)
         if predicted is None:
             return None
+        self.latest = state, predicted
         return {**predicted.means, **self._task.metrics(predicted.kept, self._features, self._examples)}
 
 
@@ -453,7 +458,8 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         count=count,
     )
     predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, spread, learner.specs.params)
-    first = next(iter(encoded.evaluation.values()))
+    first, evaluated = next(iter(encoded.evaluation.items()))
+    evaluate = Evaluation(task, c.optim, predictor, *evaluated)
     kept_best = c.out / "best.safetensors"
     take_best = c.take == "best" or (c.take is None and c.patience > 0)
 
@@ -482,7 +488,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         ),
         steps=steps,
         batches=batches,
-        evaluate=Evaluation(task, c.optim, predictor, *first),
+        evaluate=evaluate,
         start=Start(c.resume_from, lambda: loaded.params, f"the weights of {c.model}"),
         show=("loss",),
         counts={"tokens": "real tokens/s", "examples": "examples/s"},
@@ -497,9 +503,12 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         whole = jax.tree.map(place, whole, read_params(kept_best))
     running = spread.enter(whole)
     params = on_host(whole)
+    known: dict[str, Predicted] = {}
+    if evaluate.latest is not None and evaluate.latest[0] is fitted.state and not take_best:
+        known[first] = evaluate.latest[1]
     metrics: dict[str, dict[str, float]] = {}
     for split, (examples, some) in {**encoded.evaluation, **encoded.prediction}.items():
-        predicted = predictor(running, some)
+        predicted = known.get(split) or predictor(running, some)
         assert predicted is not None
         if split in encoded.evaluation:
             metrics[split] = {**predicted.means, **task.metrics(predicted.kept, some, examples)}

@@ -152,6 +152,20 @@ def test_evaluating_again_gives_the_same_metrics(finetuned, sst2, tmp_path, caps
     assert again.read_text() == (finetuned / "predictions" / "dev" / "SST-2.tsv").read_text()
 
 
+def test_what_the_last_evaluation_predicted_is_not_predicted_again(encoder, sst2, tmp_path, monkeypatch):
+    predict, calls = Predictor.__call__, []
+
+    def counted(self, params, features, stop=None):
+        calls.append(features.count)
+        return predict(self, params, features, stop)
+
+    monkeypatch.setattr(Predictor, "__call__", counted)
+    assert main([*command(encoder, sst2, tmp_path / "last"), "--steps", "1"]) == 0
+    assert calls == [64, 20]
+    assert main([*command(encoder, sst2, tmp_path / "best"), "--steps", "1", "--take", "best"]) == 0
+    assert calls[2:] == [64, 64, 20], "the weights that were kept are read again"
+
+
 def test_predicting_texts_and_files(finetuned, sst2, capsys):
     assert main(["predict", str(finetuned), "--text", "the story was great", "a dull house"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

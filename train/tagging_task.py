@@ -220,27 +220,34 @@ def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[s
     return scores | {f"f1_{kind}": float(values["f1-score"]) for kind, values in kinds.items()}
 
 
-def split_file(path: Path, split: str, suffixes: Sequence[str]) -> Path:
-    """A split's file: the path itself, or the one file of a folder that is called so.
+def files_of(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a split in a folder.
 
     A file belongs to a split where a part of its name between dots, hyphens and underscores is the split's, as in
     train.conll, eng.testa, en_ewt-ud-dev.conllu.
+    """
+    names = SPLIT_NAMES.get(split, (split,))
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and (file.suffix in suffixes or file.suffix[1:] in names)
+        and not set(names).isdisjoint(file.name.replace("-", ".").replace("_", ".").split("."))
+    ]
+
+
+def split_file(path: Path, split: str, suffixes: Sequence[str]) -> Path:
+    """A split's file: the path itself, or the one file of a folder that is called so.
 
     Raises:
         DataError: there is none, or there are several.
     """
     if not path.is_dir():
         return path
-    names = SPLIT_NAMES.get(split, (split,))
-    found = [
-        file
-        for file in sorted(path.iterdir())
-        if file.is_file()
-        and (file.suffix in suffixes or file.suffix[1:] in names)
-        and not set(names).isdisjoint(file.name.replace("-", ".").replace("_", ".").split("."))
-    ]
+    found = files_of(path, split, suffixes)
     if len(found) != 1:
         there = ", ".join(file.name for file in found) or "none"
+        names = SPLIT_NAMES.get(split, (split,))
         raise DataError(
             f"{path}: expected one file of the split {split!r} ({' or '.join(names)} in its name, ending in "
             f"{', '.join(suffixes)}), found {there}."
@@ -336,7 +343,7 @@ def main(config: NerConfig | PosConfig) -> int:
 
     def data() -> TaskData:
         evaluation = {"dev": task.read(config.eval_data or config.data, "dev", labelled=True)}
-        if config.data.is_dir() and any("test" in file.name for file in config.data.iterdir()):
+        if config.data.is_dir() and files_of(config.data, "test", SUFFIXES[task.name]):
             evaluation["test"] = task.read(config.data, "test", labelled=True)
         return TaskData(train, evaluation, {}, [f"{repaired:,} tags repaired"] if repaired else [])
 

@@ -13,13 +13,14 @@ from safetensors import safe_open
 
 from bestiary import models
 from bestiary.data import load_tokenizer
+from bestiary.data.errors import DataError
 from bestiary.data.examples import assemble
 from bestiary.data.squad import Answer, Question
 from bestiary.data.tagging import Sentence
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.train.cli import main
 from bestiary.train.squad_task import SquadTask
-from bestiary.train.tagging_task import TaggingTask, entity_scores
+from bestiary.train.tagging_task import TaggingTask, entity_scores, files_of, split_file
 
 KEYS, TAILS = ("ada", "bob", "cy", "dee"), ("smith", "jones", "brown")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town", "who")
@@ -271,6 +272,19 @@ def test_entities_are_learnt_with_a_crf(encoder, tmp_path, capsys):
     assert "dev.conll, line 2: the tag 'B-org' is not among those trained on" in said
     (folder / "train.conll").write_text("the\tO\nadas\tI-per\n")
     assert "train.conll, line 2: I-per after O" in refused(capsys, *command, "--out", str(tmp_path / "other"))
+
+
+def test_files_of_a_folder_by_their_splits(tmp_path):
+    names = ("eng.train", "eng.testa", "latest_notes.txt", "en_ewt-ud-dev.conllu")
+    for name in names:
+        (tmp_path / name).touch()
+    kinds = (".txt", ".conllu")
+    assert files_of(tmp_path, "test", kinds) == [], "neither testa, which is for development, nor latest"
+    assert split_file(tmp_path, "train", kinds) == tmp_path / "eng.train"
+    with pytest.raises(DataError, match=r"found en_ewt-ud-dev.conllu, eng.testa"):
+        split_file(tmp_path, "dev", kinds)
+    (tmp_path / "eng.testb").touch()
+    assert split_file(tmp_path, "test", kinds) == tmp_path / "eng.testb"
 
 
 def tagging_task(**changes) -> TaggingTask:

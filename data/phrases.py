@@ -29,7 +29,7 @@ from .parallel import Pair
 
 Split = Literal["train", "held-out"]
 HELD_OUT = 16  # one source in so many is held out
-COUNT = {"train": 30_000, "held-out": 1000}
+COUNT = {"train": 60_000, "held-out": 1000}
 CURRENCIES = (
     "EUR",
     "USD",

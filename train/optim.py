@@ -33,6 +33,9 @@ class OptimConfig:
     decay: Decay = "linear"
     """Course after the warm-up, down to zero at the last step; 'constant' stays at the peak, 'inverse_sqrt' falls with
     the root of the step (Vaswani et al. 2017, 5.3)."""
+    cooldown: float = 0.0
+    """End of the course: the rate comes down to zero in a line on top of its decay, over a share of the steps if below
+    1, else over a number of steps; 0 for none."""
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
     beta1: float = 0.9
@@ -50,7 +53,7 @@ class OptimConfig:
         for name in ("learning_rate", "epsilon"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("warmup", "weight_decay", "clip_norm"):
+        for name in ("warmup", "cooldown", "weight_decay", "clip_norm"):
             if not getattr(self, name) >= 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("beta1", "beta2", "ema"):
@@ -62,7 +65,7 @@ def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> opt
     """The learning rate at every step.
 
     Args:
-        config: peak, warm-up and decay.
+        config: peak, warm-up, decay and cool-down.
         phases: (steps, peak) of each phase. A phase with a peak of its own warms up and decays anew, as LAMB's second
             phase does (You et al. 2019, 4.1); one with None goes on with the course of the phase before it.
 
@@ -82,9 +85,11 @@ def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> opt
 
 
 def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
-    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
-    if warmup > steps:
-        raise RunError(f"The warm-up takes {warmup} steps, but the phase has {steps}. Lower --warmup.")
+    warmup, cooldown = (round(n * steps) if n < 1 else int(n) for n in (config.warmup, config.cooldown))
+    if warmup + cooldown > steps:
+        both = f"{warmup} steps" + (f" and the cool-down {cooldown}" if cooldown else "")
+        flags = "--warmup or --cooldown" if cooldown else "--warmup"
+        raise RunError(f"The warm-up takes {both}, but the phase has {steps}. Lower {flags}.")
     rest = max(1, steps - warmup)
 
     def rate(count: Any) -> jax.Array:
@@ -96,7 +101,8 @@ def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
             "constant": jnp.ones_like(done),
             "inverse_sqrt": jnp.sqrt(max(1, warmup) / jnp.maximum(step + 1, warmup)),
         }
-        return peak * jnp.where(step < warmup, (step + 1) / max(1, warmup), down[config.decay])
+        left = jnp.clip((steps - step) / max(1, cooldown), 0.0, 1.0) if cooldown else 1.0
+        return peak * left * jnp.where(step < warmup, (step + 1) / max(1, warmup), down[config.decay])
 
     return rate
 

@@ -132,7 +132,7 @@ class TranslateConfig:
     """Tokens of a row, on each side; several pairs share one. A pair that is longer is left out and counted."""
     too_long: Literal["drop", "refuse"] = "drop"
     """What happens to pairs that are longer than a row."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     """Target tokens of an update, padding included: rows times --row-tokens."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other, to save memory; the numbers stay the same."""
@@ -150,6 +150,7 @@ class TranslateConfig:
             learning_rate=3e-3,
             warmup=300,
             decay="inverse_sqrt",
+            cooldown=0.3,
             weight_decay=0.0,
             beta2=0.98,
             epsilon=1e-9,

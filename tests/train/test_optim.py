@@ -1,5 +1,7 @@
 """Optimisers against their papers' formulas, and the learning rate's course."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,16 @@ def test_warm_up_then_decay():
     assert float(constant(109)) == 1.0
     share = schedule(OptimConfig(learning_rate=1.0, warmup=0.1, decay="constant"), [(100, None)])
     assert float(share(4)) == pytest.approx(0.5)
+
+
+def test_a_cool_down_ends_any_course_at_zero():
+    config = OptimConfig(learning_rate=1.0, warmup=10, decay="inverse_sqrt", cooldown=0.2)
+    rate, whole = (schedule(c, [(100, None)]) for c in (config, dataclasses.replace(config, cooldown=0.0)))
+    assert [float(rate(step)) for step in (5, 50, 80)] == [float(whole(step)) for step in (5, 50, 80)]
+    assert float(rate(90)) == pytest.approx(float(whole(90)) / 2)
+    assert float(rate(99)) == pytest.approx(float(whole(99)) / 20)
+    with pytest.raises(RunError, match="20 steps and the cool-down 90, but the phase has 100"):
+        schedule(OptimConfig(warmup=20, cooldown=90), [(100, None)])
 
 
 def test_phases_go_on_or_warm_up_anew():

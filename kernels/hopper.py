@@ -25,7 +25,7 @@ from .hash import query_words
 from .hopper_backward import key_gradient, query_gradient
 from .hopper_bias import bias_gradient
 from .hopper_forward import forward
-from .hopper_tile import LOG2E, Blocks, Options, compiling, interpreting, mode
+from .hopper_tile import LOG2E, Blocks, Options, ceil_to, compiling, interpreting, mode
 from .split import Split, misfit, split_of, undeclared
 from .tuning import tuned
 
@@ -54,18 +54,28 @@ class Tuning:
     fused: int = 0
 
 
-def blocks_for(size: int, value_size: int, bias: str | None = None, dropout: bool = False) -> Tuning:
+def blocks_for(
+    size: int, value_size: int, bias: str | None = None, *, dropout: bool = False, segments: bool = False
+) -> Tuning:
     """The rule for tile sizes: as large as registers and shared memory allow, which compiling for the chip has told.
 
     Args:
       size, value_size: head sizes D and Dv.
       bias: None, "row" or "dense".
-      dropout: whether there is any.
+      dropout, segments: whether there are any.
     """
-    return dataclasses.replace(_tiles(size, value_size, bias, dropout), one_pass=2, fused=2)
+    return dataclasses.replace(_tiles(size, value_size, bias, dropout, segments), one_pass=2, fused=2)
 
 
-def _tiles(size: int, value_size: int, bias: str | None, dropout: bool) -> Tuning:
+def rule(call: Call) -> Tuning:
+    """What `blocks_for` says of a call."""
+    size, value_size = (ceil_to(x.shape[3], 16) for x in (call.query, call.value))
+    options = _options(call)
+    dropout, segments = options.dropout_rate > 0, options.segments
+    return blocks_for(size, value_size, options.bias, dropout=dropout, segments=segments)
+
+
+def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments: bool) -> Tuning:
     large = max(size, value_size)
     if large <= 64:
         wide = 64 if bias == "dense" else 128
@@ -77,7 +87,7 @@ def _tiles(size: int, value_size: int, bias: str | None, dropout: bool) -> Tunin
         together = not (bias or dropout)
         forward = Blocks(2, wide, 1 if bias == "dense" else 2)
         return Tuning(forward, Blocks(2, 64, 2), Blocks(2, 64, 2), Blocks(2, 64, 1), together)
-    forward = Blocks(1, 64, 1) if bias or dropout else Blocks(2, 64, 1)
+    forward = Blocks(1, 64, 1) if bias or dropout or segments else Blocks(2, 64, 1)
     return Tuning(forward, Blocks(1, 64, 1), Blocks(1, 64, 1), Blocks(1, 64, 1), together=False)
 
 
@@ -102,18 +112,7 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
     """See `Backend`; `tuning` instead of the table's row or, where it has none, of what `blocks_for` says."""
     queries, heads = call.query.shape[1:3]
     keys, value_size = call.value.shape[1], call.value.shape[3]
-    left, right = call.window
-    kind = None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
-    options = Options(
-        left=left,
-        right=0 if call.causal else right,
-        scale=call.scale,
-        softcap=call.softcap,
-        bias=kind,
-        segments=call.query_segment_ids is not None,
-        dropout_rate=call.dropout_rate,
-        interpret=mode() == "interpret",
-    )
+    options = _options(call)
     bias: dict[str, Array] = {}
     if isinstance(call.bias, DenseBias):
         bias["dense"] = call.bias.value.astype(jnp.float32) * LOG2E
@@ -131,9 +130,34 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
     value = _widen(call.value)
     if tuning is None and mode() is None:
         tuning = tuned(call, Tuning)
-    tuning = tuning or blocks_for(query.shape[3], value.shape[3], kind, call.dropout_rate > 0)
+    tuning = tuning or rule(call)
     out, lse = _attention(Plan(options, tuning, split), query, key, value, bias, fixed)
     return out[..., :value_size], jnp.swapaxes(lse, 1, 2)
+
+
+def short_stages(call: Call) -> dict[str, tuple[int, ...]]:
+    """With how many stages a call fits into each of the short rows' kernels: what tuning may choose beside 0."""
+    options = _options(call)
+    query, value = ((*x.shape[:3], ceil_to(x.shape[3], 16)) for x in (call.query, call.value))
+    fits = {
+        "one_pass": lambda n: hopper_short.fits_forward(options, query, value, n, call.query.dtype),
+        "fused": lambda n: hopper_short.fits_backward(options, query, value, n),
+    }
+    return {kernel: tuple(n for n in range(1, 5) if fit(n)) for kernel, fit in fits.items()}
+
+
+def _options(call: Call) -> Options:
+    left, right = call.window
+    return Options(
+        left=left,
+        right=0 if call.causal else right,
+        scale=call.scale,
+        softcap=call.softcap,
+        bias=None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row",
+        segments=call.query_segment_ids is not None,
+        dropout_rate=call.dropout_rate,
+        interpret=mode() == "interpret",
+    )
 
 
 def _widen(x: Array) -> Array:

@@ -73,6 +73,8 @@ def forward(
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     inputs |= vectors.arrays | biases.arrays
     names = list(inputs)
+    # Beside sums this wide there are no registers for the keys' hash words before they are needed.
+    late = "g" if options.dropout_rate and value_size > 128 else None
 
     def body(*refs: Any, **scratch: Any) -> None:
         refs_in, (out_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
@@ -175,10 +177,15 @@ def forward(
 
                 scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=turn)
                 bias = biases.tile(scratch, slot, w, side)
-                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys}
-                if key_side or bias is not None:
-                    release()
-                plgpu.barrier_arrive(scratch["k_free"].at[slot])
+                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys if name != late}
+
+                def free_key() -> None:
+                    if vectors.keys or bias is not None:
+                        release()
+                    plgpu.barrier_arrive(scratch["k_free"].at[slot])
+
+                if late is None:
+                    free_key()
                 if not options.simple:
                     scores = logits(options, scores, bias)
                 scores = mask_unless(bounds.whole(t), options, scores, side, keys, own | key_side)
@@ -189,6 +196,9 @@ def forward(
                 sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
                 total = total * shrink
                 dropped = weights
+                if late is not None:
+                    key_side[late] = side.load_keys(scratch[late].at[slot])
+                    free_key()
                 if options.dropout_rate:
                     keep = kept(options, side, own["a"], own["b"], key_side["g"])
                     dropped = jnp.where(keep, weights, 0.0)

@@ -479,7 +479,7 @@ def backward(
         grid_names=("block",),
         num_threads=w + 1,
         thread_name="warpgroup",
-        kernel_name="attention_fused_gradient",
+        kernel_name="attention_fused",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs.values())
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]

@@ -142,14 +142,10 @@ class Side:
     def load_keys(self, ref: Any) -> Array:
         return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(self.axis))
 
-    def distance(self) -> Array:
-        """key - query of every element."""
-        places = [plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
-        return places[1 - self.axis] - places[self.axis] + (self.key - self.query)
-
-    def keys(self) -> Array:
-        """The key of every element."""
-        return plgpu.broadcasted_iota(jnp.int32, self.shape, 1 - self.axis, layout=plgpu.Layout.WGMMA) + self.key
+    def places(self, axis: int) -> Array:
+        """Where each query (`axis` of the queries) or key of the tile lies in it: a vector."""
+        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+        return plgpu.broadcasted_iota(jnp.int32, (self.shape[axis],), 0, layout=layout)
 
 
 def zeros(shape: tuple[int, ...], axis: int | None = None, fill: float = 0.0) -> Array:
@@ -278,18 +274,20 @@ def masked(
         return b if a is None else a & b
 
     if options.left is not None or options.right is not None:
-        distance = side.distance()
+        # Bounds of each query against places of keys: a thread keeps a few of both, not a distance an element.
+        place = side.along_keys(side.places(1 - side.axis))
+        own = side.places(side.axis) + (side.query - side.key)
         if options.left is not None:
-            keep = both(keep, distance >= -options.left)
+            keep = both(keep, place >= side.along_queries(own - options.left))
         if options.right is not None:
-            keep = both(keep, distance <= options.right)
+            keep = both(keep, place <= side.along_queries(own + options.right))
     if options.segments:
         assert query_segments is not None
         assert key_segments is not None
         # Padding differs from everything, and so do the places beyond the last key: see `pad_ids`.
         keep = both(keep, side.along_queries(query_segments) == side.along_keys(key_segments))
     elif side.sums_over_keys and keys % side.shape[1 - side.axis]:
-        keep = both(keep, side.keys() < keys)
+        keep = both(keep, side.along_keys(side.places(1 - side.axis)) < keys - side.key)
     return scores if keep is None else jnp.where(keep, scores, -jnp.inf)
 
 

@@ -70,14 +70,8 @@ def backend_of(name: str) -> tuple[Any, type, Callable[[Call], Any], Callable[[]
     """A chip's backend, its class of block sizes, its rule for them, and the context that compiles without the chip."""
     if name in GPUS:
         from . import hopper
-        from .bias import DenseBias
 
-        def rule(call: Call) -> hopper.Tuning:
-            kind = None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
-            size, value_size = (-(-x.shape[3] // 16) * 16 for x in (call.query, call.value))
-            return hopper.blocks_for(size, value_size, kind, call.dropout_rate > 0)
-
-        return hopper, hopper.Tuning, rule, hopper.compiling
+        return hopper, hopper.Tuning, hopper.rule, hopper.compiling
     if name in TPUS:
         from . import tpu
 
@@ -85,10 +79,28 @@ def backend_of(name: str) -> tuple[Any, type, Callable[[Call], Any], Callable[[]
     raise BenchError(f"--tune: no kernels of ours for {name!r}; known: {', '.join((*GPUS, *TPUS))}")
 
 
-def candidates(name: str, rule: dict[str, Any], case: Case) -> Iterator[Candidate]:
-    """What is tried on a chip, the rule's own choice of each kernel first."""
+FORWARD = ("forward", "one_pass")
+"""The kernels of the forward pass; all others belong to the backward pass."""
+
+
+def candidates(name: str, rule: dict[str, Any], call: Call) -> Iterator[Candidate]:
+    """What is tried on a chip, the rule's own choice of each kernel first.
+
+    Short rows on Hopper choose their kernels' stages, and whether to take them at all; the tiles of the general kernels
+    are tried where the rule takes those.
+    """
     if name in GPUS:
-        kernels = ["forward", "query_gradient", "key_gradient"] + (["bias_gradient"] if case.bias != "none" else [])
+        from . import hopper
+
+        short = hopper.short_stages(call)
+        for kernel, stages in short.items():
+            if stages:
+                taken = rule[kernel] if rule[kernel] in stages else 0
+                yield Candidate(kernel, rule)
+                yield from (Candidate(kernel, rule | {kernel: n}) for n in (0, *stages) if n != taken)
+        kernels = [] if rule["one_pass"] in short["one_pass"] else ["forward"]
+        kernels += [] if rule["fused"] in short["fused"] else ["query_gradient", "key_gradient"]
+        kernels += [] if call.bias is None else ["bias_gradient"]
         for kernel in kernels:
             seen = [(rule[kernel], rule["together"])]
             for warpgroups, columns, stages, together in itertools.product(
@@ -102,17 +114,18 @@ def candidates(name: str, rule: dict[str, Any], case: Case) -> Iterator[Candidat
                 yield Candidate(kernel, rule | {kernel: blocks, "together": together})
         return
     # Rows this short take the kernels of whole rows, where the number of heads a step is all there is to choose.
-    if max(case.queries, case.keys) <= 256:
+    queries, keys = call.query.shape[1], call.key.shape[1]
+    if max(queries, keys) <= 256:
         for heads in dict.fromkeys((rule["key_heads"], 1, 2, 4, 8, 0)):
             yield Candidate("key_heads", rule | {"key_heads": heads})
         return
     for kernel in ("forward", "query", "key_value"):
-        streamed, held = (case.queries, case.keys) if kernel == "key_value" else (case.keys, case.queries)
+        streamed, held = (queries, keys) if kernel == "key_value" else (keys, queries)
         seen = [rule[kernel]]
         for own, other, times in itertools.product((128, 256, 512, 1024), (128, 256, 512, 1024), (1, 2, 4, 8)):
             if own < 2 * held and other < 2 * streamed and other * times < 2 * max(streamed, other):
-                queries, keys = (other, own) if kernel == "key_value" else (own, other)
-                seen.append((queries, keys, other * times))
+                tile = (other, own) if kernel == "key_value" else (own, other)
+                seen.append((*tile, other * times))
         for tiling in dict.fromkeys(seen):
             yield Candidate(kernel, rule | {kernel: tiling})
 
@@ -151,7 +164,7 @@ def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out
             continue
         done.add(key)
         rule = flatten(choose(call))
-        tried = list(candidates(name, rule, case))
+        tried = list(candidates(name, rule, call))
         _say(f"{case.label}: {len(tried)} candidates")
         found = thinned(name, case, tried)
         fit = [n for n, result in enumerate(found) if fits(tried, found, n)]
@@ -284,7 +297,7 @@ def timed(
         return jax.vjp(lambda *given: outputs(row, inputs, *given), *primals(inputs))
 
     def seconds(candidate: Candidate) -> float:
-        if candidate.kernel == "forward":
+        if candidate.kernel in FORWARD:
             return time_jax(lambda x: outputs(candidate.row, x, *primals(x)), [(x,) for x in sets], **timing).median
         if candidate.kernel == "key_heads":
             both = jax.jit(lambda x: pass_of(candidate.row, x)[1](x.wave))
@@ -379,7 +392,7 @@ def compile_(job: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         kernel, row = candidate["kernel"], candidate["row"]
         try:
             with compiling():
-                program = jax.jit(lambda x, row=row, k=kernel: step(x, row, k != "forward")).trace(inputs)
+                program = jax.jit(lambda x, row=row, k=kernel: step(x, row, k not in FORWARD)).trace(inputs)
                 platforms = ("cuda",) if name in GPUS else ("tpu",)
                 compiled = program.lower(lowering_platforms=platforms).compile()
         except Exception as error:  # the compiler's own, of many kinds: too much memory, an unknown shape

@@ -103,7 +103,7 @@ BACKENDS = [
     ),
     Backend(
         "hopper",
-        functools.partial(_interpreted, hopper, (hopper, "blocks_for", lambda *_: SMALL_HOPPER), *FEW),
+        functools.partial(_interpreted, hopper, (hopper, "rule", lambda _: SMALL_HOPPER), *FEW),
         "hopper",
         dtype="bfloat16",
         stretch=4,
@@ -417,7 +417,7 @@ def test_outputs_and_gradients(backend, case):
     check(backend, case, backend.dtype)
 
 
-@on([backend for backend in BACKENDS if backend.dtype == "float32"], PACKED, EVERYTHING)
+@on([backend for backend in BACKENDS if backend.dtype == "float32"], EVERYTHING)
 def test_bfloat16(backend, case):
     found = check(backend, case, "bfloat16")
     assert [str(x.dtype) for x in found[:5]] == ["bfloat16", "float32", "bfloat16", "bfloat16", "bfloat16"]
@@ -463,7 +463,7 @@ def test_what_is_not_attended_to_changes_nothing(backend, case):
 @on([BACKENDS[0], *BACKENDS[2::2]])
 def test_packed_equals_each_example_alone(backend):
     many = backend.stretch
-    case = Case("packed", (1, 24 * many, 24 * many, 2, 2, 8, 8), bias="relative", options={"window": (7, 9)})
+    case = Case("packed", (1, 24 * many, 24 * many, 1, 1, 8, 8), bias="relative", options={"window": (7, 9)})
     lengths = (11 * many, 11 * many)
     drawn = draw(case, backend.dtype)
     ids = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(2 * many)])
@@ -517,11 +517,11 @@ def test_runs_are_bit_equal(backend, case):
         np.testing.assert_array_equal(x, y)
 
 
-@on(BACKENDS[:3])
+@on(BACKENDS[:2])
 def test_split_over_a_mesh_gathers_nothing(backend):
-    case = Case("mesh", (8, 16, 16, 4, 2, 8, 8), bias="relative", segments="packed", rate=0.1)
+    case = Case("mesh", (4, 16, 16, 4, 2, 8, 8), bias="relative", segments="packed", rate=0.1)
     drawn = draw(case)
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     heads, table = NamedSharding(mesh, P("data", None, "tensor", None)), NamedSharding(mesh, P(None, "tensor"))
     primals = [jax.device_put(x, s) for x, s in zip(drawn.primals, [heads] * 3 + [table], strict=True)]
     cotangents = [

@@ -1,6 +1,7 @@
 """What the conformance suite does not ask of the Hopper kernels: float16, large heads, the choice of kernels."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels import hopper, hopper_short, xla
+from bestiary.kernels import hopper, hopper_short, row_seeds, xla
+from bestiary.kernels.blocks import Area
 from bestiary.kernels.call import Call
 from bestiary.kernels.hopper_tile import Options
+from bestiary.kernels.hopper_work import Work, work
 
 
 def make_call(
@@ -83,7 +86,11 @@ def test_float16_and_unequal_heads() -> None:
 
 
 def test_largest_head() -> None:
-    check(make_call(queries=70, keys=66, heads=1, size=256), hopper.blocks_for(256, 256))
+    """With dropout and a window: where registers are scarcest, the keys' hash words are read late."""
+    call = make_call(queries=70, keys=66, heads=1, size=256)
+    seeds = row_seeds(jnp.asarray([1, 2], jnp.uint32), jnp.arange(1))
+    call = dataclasses.replace(call, dropout_rate=0.2, dropout_seeds=seeds, window=(40, 9))
+    check(call, hopper.blocks_for(256, 256, dropout=True))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +121,70 @@ def test_which_rows_are_short(
     assert hopper_short.fits_backward(options, query, value, 2) == backward
     assert not hopper_short.fits_forward(options, query, value, 0, dtype)
     assert not hopper_short.fits_backward(options, query, value, 0)
+
+
+SMALL = hopper.Tuning(*(hopper.Blocks(1, 64, 2) for _ in range(4)))
+
+
+@pytest.mark.parametrize("kind", ["window", "segments"])
+def test_tiles_that_are_not_needed_are_not_read(kind: str) -> None:
+    """NaN in a tile of which nothing is needed would spread from any product with it, even a masked one."""
+    # Of keys within the window of queries that look at poison, the gradients are poisoned too.
+    tile, poisoned, clean = np.arange(256) // 64, *(([3], 0) if kind == "window" else ([0, 3], 64))
+    poison = jnp.where(jnp.asarray(np.isin(tile, poisoned))[None, :, None, None], jnp.nan, 0.0)
+    call = make_call(queries=256, keys=256, heads=1, size=32)
+    changed = {name: getattr(call, name) + poison.astype(jnp.bfloat16) for name in ("query", "key", "value")}
+    if kind == "window":
+        changed |= {"window": (64, 64)}
+    else:
+        ids = (jnp.asarray(np.array(of_tiles, np.int32)[tile])[None] for of_tiles in ([1, 2, 2, 3], [1, 2, 9, 3]))
+        changed |= dict(zip(("query_segment_ids", "key_segment_ids"), ids, strict=True))
+    with hopper.interpreting():
+        found = outcome(dataclasses.replace(call, **changed), lambda call: hopper.run(call, SMALL))
+    for name, array in found.items():
+        assert np.isfinite(array[:, clean : clean + 63]).all(), name
+        assert not np.isfinite(array[:, 192:]).any(), name
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (5, 9), (20, None)])
+@pytest.mark.parametrize(("queries", "keys"), [(24, 24), (13, 29)])
+def test_work_is_all_that_is_needed(
+    queries: int, keys: int, left: int | None, right: int | None, segments: bool, axis: int
+) -> None:
+    """Between `first` and `stop` lies every pair that attends; what is called clear is the first run of whole tiles."""
+    down, across = 4, 3
+    generator = np.random.default_rng(queries)
+    ids = [np.sort(generator.integers(1, 4, (2, n)), axis=1).astype(np.int32) for n in (queries, keys)]
+    ids[0][1, -2:] = 0
+    distance = np.arange(keys)[None] - np.arange(queries)[:, None]
+    mask = np.broadcast_to((distance >= -(left or keys + queries)) & (distance <= (keys if right is None else right)),
+                           (2, queries, keys))  # fmt: skip
+    if segments:
+        mask = mask & (ids[0][:, :, None] == ids[1][:, None]) & (ids[0] != 0)[:, :, None]
+    items = work(
+        Area(queries, keys, left, right),
+        down,
+        across,
+        *(map(jnp.asarray, ids) if segments else (None, None)),
+        axis=axis,
+    )
+    own, other = (down, across) if axis == 1 else (across, down)
+    mask = mask if axis == 1 else mask.swapaxes(1, 2)
+    for b, block in np.ndindex(2, -(-mask.shape[1] // own)):
+        found = items.all
+        if items.ranges is not None:
+            found = Work(*np.asarray(items.ranges)[b % items.ranges.shape[0], block])
+        cut = range(0, mask.shape[2], other)
+        tiles = [mask[b, block * own : (block + 1) * own, start : start + other] for start in cut]
+        for n, tile in enumerate(tiles):
+            assert found.first <= n < found.stop or not tile.any()
+            # Queries beyond the last do no harm, keys do.
+            assert not found.whole(n) or (tile.all() and (axis == 2 or tile.shape[1] == other))
+        whole = [tile.all() and tile.shape == (own, other) for tile in tiles]
+        run = itertools.takewhile(bool, itertools.dropwhile(lambda yes: not yes, whole))
+        assert sum(bool(found.whole(n)) for n in range(len(tiles))) >= len(list(run))
 
 
 def test_refusals_say_why() -> None:

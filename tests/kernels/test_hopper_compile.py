@@ -1,7 +1,11 @@
 """The Hopper kernels compiled ahead of time for an H200, without one: registers, spills, tensor cores, memory.
 
 The compiler runs in a process of its own (this file, run as a script): it writes its reports where the environment
-says.
+says. The package promises jax 0.11.2 and later; these are the tests of that for the kernels:
+
+    uv run --isolated --no-project --with-editable . --with jax==0.11.2 --with jax-cuda13-plugin==0.11.2 \
+        --with jax-cuda13-pjrt==0.11.2 --with nvidia-cuda-nvdisasm --with pytest \
+        pytest tests/kernels/test_hopper_compile.py
 """
 
 import dataclasses
@@ -12,12 +16,11 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parent
 
 ALL = {"bias": "row", "segments": True, "rate": 0.1}
 # Name: what differs from 2 x 512 tokens, 4 heads of 64, no extras.
@@ -28,21 +31,34 @@ CASES: dict[str, dict[str, Any]] = {
     "everything 128": ALL | {"size": 128},
     "odd, dense 64": {"bias": "dense", "length": 509},
     "everything 256": ALL | {"size": 256},
+    "dense 128": {"size": 128, "bias": "dense", "segments": True, "rate": 0.1},
+    "causal 256": {"size": 256, "causal": True},
+    "window, everything 256": ALL | {"size": 256, "bias": "dense", "softcap": 2.0, "window": (100, 100)},
+    "cross, softcap, window 32": {"size": 32, "value_size": 96, "keys": 700, "group": 2, "dtype": "float16",
+                                  "softcap": 3.0, "window": (100, 7)},
     "short 64": {"length": 128},
     "short, everything 64": ALL | {"length": 128},
     "short, odd 128": {"length": 61, "size": 128, "segments": True},
-}
-SHORT = {name for name in CASES if name.startswith("short")}
+    "short, 256 keys": ALL | {"length": 256},
+}  # fmt: skip
 
-# Bytes a thread may spill in the backward pass, where it does at all.
+FORWARD = {"forward", "one_pass"}
+# Bytes a thread may spill, by case and kernel of the backward pass. What is not listed spills nothing.
 SPILLS = {
     ("everything 64", "key_gradient"): 128,
-    ("short, everything 64", "fused_gradient"): 64,
+    ("short, everything 64", "fused"): 64,
     ("causal 128", "key_gradient"): 256,
     ("everything 128", "key_gradient"): 256,
     ("everything 256", "key_gradient"): 1024,
     ("everything 256", "query_gradient"): 1024,
     ("everything 256", "bias_gradient"): 256,
+    ("dense 128", "key_gradient"): 256,
+    ("causal 256", "key_gradient"): 512,
+    ("causal 256", "query_gradient"): 256,
+    ("window, everything 256", "key_gradient"): 1024,
+    ("window, everything 256", "query_gradient"): 1024,
+    ("window, everything 256", "bias_gradient"): 256,
+    ("short, 256 keys", "key_gradient"): 128,
 }
 
 
@@ -54,6 +70,9 @@ class Kernel:
     registers: int
     spilled: int
     tensor_core: int
+    """Matrix products in the machine code."""
+    atomic: int
+    """Instructions that add to memory in whatever order blocks come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +88,15 @@ class Report:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
     if not all(importlib.util.find_spec(name) for name in ("jax_plugins", "jax_plugins.xla_cuda13")):
         pytest.skip("needs jax-cuda13-plugin, which compiles for a GPU that is not there")
+    try:
+        disassembler = distribution("nvidia-cuda-nvdisasm")
+    except PackageNotFoundError:
+        pytest.skip("needs nvidia-cuda-nvdisasm, which shows what was compiled")
     folder = tmp_path_factory.mktemp("dump")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "MOSAIC_GPU_DUMP_PTX": "1",
+        "CUDA_ROOT": str(disassembler.locate_file("nvidia/cu13")),
         "MOSAIC_GPU_DUMP_TO": str(folder),
     }
     result = subprocess.run(
@@ -90,11 +112,18 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def test_registers_and_tensor_cores(case: str, compiled: Report) -> None:
     kernels = compiled.kernels[case]
     names = {kernel.name for kernel in kernels}
-    expected = {"one_pass", "fused_gradient"} if case in SHORT else {"forward", "query_gradient", "key_gradient"}
-    assert names == expected | ({"bias_gradient"} if "bias" in CASES[case] else set())
+    short = case.startswith("short")
+    backward = {"fused"} if short and "256" not in case else {"query_gradient", "key_gradient"}
+    assert names == backward | {"one_pass" if short else "forward"} | (
+        {"bias_gradient"} if "bias" in CASES[case] else set()
+    )
     for kernel in kernels:
         assert kernel.tensor_core > 0, kernel
+        assert kernel.atomic == 0, kernel
         assert kernel.spilled <= SPILLS.get((case, kernel.name), 0), kernel
+    listed = {name for name_of_case, name in SPILLS if name_of_case == case}
+    assert listed == {kernel.name for kernel in kernels if kernel.spilled}
+    assert not listed & FORWARD
 
 
 def test_memory_is_linear_in_the_length(compiled: Report) -> None:
@@ -118,44 +147,55 @@ def main(folder: Path) -> None:
     from bestiary.kernels import DenseBias, RelativeBias, hopper
     from bestiary.kernels.call import Call
     from bestiary.kernels.split import splitting
+    from bestiary.kernels.tune import H200
 
     def devices(topology: str) -> Any:
-        text = (FOLDER / "h200.txtpb").read_text()
-        return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=text).devices
+        return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=H200).devices
 
     def compile_(
         mesh: Mesh,
         length: int = 512,
+        keys: int | None = None,
         size: int = 64,
+        value_size: int | None = None,
+        dtype: str = "bfloat16",
+        group: int = 1,
         bias: str | None = None,
         segments: bool = False,
         rate: float = 0.0,
         causal: bool = False,
+        window: tuple[int | None, int | None] = (None, None),
+        softcap: float | None = None,
     ) -> Any:
         batch, heads = 2 * mesh.shape["rows"], 4 * mesh.shape["heads"]
+        keys, value_size = keys or length, value_size or size
 
-        def array(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any = jnp.bfloat16) -> Any:
+        def array(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any = dtype) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-        query = array((batch, length, heads, size), ("rows", None, "heads"))
-        ids = array((batch, length), ("rows",), jnp.int32) if segments else None
+        def matrices(length: int, heads: int, size: int) -> Any:
+            return array((batch, length, heads, size), ("rows", None, "heads"))
+
         biases = {
             "row": RelativeBias(array((32, heads), (None, "heads"), jnp.float32)),
-            "dense": DenseBias(array((1, heads, length, length), (None, "heads"), jnp.float32)),
+            "dense": DenseBias(array((1, heads, length, keys), (None, "heads"), jnp.float32)),
             None: None,
         }
+        query, key = matrices(length, heads, size), matrices(keys, heads // group, size)
+        value, gradient = matrices(keys, heads // group, value_size), matrices(length, heads, value_size)
+        ids = [array((batch, tokens), ("rows",), jnp.int32) if segments else None for tokens in (length, keys)]
+        seeds = array((batch, 2), ("rows",), jnp.uint32) if rate else None
 
         def step(query: Any, key: Any, value: Any, bias: Any, ids: Any, seeds: Any, gradient: Any) -> Any:
             def run(query: Any, key: Any, value: Any, bias: Any) -> Any:
-                call = Call(query, key, value, bias, ids, ids, seeds, causal, (None, None), size**-0.5, None, rate)
+                call = Call(query, key, value, bias, *ids, seeds, causal, window, size**-0.5, softcap, rate)
                 return hopper.run(call)[0]
 
             out, back = jax.vjp(run, query, key, value, bias)
             return out, back(gradient)
 
-        seeds = array((batch, 2), ("rows",), jnp.uint32) if rate else None
         with hopper.compiling(), splitting(mesh, batch="rows", heads="heads") if mesh.size > 1 else nullcontext():
-            traced = jax.jit(step).trace(query, query, query, biases[bias], ids, seeds, query)
+            traced = jax.jit(step).trace(query, key, value, biases[bias], ids, seeds, gradient)
         return traced.lower().compile()
 
     one = Mesh(np.array(devices("1x1x1")).reshape(1, 1), ("rows", "heads"))
@@ -168,6 +208,7 @@ def main(folder: Path) -> None:
         kernels = report["kernels"][name] = []
         for path in sorted(folder.glob("*.ptxas")):
             text = path.read_text()
+            code = path.with_suffix(".sass_ctrl").read_text()
             (registers,) = re.findall(r"Used (\d+) registers", text)
             (kernel,) = set(re.findall(r"function '(?:attention_)?(\w+?)_mosaic_gpu_kernel'", text))
             kernels.append(
@@ -175,7 +216,8 @@ def main(folder: Path) -> None:
                     "name": kernel,
                     "registers": int(registers),
                     "spilled": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
-                    "tensor_core": path.with_suffix(".ptx").read_text().count("wgmma.mma_async"),
+                    "tensor_core": len(re.findall(r"\bHGMMA\.", code)),
+                    "atomic": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|UTMAREDG)\b", code)),
                 }
             )
     # For each device what "everything 64" is: the compiler has those kernels already.

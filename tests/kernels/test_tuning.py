@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bestiary.kernels import AlibiBias, DenseBias, hopper, tpu, tune, tuning, tuning_table, xla
+from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, hopper, tpu, tune, tuning, tuning_table, xla
 from bestiary.kernels.bench_cases import Case
 from bestiary.kernels.bench_timing import Seconds
 from bestiary.kernels.call import Call
@@ -150,19 +150,30 @@ def test_the_table_reads_back(tmp_path):
     assert Path(tuning_table.__file__).read_text() == tune.table_text(rows)
 
 
-CASE = Case(1, 512, 512, 2, 2, 64, "bfloat16", "relative")
+RELATIVE = RelativeBias(jnp.ones((32, 2)))
 
 
-@pytest.mark.parametrize("chip", ["h200", "v5e"])
-def test_candidates_vary_one_kernel_from_the_rule(chip):
+@pytest.mark.parametrize(
+    ("chip", "given", "kernels"),
+    [
+        ("h200", call(512, bias=RELATIVE), ["forward", "query_gradient", "key_gradient", "bias_gradient"]),
+        ("h200", call(100, bias=RELATIVE), ["one_pass", "fused", "bias_gradient"]),
+        # More keys than the fused kernel holds; heads so large that it does not fit, and the other with fewer stages.
+        ("h200", call(200), ["one_pass", "query_gradient", "key_gradient"]),
+        ("h200", call(128, size=128), ["one_pass", "forward", "query_gradient", "key_gradient"]),
+        ("v5e", call(512), ["forward", "query", "key_value"]),
+        ("v5e", call(200), ["key_heads"]),
+    ],
+)
+def test_candidates_vary_one_kernel_from_the_rule(chip, given, kernels):
     _, kind, choose, _ = tune.backend_of(chip)
-    rule = tuning.flatten(choose(call(length=512, size=64)))
-    tried = list(tune.candidates(chip, rule, CASE))
-    kernels = list(dict.fromkeys(candidate.kernel for candidate in tried))
-    assert len(tried) > 3 * len(kernels)
+    rule = tuning.flatten(choose(given))
+    tried = list(tune.candidates(chip, rule, given))
+    assert list(dict.fromkeys(candidate.kernel for candidate in tried)) == kernels
     for kernel in kernels:
         mine = [candidate.row for candidate in tried if candidate.kernel == kernel]
         assert mine[0] == rule
+        assert len(mine) > 1
         assert len({str(row) for row in mine}) == len(mine)
         for row in mine:
             tuning.rebuild(kind, row)
@@ -227,24 +238,34 @@ def test_the_fastest_of_each_kernel_makes_the_row(monkeypatch, tmp_path, wrong, 
     not all(importlib.util.find_spec(name) for name in ("jax_plugins", "jax_plugins.xla_cuda13")),
     reason="needs jax-cuda13-plugin, which compiles for a GPU that is not there",
 )
-def test_thinning_without_a_chip(tmp_path, monkeypatch, capsys):
+def test_candidates_are_compiled_and_thinned_without_a_chip(tmp_path, monkeypatch, capsys):
     """Compiled for an H200 in a process of its own: registers, spills and shared memory of each, or why not."""
 
-    def few(name, rule, case):
-        del name, case
-        for blocks in (rule["forward"], (1, 64, 1), (3, 192, 9)):
-            yield tune.Candidate("forward", rule | {"forward": blocks})
+    def few(name, rule, call):
+        del name
+        if call.query.shape[1] > 128:
+            for blocks in (rule["forward"], (1, 64, 1), (3, 192, 9)):
+                yield tune.Candidate("forward", rule | {"forward": blocks})
+        else:
+            for kernel in ("one_pass", "fused"):
+                yield from (tune.Candidate(kernel, rule | {kernel: stages}) for stages in (2, 1, 0))
 
     monkeypatch.setattr(tune, "candidates", few)
     table = tmp_path / "table.py"
-    case = Case(1, 512, 512, 2, 2, 64, "bfloat16")  # longer than the short rows' kernels take
-    assert tune.tune([case, case], chip_name="h200", path=table, out=tmp_path, samples=1) == 0
+    long, short = (Case(1, length, length, 2, 2, 64, "bfloat16") for length in (512, 64))
+    assert tune.tune([long, long, short], chip_name="h200", path=table, out=tmp_path, samples=1) == 0
     assert not table.exists()
     assert "none could be timed" in capsys.readouterr().out
-    (entry,) = json.loads((tmp_path / "tune-h200.json").read_text())["keys"]
+    entry, short_entry = json.loads((tmp_path / "tune-h200.json").read_text())["keys"]
     rule, small, large = entry["candidates"]
     assert 0 < small["registers"] < rule["registers"] <= 255
     assert 0 < small["shared"] < rule["shared"] < 227 * 1024
     assert rule["spilled"] == 0
     assert "shared memory" in large["error"]
-    assert entry["row"] is None
+    assert entry["row"] is short_entry["row"] is None
+    for kernel in ("one_pass", "fused"):
+        two, one, general = (found for found in short_entry["candidates"] if found["kernel"] == kernel)
+        assert 0 < one["shared"] < two["shared"] < 227 * 1024
+        assert 0 < two["registers"] <= 255
+        assert two["spilled"] == 0
+        assert "registers" not in general  # a choice of other kernels, which only the clock can compare

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bestiary.train.cli import COMMANDS, main
+
 ROOMS = ("data", "kernels", "models", "train")
 
 
@@ -50,6 +52,14 @@ def test_light_commands_import_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    assert f"bestiary {' '.join(words)}" in capsys.readouterr().out
 
 
 def test_an_unknown_command_is_named():

@@ -67,8 +67,6 @@ class BenchConfig:
     attention: str | None = None
     """As for `bestiary translate train`."""
     spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
-    seed: int = 0
-    """Of everything random."""
     model: Path | None = None
     """Run folder or checkpoint folder to translate --test with, instead of the model that was trained here."""
     test: Path | None = None

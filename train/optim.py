@@ -34,8 +34,8 @@ class OptimConfig:
     """Course after the warm-up, down to zero at the last step; 'constant' stays at the peak, 'inverse_sqrt' falls with
     the root of the step (Vaswani et al. 2017, 5.3)."""
     cooldown: float = 0.0
-    """End of the course: the rate comes down to zero in a line on top of its decay, over a share of the steps if below
-    1, else over a number of steps; 0 for none."""
+    """End of the course: the rate comes down to zero in a line on top of its decay, over a share of the steps after the
+    warm-up if below 1, else over a number of steps; 0 for none."""
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
     beta1: float = 0.9
@@ -85,10 +85,12 @@ def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> opt
 
 
 def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
-    warmup, cooldown = (round(n * steps) if n < 1 else int(n) for n in (config.warmup, config.cooldown))
+    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    cooldown = round(config.cooldown * max(0, steps - warmup)) if config.cooldown < 1 else int(config.cooldown)
     if warmup + cooldown > steps:
-        both = f"{warmup} steps" + (f" and the cool-down {cooldown}" if cooldown else "")
-        flags = "--warmup or --cooldown" if cooldown else "--warmup"
+        both, flags = f"{warmup} steps", "--warmup"
+        if cooldown:
+            both, flags = f"{both} and the cool-down {cooldown}", "--warmup or --cooldown"
         raise RunError(f"The warm-up takes {both}, but the phase has {steps}. Lower {flags}.")
     rest = max(1, steps - warmup)
 

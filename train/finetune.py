@@ -95,7 +95,7 @@ class FinetuneConfig:
     """Each layer's learning rate is that of the layer above it times this; pooler and head have the full rate."""
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0)
+        default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)
     )
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     evaluate_epochs: float = 1.0

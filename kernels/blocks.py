@@ -35,12 +35,6 @@ class Area:
     left: int | None
     right: int | None
 
-    @classmethod
-    def of(cls, queries: int, keys: int, causal: bool, window: tuple[int | None, int | None]) -> Area:
-        """From the arguments of `attention`. A causal row never looks right, whatever the window says."""
-        left, right = window
-        return cls(queries, keys, left, 0 if causal else right)
-
 
 class Segments(NamedTuple):
     """What is known of the segment ids of each block of tokens, int32 [B, blocks] each, padding (id 0) left aside.

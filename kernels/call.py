@@ -29,3 +29,12 @@ class Call:
     scale: float
     softcap: float | None
     dropout_rate: float
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """How many keys are seen before and after the query's own place, None for no limit: the window with causality.
+
+        A causal row never looks right, whatever the window says.
+        """
+        left, right = self.window
+        return left, 0 if self.causal else right

@@ -43,7 +43,7 @@ def meaning_differs(call: Call) -> str | None:
     """What cuDNN, wherever it runs, would not compute as `attention` says; None where it would."""
     size, value_size = call.query.shape[3], call.value.shape[3]
     length, keys = call.query.shape[1], call.key.shape[1]
-    left, right = _limits(call)
+    left, right = call.sides
     if call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"expected bfloat16 or float16, found {call.query.dtype}"
     if size != value_size or size % 8 or size > LARGEST_HEAD:
@@ -90,15 +90,9 @@ def device_lacks(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Array, Array]:
     """See `Backend`."""
-    left, right = _limits(call)
+    left, right = call.sides
     out, lse = _attention(_Rule(call.scale, right == 0, left), call.query, call.key, call.value)
     return out, jnp.swapaxes(lse, 1, 2)
-
-
-def _limits(call: Call) -> tuple[int | None, int | None]:
-    """How far a query sees before and after its own place."""
-    left, right = call.window
-    return left, 0 if call.causal else right
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,10 +147,10 @@ def short_stages(call: Call) -> dict[str, tuple[int, ...]]:
 
 
 def _options(call: Call) -> Options:
-    left, right = call.window
+    left, right = call.sides
     return Options(
         left=left,
-        right=0 if call.causal else right,
+        right=right,
         scale=call.scale,
         softcap=call.softcap,
         bias=None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row",

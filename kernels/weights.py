@@ -104,8 +104,7 @@ def attention_weights(
     if call.softcap is not None:
         scores = call.softcap * jnp.tanh(scores / call.softcap)
 
-    left, right = call.window
-    right = 0 if call.causal else right
+    left, right = call.sides
     seen = jnp.ones((1, *distance.shape), bool)
     if left is not None:
         seen &= (distance >= -left)[None]

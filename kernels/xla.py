@@ -47,7 +47,7 @@ def run(call: Call) -> tuple[Array, Array]:
         bias = dense_bias(call.bias, q_len, k_len).astype(_accumulator(call.query))
     # Grouped heads are repeated: the copies are small beside the scores, and the gradient adds up over them by itself.
     key, value = (x if heads == k_heads else jnp.repeat(x, heads // k_heads, axis=2) for x in (call.key, call.value))
-    rule = _Rule(call.causal, call.window, call.scale, call.softcap, call.dropout_rate)
+    rule = _Rule(call.sides, call.scale, call.softcap, call.dropout_rate)
     queries = _Queries(call.query, call.query_segment_ids, bias)
     keys = _Keys(key, value, call.key_segment_ids, call.dropout_seeds)
     out, lse = _attention(rule, queries, keys)
@@ -56,10 +56,9 @@ def run(call: Call) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What is static in a call. The fields mean what `attention` says."""
+    """What is static in a call. The fields mean what `Call` says."""
 
-    causal: bool
-    window: tuple[int | None, int | None]
+    sides: tuple[int | None, int | None]
     scale: float
     softcap: float | None
     dropout_rate: float
@@ -218,8 +217,7 @@ def _mask(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | 
     """Which keys each query attends to: bool [1 or B, 1, L, S]; None where all to all."""
     q_len, k_len = queries.query.shape[1], keys.key.shape[1]
     distance = jnp.arange(k_len)[None, :] - (start + jnp.arange(q_len))[:, None]
-    left, right = rule.window
-    right = 0 if rule.causal else right
+    left, right = rule.sides
     terms = []
     if left is not None:
         terms.append((distance >= -left)[None])

@@ -28,7 +28,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from ..data.parallel import Pair, ParallelText
@@ -42,7 +41,17 @@ from ..models.transformer import Transformer, TransformerConfig
 from .decode import DecodeConfig, Generator
 from .errors import RunError
 from .finetune import read_params, write_params
-from .learner import Learner, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
+from .learner import (
+    Learner,
+    Start,
+    count_parameters,
+    exit_status,
+    gradient_step,
+    kept_params,
+    learn,
+    make_learner,
+    on_host,
+)
 from .loop import Best, Fitted, LoopConfig, Stop, TrainState
 from .metrics import Meter, Sums
 from .optim import OptimConfig, schedule
@@ -522,14 +531,6 @@ def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluated(state: TrainState, ema: bool) -> Any:
-    """The parameters that are evaluated and left behind: the present ones, or their running mean."""
-    if not ema:
-        return state.params
-    mean = optax.tree.get(state.opt_state, "running_mean")  # None where a parameter does not train
-    return jax.tree.map(lambda m, p: p if m is None else m, mean, state.params, is_leaf=lambda leaf: leaf is None)
-
-
 class Evaluation:
     """The dev set's loss, and its BLEU when it is translated.
 
@@ -546,7 +547,7 @@ class Evaluation:
         keep: "Means",
         progress: Progress,
     ):
-        self._tokenizer, self._spread, self._keep, self._ema = data.tokenizer, spread, keep, bool(config.optim.ema)
+        self._tokenizer, self._spread, self._keep, self._optim = data.tokenizer, spread, keep, config.optim
         rows = make_rows(config, data, model.config.decoder_start_token_id, progress, dev=True)
         index, count = spread.share(config.rows)
         self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
@@ -576,7 +577,7 @@ class Evaluation:
         return found.values
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
-        running = evaluated(state, self._ema)
+        running = kept_params(state, self._optim)
         meter = Meter()
         for batch in self.batches():
             meter.add(self._spread.fetch(self._step(running, self._spread.put(batch))))
@@ -695,7 +696,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     best_file = config.out / "best.safetensors"
 
     def keep_best(_: int, state: TrainState) -> None:
-        params = on_host(spread.leave(evaluated(state, bool(config.optim.ema))))
+        params = on_host(spread.leave(kept_params(state, config.optim)))
         if main_process:
             write_params(best_file, params)
 
@@ -729,7 +730,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     if params is None and config.patience:
         params = read_params(best_file)
     if params is None:
-        params = on_host(evaluated(fitted.state, bool(config.optim.ema)))
+        params = on_host(kept_params(fitted.state, config.optim))
     if main_process:
         save(config.out / "model", *released(model, params), data.tokenizer)
         translations = evaluate.translate(params, config.final_beam)

@@ -26,7 +26,7 @@ def _ids(generator: np.random.Generator, length: int, order: str) -> np.ndarray:
 @pytest.mark.parametrize(("length", "keys"), [(16, 12), (13, 17)])
 def test_tiles_against_the_mask(length, keys, causal, window, order):
     generator = np.random.default_rng(length)
-    area = Area.of(length, keys, causal, window)
+    area = Area(length, keys, window[0], 0 if causal else window[1])
     rows = 1 if order is None else 2
     distance = np.arange(keys)[None, :] - np.arange(length)[:, None]
     mask = np.ones((rows, length, keys), bool)

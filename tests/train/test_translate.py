@@ -23,9 +23,10 @@ from bestiary.models.transformer import TransformerConfig
 from bestiary.train.cli import main as cli
 from bestiary.train.decode import DecodeConfig
 from bestiary.train.errors import RunError
+from bestiary.train.learner import kept_params
 from bestiary.train.loop import LoopConfig, Stop, TrainState
 from bestiary.train.optim import OptimConfig, running_mean, schedule
-from bestiary.train.translate import Means, TranslateConfig, evaluated, translate
+from bestiary.train.translate import Means, TranslateConfig, translate
 from bestiary.train.translate_run import Lines, Translator, open_translator
 from bestiary.train.translate_score import corpus_scores
 
@@ -195,9 +196,9 @@ def test_a_running_mean_is_what_is_evaluated():
     state = TrainState(
         jax.numpy.int32(0), {"kernel": jax.numpy.array([3.0]), "frozen": jax.numpy.array([5.0])}, (mean,), None
     )  # pyright: ignore
-    found = {name: leaf.tolist() for name, leaf in evaluated(state, ema=True).items()}
+    found = {name: leaf.tolist() for name, leaf in kept_params(state, OptimConfig(ema=0.5)).items()}
     assert found == {"kernel": [1.0], "frozen": [5.0]}
-    assert evaluated(state, ema=False)["kernel"].tolist() == [3.0]
+    assert kept_params(state, OptimConfig())["kernel"].tolist() == [3.0]
 
 
 def test_means_keep_the_last_or_the_best(tmp_path: Path, folder: Path):

@@ -32,6 +32,7 @@ import tokenizers
 
 from . import cache
 from .cache import CacheCounts, CacheInfo, TokenCache
+from .cores import usable_cores
 from .corpus import Corpus, Document
 from .errors import CorpusError, DataError
 from .fingerprint import corpus_fingerprint
@@ -98,7 +99,7 @@ def _tokenise(
         leftover.unlink()
     total = corpus.bytes_total
     if processes is None:
-        processes = 1 if total < _SMALL_CORPUS else _cores()
+        processes = 1 if total < _SMALL_CORPUS else usable_cores()
     report = Reporter("tokenising", "MB", progress)
     done = resumed = 0
     number = -1
@@ -121,11 +122,6 @@ def _tokenise(
             report(done / 1e6, total / 1e6 or None, resumed=resumed / 1e6)
     report(done / 1e6, done / 1e6, resumed=resumed / 1e6, final=True)
     return number + 1
-
-
-def _cores() -> int:
-    """That this process may use; not every system tells which."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(corpus: Corpus, characters: int) -> Iterator[_Chunk]:

@@ -294,7 +294,7 @@ class Attention(nn.Module):
     """Attention in `heads` subspaces, with its four projections (Vaswani et al. 2017, 3.2.2).
 
     Of a sequence to itself, or to a memory (an encoder's output); and, for decoding, of one token a beam to the keys
-    and values of before, which are kept heads first, so that no step transposes them.
+    and values of before, which are kept as the products take them, so that no step transposes them.
 
     Attributes:
         width: of queries and output, E.
@@ -354,22 +354,22 @@ class Attention(nn.Module):
         return self.out(attended)
 
     def keys_values(self, memory: Array) -> tuple[Array, Array]:
-        """The keys and the values of a memory [B, S, E], each [B, H, S, D]."""
-        return jnp.swapaxes(self.key(memory), 1, 2), jnp.swapaxes(self.value(memory), 1, 2)
+        """The keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""
+        return jnp.moveaxis(self.key(memory), 1, 3), jnp.swapaxes(self.value(memory), 1, 2)
 
     def step(self, hidden: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
         """Attend with one token of each of a row's beams, which share the row's keys and values.
 
         Args:
             hidden: [B, K, E], K beams a row.
-            keys, values: [B, H, S, D].
+            keys, values: as from `keys_values`.
             mask: bool [B, 1 or K, S], what each beam attends to. A beam that attends to nothing gets zeros.
 
         Returns:
             ([B, K, E], the probabilities [B, H, K, S] float32)
         """
         query = self.query(hidden) * jnp.asarray((self.width // self.heads) ** -0.5, self.dtype)
-        scores = jnp.einsum("bkhd,bhsd->bhks", query, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkhd,bhds->bhks", query, keys, preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None], scores, -jnp.inf)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))

@@ -311,16 +311,17 @@ class DecoderBlock(nn.Module):
         return add(hidden, self.feed_forward_norm, lambda x: self.feed_forward(x, **mode))
 
     def step(
-        self, hidden: Array, memory: tuple[Array, Array], memory_mask: Array, cache: "Slots", index: Array, mask: Array
+        self, hidden: Array, memory: tuple[Array, Array], memory_mask: Array, cache: "Slots", step: Array, mask: Array
     ) -> tuple[Array, "Slots", Array]:
         """The layer for one token of each beam, as `Steps.step`; also the attention to the encoder [B, H, K, S]."""
 
         def attend(x: Array) -> Array:
             nonlocal cache
             new = self.attention.keys_values(x)
-            place = (0, 0, index * x.shape[1], 0)
+            slot = step * x.shape[1]
             cache = Slots(
-                *(jax.lax.dynamic_update_slice(old, part, place) for old, part in zip(cache, new, strict=True))
+                jax.lax.dynamic_update_slice(cache.keys, new[0], (0, 0, 0, slot)),
+                jax.lax.dynamic_update_slice(cache.values, new[1], (0, 0, slot, 0)),
             )
             return self.attention.step(x, *cache, mask)[0]
 
@@ -336,7 +337,7 @@ class DecoderBlock(nn.Module):
         return add(hidden, self.feed_forward_norm, self.feed_forward), cache, probabilities
 
     def keys_values(self, memory: Array) -> "Slots":
-        """The encoder's output [B, S, E] as keys and values, each [B, H, S, D]."""
+        """The encoder's output [B, S, E] as keys and values."""
         return Slots(*self.cross_attention.keys_values(memory))
 
 
@@ -499,24 +500,24 @@ class Transformer(nn.Module):
         )
         return self.decoder_norm(hidden) if c.pre_norm else hidden
 
-    def last_logits(self, hidden: Array) -> Array:
-        """The last decoder layer's output [..., E] -> logits [..., V] float32."""
-        return self.logits(self.decoder_norm(hidden) if self.config.pre_norm else hidden)
+    def last_logits(self, hidden: Array, *, biased: bool) -> Array:
+        """The last decoder layer's output [..., E] -> logits [..., V] float32; without their bias unless `biased`."""
+        return self.logits(self.decoder_norm(hidden) if self.config.pre_norm else hidden, biased=biased)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Array, *, biased: bool = True) -> Array:
         """The decoder's output [..., E] -> logits [..., V] float32."""
         logits = self._output_table.attend(self._to_table(hidden))
-        if not self.config.logits_bias:
+        if not self.config.logits_bias or not biased:
             return logits
         return add_bias(logits, jax.lax.stop_gradient(self.final_logits_bias))
 
-    def embed_step(self, tokens: Array, position: Array) -> Array:
-        """Target tokens [B, K] that all stand at one position -> [B, K, E]."""
+    def embed_step(self, tokens: Array, positions: Array) -> Array:
+        """Target tokens [B, K], those of a row at its position [B] -> [B, K, E]."""
         return self._embed(
             self._target_table,
             "target_projection",
             tokens,
-            jnp.broadcast_to(position, tokens.shape),
+            jnp.broadcast_to(positions[:, None], tokens.shape),
             rows=row_numbers(None, tokens),
             deterministic=True,
         )
@@ -590,9 +591,9 @@ def _cross_segments(
 
 
 class Slots(NamedTuple):
-    """Keys and values of one layer, heads first."""
+    """Keys and values of one layer."""
 
-    keys: Array  # [B, H, slots, D]
+    keys: Array  # [B, H, D, slots]
     values: Array  # [B, H, slots, D]
 
 
@@ -606,8 +607,9 @@ class Memory(NamedTuple):
 class Prepared(NamedTuple):
     """Parameters as the steps need them."""
 
-    params: Params
-    layers: tuple[Params, ...]  # the decoder's, layer by layer
+    params: Params  # all but the decoder's layers
+    layers: tuple[Params, ...]  # these, layer by layer
+    bias: Array | None  # the logits'; None where it is zero everywhere, since adding it takes a CPU a tenth of a step
 
 
 @dataclass(frozen=True)
@@ -622,8 +624,13 @@ class Steps:
         return self.model.config
 
     def prepare(self, params: Params) -> Prepared:
-        """Take the stacked layers apart, once and not in each step."""
-        return Prepared(params, unstack(params["decoder"], self.config.decoder_layers))
+        """Take the stacked layers apart, once and not in each step. The parameters must not be traced."""
+        bias = params.get("final_logits_bias")
+        return Prepared(
+            params={name: part for name, part in params.items() if name != "decoder"},
+            layers=unstack(params["decoder"], self.config.decoder_layers),
+            bias=None if bias is None or not jnp.any(bias) else bias,
+        )
 
     def start(self, prepared: Prepared, input_ids: Array, segment_ids: Array) -> Memory:
         """Read sources: input_ids [B, S] int32; segment_ids [B, S] int32, 1 for tokens and 0 for padding."""
@@ -636,8 +643,13 @@ class Steps:
     def cache(self, rows: int, slots: int) -> tuple[Slots, ...]:
         """Empty keys and values, for each layer."""
         c = self.config
-        empty = jnp.zeros((rows, c.decoder_heads, slots, c.width // c.decoder_heads), c.dtype)
-        return (Slots(empty, empty),) * c.decoder_layers
+        size = c.width // c.decoder_heads
+        keys = jnp.zeros((rows, c.decoder_heads, size, slots), c.dtype)
+        return (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.decoder_layers
+
+    def rearrange(self, cache: tuple[Slots, ...], slots: Array) -> tuple[Slots, ...]:
+        """The cache [B, ...] of the slots `slots` [X] int32, in their order."""
+        return tuple(Slots(layer.keys[..., slots], layer.values[:, :, slots]) for layer in cache)
 
     def step(
         self,
@@ -645,42 +657,45 @@ class Steps:
         memory: Memory,
         cache: tuple[Slots, ...],
         tokens: Array,
-        index: Array,
+        positions: Array,
+        step: Array,
         mask: Array,
     ) -> tuple[Array, tuple[Slots, ...], tuple[Array, ...]]:
         """Read one more token of each beam.
 
         Args:
             memory: of B sources.
-            cache: of the steps so far; this step fills the slots from index · K on.
+            cache: of the steps so far; this step fills the slots from step · K on.
             tokens: [B, K] int32.
-            index: [] int32, the tokens' position.
+            positions: [B] int32, where the tokens of each row stand.
+            step: [] int32.
             mask: bool [B, K, slots], the slots that each beam descends from, its own among them.
 
         Returns:
             (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S] float32)
         """
         variables = {"params": prepared.params}
-        hidden: Any = self.model.apply(variables, tokens, index, method="embed_step")
+        hidden: Any = self.model.apply(variables, tokens, positions, method="embed_step")
         block = DecoderBlock(self.config, parent=None)
         filled, attentions = [], []
         for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache, strict=True):
             result: Any = block.apply(
-                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, index, mask, method="step"
+                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, step, mask, method="step"
             )
             hidden, slots, attention = result
             filled.append(slots)
             attentions.append(attention)
-        logits: Any = self.model.apply(variables, hidden, method="last_logits")
+        biased = prepared.bias is not None
+        logits: Any = self.model.apply(variables, hidden, biased=biased, method="last_logits")
         return logits, tuple(filled), tuple(attentions)
 
 
+@partial(jax.jit, static_argnums=1)
 def unstack(params: Params, count: int) -> tuple[Params, ...]:
     """Stacked layers, one by one."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
 
 
-@partial(jax.jit, static_argnums=0)
 def cross_attention_maps(
     model: Transformer, params: Params, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
 ) -> Array:
@@ -694,15 +709,23 @@ def cross_attention_maps(
     Returns:
         [N, B, H, T, S] float32, probabilities of every layer and head; those of t are for predicting token t + 1.
     """
+    segments = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
+    return _cross_attention_maps(model, model.steps().prepare(params), input_ids, decoder_input_ids, segments)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cross_attention_maps(
+    model: Transformer, prepared: Prepared, input_ids: Array, decoder_input_ids: Array, segment_ids: Array
+) -> Array:
     steps = model.steps()
-    prepared = steps.prepare(params)
-    memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)
+    memory = steps.start(prepared, input_ids, segment_ids)
     rows, length = decoder_input_ids.shape
 
     def read(cache: tuple[Slots, ...], xs: tuple[Array, Array]) -> tuple[tuple[Slots, ...], Array]:
         tokens, index = xs
+        places = jnp.broadcast_to(index, rows)
         mask = jnp.broadcast_to(jnp.arange(length) <= index, (rows, 1, length))
-        _, cache, attentions = steps.step(prepared, memory, cache, tokens[:, None], index, mask)
+        _, cache, attentions = steps.step(prepared, memory, cache, tokens[:, None], places, index, mask)
         return cache, jnp.stack(attentions)[:, :, :, 0]
 
     _, maps = jax.lax.scan(read, steps.cache(rows, length), (decoder_input_ids.T, jnp.arange(length)))

@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from .errors import RunError
 from .run_folder import write_json
 
 CHUNK = 1 << 22
@@ -99,7 +100,7 @@ class Checkpoints:
             abstract: shapes, dtypes and shardings of the state; the devices may differ from those that saved it.
 
         Raises:
-            ValueError: the checkpoint holds another model's arrays.
+            RunError: the checkpoint holds other arrays: another model's or another optimiser's.
         """
         steps = self.steps()
         return _read(self._manager, steps[-1], abstract) if steps else None
@@ -128,6 +129,7 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
 
     Raises:
         FileNotFoundError: no whole checkpoint is there.
+        RunError: it holds other arrays: another model's or another optimiser's.
     """
     folder = folder.absolute()
     if folder.name.isdigit():
@@ -148,7 +150,13 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
 
 def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-    found: Any = manager.restore(step, args=args)
+    try:
+        found: Any = manager.restore(step, args=args)
+    except ValueError as error:  # its message is the two trees
+        raise RunError(
+            f"{manager.directory}, step {step}: these are the arrays of another model or optimiser. Give the options "
+            "that they were saved with, or start a new run from the weights alone."
+        ) from error
     return Restored(step, found.state, found.progress)
 
 

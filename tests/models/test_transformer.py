@@ -230,8 +230,7 @@ def test_one_token_at_a_time() -> None:
     slots = np.arange(14)
 
     @jax.jit
-    def decode(tree: Any) -> Any:
-        prepared = steps.prepare(tree)
+    def decode(prepared: Any) -> Any:
         memory = steps.start(prepared, SOURCE, mask)
 
         def step(cache: Any, i: Any) -> Any:
@@ -239,13 +238,13 @@ def test_one_token_at_a_time() -> None:
             tokens = jnp.stack([TARGET[:, i], TARGET[:, i] - 1], axis=1)
             seen = jnp.stack([(slots % 2 == beam) & (slots // 2 <= i) for beam in range(2)])
             logits, cache, attention = steps.step(
-                prepared, memory, cache, tokens, i, jnp.broadcast_to(seen, (3, 2, 14))
+                prepared, memory, cache, tokens, jnp.full(3, i), i, jnp.broadcast_to(seen, (3, 2, 14))
             )
             return cache, (logits, attention[-1])
 
         return jax.lax.scan(step, steps.cache(3, 14), jnp.arange(7))[1]
 
-    logits, attention = decode(params(name))
+    logits, attention = decode(steps.prepare(params(name)))
     whole = run(name, SOURCE, mask, None, TARGET)
     np.testing.assert_allclose(jnp.swapaxes(logits[:, :, 0], 0, 1), whole, atol=5e-6)
     assert np.abs(jnp.swapaxes(logits[:, :, 1], 0, 1) - whole).max() > 1e-2

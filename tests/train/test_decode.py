@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from bestiary import models
-from bestiary.train.decode import DecodeConfig, Generator, top_candidates
+from bestiary.train.decode import DecodeConfig, Generator
+from bestiary.train.search import continuations
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
 CASES = json.loads((FIXTURE / "generations.json").read_text())
@@ -107,8 +108,11 @@ class Chain:
     def cache(self, rows: int, slots: int) -> Any:
         return jnp.zeros((rows, 1, slots, 1))
 
-    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, index: Any, mask: Any) -> Any:
-        return prepared["logits"][tokens], cache, (prepared["attention"][tokens][:, None],)
+    def rearrange(self, cache: Any, slots: Any) -> Any:
+        return cache[:, :, slots]
+
+    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, step: Any, mask: Any) -> Any:
+        return prepared["logits"][tokens], cache, (prepared["attention"][tokens][:, None, :, : memory.shape[1]],)
 
 
 def chain() -> dict[str, np.ndarray]:
@@ -142,11 +146,12 @@ def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         order = draw.permutation(9)
         assert generate([texts[i] for i in order], [prefixes[i] for i in order]) == [found[i] for i in order]
     assert generate(texts[:1], prefixes[:1]) == found[:1]
-    compiled = generate.compilations
-    for _ in range(10):
-        others = [draw.integers(2, WORDS, n).tolist() for n in draw.integers(1, 30, 9)]
+    compiled = []
+    for _ in range(30):
+        others = [draw.integers(2, WORDS, n).tolist() for n in draw.integers(1, 16, 9)]
         generate(others, [prefixes[i] for i in draw.permutation(9)])
-    assert generate.compilations == compiled
+        compiled.append(generate.compilations)
+    assert compiled[10:] == compiled[10:11] * 20
 
 
 def test_penalties_by_their_formulas() -> None:
@@ -225,12 +230,17 @@ def test_nucleus_and_best_words_bound_what_is_drawn() -> None:
         assert {h.tokens[0] if h.tokens else END for h in found} == set(allowed.tolist())
 
 
-def test_candidates_are_the_largest() -> None:
-    scores = np.random.default_rng(0).permutation(2 * 3 * 1003).reshape(2, 3, 1003).astype(np.float32)
-    values, words = jax.jit(top_candidates, static_argnums=1)(scores, 7)
-    order = np.argsort(-scores, axis=-1)[..., :7]
-    np.testing.assert_array_equal(words, order)
-    np.testing.assert_array_equal(values, np.take_along_axis(scores, order, axis=-1))
+@pytest.mark.parametrize("words", [7, 1003, 1024])
+def test_continuations_are_the_largest(words: int) -> None:
+    draw = np.random.default_rng(0)
+    gains = draw.permutation(2 * 3 * words).reshape(2, 3, words).astype(np.float32)
+    norm, scores = draw.permutation(6).reshape(2, 3) * np.float32(40), draw.permutation(6).reshape(2, 3) * np.float32(9)
+    found = jax.jit(continuations, static_argnums=3)(gains, norm, scores, 7)
+    every = (gains - norm[..., None] + scores[..., None]).reshape(2, -1)
+    order = np.argsort(-every, axis=-1, kind="stable")[:, :7]
+    largest = np.take_along_axis(every, order, 1)
+    for array, expected in zip(found, (largest, order // words, order % words), strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 def test_other_parameters_take_the_same_programs() -> None:
@@ -240,7 +250,7 @@ def test_other_parameters_take_the_same_programs() -> None:
     other["logits"] = -other["logits"]
     second = first.with_params(other)
     assert second([[2]]) != found
-    assert second.compilations == first.compilations == 2
+    assert second.compilations == first.compilations == 3
     assert first([[2]]) == found
 
 

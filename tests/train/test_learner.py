@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.train.checkpoint import Checkpoints
+from bestiary.train.checkpoint import Checkpoints, restore_from
 from bestiary.train.errors import RunError
 from bestiary.train.learner import Start, gradient_step, learn, make_learner
 from bestiary.train.loop import Best, LoopConfig, Stop
@@ -140,3 +140,10 @@ def test_best_is_remembered_over_a_restart(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, report=print)
     assert checkpoints.restore(jax.eval_shape(lambda: whole.state)).progress["best"] == [4, 6.0]
     checkpoints.close()
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
+    whole = run_once(tmp_path / "run", [1.0] * STEPS, [], patience=0)
+    other = whole.state.replace(opt_state=(whole.state.opt_state, {"running_mean": whole.state.params}))
+    with pytest.raises(RunError, match=r"step 8: these are the arrays of another model or optimiser"):
+        restore_from(tmp_path / "run", jax.eval_shape(lambda: other), print)

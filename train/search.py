@@ -1,0 +1,547 @@
+"""Search on the device: what `decode.Generator` runs, compiled.
+
+A pool has R rows. Each holds a sentence or is free: sentences are admitted into free rows while the others go on, each
+at an age of its own, and the host collects what has ended.
+
+A beam's past is never moved. Each step of the pool writes its keys and values into slots of its own, K a step, and each
+beam remembers which slot of each step it descends from; attention masks the others out. So reordering beams costs one
+small table of numbers instead of a copy of the cache, the encoder's keys and values are read once for all beams of a
+sentence, and the work left is matrix products. The slots of T steps are a ring: step s writes where step s - T did, and
+no sentence may become older than T.
+
+Beam search is the reference implementation's (transformers 5): the same candidates, the same order of penalties, the
+same three ways to stop, so the same sequences and scores.
+"""
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+if TYPE_CHECKING:
+    from .decode import DecodeConfig
+
+LOW = -1.0e9
+"""A score that nothing real has; finite, so that sums with it are never NaN. The reference's."""
+NOTHING = -1.0e6
+"""A bound below which no score is real, whatever length the one above was divided by."""
+
+
+class Steps(Protocol):
+    """What a generating model offers, by its method `steps()`.
+
+    All are pure functions. Every leaf of a memory and of a cache has the rows first.
+    """
+
+    @property
+    def config(self) -> Any:
+        """With decoder_start_token_id, eos_token_id and forced_eos_token_id, which may be None."""
+        ...
+
+    def prepare(self, params: Any) -> Any:
+        """Parameters in the form that the others take; not a part of a compiled program."""
+        ...
+
+    def start(self, prepared: Any, input_ids: Array, segment_ids: Array) -> Any:
+        """Read sources [B, S], whose segment is 1, or 0 for padding; gives a memory."""
+        ...
+
+    def cache(self, rows: int, slots: int) -> Any:
+        """An empty cache."""
+        ...
+
+    def rearrange(self, cache: Any, slots: Array) -> Any:
+        """A cache of the slots `slots` [X] of another, in their order."""
+        ...
+
+    def step(
+        self, prepared: Any, memory: Any, cache: Any, tokens: Array, positions: Array, step: Array, mask: Array
+    ) -> tuple[Array, Any, tuple[Array, ...]]:
+        """Read tokens [B, K] at `positions` [B] into slots step · K on, attending to those of `mask` [B, K, slots].
+
+        Returns (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S]).
+        """
+        ...
+
+
+class Sources(NamedTuple):
+    """The sentences of a pool."""
+
+    memory: Any  # the model's
+    mask: Array  # [R, S] bool, True for tokens
+    prefix: Array  # [R, P] int32, the target's given first tokens, -1 after them
+
+
+class Ended(NamedTuple):
+    """The best finished hypotheses so far, best first within their group; all [R, K]."""
+
+    scores: Array  # float32, with the penalties
+    steps: Array  # int32, the sentence's age when the last token came
+    parents: Array  # int32, which running hypothesis it came to
+    tokens: Array  # int32, the last token
+    valid: Array  # bool, whether there is one
+
+
+class Search(NamedTuple):
+    """The state of the search of R sentences, K hypotheses each, none older than T steps."""
+
+    step: Array  # [] int32, steps of the pool so far
+    began: Array  # [R] int32, the step before which each sentence was admitted; its age is the steps since
+    cache: Any  # the model's, the slots of step s being those of s mod T
+    tokens: Array  # [R, K] int32, the newest of each running hypothesis
+    scores: Array  # [R, K] float32, their log probabilities
+    origin: Array  # [R, K, T] int32, which of the K slots at s mod T they descend from; -1 for none
+    history: Array | None  # [R, K, T] int32, the tokens read, by age, -1 after them; None where nothing asks for them
+    coverage: Array | None  # [R, K, S] float32, the attention each source token has received; None likewise
+    chosen: Array  # [T, R, K] int32, at s mod T the token that each running hypothesis got at step s
+    parents: Array  # [T, R, K] int32, the one that it went on from
+    ended: Ended
+    open: Array  # [R, G] bool, whether the search of each group goes on
+
+
+class Choice(NamedTuple):
+    """What one step makes of running hypotheses: of all, or of those of one group."""
+
+    tokens: Array  # [R, k] int32
+    scores: Array  # [R, k] float32
+    parents: Array  # [R, k] int32, among those of the group
+    ended: Ended  # [R, k]
+    open: Array  # [R] bool
+
+
+class Moment(NamedTuple):
+    """Where each row stands in a step."""
+
+    age: Array  # [R] int32, tokens read before this step
+    given: Array  # [R] int32, the prefix's token, or -1 where the prefix is at its end
+    length: Array  # [R] int32, tokens generated, with the one that is chosen now; 0 or less within the prefix
+
+
+class Searcher:
+    """The compiled parts of decoding with one model in one way.
+
+    Args:
+        steps: the model's.
+        config: how.
+        options: of XLA's compiler, beside its flags.
+    """
+
+    def __init__(self, steps: Steps, config: "DecodeConfig", options: dict[str, Any] | None = None) -> None:
+        self.steps = steps
+        self.config = config
+        special = steps.config
+        self.start_id: int = special.decoder_start_token_id
+        self.eos_id: int = special.eos_token_id
+        self.forced_eos_id: int | None = special.forced_eos_token_id
+        self.compilations = 0
+        self.clear = jax.jit(self._clear, static_argnums=(1, 2, 3, 4), compiler_options=options)
+        self.admit = jax.jit(self._admit, donate_argnums=(1, 2), compiler_options=options)
+        self.advance = jax.jit(self._advance, donate_argnums=2, compiler_options=options)
+        self.resize = jax.jit(self._resize, static_argnums=3, compiler_options=options)
+
+    def _clear(self, prepared: Any, rows: int, length: int, prefix: int, slots: int) -> tuple[Sources, Search]:
+        """A pool of free rows for sources of `length` tokens, prefixes of `prefix` and outputs of `slots`."""
+        self.compilations += 1  # this runs when it is traced
+        c = self.config
+        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        memory = jax.eval_shape(self.steps.start, prepared, ids, ids)
+        record = jnp.full((slots, rows, c.width), -1, jnp.int32)
+        free = self._fresh(jnp.full(rows, -1, jnp.int32), length, slots)
+        sources = Sources(
+            memory=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory),
+            mask=jnp.zeros((rows, length), bool),
+            prefix=jnp.full((rows, prefix), -1, jnp.int32),
+        )
+        cache = self.steps.cache(rows, slots * c.width)
+        return sources, free._replace(step=jnp.int32(0), cache=cache, chosen=record, parents=record)
+
+    def _admit(
+        self,
+        prepared: Any,
+        sources: Sources,
+        search: Search,
+        ids: Array,
+        numbers: Array,
+        prefix: Array,
+        places: Array,
+    ) -> tuple[Sources, Search]:
+        """Seat sentences in free rows.
+
+        ids [N, S] int32, -1 for padding; numbers [N], -1 for none; prefix [N, P]; places [N], the rows, R for none.
+        """
+        self.compilations += 1
+        mask = ids >= 0
+        memory = self.steps.start(prepared, jnp.maximum(ids, 0), mask.astype(jnp.int32))
+        fresh = self._fresh(numbers, ids.shape[1], search.origin.shape[2])
+
+        def seat(old: Array, new: Array) -> Array:
+            return old.at[places].set(new, mode="drop")
+
+        # Slots are not emptied: nobody descends from what is in them. Nor are the records.
+        moving = search._replace(step=None, cache=None, chosen=None, parents=None)
+        seated: Search = jax.tree.map(seat, moving, fresh._replace(began=jnp.broadcast_to(search.step, numbers.shape)))
+        return (
+            jax.tree.map(seat, sources, Sources(memory, mask, prefix)),
+            seated._replace(step=search.step, cache=search.cache, chosen=search.chosen, parents=search.parents),
+        )
+
+    def _fresh(self, numbers: Array, length: int, slots: int) -> Any:
+        """What a `Search` knows of sentences of age 0, open if they have a number."""
+        c = self.config
+        shape = (len(numbers), c.width)
+        nobody = jnp.full(shape, -1, jnp.int32)
+        past = jnp.full((*shape, slots), -1, jnp.int32)
+        # The hypotheses of a group begin alike: but for one of them, they must not count.
+        behind = c.searches & (jnp.arange(c.width) % (c.width // c.diverse_groups) > 0)
+        return Search(
+            step=None,  # pyright: ignore[reportArgumentType] # this and the next three belong to the pool
+            cache=None,
+            chosen=None,  # pyright: ignore[reportArgumentType]
+            parents=None,  # pyright: ignore[reportArgumentType]
+            began=jnp.zeros(len(numbers), jnp.int32),
+            tokens=jnp.full(shape, self.start_id, jnp.int32),
+            scores=jnp.broadcast_to(jnp.where(behind, LOW, 0.0)[None], shape),
+            origin=past,
+            history=past if c.repetition_penalty != 1.0 or c.no_repeat_ngram else None,
+            coverage=jnp.zeros((*shape, length), jnp.float32) if c.coverage_penalty else None,
+            ended=Ended(jnp.full(shape, LOW, jnp.float32), nobody, nobody, nobody, jnp.zeros(shape, bool)),
+            open=jnp.broadcast_to((numbers >= 0)[:, None], (len(numbers), c.diverse_groups)),
+        )
+
+    def _advance(self, prepared: Any, sources: Sources, search: Search, numbers: Array, enough: Array) -> Search:
+        """Search until a sentence is as old as may be, or at most `enough` [] are open.
+
+        numbers [R] int32: which sentence each row holds; -1 for a free row.
+        """
+        self.compilations += 1
+        slots = search.origin.shape[2]
+
+        def going(search: Search) -> Array:
+            oldest = jnp.where(numbers >= 0, search.step - search.began, 0).max()
+            return (oldest < slots) & (search.open.any(axis=1).sum() > enough)
+
+        return jax.lax.while_loop(going, partial(self._step, prepared, sources, numbers), search)
+
+    def _resize(self, sources: Sources, search: Search, keep: Array, slots: int) -> tuple[Sources, Search]:
+        """Keep the rows `keep` [R'], -1 for a free row, in a ring of `slots`, which may be more or fewer."""
+        self.compilations += 1
+        present = search.origin.shape[2]
+        rows = jnp.maximum(keep, 0)
+        moving = search._replace(step=None, chosen=None, parents=None)
+        kept: Search = jax.tree.map(lambda x: x[rows], moving)
+        kept = kept._replace(
+            step=search.step,
+            chosen=search.chosen[:, rows],
+            parents=search.parents[:, rows],
+            open=kept.open & (keep >= 0)[:, None],
+        )
+        if slots != present:
+            # The newest step before this one that belongs at each place of the new ring; and where it is in the old.
+            newest = search.step - 1 - (search.step - 1 - jnp.arange(slots)) % slots
+            there = (newest >= 0) & (newest >= search.step - present)
+            place = newest % present
+
+            beams = self.config.width
+            of_beams = (place[:, None] * beams + jnp.arange(beams)[None]).reshape(-1)
+            history = kept.history
+            if history is not None:
+                more = max(0, slots - present)
+                history = jnp.pad(history, [(0, 0), (0, 0), (0, more)], constant_values=-1)[..., :slots]
+            kept = kept._replace(
+                cache=self.steps.rearrange(kept.cache, of_beams),
+                origin=jnp.where(there, kept.origin[..., place], -1),
+                history=history,
+                chosen=kept.chosen[place],
+                parents=kept.parents[place],
+            )
+        return jax.tree.map(lambda x: x[rows], sources), kept
+
+    # One step
+
+    def _step(self, prepared: Any, sources: Sources, numbers: Array, search: Search) -> Search:
+        c = self.config
+        rows, width, slots = search.origin.shape
+        # A free row computes something too; it must be finite, since its slots are only masked out later.
+        age = jnp.where(numbers >= 0, search.step - search.began, 0)
+        slot = search.step % slots
+        own = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :, None], (rows, width, 1))
+        origin = jax.lax.dynamic_update_slice(search.origin, own, (0, 0, slot))
+        history, coverage = search.history, search.coverage
+        if history is not None:
+            history = jnp.where(jnp.arange(slots)[None, None] == age[:, None, None], search.tokens[..., None], history)
+        mask = (origin[..., None] == jnp.arange(width)[None, None, None]).reshape(rows, width, slots * width)
+        logits, cache, attention = self.steps.step(
+            prepared, sources.memory, search.cache, search.tokens, age, slot, mask
+        )
+        if coverage is not None:
+            coverage = coverage + attention[-1].mean(axis=1)
+        moment = _moment(sources.prefix, age)
+        if c.searches:
+            choice = self._search(sources, search, logits, history, coverage, moment)
+            at_parent = choice.parents[..., None]
+            origin, history, coverage = (
+                None if x is None else jnp.take_along_axis(x, at_parent, axis=1) for x in (origin, history, coverage)
+            )
+        else:
+            choice = self._follow(numbers, search, logits, history, moment)
+        assert origin is not None
+        return Search(
+            step=search.step + 1,
+            began=search.began,
+            cache=cache,
+            tokens=choice.tokens,
+            scores=choice.scores,
+            origin=origin,
+            history=history,
+            coverage=coverage,
+            chosen=jax.lax.dynamic_update_slice(search.chosen, choice.tokens[None], (slot, 0, 0)),
+            parents=jax.lax.dynamic_update_slice(search.parents, choice.parents[None], (slot, 0, 0)),
+            ended=choice.ended,
+            open=choice.open,
+        )
+
+    def _restrict(self, scores: Array, certain: Array, history: Array | None, moment: Moment) -> Array:
+        """Scores [R, K, V] by the reference's rules in its order: what repeats is lowered, what may not be is -inf.
+
+        certain [R, K] is the score of what is bound to be.
+        """
+        c = self.config
+        words = scores.shape[-1]
+        if history is not None and c.repetition_penalty != 1.0:
+            penalised = jnp.where(scores < 0, scores * c.repetition_penalty, scores / c.repetition_penalty)
+            scores = jnp.where(_marked(history, words), penalised, scores)
+        if history is not None and c.no_repeat_ngram:
+            again = _completions(history, moment.age, c.no_repeat_ngram)
+            scores = jnp.where(_marked(again, words), -jnp.inf, scores)
+        end = jnp.arange(words) == self.eos_id
+        length = moment.length[:, None, None]
+        if c.min_length:
+            scores = jnp.where(end[None, None] & (length <= c.min_length), -jnp.inf, scores)
+        if self.forced_eos_id is not None:
+            bound = jnp.arange(words) == self.forced_eos_id
+            forced = jnp.where(bound[None, None], certain[..., None], -jnp.inf)
+            scores = jnp.where(length == c.max_length, forced, scores)
+        if c.suppressed:
+            scores = scores.at[..., np.array(c.suppressed)].set(-jnp.inf)
+        return scores
+
+    # Greedy and sampling
+
+    def _follow(self, numbers: Array, search: Search, logits: Array, history: Array | None, moment: Moment) -> Choice:
+        """Each hypothesis gets one more token, the best one or one that is drawn."""
+        c = self.config
+        scores = self._restrict(logits, jnp.zeros_like(search.scores), history, moment)
+        if c.sample:
+            scores = _narrowed(scores / c.temperature, c.top_k, c.top_p)
+            draw = jax.vmap(jax.vmap(jax.random.categorical))
+            tokens = draw(_keys(c.seed, numbers, c.width, moment.age), scores)
+        else:
+            tokens = scores.argmax(axis=-1)
+        given = moment.given[:, None] >= 0
+        tokens = jnp.where(given, moment.given[:, None], tokens).astype(jnp.int32)
+        gained = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+        totals = search.scores + jnp.where(given, 0.0, gained)
+        last = ((tokens == self.eos_id) | (moment.length == c.max_length)[:, None]) & ~given
+        own = jnp.broadcast_to(jnp.arange(c.width, dtype=jnp.int32)[None], tokens.shape)
+        step = jnp.broadcast_to(moment.age[:, None], tokens.shape)
+        new = Ended(totals / self._penalty(moment.length)[:, None], step, own, tokens, last)
+        first = last & ~search.ended.valid
+        ended = Ended(*(jnp.where(first, a, b) for a, b in zip(new, search.ended, strict=True)))
+        return Choice(tokens, totals, own, ended, search.open & ~ended.valid.all(axis=1, keepdims=True))
+
+    # Beam search
+
+    def _search(
+        self,
+        sources: Sources,
+        search: Search,
+        logits: Array,
+        history: Array | None,
+        coverage: Array | None,
+        moment: Moment,
+    ) -> Choice:
+        """The best of all continuations of all hypotheses, group by group."""
+        c = self.config
+        size = c.beam // c.diverse_groups
+        # Log probabilities are gains - norm; computed of the candidates alone, where no rule needs them of all words.
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        if c.repetition_penalty != 1.0:
+            logits, norm = logits - norm[..., None], jnp.zeros_like(norm)
+        logits, norm = jax.lax.optimization_barrier((logits, norm))  # or suppressing would copy what is still needed
+        gains = self._restrict(logits, norm, history, moment)
+        bonus = jnp.zeros(search.scores.shape, jnp.float32)
+        if coverage is not None:
+            received = jnp.where(sources.mask[:, None], jnp.log(jnp.minimum(coverage, 1.0)), 0.0)
+            bonus = c.coverage_penalty * received.sum(axis=-1)
+        choices: list[Choice] = []
+        for group in range(c.diverse_groups):
+            part = slice(group * size, (group + 1) * size)
+            own = gains[:, part]
+            if choices:
+                before = jnp.concatenate([choice.tokens for choice in choices], axis=1)
+                own = own - c.diversity_penalty * _counts(before, own.shape[-1])[:, None]
+            ended = Ended(*(x[:, part] for x in search.ended))
+            choices.append(
+                self._search_group(
+                    own, norm[:, part], search.scores[:, part], bonus[:, part], ended, search.open[:, group], moment
+                )
+            )
+
+        if len(choices) == 1:
+            return choices[0]._replace(open=choices[0].open[:, None])
+        for group, choice in enumerate(choices):
+            # From the group's own numbers to the row's; those that ended before have the row's already.
+            new = choice.ended.steps == moment.age[:, None]
+            ended = choice.ended._replace(parents=choice.ended.parents + jnp.where(new, group * size, 0))
+            choices[group] = choice._replace(
+                parents=choice.parents + group * size, ended=ended, open=choice.open[:, None]
+            )
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *choices)
+
+    def _search_group(
+        self, gains: Array, norm: Array, scores: Array, bonus: Array, ended: Ended, open_: Array, moment: Moment
+    ) -> Choice:
+        """One group: gains [R, k, V]; norm, scores and bonus [R, k]; open_ [R]."""
+        c = self.config
+        size = scores.shape[1]
+        # Twice as many candidates as beams, so that enough go on even where the better half ends.
+        values, parents, words = continuations(gains, norm, scores, min(2 * size, size * gains.shape[-1]))
+        final = (moment.length == c.max_length)[:, None]
+        last = (words == self.eos_id) | final
+
+        running, order = jax.lax.top_k(values + jnp.where(last, LOW, 0.0), size)
+        tokens, sources = (jnp.take_along_axis(x, order, axis=1) for x in (words, parents))
+
+        # What ends counts if it is among the best k, where the group is still open.
+        scored = values / self._penalty(moment.length)[:, None] + jnp.take_along_axis(bonus, parents, axis=1)
+        counts = last & (jnp.arange(values.shape[1]) < size)[None] & open_[:, None]
+        step = jnp.broadcast_to(moment.age[:, None], values.shape)
+        new = Ended(jnp.where(counts, scored, LOW), step, parents, words, counts)
+        both = Ended(*(jnp.concatenate([a, b], axis=1) for a, b in zip(ended, new, strict=True)))
+        best = jax.lax.top_k(both.scores, size)[1]
+        merged = Ended(*(jnp.take_along_axis(x, best, axis=1) for x in both))
+
+        # May what is running still become better than the worst that has ended?
+        longest = jnp.int32(c.max_length) if c.early_stopping == "never" and c.length_penalty > 0 else moment.length
+        possible = running[:, :1] / jnp.broadcast_to(self._penalty(longest), moment.length.shape)[:, None]
+        worst = jnp.where(merged.valid, merged.scores.min(axis=1, keepdims=True), LOW)
+        still = open_ & (possible > worst).any(axis=1) & ~final[:, 0]
+        if c.early_stopping == "yes":
+            still &= ~merged.valid.all(axis=1)
+
+        given = moment.given[:, None] >= 0
+        stay = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[None], tokens.shape)
+        return Choice(
+            tokens=jnp.where(given, moment.given[:, None], tokens).astype(jnp.int32),
+            scores=jnp.where(given, scores, running),
+            parents=jnp.where(given, stay, sources),
+            ended=Ended(*(jnp.where(given, a, b) for a, b in zip(ended, merged, strict=True))),
+            open=jnp.where(given[:, 0], open_, still),
+        )
+
+    def _penalty(self, length: Array) -> Array:
+        """What the log probability of `length` tokens is divided by."""
+        c = self.config
+        length = jnp.maximum(length, 1).astype(jnp.float32)
+        return ((5.0 + length) / 6.0 if c.length_penalty_form == "gnmt" else length) ** c.length_penalty
+
+
+def _moment(prefix: Array, age: Array) -> Moment:
+    length = age + 1 - (prefix >= 0).sum(axis=1, dtype=jnp.int32)
+    if not prefix.shape[1]:
+        return Moment(age, jnp.full(length.shape, -1, jnp.int32), length)
+    token = jnp.take_along_axis(prefix, jnp.minimum(age, prefix.shape[1] - 1)[:, None], axis=1)[:, 0]
+    return Moment(age, jnp.where(age < prefix.shape[1], token, -1), length)
+
+
+def continuations(gains: Array, norm: Array, scores: Array, count: int) -> tuple[Array, Array, Array]:
+    """The best continuations of a row's hypotheses.
+
+    The `count` largest of (gains [R, k, V] - norm [R, k]) + scores [R, k] of each row, best first, as three arrays
+    [R, count]: the values, the hypotheses and the words. They all lie in the `count` columns of words with the largest
+    maxima, which one pass without branches finds; a sort of everything takes a CPU three times as long.
+    """
+    rows, k, words = gains.shape
+    columns = _columns(words, math.isqrt(words * count // k))  # as many to sort as there are words in those chosen
+    lines = -(-words // columns)
+    whole = words // columns * columns
+    tops = gains[..., :whole].reshape(rows, k, -1, columns).max(axis=2)
+    if whole < words:
+        rest = gains[..., whole:]
+        tops = tops.at[..., : words - whole].max(rest)
+    tops = tops - norm[..., None] + scores[..., None]
+    tops, best = jax.lax.top_k(tops.reshape(rows, -1), count)
+    if lines == 1:
+        return tops, best // columns, best % columns
+    parents = jnp.repeat(best // columns, lines, axis=1)
+    inside = (best % columns)[..., None] + columns * jnp.arange(lines)[None, None]
+    inside = inside.reshape(rows, -1)
+    places = jnp.where(inside < words, parents * words + inside, k * words)
+    values = jnp.take_along_axis(gains.reshape(rows, -1), places, axis=1, mode="fill", fill_value=-jnp.inf)
+    values = values - jnp.take_along_axis(norm, parents, axis=1) + jnp.take_along_axis(scores, parents, axis=1)
+    values, at = jax.lax.top_k(values, count)
+    return values, jnp.take_along_axis(parents, at, axis=1), jnp.take_along_axis(inside, at, axis=1)
+
+
+def _columns(words: int, target: int) -> int:
+    """About `target`, or all where there are few; what divides the words, if it may, spares a copy of them."""
+    if words <= LARGEST_SORT:
+        return words
+    divisors = [number for number in range(target // 3, 3 * target) if words % number == 0]
+    return min(divisors, key=lambda number: abs(math.log(number / target)), default=target)
+
+
+LARGEST_SORT = 256
+"""Words up to which `continuations` sorts all of them."""
+
+
+def _marked(tokens: Array, words: int) -> Array:
+    """tokens [R, K, X] int32, -1 for none -> bool [R, K, words], True for those."""
+    rows, width, _ = tokens.shape
+    row, beam = jnp.arange(rows)[:, None, None], jnp.arange(width)[None, :, None]
+    place = jnp.where(tokens < 0, words, tokens)  # out of the array: dropped
+    return jnp.zeros((rows, width, words), bool).at[row, beam, place].set(True, mode="drop")
+
+
+def _counts(tokens: Array, words: int) -> Array:
+    """tokens [R, X] -> how often each word is among a row's, float32 [R, words]."""
+    rows = jnp.arange(len(tokens))[:, None]
+    return jnp.zeros((len(tokens), words), jnp.float32).at[rows, tokens].add(1.0)
+
+
+def _completions(history: Array, age: Array, size: int) -> Array:
+    """The tokens that followed the newest size - 1 tokens wherever these stood before; [R, K, T], -1 for none."""
+    length = history.shape[2]
+    if length < size:
+        return jnp.full_like(history, -1)
+    starts = length - size + 1
+    follows = jnp.broadcast_to((age + 2 >= size)[:, None, None], (*history.shape[:2], starts))
+    for i in range(size - 1):
+        place = jnp.maximum(age - size + 2 + i, 0)[:, None, None]
+        follows &= history[..., i : i + starts] == jnp.take_along_axis(history, place, axis=2)
+    return jnp.where(follows, history[..., size - 1 :], -1)
+
+
+def _keys(seed: int, numbers: Array, width: int, age: Array) -> Array:
+    """A key for each [R, K]: of the seed, the sentence, its age and the sample."""
+    of_row = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+    of_row = jax.vmap(jax.random.fold_in)(of_row, age)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_row, jnp.arange(width))
+
+
+def _narrowed(scores: Array, top_k: int, top_p: float) -> Array:
+    """Scores [..., V] with -inf for what is not to be drawn."""
+    if top_k and top_k < scores.shape[-1]:
+        least = jax.lax.top_k(scores, top_k)[0][..., -1:]
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+    if top_p < 1.0:
+        ordered = -jnp.sort(-scores, axis=-1)
+        shares = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares
+        least = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+    return scores

@@ -12,13 +12,14 @@ A run starts from, in this order: (1) its own newest whole checkpoint, (2) the c
 (3) the weights named by --init-from, (4) scratch.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -71,7 +72,8 @@ Subwords = Literal["unigram", "bpe", "word-bpe"]
 class TranslateConfig:
     """Train a translator on parallel text.
 
-    With no arguments: English-German dates, durations, amounts and quantities, minutes on two CPU cores.
+    With no arguments: English-German dates, durations, amounts and quantities, minutes on two CPU cores. With text of
+    your own the defaults are those of the --preset's paper; --source FILE --preset NAME --help shows them.
     """
 
     source: Path | None = None
@@ -215,6 +217,56 @@ class TranslateConfig:
     def rows(self) -> int:
         """Rows of a batch."""
         return self.batch_tokens // self.row_tokens
+
+
+# How text of one's own is trained on: the settings of the papers (Vaswani et al. 2017, 5 and 6.1; for Multi30k Wu et al.
+# 2021, in fewer updates). The own defaults of the dataclass are for the embedded phrases.
+VASWANI: Mapping[str, Any] = {
+    "vocab_size": 37_000,
+    "row_tokens": 256,
+    "batch_tokens": 25_600,
+    "loop": {"evaluate_every": 1000, "checkpoint_every": 1000},
+}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "transformer-tiny": {
+        "dropout": 0.3,
+        "batch_tokens": 8192,
+        "steps": 3200,
+        "average": 3,
+        "loop": {"evaluate_every": 200, "checkpoint_every": 200},
+        "optim": {"learning_rate": 5e-3, "warmup": 800, "decay": "linear", "cooldown": 0.0},
+    },
+    "transformer-base": {
+        **VASWANI,
+        "dropout": 0.1,
+        "steps": 100_000,
+        "average": 5,
+        "optim": {"learning_rate": 7e-4, "warmup": 4000, "cooldown": 0.0},
+    },
+    "transformer-big": {
+        **VASWANI,
+        "dropout": 0.3,
+        "steps": 300_000,
+        "average": 20,
+        "optim": {"learning_rate": 5e-4, "warmup": 4000, "cooldown": 0.0},
+    },
+}
+
+
+def defaults(arguments: Sequence[str]) -> TranslateConfig:
+    """The defaults of a command line: those of the embedded phrases, or of the size where text is given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("source", "pairs", "preset"):
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(arguments)
+    own = TranslateConfig()
+    preset = given.preset or own.preset
+    if (given.source is None and given.pairs is None) or preset not in SETTINGS:
+        return own
+    setting = dict(SETTINGS[preset])
+    for part in ("optim", "loop"):
+        setting[part] = dataclasses.replace(getattr(own, part), **setting[part])
+    return dataclasses.replace(own, **setting)
 
 
 # Settings that change neither the numbers of a run nor what it leaves behind: they may differ when it is started again.

@@ -191,6 +191,20 @@ def test_a_running_mean_follows_the_parameters():
     assert mean["kernel"].tolist() == [0.75 * (0.75 * 4 + 0.25 * 2) + 0.25 * 0]
 
 
+def test_defaults_follow_the_text_and_the_size(monkeypatch: pytest.MonkeyPatch):
+    seen: list[TranslateConfig] = []
+    monkeypatch.setattr("bestiary.train.translate.main", lambda config: seen.append(config) or 0)
+    text = ["--source", "a", "--target", "b"]
+    for arguments in ([], text, [*text, "--steps", "7"], ["--pairs", "p.tsv", "--preset=transformer-base"]):
+        assert cli(["translate", "train", *arguments]) == 0
+    phrases, tiny, fewer, base = seen
+    assert phrases == TranslateConfig()
+    assert (tiny.steps, tiny.batch_tokens, tiny.dropout, tiny.optim.learning_rate) == (3200, 8192, 0.3, 5e-3)
+    assert dataclasses.replace(fewer, steps=3200) == tiny
+    assert fewer.steps == 7
+    assert (base.steps, base.optim.learning_rate, base.optim.warmup, base.vocab_size) == (100_000, 7e-4, 4000, 37_000)
+
+
 def test_a_running_mean_is_what_is_evaluated():
     mean = running_mean(0.5).init({"kernel": jax.numpy.array([1.0]), "frozen": None})
     state = TrainState(

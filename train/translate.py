@@ -219,8 +219,8 @@ class TranslateConfig:
         return self.batch_tokens // self.row_tokens
 
 
-# How text of one's own is trained on: the settings of the papers (Vaswani et al. 2017, 5 and 6.1; for Multi30k Wu et al.
-# 2021, in fewer updates). The own defaults of the dataclass are for the embedded phrases.
+# How text of one's own is trained on: the settings of the papers (Vaswani et al. 2017, 5 and 6.1; for Multi30k Wu et
+# al. 2021, in fewer updates). The own defaults of the dataclass are for the embedded phrases.
 VASWANI: Mapping[str, Any] = {
     "vocab_size": 37_000,
     "row_tokens": 256,

@@ -21,6 +21,7 @@
     squad.py        questions answered by spans, and windows of their contexts
     multiple_choice.py  SWAG and CODAH
     tagging.py      CoNLL columns and CoNLL-U
+    cores.py        how many cores there are to work with
 
 Names are imported on first use: Grain and tensorflow-datasets take seconds that `--help` should not pay for.
 """

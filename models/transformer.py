@@ -311,17 +311,17 @@ class DecoderBlock(nn.Module):
         return add(hidden, self.feed_forward_norm, lambda x: self.feed_forward(x, **mode))
 
     def step(
-        self, hidden: Array, memory: tuple[Array, Array], memory_mask: Array, cache: "Slots", step: Array, mask: Array
+        self, hidden: Array, memory: tuple[Array, Array], memory_mask: Array, cache: "Slots", slot: Array, mask: Array
     ) -> tuple[Array, "Slots", Array]:
         """The layer for one token of each beam, as `Steps.step`; also the attention to the encoder [B, H, K, S]."""
 
         def attend(x: Array) -> Array:
             nonlocal cache
             new = self.attention.keys_values(x)
-            slot = step * x.shape[1]
+            place = slot * x.shape[1]
             cache = Slots(
-                jax.lax.dynamic_update_slice(cache.keys, new[0], (0, 0, 0, slot)),
-                jax.lax.dynamic_update_slice(cache.values, new[1], (0, 0, slot, 0)),
+                jax.lax.dynamic_update_slice(cache.keys, new[0], (0, 0, 0, place)),
+                jax.lax.dynamic_update_slice(cache.values, new[1], (0, 0, place, 0)),
             )
             return self.attention.step(x, *cache, mask)[0]
 
@@ -500,16 +500,19 @@ class Transformer(nn.Module):
         )
         return self.decoder_norm(hidden) if c.pre_norm else hidden
 
-    def last_logits(self, hidden: Array, *, biased: bool) -> Array:
-        """The last decoder layer's output [..., E] -> logits [..., V] float32; without their bias unless `biased`."""
-        return self.logits(self.decoder_norm(hidden) if self.config.pre_norm else hidden, biased=biased)
+    def last_scores(self, hidden: Array) -> Array:
+        """The last decoder layer's output [..., E] -> logits without their bias [..., V] float32."""
+        return self._scores(self.decoder_norm(hidden) if self.config.pre_norm else hidden)
 
-    def logits(self, hidden: Array, *, biased: bool = True) -> Array:
+    def logits(self, hidden: Array) -> Array:
         """The decoder's output [..., E] -> logits [..., V] float32."""
-        logits = self._output_table.attend(self._to_table(hidden))
-        if not self.config.logits_bias or not biased:
+        logits = self._scores(hidden)
+        if not self.config.logits_bias:
             return logits
         return add_bias(logits, jax.lax.stop_gradient(self.final_logits_bias))
+
+    def _scores(self, hidden: Array) -> Array:
+        return self._output_table.attend(self._to_table(hidden))
 
     def embed_step(self, tokens: Array, positions: Array) -> Array:
         """Target tokens [B, K], those of a row at its position [B] -> [B, K, E]."""
@@ -609,12 +612,15 @@ class Prepared(NamedTuple):
 
     params: Params  # all but the decoder's layers
     layers: tuple[Params, ...]  # these, layer by layer
-    bias: Array | None  # the logits'; None where it is zero everywhere, since adding it takes a CPU a tenth of a step
+    bias: Array | None  # the logits', [V]; None where it is zero everywhere: to add it is a tenth of a step on a CPU
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A model as `train.decode` uses it: pure functions, each row's keys and values shared by its beams."""
+    """A model as `train.decode` uses it, each row's keys and values shared by its beams.
+
+    All are pure functions; all but `prepare` can be traced.
+    """
 
     model: Transformer
 
@@ -624,7 +630,7 @@ class Steps:
         return self.model.config
 
     def prepare(self, params: Params) -> Prepared:
-        """Take the stacked layers apart, once and not in each step. The parameters must not be traced."""
+        """Take the stacked layers apart, once and not in each step. It looks at values: it cannot be traced."""
         bias = params.get("final_logits_bias")
         return Prepared(
             params={name: part for name, part in params.items() if name != "decoder"},
@@ -658,17 +664,17 @@ class Steps:
         cache: tuple[Slots, ...],
         tokens: Array,
         positions: Array,
-        step: Array,
+        slot: Array,
         mask: Array,
     ) -> tuple[Array, tuple[Slots, ...], tuple[Array, ...]]:
         """Read one more token of each beam.
 
         Args:
             memory: of B sources.
-            cache: of the steps so far; this step fills the slots from step · K on.
+            cache: of the steps so far; this step fills the slots from slot · K on.
             tokens: [B, K] int32.
             positions: [B] int32, where the tokens of each row stand.
-            step: [] int32.
+            slot: [] int32, of the slots in groups of K.
             mask: bool [B, K, slots], the slots that each beam descends from, its own among them.
 
         Returns:
@@ -680,13 +686,14 @@ class Steps:
         filled, attentions = [], []
         for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache, strict=True):
             result: Any = block.apply(
-                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, step, mask, method="step"
+                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, slot, mask, method="step"
             )
             hidden, slots, attention = result
             filled.append(slots)
             attentions.append(attention)
-        biased = prepared.bias is not None
-        logits: Any = self.model.apply(variables, hidden, biased=biased, method="last_logits")
+        logits: Any = self.model.apply(variables, hidden, method="last_scores")
+        if prepared.bias is not None:
+            logits = add_bias(logits, prepared.bias)
         return logits, tuple(filled), tuple(attentions)
 
 
@@ -699,7 +706,7 @@ def unstack(params: Params, count: int) -> tuple[Params, ...]:
 def cross_attention_maps(
     model: Transformer, params: Params, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
 ) -> Array:
-    """What each token of the decoder's input attends to in the source.
+    """What each token of the decoder's input attends to in the source. The parameters must not be traced.
 
     Args:
         input_ids: [B, S] int32.

@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Sequence
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,8 @@ def attention_of(model: Any, params: Any, source: Sequence[int], target: Sequenc
     widths = [1 << max(4, (len(ids) - 1).bit_length()) for ids in rows]
     padded = [np.pad(ids, (0, width - len(ids)))[None] for ids, width in zip(rows, widths, strict=True)]
     segments = (np.arange(widths[0]) < len(source)).astype(np.int32)[None]
-    maps = _maps(model)(params, padded[0], padded[1], segments)
+    maps = cross_attention_maps(model, params, padded[0], padded[1], segments)
     return maps[:, 0, :, : len(target), : len(source)]
-
-
-@cache
-def _maps(model: Any) -> Any:
-    return jax.jit(partial(cross_attention_maps, model))
 
 
 def check(what: str, asked: Sequence[int], count: int) -> list[int]:

@@ -152,7 +152,9 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
     try:
         found: Any = manager.restore(step, args=args)
-    except ValueError as error:  # its message is the two trees
+    except ValueError as error:
+        if not any(said in str(error) for said in ("structures do not match", "not compatible with the stored")):
+            raise
         raise RunError(
             f"{manager.directory}, step {step}: these are the arrays of another model or optimiser. Give the options "
             "that they were saved with, or start a new run from the weights alone."

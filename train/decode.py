@@ -7,14 +7,16 @@ Sentences are sorted by length and searched many at a time, on the device (`sear
 the search comes back to the host, and others take their places. What is compiled depends on a few sizes, to which
 lengths and counts are rounded up, never on the sentences.
 
-On a CPU every core searches sentences of its own: products this small are faster on one core than spread over several.
+On a CPU with few cores each searches sentences of its own: products this small are faster on one core than spread over
+several. These threads do not see settings of JAX that a `with` made in the caller's.
 """
 
 import copy
 import itertools
+import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -152,9 +154,11 @@ class Generator:
         words = model.config.target_words
         if any(not 0 <= token < words for token in config.suppressed):
             raise RunError(f"suppressed: expected tokens from 0 to {words - 1}, found {config.suppressed}")
+        if model.config.forced_eos_token_id in config.suppressed:
+            raise RunError(f"suppressed: {model.config.forced_eos_token_id} is how this model's longest outputs end")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._lanes = max(1, min(cores, rows // self.LANE_ROWS))
-        one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes > 1 else None
+        one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
         self._searcher = Searcher(model.steps(), config, one_core)
         self._compiling = threading.Lock()  # or two threads would compile the same program
         self._prepared = self._searcher.steps.prepare(jax.device_put(params))
@@ -202,26 +206,25 @@ class Generator:
         task = Task(sources, prefixes, first, slots, {}, threading.Event())
         lanes = min(self._lanes, -(-len(order) // self.LANE_ROWS))
         if lanes < 2:
-            self._search(task, order, self.rows // self._lanes)
+            self._search(task, order)
         else:
-            # Every core gets its share beforehand, so that the same sentences always meet.
             with ThreadPoolExecutor(lanes) as pool:
-                shares = [
-                    pool.submit(self._search, task, order[lane::lanes], self.rows // self._lanes)
-                    for lane in range(lanes)
-                ]
                 try:
+                    # Shares are fixed beforehand, so that the same sentences always meet.
+                    shares = [pool.submit(self._search, task, order[lane::lanes]) for lane in range(lanes)]
+                    wait(shares, return_when=FIRST_EXCEPTION)
                     for share in shares:
-                        share.result()
-                except BaseException:
-                    task.cancelled.set()
-                    raise
+                        if share.done():
+                            share.result()
+                finally:
+                    task.cancelled.set()  # for those that are not done, if there was an error
         return [task.found[i] for i in range(len(sources))]
 
-    def _search(self, task: Task, order: Sequence[int], rows: int) -> None:
-        """Search sentences `order`, the longest first, at most `rows` at a time."""
+    def _search(self, task: Task, order: Sequence[int]) -> None:
+        """Search sentences `order`, the longest first."""
         for length, group in itertools.groupby(order, key=lambda i: self._rounded(len(task.sources[i]))):
-            Pool(self, task, list(group), rows, length).search()
+            if not task.cancelled.is_set():
+                Pool(self, task, list(group), self.rows // self._lanes, length).search()
 
     def _rounded(self, length: int) -> int:
         return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
@@ -287,12 +290,11 @@ class Pool:
         come, self._waiting = self._waiting[:count], self._waiting[count:]
         self._numbers[places[: len(come)]] = come
         self._began[places[: len(come)]] = self._step
-        nowhere = np.where(np.arange(count) < len(come), places, len(self._numbers)).astype(np.int32)
-        numbers = np.full(count, -1, np.int32)
-        numbers[: len(come)] = come
+        taken = np.arange(count) < len(come)
         ids = _filled([self._task.sources[i] for i in come], count, self._length)
         prefix = _filled([self._task.prefixes[i] for i in come], count, self._prefix)
-        return self._run(self._searcher.admit, self._prepared, sources, search, ids, numbers, prefix, nowhere)
+        rows = np.where(taken, places, len(self._numbers)).astype(np.int32)
+        return self._run(self._searcher.admit, self._prepared, sources, search, ids, taken, prefix, rows)
 
     def _resize(self, sources: Sources, search: Search, going: np.ndarray) -> tuple[Sources, Search]:
         """Rows and slots as the open sentences need them."""
@@ -326,7 +328,7 @@ class Pool:
                 order = np.argsort(-best.scores[row], kind="stable")[: config.n_best]
             hypotheses = []
             for i in order:
-                if hypotheses and not best.scores[row, i] > NOTHING:
+                if not best.scores[row, i] > NOTHING:
                     break
                 tokens, parent = [int(best.tokens[row, i])], best.parents[row, i]
                 for age in range(best.steps[row, i] - 1, -1, -1):
@@ -336,7 +338,8 @@ class Pool:
                 if tokens[0] == eos_id:
                     tokens = tokens[1:]
                 hypotheses.append(Hypothesis(tokens[::-1], float(best.scores[row, i])))
-            self._task.found[int(self._numbers[row])] = hypotheses
+            # The rules may leave no word that could come next.
+            self._task.found[int(self._numbers[row])] = hypotheses or [Hypothesis([], -math.inf)]
         self._numbers[ended] = -1
 
     def _rows(self, count: int) -> int:

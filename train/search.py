@@ -34,7 +34,7 @@ NOTHING = -1.0e6
 class Steps(Protocol):
     """What a generating model offers, by its method `steps()`.
 
-    All are pure functions. Every leaf of a memory and of a cache has the rows first.
+    All are pure functions; all but `prepare` can be traced. Every leaf of a memory and of a cache has the rows first.
     """
 
     @property
@@ -59,9 +59,9 @@ class Steps(Protocol):
         ...
 
     def step(
-        self, prepared: Any, memory: Any, cache: Any, tokens: Array, positions: Array, step: Array, mask: Array
+        self, prepared: Any, memory: Any, cache: Any, tokens: Array, positions: Array, slot: Array, mask: Array
     ) -> tuple[Array, Any, tuple[Array, ...]]:
-        """Read tokens [B, K] at `positions` [B] into slots step · K on, attending to those of `mask` [B, K, slots].
+        """Read tokens [B, K] at `positions` [B] into slots slot · K on, attending to those of `mask` [B, K, slots].
 
         Returns (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S]).
         """
@@ -150,7 +150,7 @@ class Searcher:
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         memory = jax.eval_shape(self.steps.start, prepared, ids, ids)
         record = jnp.full((slots, rows, c.width), -1, jnp.int32)
-        free = self._fresh(jnp.full(rows, -1, jnp.int32), length, slots)
+        free = self._fresh(jnp.zeros(rows, bool), length, slots)
         sources = Sources(
             memory=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory),
             mask=jnp.zeros((rows, length), bool),
@@ -165,34 +165,35 @@ class Searcher:
         sources: Sources,
         search: Search,
         ids: Array,
-        numbers: Array,
+        taken: Array,
         prefix: Array,
         places: Array,
     ) -> tuple[Sources, Search]:
         """Seat sentences in free rows.
 
-        ids [N, S] int32, -1 for padding; numbers [N], -1 for none; prefix [N, P]; places [N], the rows, R for none.
+        ids [N, S] int32, -1 for padding; taken [N] bool, whether there is one; prefix [N, P]; places [N], the rows, R
+        for none.
         """
         self.compilations += 1
         mask = ids >= 0
         memory = self.steps.start(prepared, jnp.maximum(ids, 0), mask.astype(jnp.int32))
-        fresh = self._fresh(numbers, ids.shape[1], search.origin.shape[2])
+        fresh = self._fresh(taken, ids.shape[1], search.origin.shape[2])
 
         def seat(old: Array, new: Array) -> Array:
             return old.at[places].set(new, mode="drop")
 
         # Slots are not emptied: nobody descends from what is in them. Nor are the records.
         moving = search._replace(step=None, cache=None, chosen=None, parents=None)
-        seated: Search = jax.tree.map(seat, moving, fresh._replace(began=jnp.broadcast_to(search.step, numbers.shape)))
+        seated: Search = jax.tree.map(seat, moving, fresh._replace(began=jnp.broadcast_to(search.step, taken.shape)))
         return (
             jax.tree.map(seat, sources, Sources(memory, mask, prefix)),
             seated._replace(step=search.step, cache=search.cache, chosen=search.chosen, parents=search.parents),
         )
 
-    def _fresh(self, numbers: Array, length: int, slots: int) -> Any:
-        """What a `Search` knows of sentences of age 0, open if they have a number."""
+    def _fresh(self, taken: Array, length: int, slots: int) -> Any:
+        """What a `Search` knows of sentences of age 0, open where there is one."""
         c = self.config
-        shape = (len(numbers), c.width)
+        shape = (len(taken), c.width)
         nobody = jnp.full(shape, -1, jnp.int32)
         past = jnp.full((*shape, slots), -1, jnp.int32)
         # The hypotheses of a group begin alike: but for one of them, they must not count.
@@ -202,14 +203,14 @@ class Searcher:
             cache=None,
             chosen=None,  # pyright: ignore[reportArgumentType]
             parents=None,  # pyright: ignore[reportArgumentType]
-            began=jnp.zeros(len(numbers), jnp.int32),
+            began=jnp.zeros(len(taken), jnp.int32),
             tokens=jnp.full(shape, self.start_id, jnp.int32),
             scores=jnp.broadcast_to(jnp.where(behind, LOW, 0.0)[None], shape),
             origin=past,
             history=past if c.repetition_penalty != 1.0 or c.no_repeat_ngram else None,
             coverage=jnp.zeros((*shape, length), jnp.float32) if c.coverage_penalty else None,
             ended=Ended(jnp.full(shape, LOW, jnp.float32), nobody, nobody, nobody, jnp.zeros(shape, bool)),
-            open=jnp.broadcast_to((numbers >= 0)[:, None], (len(numbers), c.diverse_groups)),
+            open=jnp.broadcast_to(taken[:, None], (len(taken), c.diverse_groups)),
         )
 
     def _advance(self, prepared: Any, sources: Sources, search: Search, numbers: Array, enough: Array) -> Search:
@@ -488,7 +489,7 @@ def continuations(gains: Array, norm: Array, scores: Array, count: int) -> tuple
 
 
 def _columns(words: int, target: int) -> int:
-    """About `target`, or all where there are few; what divides the words, if it may, spares a copy of them."""
+    """Columns to divide words into: all for few words, else about `target`; a divisor spares a copy."""
     if words <= LARGEST_SORT:
         return words
     divisors = [number for number in range(target // 3, 3 * target) if words % number == 0]

@@ -614,10 +614,12 @@ class Evaluation:
 
     def translate(self, params: Any, beam: int) -> list[str]:
         """The dev set's translations by parameters on the host."""
-        if beam not in self._generators:
+        if beam in self._generators:
+            self._generators[beam] = self._generators[beam].with_params(params)
+        else:
             decoding = DecodeConfig(beam=beam, max_length=self._longest)
             self._generators[beam] = Generator(self._model, params, decoding)
-        outputs = self._generators[beam].with_params(params)(self._sources)
+        outputs = self._generators[beam](self._sources)
         return [
             self._tokenizer.decode(found[0].tokens) if len(source) > 1 else ""
             for source, found in zip(self._sources, outputs, strict=True)

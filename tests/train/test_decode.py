@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from bestiary import models
+from bestiary.train import decode
+from bestiary.train.attention_map import attention_of
 from bestiary.train.decode import DecodeConfig, Generator
 from bestiary.train.search import continuations
 
@@ -76,6 +78,14 @@ def test_a_cache_that_grows_and_rows_that_finish_change_nothing(monkeypatch: pyt
     np.testing.assert_allclose([[h.score for h in row] for row in found], CASES[0]["scores"], atol=1e-5)
 
 
+def test_attention_is_drawn_of_a_model_whose_logits_have_a_bias() -> None:
+    params = {**loaded().params, "final_logits_bias": np.ones_like(loaded().params["final_logits_bias"])}
+    source = sources()[0]
+    maps = attention_of(loaded().model, params, source, [5, 6, 7])
+    assert maps.shape[2:] == (3, len(source))
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+
+
 # A model that knows its last token alone, small enough to search by hand.
 
 WORDS, END = 6, 1
@@ -111,7 +121,7 @@ class Chain:
     def rearrange(self, cache: Any, slots: Any) -> Any:
         return cache[:, :, slots]
 
-    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, step: Any, mask: Any) -> Any:
+    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, slot: Any, mask: Any) -> Any:
         return prepared["logits"][tokens], cache, (prepared["attention"][tokens][:, None, :, : memory.shape[1]],)
 
 
@@ -152,6 +162,86 @@ def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         generate(others, [prefixes[i] for i in draw.permutation(9)])
         compiled.append(generate.compilations)
     assert compiled[10:] == compiled[10:11] * 20
+
+
+# A model whose words depend on what stands in its slots, on positions and on the source.
+
+
+@dataclass(frozen=True)
+class Rememberer(Chain):
+    def start(self, prepared: Any, input_ids: Any, segment_ids: Any) -> Any:
+        return (prepared["words"][input_ids] * segment_ids[..., None]).sum(axis=1)
+
+    def cache(self, rows: int, slots: int) -> Any:
+        return jnp.zeros((rows, slots, 8))
+
+    def rearrange(self, cache: Any, slots: Any) -> Any:
+        return cache[:, slots]
+
+    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, slot: Any, mask: Any) -> Any:
+        new = prepared["words"][tokens] * prepared["places"][positions][:, None]
+        cache = jax.lax.dynamic_update_slice(cache, new, (0, slot * tokens.shape[1], 0))
+        past = jnp.einsum("rks,rsd->rkd", mask / mask.sum(axis=-1, keepdims=True), cache)
+        hidden = jnp.tanh(new + 3 * past + memory[:, None])
+        return (
+            hidden @ prepared["words"].T + prepared["often"],
+            cache,
+            (jnp.ones((*tokens.shape[:1], 1, tokens.shape[1], 1)),),
+        )
+
+
+@pytest.mark.parametrize(
+    ("cores", "named"),
+    [
+        (1, {}),
+        (1, {"beam": 3, "early_stopping": "never"}),
+        (3, {"beam": 4, "diverse_groups": 2, "no_repeat_ngram": 2}),
+        (3, {"sample": True, "n_best": 2}),
+    ],
+)
+def test_many_sentences_at_many_ages_are_as_one_alone(
+    cores: int, named: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rings that grow and shrink, rows that are filled again, and threads."""
+    draw = np.random.default_rng(2)
+    params = {name: draw.normal(size=(count, 8)).astype(np.float32) for name, count in (("words", 6), ("places", 32))}
+    params["often"] = 2 * np.eye(WORDS, dtype=np.float32)[None, None, END]
+    texts = [draw.integers(0, WORDS, n).tolist() for n in draw.integers(1, 17, 60)]
+    prefixes = [draw.integers(2, WORDS, n).tolist() for n in draw.integers(0, 4, 60)]
+    config = DecodeConfig(max_length=28, **named)
+    alone = Generator(Rememberer(), params, config, rows=1)
+    expected = [
+        alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
+    ]
+    assert len({len(row[0].tokens) for row in expected}) > 8
+    for name, value in (("FIRST_SLOTS", 4), ("FEWEST_ROWS", 1), ("LANE_ROWS", 4)):
+        monkeypatch.setattr(Generator, name, value)
+    monkeypatch.setattr(decode, "usable_cores", lambda: cores)
+    found = Generator(Rememberer(), params, config, rows=12)(texts, prefixes)
+    assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
+
+
+def test_an_error_in_a_thread_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Generator, "LANE_ROWS", 1)
+    monkeypatch.setattr(decode, "usable_cores", lambda: 2)
+    generate = of_chain(beam=2, max_length=5)
+    searched = []
+
+    def search(self: Any) -> None:
+        searched.append(self)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(decode.Pool, "search", search)
+    with pytest.raises(MemoryError, match="no room"):
+        generate([[2] * n for n in range(1, 33)])
+    assert len(searched) <= 4  # two lengths, two threads
+
+
+def test_nothing_is_left_to_say() -> None:
+    (found,) = of_chain(beam=2, max_length=5, suppressed=tuple(range(WORDS)))([[2]])
+    assert found == [([], -np.inf)]
 
 
 def test_penalties_by_their_formulas() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..models.transformer import cross_attention_maps
@@ -79,8 +80,8 @@ def attention_of(model: Any, params: Any, source: Sequence[int], target: Sequenc
     """[N, H, T, S] float32, padded to a power of two inside so that few programs are compiled."""
     rows = [np.asarray(ids, np.int32) for ids in (source, target)]
     widths = [1 << max(4, (len(ids) - 1).bit_length()) for ids in rows]
-    padded = [np.pad(ids, (0, width - len(ids)))[None] for ids, width in zip(rows, widths, strict=True)]
-    segments = (np.arange(widths[0]) < len(source)).astype(np.int32)[None]
+    padded = [jnp.asarray(np.pad(ids, (0, width - len(ids)))[None]) for ids, width in zip(rows, widths, strict=True)]
+    segments = jnp.asarray(np.arange(widths[0]) < len(source), jnp.int32)[None]
     maps = cross_attention_maps(model, params, padded[0], padded[1], segments)
     return maps[:, 0, :, : len(target), : len(source)]
 

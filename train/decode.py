@@ -275,9 +275,9 @@ class Pool:
             enough = rows - share if self._waiting else fewer if fewer < rows else 0
             numbers = np.where(self._numbers < 0, -1, self._numbers + task.first)
             search = run(self._searcher.advance, self._prepared, sources, search, numbers, np.int32(enough))
-            step, open_ = jax.device_get((search.step, search.open.any(axis=1)))
-            self._step = int(step)
-            self._collect(search, np.flatnonzero(~open_ & (self._numbers >= 0)))
+            seen = jax.device_get(search._replace(cache=None, coverage=None, history=None, origin=None))
+            self._step = int(seen.step)
+            self._collect(seen, np.flatnonzero(~seen.open.any(axis=1) & (self._numbers >= 0)))
             going = np.flatnonzero(self._numbers >= 0)
             if len(going):
                 sources, search = self._resize(sources, search, going)
@@ -317,11 +317,12 @@ class Pool:
         return self._run(self._searcher.resize, sources, search, keep, slots)
 
     def _collect(self, search: Search, ended: np.ndarray) -> None:
-        """Follow the finished hypotheses of rows `ended` back to their beginnings, and free the rows."""
-        if not len(ended):
-            return
+        """Follow the finished hypotheses of rows `ended` back to their beginnings, and free the rows.
+
+        Of the search what is small, on the host.
+        """
         config, eos_id = self._generator.config, self._searcher.eos_id
-        chosen, parents, best = jax.device_get((search.chosen, search.parents, search.ended))
+        chosen, parents, best = search.chosen, search.parents, search.ended
         for row in ended:
             order = range(config.n_best)
             if config.diverse_groups > 1:

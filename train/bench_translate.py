@@ -24,7 +24,7 @@ import tyro
 
 from ..data.reading import read_lines
 from ..data.stream import batches
-from .decode import DecodeConfig
+from .decode_config import DecodeConfig
 from .errors import RunError
 from .learner import count_parameters, on_host
 from .progress import Progress

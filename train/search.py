@@ -15,15 +15,14 @@ same three ways to stop, so the same sequences and scores.
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-if TYPE_CHECKING:
-    from .decode import DecodeConfig
+from .decode_config import DecodeConfig
 
 LOW = -1.0e9
 """A score that nothing real has; finite, so that sums with it are never NaN. The reference's."""
@@ -130,7 +129,7 @@ class Searcher:
         options: of XLA's compiler, beside its flags.
     """
 
-    def __init__(self, steps: Steps, config: "DecodeConfig", options: dict[str, Any] | None = None) -> None:
+    def __init__(self, steps: Steps, config: DecodeConfig, options: dict[str, Any] | None = None) -> None:
         self.steps = steps
         self.config = config
         special = steps.config

@@ -39,7 +39,8 @@ from ..models import load, save
 from ..models.heads import SmoothedSums, label_smoothed_sums
 from ..models.marian import Marian, MarianConfig, from_transformer
 from ..models.transformer import Transformer, TransformerConfig
-from .decode import DecodeConfig, Generator
+from .decode import Generator
+from .decode_config import DecodeConfig
 from .errors import RunError
 from .finetune import read_params, write_params
 from .learner import (

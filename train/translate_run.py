@@ -24,7 +24,8 @@ from ..data.parallel import Findings, clean_line
 from ..data.subwords import PairTokenizer
 from ..models import load
 from ..models.transformer import TransformerConfig
-from .decode import DecodeConfig, Generator, Hypothesis
+from .decode import Generator, Hypothesis
+from .decode_config import DecodeConfig
 from .errors import RunError
 from .progress import Progress
 

@@ -19,7 +19,7 @@ import tyro
 
 from ..data.parallel import ParallelText
 from ..data.subwords import TextForm
-from .decode import DecodeConfig
+from .decode_config import DecodeConfig
 from .errors import RunError
 from .progress import Progress
 from .run_folder import write_json, write_text

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from bestiary import models
 from bestiary.train import decode
 from bestiary.train.attention_map import attention_of
-from bestiary.train.decode import DecodeConfig, Generator
+from bestiary.train.decode import Generator
+from bestiary.train.decode_config import DecodeConfig
 from bestiary.train.search import continuations
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"

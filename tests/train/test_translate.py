@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from bestiary.data.subwords import TextForm
 from bestiary.models.transformer import TransformerConfig
 from bestiary.train.cli import main as cli
-from bestiary.train.decode import DecodeConfig
+from bestiary.train.decode_config import DecodeConfig
 from bestiary.train.errors import RunError
 from bestiary.train.learner import kept_params
 from bestiary.train.loop import LoopConfig, Stop, TrainState

@@ -148,12 +148,16 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
     raise FileNotFoundError(f"{folder}: no whole checkpoint is there to resume from.")
 
 
+# What Orbax says of arrays, or of a tree of them, that are not those asked for.
+OTHER_ARRAYS = ("Structure mismatch", "structures do not match", "not compatible with the stored")
+
+
 def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
     try:
         found: Any = manager.restore(step, args=args)
     except ValueError as error:
-        if not any(said in str(error) for said in ("structures do not match", "not compatible with the stored")):
+        if not any(said in str(error) for said in OTHER_ARRAYS):
             raise
         raise RunError(
             f"{manager.directory}, step {step}: these are the arrays of another model or optimiser. Give the options "

@@ -703,12 +703,14 @@ def unstack(params: Params, count: int) -> tuple[Params, ...]:
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
 
 
+@partial(jax.jit, static_argnums=0)
 def cross_attention_maps(
-    model: Transformer, params: Params, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
+    model: Transformer, prepared: Prepared, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
 ) -> Array:
-    """What each token of the decoder's input attends to in the source. The parameters must not be traced.
+    """What each token of the decoder's input attends to in the source.
 
     Args:
+        prepared: by the model's steps.
         input_ids: [B, S] int32.
         decoder_input_ids: [B, T] int32, the start token and then the target.
         segment_ids: [B, S] int32, 1 for tokens and 0 for padding; None for no padding.
@@ -716,16 +718,8 @@ def cross_attention_maps(
     Returns:
         [N, B, H, T, S] float32, probabilities of every layer and head; those of t are for predicting token t + 1.
     """
-    segments = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
-    return _cross_attention_maps(model, model.steps().prepare(params), input_ids, decoder_input_ids, segments)
-
-
-@partial(jax.jit, static_argnums=0)
-def _cross_attention_maps(
-    model: Transformer, prepared: Prepared, input_ids: Array, decoder_input_ids: Array, segment_ids: Array
-) -> Array:
     steps = model.steps()
-    memory = steps.start(prepared, input_ids, segment_ids)
+    memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)
     rows, length = decoder_input_ids.shape
 
     def read(cache: tuple[Slots, ...], xs: tuple[Array, Array]) -> tuple[tuple[Slots, ...], Array]:

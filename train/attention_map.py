@@ -56,7 +56,7 @@ def draw_attention(
             raise RunError(f"{len(source)} tokens, and the model takes {translator.longest}: too long to draw.")
         [[found, *_]] = translator.generator([source])
         target = [config.decoder_start_token_id, *found.tokens]
-        maps = jax.device_get(attention_of(model, translator.params, source, target))
+        maps = jax.device_get(attention_of(model, translator.generator.prepared, source, target))
         columns = tokenizer.source.pieces(source)
         rows = tokenizer.target.pieces([*found.tokens, config.eos_token_id])
         parts.append(f"<h2>{html.escape(line.strip())} → {html.escape(tokenizer.decode(found.tokens))}</h2>")
@@ -76,13 +76,13 @@ def draw_attention(
     return len(drawn)
 
 
-def attention_of(model: Any, params: Any, source: Sequence[int], target: Sequence[int]) -> Any:
+def attention_of(model: Any, prepared: Any, source: Sequence[int], target: Sequence[int]) -> Any:
     """[N, H, T, S] float32, padded to a power of two inside so that few programs are compiled."""
     rows = [np.asarray(ids, np.int32) for ids in (source, target)]
     widths = [1 << max(4, (len(ids) - 1).bit_length()) for ids in rows]
     padded = [jnp.asarray(np.pad(ids, (0, width - len(ids)))[None]) for ids, width in zip(rows, widths, strict=True)]
     segments = jnp.asarray(np.arange(widths[0]) < len(source), jnp.int32)[None]
-    maps = cross_attention_maps(model, params, padded[0], padded[1], segments)
+    maps = cross_attention_maps(model, prepared, padded[0], padded[1], segments)
     return maps[:, 0, :, : len(target), : len(source)]
 
 

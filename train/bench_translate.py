@@ -30,7 +30,8 @@ from .learner import count_parameters, on_host
 from .progress import Progress
 from .run_folder import write_json
 from .sharding import SpreadConfig, start_spread
-from .translate import TranslateConfig, make_model, make_rows, model_config, prepare_data, train_step
+from .translate import make_model, make_rows, model_config, prepare_data, train_step
+from .translate_config import TranslateConfig
 from .translate_run import Translator, open_translator
 
 

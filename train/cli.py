@@ -109,10 +109,10 @@ def _guarded(words: tuple[str, ...], module: str, config: str, arguments: list[s
     try:
         prepare_cpu()
         command = import_module(module, __package__)
-        prog = " ".join(("bestiary", *words))
-        defaults = getattr(command, "defaults", None)  # where they depend on what is given
+        options = getattr(command, config)
+        defaults = getattr(options, "defaults", None)  # of one whose defaults depend on what is given
         given = {} if defaults is None else {"default": defaults(arguments)}
-        return command.main(tyro.cli(getattr(command, config), args=arguments, prog=prog, **given))
+        return command.main(tyro.cli(options, args=arguments, prog=" ".join(("bestiary", *words)), **given))
     except KeyboardInterrupt:
         print("\nbestiary: interrupted", file=sys.stderr)
         return 130

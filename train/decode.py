@@ -25,7 +25,7 @@ import numpy as np
 from ..data.cores import usable_cores
 from .decode_config import DecodeConfig
 from .errors import RunError
-from .search import NOTHING, Search, Searcher, Sources
+from .search import NOTHING, Ended, Search, Searcher, Sources
 
 
 class Hypothesis(NamedTuple):
@@ -52,6 +52,7 @@ class Generator:
     Attributes:
         config: how.
         rows: most sentences searched at a time.
+        prepared: the parameters in the form that the model's steps take.
     """
 
     # Every size takes a second to compile, so there are few: rows go in steps of four, the rest in steps of two.
@@ -83,12 +84,12 @@ class Generator:
         one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
         self._searcher = Searcher(model.steps(), config, one_core)
         self._compiling = threading.Lock()  # or two threads would compile the same program
-        self._prepared = self._searcher.steps.prepare(jax.device_put(params))
+        self.prepared = self._searcher.steps.prepare(jax.device_put(params))
 
     def with_params(self, params: Any) -> "Generator":
         """The same programs with other parameters, as for a model in training."""
         other = copy.copy(self)
-        other._prepared = self._searcher.steps.prepare(jax.device_put(params))
+        other.prepared = self._searcher.steps.prepare(jax.device_put(params))
         return other
 
     @property
@@ -165,7 +166,7 @@ class Pool:
 
     def __init__(self, generator: Generator, task: Task, waiting: list[int], most: int, length: int) -> None:
         self._generator, self._task, self._waiting = generator, task, waiting
-        self._searcher, self._prepared = generator._searcher, generator._prepared
+        self._searcher, self._prepared = generator._searcher, generator.prepared
         self._sizes = [most]
         while self._sizes[-1] // 4 >= generator.FEWEST_ROWS:
             self._sizes.append(self._sizes[-1] // 4)
@@ -197,9 +198,11 @@ class Pool:
             enough = rows - share if self._waiting else fewer if fewer < rows else 0
             numbers = np.where(self._numbers < 0, -1, self._numbers + task.first)
             search = run(self._searcher.advance, self._prepared, sources, search, numbers, np.int32(enough))
-            seen = jax.device_get(search._replace(cache=None, coverage=None, history=None, origin=None))
-            self._step = int(seen.step)
-            self._collect(seen, np.flatnonzero(~seen.open.any(axis=1) & (self._numbers >= 0)))
+            step, open_, *found = jax.device_get(
+                (search.step, search.rows.open, search.rows.ended, search.chosen, search.parents)
+            )
+            self._step = int(step)
+            self._collect(np.flatnonzero(~open_.any(axis=1) & (self._numbers >= 0)), *found)
             going = np.flatnonzero(self._numbers >= 0)
             if len(going):
                 sources, search = self._resize(sources, search, going)
@@ -221,14 +224,13 @@ class Pool:
     def _resize(self, sources: Sources, search: Search, going: np.ndarray) -> tuple[Sources, Search]:
         """Rows and slots as the open sentences need them."""
         oldest = int((self._step - self._began[going]).max())
-        before = slots = self._rings[self._ring]
-        if oldest >= slots:
+        before = len(self._numbers), self._rings[self._ring]
+        if oldest >= self._rings[self._ring]:
             self._ring += 1
-        elif self._ring and oldest < slots // 4:
+        elif self._ring and oldest < self._rings[self._ring] // 4:
             self._ring -= 1
-        slots = self._rings[self._ring]
-        rows = len(self._numbers) if self._waiting else min(len(self._numbers), self._rows(len(going)))
-        if (rows, slots) == (len(self._numbers), before):
+        rows, slots = before[0] if self._waiting else self._rows(len(going)), self._rings[self._ring]
+        if (rows, slots) == before:
             return sources, search
         keep = np.full(rows, -1, np.int32)
         if rows == len(self._numbers):
@@ -238,14 +240,10 @@ class Pool:
         self._numbers, self._began = np.where(keep < 0, -1, self._numbers[keep]), self._began[keep]
         return self._run(self._searcher.resize, sources, search, keep, slots)
 
-    def _collect(self, search: Search, ended: np.ndarray) -> None:
-        """Follow the finished hypotheses of rows `ended` back to their beginnings, and free the rows.
-
-        Of the search what is small, on the host.
-        """
+    def _collect(self, rows: np.ndarray, best: Ended, chosen: np.ndarray, parents: np.ndarray) -> None:
+        """Follow the finished hypotheses of `rows` back to their beginnings, and free the rows."""
         config, eos_id = self._generator.config, self._searcher.eos_id
-        chosen, parents, best = search.chosen, search.parents, search.ended
-        for row in ended:
+        for row in rows:
             order = range(config.n_best)
             if config.diverse_groups > 1:
                 order = np.argsort(-best.scores[row], kind="stable")[: config.n_best]
@@ -263,7 +261,7 @@ class Pool:
                 hypotheses.append(Hypothesis(tokens[::-1], float(best.scores[row, i])))
             # The rules may leave no word that could come next.
             self._task.found[int(self._numbers[row])] = hypotheses or [Hypothesis([], -math.inf)]
-        self._numbers[ended] = -1
+        self._numbers[rows] = -1
 
     def _rows(self, count: int) -> int:
         """The smallest of the sizes that holds so many; the largest where none does."""

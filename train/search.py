@@ -85,21 +85,27 @@ class Ended(NamedTuple):
     valid: Array  # bool, whether there is one
 
 
-class Search(NamedTuple):
+class Rows(NamedTuple):
     """The state of the search of R sentences, K hypotheses each, none older than T steps."""
 
-    step: Array  # [] int32, steps of the pool so far
     began: Array  # [R] int32, the step before which each sentence was admitted; its age is the steps since
-    cache: Any  # the model's, the slots of step s being those of s mod T
     tokens: Array  # [R, K] int32, the newest of each running hypothesis
     scores: Array  # [R, K] float32, their log probabilities
     origin: Array  # [R, K, T] int32, which of the K slots at s mod T they descend from; -1 for none
     history: Array | None  # [R, K, T] int32, the tokens read, by age, -1 after them; None where nothing asks for them
     coverage: Array | None  # [R, K, S] float32, the attention each source token has received; None likewise
-    chosen: Array  # [T, R, K] int32, at s mod T the token that each running hypothesis got at step s
-    parents: Array  # [T, R, K] int32, the one that it went on from
     ended: Ended
     open: Array  # [R, G] bool, whether the search of each group goes on
+
+
+class Search(NamedTuple):
+    """The state of a pool's search."""
+
+    step: Array  # [] int32, steps of the pool so far
+    cache: Any  # the model's, the slots of step s being those of s mod T
+    chosen: Array  # [T, R, K] int32, at s mod T the token that each running hypothesis got at step s
+    parents: Array  # [T, R, K] int32, the one that it went on from
+    rows: Rows
 
 
 class Choice(NamedTuple):
@@ -149,14 +155,14 @@ class Searcher:
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         memory = jax.eval_shape(self.steps.start, prepared, ids, ids)
         record = jnp.full((slots, rows, c.width), -1, jnp.int32)
-        free = self._fresh(jnp.zeros(rows, bool), length, slots)
+        free = self._fresh(jnp.int32(0), jnp.zeros(rows, bool), length, slots)
         sources = Sources(
             memory=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory),
             mask=jnp.zeros((rows, length), bool),
             prefix=jnp.full((rows, prefix), -1, jnp.int32),
         )
         cache = self.steps.cache(rows, slots * c.width)
-        return sources, free._replace(step=jnp.int32(0), cache=cache, chosen=record, parents=record)
+        return sources, Search(jnp.int32(0), cache, record, record, free)
 
     def _admit(
         self,
@@ -176,33 +182,25 @@ class Searcher:
         self.compilations += 1
         mask = ids >= 0
         memory = self.steps.start(prepared, jnp.maximum(ids, 0), mask.astype(jnp.int32))
-        fresh = self._fresh(taken, ids.shape[1], search.origin.shape[2])
+        fresh = self._fresh(search.step, taken, ids.shape[1], len(search.chosen))
 
         def seat(old: Array, new: Array) -> Array:
             return old.at[places].set(new, mode="drop")
 
-        # Slots are not emptied: nobody descends from what is in them. Nor are the records.
-        moving = search._replace(step=None, cache=None, chosen=None, parents=None)
-        seated: Search = jax.tree.map(seat, moving, fresh._replace(began=jnp.broadcast_to(search.step, taken.shape)))
-        return (
-            jax.tree.map(seat, sources, Sources(memory, mask, prefix)),
-            seated._replace(step=search.step, cache=search.cache, chosen=search.chosen, parents=search.parents),
-        )
+        sources = jax.tree.map(seat, sources, Sources(memory, mask, prefix))
+        # Slots and records are not emptied: nobody descends from what is in them.
+        return sources, search._replace(rows=jax.tree.map(seat, search.rows, fresh))
 
-    def _fresh(self, taken: Array, length: int, slots: int) -> Any:
-        """What a `Search` knows of sentences of age 0, open where there is one."""
+    def _fresh(self, step: Array, taken: Array, length: int, slots: int) -> Rows:
+        """Sentences of age 0 at `step` [], open where `taken` [N] says that there is one."""
         c = self.config
         shape = (len(taken), c.width)
         nobody = jnp.full(shape, -1, jnp.int32)
         past = jnp.full((*shape, slots), -1, jnp.int32)
         # The hypotheses of a group begin alike: but for one of them, they must not count.
         behind = c.searches & (jnp.arange(c.width) % (c.width // c.diverse_groups) > 0)
-        return Search(
-            step=None,  # pyright: ignore[reportArgumentType] # this and the next three belong to the pool
-            cache=None,
-            chosen=None,  # pyright: ignore[reportArgumentType]
-            parents=None,  # pyright: ignore[reportArgumentType]
-            began=jnp.zeros(len(taken), jnp.int32),
+        return Rows(
+            began=jnp.broadcast_to(step, taken.shape),
             tokens=jnp.full(shape, self.start_id, jnp.int32),
             scores=jnp.broadcast_to(jnp.where(behind, LOW, 0.0)[None], shape),
             origin=past,
@@ -218,90 +216,79 @@ class Searcher:
         numbers [R] int32: which sentence each row holds; -1 for a free row.
         """
         self.compilations += 1
-        slots = search.origin.shape[2]
+        slots = len(search.chosen)
 
         def going(search: Search) -> Array:
-            oldest = jnp.where(numbers >= 0, search.step - search.began, 0).max()
-            return (oldest < slots) & (search.open.any(axis=1).sum() > enough)
+            oldest = jnp.where(numbers >= 0, search.step - search.rows.began, 0).max()
+            return (oldest < slots) & (search.rows.open.any(axis=1).sum() > enough)
 
         return jax.lax.while_loop(going, partial(self._step, prepared, sources, numbers), search)
 
     def _resize(self, sources: Sources, search: Search, keep: Array, slots: int) -> tuple[Sources, Search]:
         """Keep the rows `keep` [R'], -1 for a free row, in a ring of `slots`, which may be more or fewer."""
         self.compilations += 1
-        present = search.origin.shape[2]
-        rows = jnp.maximum(keep, 0)
-        moving = search._replace(step=None, chosen=None, parents=None)
-        kept: Search = jax.tree.map(lambda x: x[rows], moving)
-        kept = kept._replace(
-            step=search.step,
-            chosen=search.chosen[:, rows],
-            parents=search.parents[:, rows],
-            open=kept.open & (keep >= 0)[:, None],
-        )
+        present = len(search.chosen)
+        at = jnp.maximum(keep, 0)
+        sources, rows, cache = jax.tree.map(lambda x: x[at], (sources, search.rows, search.cache))
+        rows = rows._replace(open=rows.open & (keep >= 0)[:, None])
+        chosen, parents = search.chosen[:, at], search.parents[:, at]
         if slots != present:
             # The newest step before this one that belongs at each place of the new ring; and where it is in the old.
             newest = search.step - 1 - (search.step - 1 - jnp.arange(slots)) % slots
             there = (newest >= 0) & (newest >= search.step - present)
             place = newest % present
-
             beams = self.config.width
-            of_beams = (place[:, None] * beams + jnp.arange(beams)[None]).reshape(-1)
-            history = kept.history
+            cache = self.steps.rearrange(cache, (place[:, None] * beams + jnp.arange(beams)[None]).reshape(-1))
+            chosen, parents = chosen[place], parents[place]
+            history = rows.history
             if history is not None:
                 more = max(0, slots - present)
                 history = jnp.pad(history, [(0, 0), (0, 0), (0, more)], constant_values=-1)[..., :slots]
-            kept = kept._replace(
-                cache=self.steps.rearrange(kept.cache, of_beams),
-                origin=jnp.where(there, kept.origin[..., place], -1),
-                history=history,
-                chosen=kept.chosen[place],
-                parents=kept.parents[place],
-            )
-        return jax.tree.map(lambda x: x[rows], sources), kept
+            rows = rows._replace(origin=jnp.where(there, rows.origin[..., place], -1), history=history)
+        return sources, Search(search.step, cache, chosen, parents, rows)
 
     # One step
 
     def _step(self, prepared: Any, sources: Sources, numbers: Array, search: Search) -> Search:
         c = self.config
-        rows, width, slots = search.origin.shape
+        now = search.rows
+        rows, width, slots = now.origin.shape
         # A free row computes something too; it must be finite, since its slots are only masked out later.
-        age = jnp.where(numbers >= 0, search.step - search.began, 0)
+        age = jnp.where(numbers >= 0, search.step - now.began, 0)
         slot = search.step % slots
         own = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :, None], (rows, width, 1))
-        origin = jax.lax.dynamic_update_slice(search.origin, own, (0, 0, slot))
-        history, coverage = search.history, search.coverage
+        origin = jax.lax.dynamic_update_slice(now.origin, own, (0, 0, slot))
+        history, coverage = now.history, now.coverage
         if history is not None:
-            history = jnp.where(jnp.arange(slots)[None, None] == age[:, None, None], search.tokens[..., None], history)
+            history = jnp.where(jnp.arange(slots)[None, None] == age[:, None, None], now.tokens[..., None], history)
         mask = (origin[..., None] == jnp.arange(width)[None, None, None]).reshape(rows, width, slots * width)
-        logits, cache, attention = self.steps.step(
-            prepared, sources.memory, search.cache, search.tokens, age, slot, mask
-        )
+        logits, cache, attention = self.steps.step(prepared, sources.memory, search.cache, now.tokens, age, slot, mask)
         if coverage is not None:
             coverage = coverage + attention[-1].mean(axis=1)
         moment = _moment(sources.prefix, age)
         if c.searches:
-            choice = self._search(sources, search, logits, history, coverage, moment)
+            choice = self._search(sources, now, logits, history, coverage, moment)
             at_parent = choice.parents[..., None]
             origin, history, coverage = (
                 None if x is None else jnp.take_along_axis(x, at_parent, axis=1) for x in (origin, history, coverage)
             )
         else:
-            choice = self._follow(numbers, search, logits, history, moment)
+            choice = self._follow(numbers, now, logits, history, moment)
         assert origin is not None
         return Search(
             step=search.step + 1,
-            began=search.began,
             cache=cache,
-            tokens=choice.tokens,
-            scores=choice.scores,
-            origin=origin,
-            history=history,
-            coverage=coverage,
             chosen=jax.lax.dynamic_update_slice(search.chosen, choice.tokens[None], (slot, 0, 0)),
             parents=jax.lax.dynamic_update_slice(search.parents, choice.parents[None], (slot, 0, 0)),
-            ended=choice.ended,
-            open=choice.open,
+            rows=now._replace(
+                tokens=choice.tokens,
+                scores=choice.scores,
+                origin=origin,
+                history=history,
+                coverage=coverage,
+                ended=choice.ended,
+                open=choice.open,
+            ),
         )
 
     def _restrict(self, scores: Array, certain: Array, history: Array | None, moment: Moment) -> Array:
@@ -331,10 +318,10 @@ class Searcher:
 
     # Greedy and sampling
 
-    def _follow(self, numbers: Array, search: Search, logits: Array, history: Array | None, moment: Moment) -> Choice:
+    def _follow(self, numbers: Array, rows: Rows, logits: Array, history: Array | None, moment: Moment) -> Choice:
         """Each hypothesis gets one more token, the best one or one that is drawn."""
         c = self.config
-        scores = self._restrict(logits, jnp.zeros_like(search.scores), history, moment)
+        scores = self._restrict(logits, jnp.zeros_like(rows.scores), history, moment)
         if c.sample:
             scores = _narrowed(scores / c.temperature, c.top_k, c.top_p)
             draw = jax.vmap(jax.vmap(jax.random.categorical))
@@ -344,21 +331,21 @@ class Searcher:
         given = moment.given[:, None] >= 0
         tokens = jnp.where(given, moment.given[:, None], tokens).astype(jnp.int32)
         gained = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-        totals = search.scores + jnp.where(given, 0.0, gained)
+        totals = rows.scores + jnp.where(given, 0.0, gained)
         last = ((tokens == self.eos_id) | (moment.length == c.max_length)[:, None]) & ~given
         own = jnp.broadcast_to(jnp.arange(c.width, dtype=jnp.int32)[None], tokens.shape)
         step = jnp.broadcast_to(moment.age[:, None], tokens.shape)
         new = Ended(totals / self._penalty(moment.length)[:, None], step, own, tokens, last)
-        first = last & ~search.ended.valid
-        ended = Ended(*(jnp.where(first, a, b) for a, b in zip(new, search.ended, strict=True)))
-        return Choice(tokens, totals, own, ended, search.open & ~ended.valid.all(axis=1, keepdims=True))
+        first = last & ~rows.ended.valid
+        ended = Ended(*(jnp.where(first, a, b) for a, b in zip(new, rows.ended, strict=True)))
+        return Choice(tokens, totals, own, ended, rows.open & ~ended.valid.all(axis=1, keepdims=True))
 
     # Beam search
 
     def _search(
         self,
         sources: Sources,
-        search: Search,
+        rows: Rows,
         logits: Array,
         history: Array | None,
         coverage: Array | None,
@@ -373,7 +360,7 @@ class Searcher:
             logits, norm = logits - norm[..., None], jnp.zeros_like(norm)
         logits, norm = jax.lax.optimization_barrier((logits, norm))  # or suppressing would copy what is still needed
         gains = self._restrict(logits, norm, history, moment)
-        bonus = jnp.zeros(search.scores.shape, jnp.float32)
+        bonus = jnp.zeros(rows.scores.shape, jnp.float32)
         if coverage is not None:
             received = jnp.where(sources.mask[:, None], jnp.log(jnp.minimum(coverage, 1.0)), 0.0)
             bonus = c.coverage_penalty * received.sum(axis=-1)
@@ -384,10 +371,10 @@ class Searcher:
             if choices:
                 before = jnp.concatenate([choice.tokens for choice in choices], axis=1)
                 own = own - c.diversity_penalty * _counts(before, own.shape[-1])[:, None]
-            ended = Ended(*(x[:, part] for x in search.ended))
+            ended = Ended(*(x[:, part] for x in rows.ended))
             choices.append(
                 self._search_group(
-                    own, norm[:, part], search.scores[:, part], bonus[:, part], ended, search.open[:, group], moment
+                    own, norm[:, part], rows.scores[:, part], bonus[:, part], ended, rows.open[:, group], moment
                 )
             )
 

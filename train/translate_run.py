@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
-import jax
 import tyro
 
 from ..data.parallel import Findings, clean_line
@@ -93,7 +92,7 @@ def open_translator(
     check_vocabulary(loaded.config, tokenizer, str(folder))
     return Translator(
         loaded.model,
-        jax.device_put(loaded.params),
+        loaded.params,
         tokenizer,
         decode,
         rows=rows,
@@ -125,7 +124,7 @@ class Translator:
         longest: int = 0,
         too_long: TooLong = "split",
     ):
-        self.model, self.params, self.tokenizer, self.too_long = model, params, tokenizer, too_long
+        self.model, self.tokenizer, self.too_long = model, tokenizer, too_long
         positions = model.config.positions
         self.longest = min(positions, longest or positions)
         self.findings, self.lines = Findings(), 0

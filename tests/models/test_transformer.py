@@ -248,7 +248,7 @@ def test_one_token_at_a_time() -> None:
     whole = run(name, SOURCE, mask, None, TARGET)
     np.testing.assert_allclose(jnp.swapaxes(logits[:, :, 0], 0, 1), whole, atol=5e-6)
     assert np.abs(jnp.swapaxes(logits[:, :, 1], 0, 1) - whole).max() > 1e-2
-    maps = cross_attention_maps(model(name), params(name), SOURCE, TARGET, mask)
+    maps = cross_attention_maps(model(name), steps.prepare(params(name)), SOURCE, TARGET, mask)
     assert maps.shape == (2, 3, 4, 7, 9)
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
     assert not np.asarray(maps)[np.broadcast_to((mask == 0)[None, :, None, None], maps.shape)].any()

@@ -82,7 +82,8 @@ def test_a_cache_that_grows_and_rows_that_finish_change_nothing(monkeypatch: pyt
 def test_attention_is_drawn_of_a_model_whose_logits_have_a_bias() -> None:
     params = {**loaded().params, "final_logits_bias": np.ones_like(loaded().params["final_logits_bias"])}
     source = sources()[0]
-    maps = attention_of(loaded().model, params, source, [5, 6, 7])
+    model = loaded().model
+    maps = attention_of(model, model.steps().prepare(params), source, [5, 6, 7])
     assert maps.shape[2:] == (3, len(source))
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
 

@@ -26,7 +26,8 @@ from bestiary.train.errors import RunError
 from bestiary.train.learner import kept_params
 from bestiary.train.loop import LoopConfig, Stop, TrainState
 from bestiary.train.optim import OptimConfig, running_mean, schedule
-from bestiary.train.translate import Means, TranslateConfig, translate
+from bestiary.train.translate import Means, translate
+from bestiary.train.translate_config import TranslateConfig
 from bestiary.train.translate_run import Lines, Translator, open_translator
 from bestiary.train.translate_score import corpus_scores
 

@@ -4,6 +4,7 @@ A loss is a pair of float32 sums, over what is predicted, of the loss and of its
 devices, accumulation steps and hosts, and their quotient is the mean that the reference implementation reports.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -117,137 +118,155 @@ def _counted(labels: Array, weights: Array | None) -> tuple[Array, Array]:
 
 
 class SmoothedSums(NamedTuple):
-    """Float32 sums over weighted predictions of tokens. Only `loss` has a gradient."""
+    """Float32 sums over weighted predictions of tokens, by one pass or two. Only `loss` has a gradient."""
 
-    loss: Array  # of the smoothed loss
+    loss: Array  # what is minimised: the smoothed losses, and the divergence times its weight
     nll: Array  # of -log p(label), without smoothing; exp(nll / weight) is the perplexity
     correct: Array  # of those that are right
-    weight: Array  # of the weights
-
-
-def label_smoothed_sums(
-    logits: Array, labels: Array, weights: Array | None = None, smoothing: float = 0.0
-) -> SmoothedSums:
-    """Cross-entropy against the label with probability 1 - smoothing and any word with smoothing / V.
-
-    Szegedy et al. 2015, 7; Vaswani et al. 2017, 5.4. The uniform share goes to all V words, the label among them, as in
-    PyTorch (and fairseq before 2020: 1 - smoothing of the label's loss and smoothing / V of the sum of all words').
-
-    Args:
-        logits: [..., V].
-        labels: [...] int; where it is `IGNORED_LABEL` the weight is 0.
-        weights: [...] float or None for ones.
-        smoothing: in [0, 1).
-    """
-    labels, weights = _counted(labels, weights)
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    nll = -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
-    losses = (1 - smoothing) * nll - smoothing * log_probabilities.mean(axis=-1)
-    rest = (nll, (-nll >= log_probabilities.max(axis=-1)).astype(jnp.float32), jnp.ones_like(nll))
-    return SmoothedSums((losses * weights).sum(), *((jax.lax.stop_gradient(x) * weights).sum() for x in rest))
+    divergence: Array  # of half the sum of two passes' divergences both ways
+    weight: Array  # of the weights, once for each pass
 
 
 def projected_sums(
-    hidden: Array, kernel: Array, labels: Array, weights: Array | None = None, smoothing: float = 0.0, bias: Any = None
+    passes: Sequence[Array],
+    kernel: Array,
+    labels: Array,
+    weights: Array | None = None,
+    smoothing: float = 0.0,
+    bias: Array | None = None,
+    r_drop: float = 0.0,
 ) -> SmoothedSums:
-    """`label_smoothed_sums` of hidden · kernelᵀ + bias, some tokens at a time: no tensor of all logits is ever held.
+    """The label-smoothed losses of hidden · kernelᵀ + bias, some tokens at a time: all logits are never held at once.
+
+    Cross-entropy against the label with probability 1 - smoothing and any word with smoothing / V (Szegedy et al. 2015,
+    7; Vaswani et al. 2017, 5.4). The uniform share goes to all V words, the label among them, as in PyTorch (and
+    fairseq before 2020: 1 - smoothing of the label's loss and smoothing / V of the sum of all words'). Of two passes
+    with dropout of their own also half the sum of the divergences both ways (Liang et al. 2021, equations 2 to 4).
 
     The gradient is taken while the logits of a few columns of the rows are at hand, so that they are computed once;
-    what is kept for the backward pass is two tensors of the hidden states' and the kernel's size.
+    what is kept for the backward pass is tensors of the hidden states' and the kernel's size.
 
     Args:
-        hidden: [B, L, E], of the dtype to compute in; products are accumulated in float32.
+        passes: one or two [B, L, E], of the dtype to compute in; products are accumulated in float32.
         kernel: [V, E] float32, as an embedding table.
-        labels, weights, smoothing: as there, [B, L].
+        labels: [B, L] int; where it is `IGNORED_LABEL` the weight is 0.
+        weights: [B, L] float or None for ones.
+        smoothing: in [0, 1).
         bias: [V] float32 or None; it gets no gradient.
+        r_drop: weight of the divergence of two passes.
     """
     labels, weights = _counted(labels, weights)
-    loss, nll, correct = _projected(hidden, kernel, bias, labels, weights, smoothing)
-    return SmoothedSums(loss, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(correct), weights.sum())
+    loss, *rest = _projected(tuple(passes), kernel, bias, labels, weights, smoothing, r_drop)
+    nll, correct, divergence = map(jax.lax.stop_gradient, rest)
+    return SmoothedSums(loss, nll, correct, divergence, len(passes) * weights.sum())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _projected(
-    hidden: Array, kernel: Array, bias: Array | None, labels: Array, weights: Array, smoothing: float
-) -> tuple[Array, Array, Array]:
-    return _over_chunks(hidden, kernel, bias, labels, weights, smoothing, with_gradient=False)[0]
-
-
-def _projected_forward(
-    hidden: Array, kernel: Array, bias: Array | None, labels: Array, weights: Array, smoothing: float
-) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-    return _over_chunks(hidden, kernel, bias, labels, weights, smoothing, with_gradient=True)
+    passes: tuple[Array, ...],
+    kernel: Array,
+    bias: Array | None,
+    labels: Array,
+    weights: Array,
+    smoothing: float,
+    r_drop: float,
+) -> tuple[Array, ...]:
+    return _over_chunks(passes, kernel, bias, labels, weights, smoothing, r_drop, with_gradient=False)[0]
 
 
 def _projected_backward(
-    smoothing: float, residuals: tuple[Array, Array], gradients: tuple[Array, Array, Array]
-) -> tuple[Array, Array, None, None, None]:
-    del smoothing  # it is in the residuals
-    to_hidden, to_kernel = residuals
-    return (to_hidden * gradients[0]).astype(to_hidden.dtype), to_kernel * gradients[0], None, None, None
+    smoothing: float,
+    r_drop: float,
+    residuals: tuple[tuple[Array, ...], Array],
+    gradients: tuple[Array, ...],
+) -> tuple[tuple[Array, ...], Array, None, None, None]:
+    del smoothing, r_drop  # they are in the residuals
+    to_passes, to_kernel = residuals
+    scaled = tuple((gradient * gradients[0]).astype(gradient.dtype) for gradient in to_passes)
+    return scaled, to_kernel * gradients[0], None, None, None
 
-
-_projected.defvjp(_projected_forward, _projected_backward)
 
 CHUNK_LOGITS = {"cpu": 1 << 22}
 """Logits that `projected_sums` holds at a time, by platform: on a CPU what its caches hold, elsewhere 1 GiB."""
 
 
 def _over_chunks(
-    hidden: Array,
+    passes: tuple[Array, ...],
     kernel: Array,
     bias: Array | None,
     labels: Array,
     weights: Array,
     smoothing: float,
+    r_drop: float,
     *,
     with_gradient: bool,
-) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-    """((loss, nll, correct), the loss's gradients to hidden and kernel, or zeros)."""
+) -> tuple[tuple[Array, ...], tuple[tuple[Array, ...], Array]]:
+    """((loss, nll, correct, divergence), the loss's gradients to the passes and to the kernel, or nothing and 0)."""
     batch, length = labels.shape
     vocab = kernel.shape[0]
+    dtype = passes[0].dtype
     # Columns are cut, not rows: rows may be spread over devices.
-    columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // (vocab * batch))
+    columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // (vocab * batch * len(passes)))
     count = -(-length // columns)
     columns = -(-length // count)
-    table = kernel.astype(hidden.dtype)
+    table = kernel.astype(dtype)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, count * columns - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(batch, count, columns, *x.shape[2:]), 1, 0)
 
-    def step(carry: tuple[Array, ...], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Array | None]:
-        loss, nll, correct, to_kernel = carry
-        part, labels, weights = xs
-        logits = jnp.einsum("ble,ve->blv", part, table, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias[None, None]
-        top = logits.max(axis=-1)
-        exponentials = jnp.exp(logits - top[..., None])
-        total = exponentials.sum(axis=-1)
-        log_sum = jnp.log(total)
-        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        own = log_sum + (top - chosen)
-        mean = log_sum + (top - logits.mean(axis=-1))
-        loss += (((1 - smoothing) * own + smoothing * mean) * weights).sum()
-        nll += (own * weights).sum()
-        correct += ((chosen >= top) * weights).sum()
+    def step(carry: tuple[Array, ...], xs: tuple[Any, Array, Array]) -> tuple[tuple[Array, ...], list[Array]]:
+        loss, nll, correct, divergence, to_kernel = carry
+        parts, labels, weights = xs
+        predictions: list[tuple[Array, Array]] = []  # probabilities and their logarithms
+        for part in parts:
+            logits = jnp.einsum("ble,ve->blv", part, table, preferred_element_type=jnp.float32)
+            if bias is not None:
+                logits = logits + bias[None, None]
+            top = logits.max(axis=-1)
+            exponentials = jnp.exp(logits - top[..., None])
+            total = exponentials.sum(axis=-1)
+            log_sum = jnp.log(total)
+            chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+            own = log_sum + (top - chosen)
+            mean = log_sum + (top - logits.mean(axis=-1))
+            loss += (((1 - smoothing) * own + smoothing * mean) * weights).sum()
+            nll += (own * weights).sum()
+            correct += ((chosen >= top) * weights).sum()
+            predictions.append((exponentials / total[..., None], logits - (top + log_sum)[..., None]))
+        pulls: list[Array | float] = [0.0]  # the divergence's gradients to the logits
+        if len(predictions) == 2:
+            (p, log_p), (q, log_q) = predictions
+            apart, ratio = p - q, log_p - log_q
+            apart_sum = (0.5 * (apart * ratio).sum(axis=-1) * weights).sum()
+            loss += r_drop * apart_sum
+            divergence += apart_sum
+            pulls = [
+                0.5 * (apart + p * (ratio - (p * ratio).sum(axis=-1, keepdims=True))),
+                -0.5 * (apart + q * (ratio - (q * ratio).sum(axis=-1, keepdims=True))),
+            ]
         if not with_gradient:
-            return (loss, nll, correct, to_kernel), None
-        words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+            return (loss, nll, correct, divergence, to_kernel), []
+        words = jax.lax.broadcasted_iota(labels.dtype, (*labels.shape, vocab), labels.ndim)
         target = jnp.where(words == labels[..., None], 1 - smoothing + smoothing / vocab, smoothing / vocab)
-        gradient = (exponentials / total[..., None] - target) * weights[..., None]
-        gradient = gradient.astype(hidden.dtype)
-        flat = gradient.reshape(-1, vocab), part.reshape(-1, part.shape[-1])
-        return (loss, nll, correct, to_kernel + outer_sum(*flat)), jnp.einsum("blv,ve->ble", gradient, table)
+        to_parts: list[Array] = []
+        for part, (probabilities, _), pull in zip(parts, predictions, pulls, strict=True):
+            gradient = ((probabilities - target + r_drop * pull) * weights[..., None]).astype(dtype)
+            to_kernel += outer_sum(gradient.reshape(-1, vocab), part.reshape(-1, part.shape[-1]))
+            to_parts.append(jnp.einsum("blv,ve->ble", gradient, table))
+        return (loss, nll, correct, divergence, to_kernel), to_parts
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, zero, jnp.zeros(kernel.shape if with_gradient else (), jnp.float32))
-    (loss, nll, correct, to_kernel), to_hidden = jax.lax.scan(step, start, (cut(hidden), cut(labels), cut(weights)))
-    if to_hidden is None:
-        return (loss, nll, correct), (zero, zero)
-    to_hidden = jnp.moveaxis(to_hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length]
-    return (loss, nll, correct), (to_hidden.astype(hidden.dtype), to_kernel)
+    start = (*(zero,) * 4, jnp.zeros(kernel.shape if with_gradient else (), jnp.float32))
+    xs = tuple(map(cut, passes)), cut(labels), cut(weights)
+    (*sums, to_kernel), to_parts = jax.lax.scan(step, start, xs)
+    to_passes = tuple(
+        jnp.moveaxis(part, 0, 1).reshape(batch, -1, part.shape[-1])[:, :length].astype(dtype) for part in to_parts
+    )
+    return tuple(sums), (to_passes, to_kernel)
+
+
+_projected.defvjp(partial(_over_chunks, with_gradient=True), _projected_backward)
 
 
 def masked_language_model_loss(logits: Array, labels: Array, weights: Array | None = None) -> WeightedSum:

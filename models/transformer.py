@@ -408,7 +408,7 @@ class Transformer(nn.Module):
             self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
         )
 
-    def loss(
+    def output_states(
         self,
         input_ids: Array,
         segment_ids: Segments,
@@ -416,26 +416,37 @@ class Transformer(nn.Module):
         decoder_input_ids: Array,
         decoder_segment_ids: Segments,
         decoder_position_ids: Array | None,
+        *,
+        rows: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """What the table of the output is multiplied with where `__call__` gives logits, [B, T, its width]."""
+        mode: dict[str, Any] = {"rows": rows, "deterministic": deterministic}
+        memory = self.encode(input_ids, segment_ids, position_ids, **mode)
+        hidden = self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
+        return self._to_table(hidden)
+
+    def loss(
+        self,
+        passes: Sequence[Array],
         labels: Array,
         label_weights: Array | None = None,
         *,
         label_smoothing: float = 0.0,
-        rows: Array | None = None,
-        deterministic: bool = True,
+        r_drop: float = 0.0,
     ) -> SmoothedSums:
-        """`heads.label_smoothed_sums` of the logits that `__call__` gives, which are never held all at once.
+        """The losses of the logits, which are never held all at once: `heads.projected_sums`.
 
         Args:
+            passes: one or two [B, T, width of the table], by `output_states`; two with dropout of their own for R-Drop.
             labels: [B, T] int32, the target; `heads.IGNORED_LABEL` counts for nothing.
             label_weights: [B, T], or None for ones.
+            label_smoothing: share of the probability that is spread over all words.
+            r_drop: weight of the divergence between two passes.
         """
-        mode: dict[str, Any] = {"rows": rows, "deterministic": deterministic}
-        memory = self.encode(input_ids, segment_ids, position_ids, **mode)
-        hidden = self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
         bias = self.final_logits_bias if self.config.logits_bias else None
-        return projected_sums(
-            self._to_table(hidden), self._output_table.embedding, labels, label_weights, label_smoothing, bias
-        )
+        table = self._output_table.embedding
+        return projected_sums(passes, table, labels, label_weights, label_smoothing, bias, r_drop)
 
     def encode(
         self,

@@ -33,7 +33,7 @@ from ..data.stream import batches, evaluation_batches
 from ..data.subwords import PairTokenizer, TextForm, load_subwords, train_subwords
 from ..data.translation import PairStore, TranslationRows, build_pairs, describe_pairs
 from ..models import load, save
-from ..models.heads import SmoothedSums, label_smoothed_sums
+from ..models.heads import SmoothedSums
 from ..models.marian import Marian, MarianConfig, from_transformer
 from ..models.transformer import Transformer, TransformerConfig
 from .decode import Generator
@@ -281,42 +281,25 @@ INPUTS = (
 )  # fmt: skip
 
 
-def smoothed_sums(model: Transformer, params: Any, batch: dict[str, jax.Array], **kwargs: Any) -> SmoothedSums:
-    """The losses of a batch, summed."""
-    inputs = [batch[name] for name in INPUTS]
-    return model.apply(
-        {"params": params},
-        *inputs,
-        batch["labels"],
-        batch["label_weights"],
-        rows=batch["rows"],
-        method="loss",
-        **kwargs,
-    )  # type: ignore[return-value]
-
-
-def two_passes(
-    model: Transformer, params: Any, batch: dict[str, jax.Array], key: jax.Array, smoothing: float
-) -> tuple[SmoothedSums, jax.Array]:
-    """The losses of two passes with dropout of their own, and half the sum of their divergences both ways.
-
-    Liang et al. 2021, equations 2 to 4. Both passes' logits are held.
-    """
-    inputs = [batch[name] for name in INPUTS]
-    sums, log_probabilities = [], []
-    for number in (0, 1):
-        logits: Any = model.apply(
+def smoothed_sums(
+    model: Transformer, params: Any, batch: dict[str, jax.Array], *dropout: jax.Array, **kwargs: Any
+) -> SmoothedSums:
+    """The losses of a batch, summed: of a pass for each key of `dropout`, or of one without."""
+    passes = [
+        model.apply(
             {"params": params},
-            *inputs,
+            *(batch[name] for name in INPUTS),
             rows=batch["rows"],
-            deterministic=False,
-            rngs={"dropout": jax.random.fold_in(key, number)},
+            deterministic=key is None,
+            rngs=key if key is None else {"dropout": key},
+            method="output_states",
         )
-        sums.append(label_smoothed_sums(logits, batch["labels"], batch["label_weights"], smoothing))
-        log_probabilities.append(jax.nn.log_softmax(logits.astype(jnp.float32)))
-    first, second = log_probabilities
-    both_ways = ((jnp.exp(first) - jnp.exp(second)) * (first - second)).sum(-1)
-    return jax.tree.map(jnp.add, *sums), 0.5 * (both_ways * batch["label_weights"]).sum()
+        for key in dropout or (None,)
+    ]
+    found: Any = model.apply(
+        {"params": params}, passes, batch["labels"], batch["label_weights"], method="loss", **kwargs
+    )
+    return found
 
 
 def train_step(
@@ -336,17 +319,13 @@ def train_step(
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
     targets = replicas.sum(batch["label_weights"].sum())
     weight = jnp.maximum(targets, 1.0)
+    keys = [jax.random.fold_in(key, number) for number in (0, 1)] if r_drop else [key]
 
     def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-        if r_drop:
-            sums, divergence = two_passes(model, params, part, key, smoothing)
-            return (sums.loss + r_drop * divergence) / weight, (sums, divergence)
-        sums = smoothed_sums(model, params, part, label_smoothing=smoothing, deterministic=False, rngs={"dropout": key})
-        return sums.loss / weight, (sums, jnp.float32(0))
+        sums = smoothed_sums(model, params, part, *keys, label_smoothing=smoothing, r_drop=r_drop)
+        return sums.loss / weight, sums
 
-    state, (sums, divergence), norm = gradient_step(
-        state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate
-    )
+    state, sums, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate)
     one = jnp.float32(1)
     metrics = {
         "loss": (sums.loss, sums.weight),
@@ -356,13 +335,13 @@ def train_step(
         "target_tokens": (targets, one),
         "source_tokens": (tokens.astype(jnp.float32), one),
     }
-    return state, {**metrics, "divergence": (divergence, targets)} if r_drop else metrics
+    return state, {**metrics, "divergence": (sums.divergence, targets)} if r_drop else metrics
 
 
 def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, model: Transformer) -> Sums:
     """Sums over held-out rows."""
     batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
-    sums = replicas.sum(smoothed_sums(model, params, batch, label_smoothing=0.0, deterministic=True))
+    sums = replicas.sum(smoothed_sums(model, params, batch))
     return {"nll": (sums.nll, sums.weight), "accuracy": (sums.correct, sums.weight)}
 
 

@@ -127,8 +127,9 @@ def test_the_stack_is_the_same_in_all_forms() -> None:
 def test_the_loss_is_that_of_the_logits() -> None:
     labels = jnp.where(TARGET % 5 == 0, heads.IGNORED_LABEL, TARGET)
     arguments = (SOURCE, None, None, TARGET, None, None)
-    found = run("biased", *arguments, labels, label_smoothing=0.1, method="loss")
-    expected = heads.label_smoothed_sums(run("biased", *arguments), labels, None, 0.1)
+    states = run("biased", *arguments, method="output_states")
+    found = run("biased", [states], labels, label_smoothing=0.1, method="loss")
+    expected = sums_by_definition([run("biased", *arguments)], labels, jnp.ones(labels.shape), 0.1)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -152,49 +153,47 @@ def test_dropout_is_where_the_paper_has_it() -> None:
         assert all(mask.shape != other.shape or (mask != other).any() for other in dropped[:i])
 
 
-def smoothed(logits: np.ndarray, labels: np.ndarray, smoothing: float) -> np.ndarray:
-    """Cross-entropy with the mixed distribution, in float64, by its definition."""
-    logits = logits.astype(np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    target = (1 - smoothing) * np.eye(logits.shape[-1])[labels] + smoothing / logits.shape[-1]
-    return -(target * log_p).sum(-1)
+def sums_by_definition(passes: Any, labels: Any, weights: Any, smoothing: float, r_drop: float = 0.0) -> Any:
+    """Of logits: cross-entropy with the mixed distribution, and Liang et al. 2021, equations 2 to 4."""
+    weights = jnp.where(labels == heads.IGNORED_LABEL, 0, weights)
+    right = jax.nn.one_hot(labels, passes[0].shape[-1])
+    loss = nll = correct = divergence = jnp.float32(0)
+    logs = [jax.nn.log_softmax(logits) for logits in passes]
+    for log_p in logs:
+        target = (1 - smoothing) * right + smoothing / right.shape[-1]
+        loss -= ((target * log_p).sum(-1) * weights).sum()
+        nll -= ((right * log_p).sum(-1) * weights).sum()
+        correct += ((log_p.argmax(-1) == labels) * weights).sum()
+    for log_p in logs:
+        for log_q in logs:
+            divergence += 0.5 * ((jnp.exp(log_p) * (log_p - log_q)).sum(-1) * weights).sum()
+    return heads.SmoothedSums(loss + r_drop * divergence, nll, correct, divergence, len(logs) * weights.sum())
 
 
-def test_smoothed_loss_by_its_definition() -> None:
-    logits = np.random.default_rng(0).normal(size=(2, 5, 11)).astype(np.float32)
-    labels = np.array([[1, 2, 3, 4, 0], [5, 10, heads.IGNORED_LABEL, 7, 8]])
-    weights = np.array([[1, 0.5, 0, 1, 1], [1, 1, 1, 2, 1]])
-    kept = np.where(labels < 0, 0, weights)
-    sums = heads.label_smoothed_sums(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weights), 0.1)
-    known = np.where(labels < 0, 0, labels)
-    np.testing.assert_allclose(sums.loss, (smoothed(logits, known, 0.1) * kept).sum(), rtol=1e-6)
-    np.testing.assert_allclose(sums.nll, (smoothed(logits, known, 0.0) * kept).sum(), rtol=1e-6)
-    np.testing.assert_allclose(sums.correct, ((logits.argmax(-1) == known) * kept).sum(), rtol=1e-6)
-    assert float(sums.weight) == kept.sum()
-
-
-def test_loss_in_chunks_is_that_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(heads.CHUNK_LOGITS, "cpu", 2 * 3 * 37)  # two columns of the three rows at a time
+@pytest.mark.parametrize("count", [1, 2])
+def test_loss_in_chunks_is_that_of_all_logits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heads.CHUNK_LOGITS, "cpu", count * 2 * 3 * 37)  # two columns of the three rows at a time
     labels = jnp.where(TARGET % 5 == 0, heads.IGNORED_LABEL, TARGET)
     weights = jax.random.uniform(jax.random.key(0), labels.shape)
-    hidden = jax.random.normal(jax.random.key(1), (*labels.shape, 16))
+    passes = tuple(jax.random.normal(jax.random.key(1), (count, *labels.shape, 16)) / 2)
     bias = jax.random.normal(jax.random.key(2), (37,))
 
-    def chunked(hidden: Any, kernel: Any) -> Any:
-        sums = heads.projected_sums(hidden, kernel, labels, weights, 0.1, bias)
+    def chunked(passes: Any, kernel: Any) -> Any:
+        sums = heads.projected_sums(passes, kernel, labels, weights, 0.1, bias, 0.7)
         return 3 * sums.loss, sums
 
-    def whole(hidden: Any, kernel: Any) -> Any:
-        logits = hidden @ kernel.T + bias[None, None]
-        sums = heads.label_smoothed_sums(logits, labels, weights, 0.1)
+    def whole(passes: Any, kernel: Any) -> Any:
+        logits = [hidden @ kernel.T + bias[None, None] for hidden in passes]
+        sums = sums_by_definition(logits, labels, weights, 0.1, 0.7)
         return 3 * sums.loss, sums
 
     kernel = jax.random.normal(jax.random.key(3), (37, 16))
     found, expected = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, kernel) for f in (chunked, whole)
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(passes, kernel) for f in (chunked, whole)
     )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), found, expected)
-    primal = jax.jit(chunked)(hidden, kernel)[1]
+    assert (found[0][1].divergence > 1) == (count == 2)
+    primal = jax.jit(chunked)(passes, kernel)[1]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), primal, found[0][1])
 
 

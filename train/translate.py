@@ -545,12 +545,11 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     )
     if fitted.stopped is not None:
         return exit_status(fitted)
-    params, over = means.mean()
-    if params is None and config.patience:
-        params = read_params(best_file)
-    if params is None:
-        params = on_host(kept_params(fitted.state, config.optim))
-    if main_process:
+    last = on_host(kept_params(fitted.state, config.optim))  # by all processes together
+    if main_process:  # it alone wrote the other weights
+        params, over = means.mean()
+        if params is None:
+            params = read_params(best_file) if config.patience else last
         save(config.out / "model", *released(model, params), data.tokenizer)
         translations = evaluate.translate(params, config.final_beam)
         found = corpus_scores(translations, evaluate.references, data.tokenizer.form)

@@ -200,8 +200,8 @@ def test_defaults_follow_the_text_and_the_size(monkeypatch: pytest.MonkeyPatch):
         assert cli(["translate", "train", *arguments]) == 0
     phrases, tiny, fewer, base = seen
     assert phrases == TranslateConfig()
-    assert (tiny.steps, tiny.batch_tokens, tiny.dropout, tiny.optim.learning_rate) == (3200, 8192, 0.3, 5e-3)
-    assert dataclasses.replace(fewer, steps=3200) == tiny
+    assert (tiny.steps, tiny.batch_tokens, tiny.dropout, tiny.optim.learning_rate) == (8000, 8192, 0.3, 5e-3)
+    assert dataclasses.replace(fewer, steps=8000) == tiny
     assert fewer.steps == 7
     assert (base.steps, base.optim.learning_rate, base.optim.warmup, base.vocab_size) == (100_000, 7e-4, 4000, 37_000)
 

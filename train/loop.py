@@ -76,6 +76,8 @@ class Best(NamedTuple):
     """Evaluations without a better value after which the run ends; 0: it never ends early."""
     keep: Callable[[int, Any], None]
     """(step, running state), called at every evaluation that is better than all before it."""
+    counts_after: int = 0
+    """Updates whose evaluations do not count against the patience, as while the learning rate rises."""
 
 
 class Fitted(NamedTuple):
@@ -191,7 +193,7 @@ class _Judge:
         if self.at is None or (value > self.at[1] if self._best.larger else value < self.at[1]):
             self.at, self._since = (number, value), 0
             self._best.keep(number, state)
-        else:
+        elif number > self._best.counts_after:
             self._since += 1
 
     def given_up(self) -> bool:

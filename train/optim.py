@@ -84,8 +84,13 @@ def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> opt
     return optax.schedules.join_schedules(pieces, ends[1:-1])
 
 
+def warmup_steps(config: OptimConfig, steps: int) -> int:
+    """Updates of `steps` in which the learning rate rises."""
+    return round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+
+
 def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
-    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    warmup = warmup_steps(config, steps)
     cooldown = round(config.cooldown * max(0, steps - warmup)) if config.cooldown < 1 else int(config.cooldown)
     if warmup + cooldown > steps:
         both, flags = f"{warmup} steps", "--warmup"

@@ -53,7 +53,7 @@ from .learner import (
 )
 from .loop import Best, Fitted, Stop, TrainState
 from .metrics import Meter, Sums
-from .optim import schedule
+from .optim import schedule, warmup_steps
 from .pretrain import user_cache_folder
 from .progress import Progress, duration
 from .run_folder import RunFolder
@@ -541,7 +541,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
         counts={"target_tokens": "target tokens/s"},
         progress=progress,
         stop=stop,
-        best=Best(evaluate.deciding, True, config.patience, keep_best),
+        best=Best(evaluate.deciding, True, config.patience, keep_best, warmup_steps(config.optim, config.steps)),
     )
     if fitted.stopped is not None:
         return exit_status(fitted)

@@ -125,7 +125,8 @@ class TranslateConfig:
     final_beam: int = 5
     """Beam that the dev text is translated with at the end."""
     patience: int = 0
-    """End after so many evaluations in turn whose dev BLEU is no better than the best; 0: at the last step only."""
+    """End after so many evaluations in turn, those of the warm-up apart, with a dev BLEU no better than the best; 0: at
+    the last step only."""
     average: int = 0
     """Leave behind the mean of the weights at so many evaluations; 0: no mean."""
     average_of: Literal["last", "best"] = "last"

@@ -93,12 +93,12 @@ class Numbers:
         self.at = state
 
 
-def run_once(folder, values, kept, patience):
+def run_once(folder, values, kept, patience, counts_after=0):
     """Train with an evaluation after every step, which reads its value from a list."""
     learner = learner_of()
     spread = start_spread(SpreadConfig())
     run = RunFolder(folder, OPTIM, frozenset())
-    best = Best("score", True, patience, lambda number, state: kept.append(number))
+    best = Best("score", True, patience, lambda number, state: kept.append(number), counts_after)
 
     def evaluate(state, stop):
         return {"score": values[int(np.asarray(state.step)) - 1]}
@@ -129,6 +129,12 @@ def test_ends_when_no_evaluation_is_better(tmp_path):
     again = run_once(tmp_path / "run", [], kept, patience=3)  # the same command, after the end
     assert (again.step, again.best, kept) == (5, (2, 3.0), [1, 2])
     assert again.totals == fitted.totals == {"tokens": 40.0}
+
+
+def test_patience_begins_when_evaluations_count(tmp_path):
+    values = [1.0, 0.5, 0.5, 0.5, 0.5, 2.0, 1.0, 1.0]
+    assert run_once(tmp_path / "soon", values, [], patience=2).step == 3
+    assert run_once(tmp_path / "late", values, [], patience=2, counts_after=4).step == 8
 
 
 def test_best_is_remembered_over_a_restart(tmp_path):

@@ -162,16 +162,9 @@ def projected_sums(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _projected(
-    passes: tuple[Array, ...],
-    kernel: Array,
-    bias: Array | None,
-    labels: Array,
-    weights: Array,
-    smoothing: float,
-    r_drop: float,
-) -> tuple[Array, ...]:
-    return _over_chunks(passes, kernel, bias, labels, weights, smoothing, r_drop, with_gradient=False)[0]
+def _projected(*arguments: Any) -> tuple[Array, ...]:
+    """The sums that `_over_chunks` gives, with the gradient that it takes along the way."""
+    return _over_chunks(*arguments, with_gradient=False)[0]
 
 
 def _projected_backward(
@@ -234,17 +227,11 @@ def _over_chunks(
             nll += (own * weights).sum()
             correct += ((chosen >= top) * weights).sum()
             predictions.append((exponentials / total[..., None], logits - (top + log_sum)[..., None]))
-        pulls: list[Array | float] = [0.0]  # the divergence's gradients to the logits
+        pulls: Sequence[Array | float] = [0.0]  # the divergence's gradients to the logits
         if len(predictions) == 2:
-            (p, log_p), (q, log_q) = predictions
-            apart, ratio = p - q, log_p - log_q
-            apart_sum = (0.5 * (apart * ratio).sum(axis=-1) * weights).sum()
-            loss += r_drop * apart_sum
-            divergence += apart_sum
-            pulls = [
-                0.5 * (apart + p * (ratio - (p * ratio).sum(axis=-1, keepdims=True))),
-                -0.5 * (apart + q * (ratio - (q * ratio).sum(axis=-1, keepdims=True))),
-            ]
+            both_ways, *pulls = _divergence(*predictions)
+            loss += r_drop * (both_ways * weights).sum()
+            divergence += (both_ways * weights).sum()
         if not with_gradient:
             return (loss, nll, correct, divergence, to_kernel), []
         words = jax.lax.broadcasted_iota(labels.dtype, (*labels.shape, vocab), labels.ndim)
@@ -267,6 +254,20 @@ def _over_chunks(
 
 
 _projected.defvjp(partial(_over_chunks, with_gradient=True), _projected_backward)
+
+
+def _divergence(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    """Half the sum of the divergences both ways, and its gradients to the logits of each.
+
+    first, second: probabilities [..., V] and their logarithms.
+    """
+    (p, log_p), (q, log_q) = first, second
+    apart, ratio = p - q, log_p - log_q
+
+    def pull(x: Array) -> Array:
+        return 0.5 * (apart + x * (ratio - (x * ratio).sum(axis=-1, keepdims=True)))
+
+    return 0.5 * (apart * ratio).sum(axis=-1), pull(p), -pull(q)
 
 
 def masked_language_model_loss(logits: Array, labels: Array, weights: Array | None = None) -> WeightedSum:

@@ -401,12 +401,20 @@ class Transformer(nn.Module):
         Returns:
             [B, T, V] float32
         """
-        decoder_input_ids = self._decoder_input(input_ids, decoder_input_ids)
-        mode: dict[str, Any] = {"rows": rows, "deterministic": deterministic}
-        memory = self.encode(input_ids, segment_ids, position_ids, **mode)
-        return self.logits(
-            self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
+        states = self.output_states(
+            input_ids,
+            segment_ids,
+            position_ids,
+            self._decoder_input(input_ids, decoder_input_ids),
+            decoder_segment_ids,
+            decoder_position_ids,
+            rows=rows,
+            deterministic=deterministic,
         )
+        logits = self._output_table.attend(states)
+        if not self.config.logits_bias:
+            return logits
+        return add_bias(logits, jax.lax.stop_gradient(self.final_logits_bias))
 
     def output_states(
         self,
@@ -513,17 +521,8 @@ class Transformer(nn.Module):
 
     def last_scores(self, hidden: Array) -> Array:
         """The last decoder layer's output [..., E] -> logits without their bias [..., V] float32."""
-        return self._scores(self.decoder_norm(hidden) if self.config.pre_norm else hidden)
-
-    def logits(self, hidden: Array) -> Array:
-        """The decoder's output [..., E] -> logits [..., V] float32."""
-        logits = self._scores(hidden)
-        if not self.config.logits_bias:
-            return logits
-        return add_bias(logits, jax.lax.stop_gradient(self.final_logits_bias))
-
-    def _scores(self, hidden: Array) -> Array:
-        return self._output_table.attend(self._to_table(hidden))
+        normalised = self.decoder_norm(hidden) if self.config.pre_norm else hidden
+        return self._output_table.attend(self._to_table(normalised))
 
     def embed_step(self, tokens: Array, positions: Array) -> Array:
         """Target tokens [B, K], those of a row at its position [B] -> [B, K, E]."""

@@ -291,7 +291,7 @@ def smoothed_sums(
             *(batch[name] for name in INPUTS),
             rows=batch["rows"],
             deterministic=key is None,
-            rngs=key if key is None else {"dropout": key},
+            rngs=None if key is None else {"dropout": key},
             method="output_states",
         )
         for key in dropout or (None,)

@@ -357,6 +357,20 @@ class Attention(nn.Module):
         """The keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""
         return jnp.moveaxis(self.key(memory), 1, 3), jnp.swapaxes(self.value(memory), 1, 2)
 
+    def write(self, hidden: Array, keys: Array, values: Array, places: Array) -> tuple[Array, Array]:
+        """Add the keys and values of one token of each beam to a row's.
+
+        Args:
+            hidden: [B, K, E], K beams a row.
+            keys, values: as from `keys_values`.
+            places: int32 [B, K], which of the S each becomes; S for none.
+        """
+        rows = jnp.arange(len(hidden))[:, None]
+        return (
+            keys.at[rows, :, :, places].set(self.key(hidden), mode="drop"),
+            values.at[rows, :, places].set(self.value(hidden), mode="drop"),
+        )
+
     def step(self, hidden: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
         """Attend with one token of each of a row's beams, which share the row's keys and values.
 

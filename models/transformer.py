@@ -311,18 +311,19 @@ class DecoderBlock(nn.Module):
         return add(hidden, self.feed_forward_norm, lambda x: self.feed_forward(x, **mode))
 
     def step(
-        self, hidden: Array, memory: tuple[Array, Array], memory_mask: Array, cache: "Slots", slot: Array, mask: Array
+        self,
+        hidden: Array,
+        memory: tuple[Array, Array],
+        memory_mask: Array,
+        cache: "Slots",
+        places: Array,
+        mask: Array,
     ) -> tuple[Array, "Slots", Array]:
         """The layer for one token of each beam, as `Steps.step`; also the attention to the encoder [B, H, K, S]."""
 
         def attend(x: Array) -> Array:
             nonlocal cache
-            new = self.attention.keys_values(x)
-            place = slot * x.shape[1]
-            cache = Slots(
-                jax.lax.dynamic_update_slice(cache.keys, new[0], (0, 0, 0, place)),
-                jax.lax.dynamic_update_slice(cache.values, new[1], (0, 0, place, 0)),
-            )
+            cache = Slots(*self.attention.write(x, *cache, places))
             return self.attention.step(x, *cache, mask)[0]
 
         def attend_memory(x: Array) -> Array:
@@ -664,8 +665,14 @@ class Steps:
         return (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.decoder_layers
 
     def rearrange(self, cache: tuple[Slots, ...], slots: Array) -> tuple[Slots, ...]:
-        """The cache [B, ...] of the slots `slots` [X] int32, in their order."""
-        return tuple(Slots(layer.keys[..., slots], layer.values[:, :, slots]) for layer in cache)
+        """The cache of the slots `slots` [B, X] int32 of each row, in their order."""
+        return tuple(
+            Slots(
+                jnp.take_along_axis(layer.keys, slots[:, None, None], axis=3),
+                jnp.take_along_axis(layer.values, slots[:, None, :, None], axis=2),
+            )
+            for layer in cache
+        )
 
     def step(
         self,
@@ -674,17 +681,17 @@ class Steps:
         cache: tuple[Slots, ...],
         tokens: Array,
         positions: Array,
-        slot: Array,
+        places: Array,
         mask: Array,
     ) -> tuple[Array, tuple[Slots, ...], tuple[Array, ...]]:
         """Read one more token of each beam.
 
         Args:
             memory: of B sources.
-            cache: of the steps so far; this step fills the slots from slot · K on.
+            cache: of the steps so far.
             tokens: [B, K] int32.
             positions: [B] int32, where the tokens of each row stand.
-            slot: [] int32, of the slots in groups of K.
+            places: [B, K] int32, the slot that each is written into; as many as there are slots for none.
             mask: bool [B, K, slots], the slots that each beam descends from, its own among them.
 
         Returns:
@@ -696,7 +703,7 @@ class Steps:
         filled, attentions = [], []
         for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache, strict=True):
             result: Any = block.apply(
-                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, slot, mask, method="step"
+                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, places, mask, method="step"
             )
             hidden, slots, attention = result
             filled.append(slots)
@@ -734,9 +741,9 @@ def cross_attention_maps(
 
     def read(cache: tuple[Slots, ...], xs: tuple[Array, Array]) -> tuple[tuple[Slots, ...], Array]:
         tokens, index = xs
-        places = jnp.broadcast_to(index, rows)
+        at = jnp.broadcast_to(index, rows)
         mask = jnp.broadcast_to(jnp.arange(length) <= index, (rows, 1, length))
-        _, cache, attentions = steps.step(prepared, memory, cache, tokens[:, None], places, index, mask)
+        _, cache, attentions = steps.step(prepared, memory, cache, tokens[:, None], at, at[:, None], mask)
         return cache, jnp.stack(attentions)[:, :, :, 0]
 
     _, maps = jax.lax.scan(read, steps.cache(rows, length), (decoder_input_ids.T, jnp.arange(length)))

@@ -41,7 +41,7 @@ class Task(NamedTuple):
     sources: Sequence[Sequence[int]]
     prefixes: Sequence[Sequence[int]]
     first: int  # the first source's number
-    slots: int  # tokens of the longest output, its prefix included
+    most: int  # tokens of the longest output, its prefix included
     found: dict[int, list[Hypothesis]]
     cancelled: threading.Event
 
@@ -56,7 +56,8 @@ class Generator:
     """
 
     # Every size takes a second to compile, so there are few: rows go in steps of four, the rest in steps of two.
-    FIRST_SLOTS = 32  # tokens of a target that there is room for at first
+    FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps where these are more
+    FIRST_STEPS = 16
     FEWEST_ROWS = 4  # fewer sentences are filled up
     FEWEST_TOKENS = 16  # a shorter source or prefix is filled up
     LANE_ROWS = 32  # sentences that are worth a core of their own
@@ -125,8 +126,8 @@ class Generator:
                     f" the model's {self.positions} positions"
                 )
         order = sorted(range(len(sources)), key=lambda i: (-len(sources[i]), -len(prefixes[i])))
-        slots = self._rounded(max(map(len, prefixes), default=0) + self.config.max_length)
-        task = Task(sources, prefixes, first, slots, {}, threading.Event())
+        most = self._rounded(max(map(len, prefixes), default=0) + self.config.max_length)
+        task = Task(sources, prefixes, first, most, {}, threading.Event())
         lanes = min(self._lanes, -(-len(order) // self.LANE_ROWS))
         if lanes < 2:
             self._search(task, order)
@@ -170,10 +171,11 @@ class Pool:
         self._sizes = [most]
         while self._sizes[-1] // 4 >= generator.FEWEST_ROWS:
             self._sizes.append(self._sizes[-1] // 4)
-        self._rings = [task.slots]
-        while self._rings[0] > generator.FIRST_SLOTS:
-            self._rings.insert(0, max(generator.FIRST_SLOTS, self._rings[0] // 2))
-        self._ring = 0
+        width = generator.config.width
+        self._slots = [min(task.most * width, max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width))]
+        while self._slots[-1] < task.most * width:
+            self._slots.append(min(task.most * width, 2 * self._slots[-1]))
+        self._present = self._slots[0]
         self._length = length
         prefix = max(len(task.prefixes[i]) for i in waiting)
         self._prefix = generator._rounded(prefix) if prefix else 0
@@ -184,7 +186,7 @@ class Pool:
     def search(self) -> None:
         """Fill the task's `found` for all of them."""
         task, run = self._task, self._run
-        shape = (len(self._numbers), self._length, self._prefix, self._rings[0])
+        shape = (len(self._numbers), self._length, self._prefix, task.most, self._present)
         sources, search = run(self._searcher.clear, self._prepared, *shape)
         while not task.cancelled.is_set():
             rows = len(self._numbers)
@@ -198,14 +200,14 @@ class Pool:
             enough = rows - share if self._waiting else fewer if fewer < rows else 0
             numbers = np.where(self._numbers < 0, -1, self._numbers + task.first)
             search = run(self._searcher.advance, self._prepared, sources, search, numbers, np.int32(enough))
-            step, open_, *found = jax.device_get(
-                (search.step, search.rows.open, search.rows.ended, search.chosen, search.parents)
+            step, past, open_, *found = jax.device_get(
+                (search.step, search.rows.past, search.rows.open, search.rows.ended, search.chosen, search.parents)
             )
             self._step = int(step)
             self._collect(np.flatnonzero(~open_.any(axis=1) & (self._numbers >= 0)), *found)
             going = np.flatnonzero(self._numbers >= 0)
             if len(going):
-                sources, search = self._resize(sources, search, going)
+                sources, search = self._resize(sources, search, going, past)
             elif not self._waiting:
                 return
 
@@ -221,17 +223,16 @@ class Pool:
         rows = np.where(taken, places, len(self._numbers)).astype(np.int32)
         return self._run(self._searcher.admit, self._prepared, sources, search, ids, taken, prefix, rows)
 
-    def _resize(self, sources: Sources, search: Search, going: np.ndarray) -> tuple[Sources, Search]:
-        """Rows and slots as the open sentences need them."""
-        oldest = int((self._step - self._began[going]).max())
-        before = len(self._numbers), self._rings[self._ring]
-        if oldest >= self._rings[self._ring]:
-            self._ring += 1
-        elif self._ring and oldest < self._rings[self._ring] // 4:
-            self._ring -= 1
-        rows, slots = before[0] if self._waiting else self._rows(len(going)), self._rings[self._ring]
+    def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
+        """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, S]."""
+        needed = int(past[going].any(axis=1).sum(axis=1).max()) + self._generator.config.width
+        before = len(self._numbers), self._present
+        # To become smaller there must be some to spare, or it would not be for long.
+        fit = (s for s in self._slots if needed <= (s if s >= self._present else s * 3 // 4))
+        rows, slots = before[0] if self._waiting else self._rows(len(going)), next(fit)
         if (rows, slots) == before:
             return sources, search
+        self._present = slots
         keep = np.full(rows, -1, np.int32)
         if rows == len(self._numbers):
             keep[going] = going

@@ -237,7 +237,13 @@ def test_one_token_at_a_time() -> None:
             tokens = jnp.stack([TARGET[:, i], TARGET[:, i] - 1], axis=1)
             seen = jnp.stack([(slots % 2 == beam) & (slots // 2 <= i) for beam in range(2)])
             logits, cache, attention = steps.step(
-                prepared, memory, cache, tokens, jnp.full(3, i), i, jnp.broadcast_to(seen, (3, 2, 14))
+                prepared,
+                memory,
+                cache,
+                tokens,
+                jnp.full(3, i),
+                jnp.broadcast_to(2 * i + jnp.arange(2), (3, 2)),
+                jnp.broadcast_to(seen, (3, 2, 14)),
             )
             return cache, (logits, attention[-1])
 

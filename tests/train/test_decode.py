@@ -70,7 +70,8 @@ def test_sequences_and_scores_are_the_references(case: dict[str, Any]) -> None:
 
 
 def test_a_cache_that_grows_and_rows_that_finish_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Generator, "FIRST_SLOTS", 8)  # fewer than the longest output has tokens
+    monkeypatch.setattr(Generator, "FIRST_SLOTS", 8)  # fewer than are needed
+    monkeypatch.setattr(Generator, "FIRST_STEPS", 2)
     monkeypatch.setattr(Generator, "FEWEST_ROWS", 2)
     monkeypatch.setattr(Generator, "FEWEST_TOKENS", 8)
     generate = Generator(loaded().model, loaded().params, DecodeConfig(**settings(CASES[0]["settings"])), rows=2)
@@ -118,12 +119,12 @@ class Chain:
         return segment_ids
 
     def cache(self, rows: int, slots: int) -> Any:
-        return jnp.zeros((rows, 1, slots, 1))
+        return jnp.zeros(rows)
 
     def rearrange(self, cache: Any, slots: Any) -> Any:
-        return cache[:, :, slots]
+        return cache
 
-    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, slot: Any, mask: Any) -> Any:
+    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, places: Any, mask: Any) -> Any:
         return prepared["logits"][tokens], cache, (prepared["attention"][tokens][:, None, :, : memory.shape[1]],)
 
 
@@ -146,8 +147,8 @@ def log_probabilities() -> np.ndarray:
 
 def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that shrink as sentences finish, in any order; and once all sizes were met, nothing more is compiled."""
-    monkeypatch.setattr(Generator, "FIRST_SLOTS", 4)
-    monkeypatch.setattr(Generator, "FEWEST_ROWS", 1)
+    for name, value in (("FIRST_SLOTS", 4), ("FIRST_STEPS", 2), ("FEWEST_ROWS", 1)):
+        monkeypatch.setattr(Generator, name, value)
     generate = of_chain(beam=2, max_length=12, n_best=2, early_stopping="never")
     draw = np.random.default_rng(0)
     texts = [[2] * n for n in range(1, 10)]
@@ -178,11 +179,11 @@ class Rememberer(Chain):
         return jnp.zeros((rows, slots, 8))
 
     def rearrange(self, cache: Any, slots: Any) -> Any:
-        return cache[:, slots]
+        return jnp.take_along_axis(cache, slots[..., None], axis=1)
 
-    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, slot: Any, mask: Any) -> Any:
+    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, places: Any, mask: Any) -> Any:
         new = prepared["words"][tokens] * prepared["places"][positions][:, None]
-        cache = jax.lax.dynamic_update_slice(cache, new, (0, slot * tokens.shape[1], 0))
+        cache = cache.at[jnp.arange(len(tokens))[:, None], places].set(new, mode="drop")
         past = jnp.einsum("rks,rsd->rkd", mask / mask.sum(axis=-1, keepdims=True), cache)
         hidden = jnp.tanh(new + 3 * past + memory[:, None])
         return (
@@ -204,7 +205,7 @@ class Rememberer(Chain):
 def test_many_sentences_at_many_ages_are_as_one_alone(
     cores: int, named: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rings that grow and shrink, rows that are filled again, and threads."""
+    """Slots that become more and fewer, rows that are filled again, and threads."""
     draw = np.random.default_rng(2)
     params = {name: draw.normal(size=(count, 8)).astype(np.float32) for name, count in (("words", 6), ("places", 32))}
     params["often"] = 2 * np.eye(WORDS, dtype=np.float32)[None, None, END]
@@ -216,7 +217,7 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
     ]
     assert len({len(row[0].tokens) for row in expected}) > 8
-    for name, value in (("FIRST_SLOTS", 4), ("FEWEST_ROWS", 1), ("LANE_ROWS", 4)):
+    for name, value in (("FIRST_SLOTS", 4), ("FIRST_STEPS", 2), ("FEWEST_ROWS", 1), ("LANE_ROWS", 4)):
         monkeypatch.setattr(Generator, name, value)
     monkeypatch.setattr(decode, "usable_cores", lambda: cores)
     found = Generator(Rememberer(), params, config, rows=12)(texts, prefixes)

@@ -1,4 +1,4 @@
-"""What makes XLA fast on a CPU and must be said from outside. Neither setting changes what an accelerator does."""
+"""What makes XLA fast on a CPU and must be said from outside. No setting changes what an accelerator does."""
 
 import contextlib
 import ctypes
@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 VECTOR_WIDTH = "--xla_cpu_prefer_vector_width"
+HELPERS = "tf_XLAEigen"  # the name of XLA's threads within operations
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h of glibc
 
 
 def prepare_cpu() -> None:
-    """Both settings, before JAX and its threads start; memory is left alone where an accelerator is in sight."""
+    """What every command wants, before JAX and its threads start.
+
+    Memory is left alone where an accelerator is in sight.
+    """
     prefer_wide_vectors()
     devices = (path for pattern in ("nvidia[0-9]*", "accel*", "vfio/[0-9]*") for path in Path("/dev").glob(pattern))
     if os.environ.get("JAX_PLATFORMS") == "cpu" or next(devices, None) is None:
@@ -38,3 +42,27 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20), (M_ARENA_MAX, 1)):
             mallopt(option, value)
+
+
+def run_in_callers() -> None:
+    """Have each program run in the thread that calls it, as threads want that each have work of their own.
+
+    JAX reads this when it starts; later nothing happens. By default the caller waits for a thread of JAX's.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def spare_callers() -> None:
+    """Keep XLA's helper threads from interrupting the threads that call it.
+
+    They take over parts of every product, whatever `xla_cpu_multi_thread_eigen` says. Where each core has a caller,
+    that only moves work about. As batch threads they have their share of the cores as before, but wait for it. Nothing
+    happens where threads are not Linux's.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                if (thread / "comm").read_text().strip() == HELPERS:
+                    os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))

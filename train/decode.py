@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from ..data.cores import usable_cores
+from .cpu import spare_callers
 from .decode_config import DecodeConfig
 from .errors import RunError
 from .search import NOTHING, Ended, Search, Searcher, Sources
@@ -82,9 +83,13 @@ class Generator:
             raise RunError(f"suppressed: {model.config.forced_eos_token_id} is how this model's longest outputs end")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._lanes = max(1, min(cores, rows // self.LANE_ROWS))
-        one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
+        one_core = None
+        if self._lanes == cores > 1:
+            one_core = {"xla_cpu_multi_thread_eigen": False}
+            spare_callers()
         self._searcher = Searcher(model.steps(), config, one_core)
         self._compiling = threading.Lock()  # or two threads would compile the same program
+        self._compiled: set[Any] = set()  # programs, each with the sizes of its arguments
         self.prepared = self._searcher.steps.prepare(jax.device_put(params))
 
     def with_params(self, params: Any) -> "Generator":
@@ -270,8 +275,14 @@ class Pool:
 
     def _run(self, program: Any, *arguments: Any) -> Any:
         """Start a program; where it is not compiled yet, other threads wait for it."""
-        with self._generator._compiling:
+        generator = self._generator
+        sizes = (program, *(getattr(x, "shape", x) for x in jax.tree.leaves(arguments)))
+        if sizes in generator._compiled:
             return program(*arguments)
+        with generator._compiling:
+            result = program(*arguments)
+            generator._compiled.add(sizes)
+            return result
 
 
 def _filled(lists: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:

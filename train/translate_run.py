@@ -23,6 +23,7 @@ from ..data.parallel import Findings, clean_line
 from ..data.subwords import PairTokenizer
 from ..models import load
 from ..models.transformer import TransformerConfig
+from .cpu import run_in_callers
 from .decode import Generator, Hypothesis
 from .decode_config import DecodeConfig
 from .errors import RunError
@@ -81,6 +82,7 @@ def open_translator(
     Raises:
         RunError: another kind of model, or a tokenizer that is not this model's.
     """
+    run_in_callers()
     folder = model_folder(folder)
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     loaded = load(folder, **changes)

@@ -229,7 +229,7 @@ class Pool:
         return self._run(self._searcher.admit, self._prepared, sources, search, ids, taken, prefix, rows)
 
     def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
-        """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, S]."""
+        """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, X]."""
         needed = int(past[going].any(axis=1).sum(axis=1).max()) + self._generator.config.width
         before = len(self._numbers), self._present
         # To become smaller there must be some to spare, or it would not be for long.

@@ -94,7 +94,7 @@ class Rows(NamedTuple):
     began: Array  # [R] int32, the step before which each sentence was admitted; its age is the steps since
     tokens: Array  # [R, K] int32, the newest of each running hypothesis
     scores: Array  # [R, K] float32, their log probabilities
-    past: Array  # [R, K, S] bool, the slots that they descend from
+    past: Array  # [R, K, X] bool, which of the sentence's X slots they descend from
     history: Array | None  # [R, K, T] int32, the tokens read, by age, -1 after them; None where nothing asks for them
     coverage: Array | None  # [R, K, S] float32, the attention each source token has received; None likewise
     ended: Ended
@@ -439,7 +439,7 @@ class Searcher:
 
 
 def _free(rows: Rows) -> Array:
-    """The slots that no hypothesis descends from, [R, S] bool."""
+    """The slots that no hypothesis descends from, [R, X] bool."""
     return ~rows.past.any(axis=1)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from bestiary import models
 from bestiary.train import decode
 from bestiary.train.attention_map import attention_of
+from bestiary.train.cpu import HELPERS, spare_callers
 from bestiary.train.decode import Generator
 from bestiary.train.decode_config import DecodeConfig
 from bestiary.train.search import continuations
@@ -224,6 +226,17 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
     assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
     for row, other in zip(found, expected, strict=True):
         np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux's threads have a policy to change")
+def test_helper_threads_of_xla_are_found_and_made_to_wait() -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("the helper threads are those of the CPU's backend")
+    spare_callers()
+    helpers = [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().strip() == HELPERS]
+    assert helpers
+    assert {os.sched_getscheduler(int(task.name)) for task in helpers} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) != os.SCHED_BATCH
 
 
 def test_an_error_in_a_thread_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -106,6 +106,8 @@ class ScoreConfig:
     )
     batch: int = 64
     """Sentences that are translated together."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in."""
     translations: Path | None = None
     """File to write the translations to."""
     out: Path | None = None
@@ -127,7 +129,7 @@ def main(config: ScoreConfig) -> int:
         prepared = None
     else:
         sources, references = read_two(config.source, config.reference)
-        translator = open_translator(config.model, config.decode, rows=config.batch)
+        translator = open_translator(config.model, config.decode, rows=config.batch, dtype=config.dtype)
         clock = time.perf_counter()
         translated = translator.translate(sources)
         seconds = time.perf_counter() - clock

@@ -23,7 +23,6 @@ import jax
 import numpy as np
 
 from ..data.cores import usable_cores
-from .cpu import spare_callers
 from .decode_config import DecodeConfig
 from .errors import RunError
 from .search import NOTHING, Ended, Search, Searcher, Sources
@@ -83,10 +82,7 @@ class Generator:
             raise RunError(f"suppressed: {model.config.forced_eos_token_id} is how this model's longest outputs end")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._lanes = max(1, min(cores, rows // self.LANE_ROWS))
-        one_core = None
-        if self._lanes == cores > 1:
-            one_core = {"xla_cpu_multi_thread_eigen": False}
-            spare_callers()
+        one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
         self._searcher = Searcher(model.steps(), config, one_core)
         self._compiling = threading.Lock()  # or two threads would compile the same program
         self._compiled: set[Any] = set()  # programs, each with the sizes of its arguments
@@ -274,7 +270,7 @@ class Pool:
         return min((size for size in self._sizes if size >= count), default=self._sizes[0])
 
     def _run(self, program: Any, *arguments: Any) -> Any:
-        """Start a program; where it is not compiled yet, other threads wait for it."""
+        """Run a program. While one runs with new sizes, and so is compiled, no other thread starts a second such."""
         generator = self._generator
         sizes = (program, *(getattr(x, "shape", x) for x in jax.tree.leaves(arguments)))
         if sizes in generator._compiled:

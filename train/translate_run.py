@@ -23,7 +23,7 @@ from ..data.parallel import Findings, clean_line
 from ..data.subwords import PairTokenizer
 from ..models import load
 from ..models.transformer import TransformerConfig
-from .cpu import run_in_callers
+from .cpu import run_in_callers, spare_callers
 from .decode import Generator, Hypothesis
 from .decode_config import DecodeConfig
 from .errors import RunError
@@ -77,7 +77,9 @@ def open_translator(
     too_long: TooLong = "split",
     dtype: str | None = None,
 ) -> "Translator":
-    """The translator of a run folder or a checkpoint folder.
+    """The translator of a run folder or a checkpoint folder, for a process that translates and does nothing else.
+
+    On a CPU that is settled here: programs run in the threads that search, and XLA's others stand back.
 
     Raises:
         RunError: another kind of model, or a tokenizer that is not this model's.
@@ -92,15 +94,11 @@ def open_translator(
     if not isinstance(tokenizer, PairTokenizer):
         raise RunError(f"{folder}: no tokenizer for translation there (subwords.json, or source.spm and vocab.json).")
     check_vocabulary(loaded.config, tokenizer, str(folder))
-    return Translator(
-        loaded.model,
-        loaded.params,
-        tokenizer,
-        decode,
-        rows=rows,
-        longest=longest,
-        too_long=too_long,
+    translator = Translator(
+        loaded.model, loaded.params, tokenizer, decode, rows=rows, longest=longest, too_long=too_long
     )
+    spare_callers()
+    return translator
 
 
 class Translator:

@@ -230,8 +230,9 @@ def _over_chunks(
         pulls: Sequence[Array | float] = [0.0]  # the divergence's gradients to the logits
         if len(predictions) == 2:
             both_ways, *pulls = _divergence(*predictions)
-            loss += r_drop * (both_ways * weights).sum()
-            divergence += (both_ways * weights).sum()
+            apart = (both_ways * weights).sum()
+            loss += r_drop * apart
+            divergence += apart
         if not with_gradient:
             return (loss, nll, correct, divergence, to_kernel), []
         words = jax.lax.broadcasted_iota(labels.dtype, (*labels.shape, vocab), labels.ndim)

@@ -176,7 +176,6 @@ class Pool:
         self._slots = [min(task.most * width, max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width))]
         while self._slots[-1] < task.most * width:
             self._slots.append(min(task.most * width, 2 * self._slots[-1]))
-        self._present = self._slots[0]
         self._length = length
         prefix = max(len(task.prefixes[i]) for i in waiting)
         self._prefix = generator._rounded(prefix) if prefix else 0
@@ -187,7 +186,7 @@ class Pool:
     def search(self) -> None:
         """Fill the task's `found` for all of them."""
         task, run = self._task, self._run
-        shape = (len(self._numbers), self._length, self._prefix, task.most, self._present)
+        shape = (len(self._numbers), self._length, self._prefix, task.most, self._slots[0])
         sources, search = run(self._searcher.clear, self._prepared, *shape)
         while not task.cancelled.is_set():
             rows = len(self._numbers)
@@ -227,13 +226,12 @@ class Pool:
     def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
         """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, X]."""
         needed = int(past[going].any(axis=1).sum(axis=1).max()) + self._generator.config.width
-        before = len(self._numbers), self._present
+        before = len(self._numbers), past.shape[2]
         # To become smaller there must be some to spare, or it would not be for long.
-        fit = (s for s in self._slots if needed <= (s if s >= self._present else s * 3 // 4))
+        fit = (s for s in self._slots if needed <= (s if s >= past.shape[2] else s * 3 // 4))
         rows, slots = before[0] if self._waiting else self._rows(len(going)), next(fit)
         if (rows, slots) == before:
             return sources, search
-        self._present = slots
         keep = np.full(rows, -1, np.int32)
         if rows == len(self._numbers):
             keep[going] = going

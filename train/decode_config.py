@@ -49,6 +49,8 @@ class DecodeConfig:
     """length of token sequences that may occur only once; 0 for no limit"""
     suppressed: tuple[int, ...] = ()
     """tokens that are never generated"""
+    renormalise: bool = False
+    """with beams: share out among the others what tokens that may not come would have had, before beams are compared"""
 
     def __post_init__(self) -> None:
         self._at_least(1, "beam", "max_length", "n_best", "diverse_groups")
@@ -67,6 +69,8 @@ class DecodeConfig:
             raise RunError(f"n_best: expected at most beam {self.beam}, found {self.n_best}")
         if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             raise RunError("temperature, top_k and top_p change what is drawn; they need sample")
+        if self.renormalise and not self.searches:
+            raise RunError("renormalise: changes what beams are compared by, so beam must be above 1")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

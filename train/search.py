@@ -361,6 +361,8 @@ class Searcher:
             logits, norm = logits - norm[..., None], jnp.zeros_like(norm)
         logits, norm = jax.lax.optimization_barrier((logits, norm))  # or suppressing would copy what is still needed
         gains = self._restrict(logits, norm, history, moment)
+        if c.renormalise:
+            norm = jax.nn.logsumexp(gains, axis=-1)
         bonus = jnp.zeros(rows.scores.shape, jnp.float32)
         if coverage is not None:
             received = jnp.where(sources.mask[:, None], jnp.log(jnp.minimum(coverage, 1.0)), 0.0)

@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from .cpu import run_in_callers, spare_callers
 from .decode import Generator, Hypothesis
 from .decode_config import DecodeConfig
 from .errors import RunError
+from .generation_config import read_generation_config
 from .progress import Progress
 
 TooLong = Literal["split", "refuse"]
@@ -42,7 +43,8 @@ class Translation(NamedTuple):
     score: float  # of the search, summed over parts
 
 
-LONGEST_OUTPUT = 256  # tokens, unless --max-length says otherwise
+DECODE = DecodeConfig(beam=5, max_length=256)
+"""How the commands decode, unless their flags say otherwise."""
 
 
 def longest_output(model: TransformerConfig, source: int) -> int:
@@ -70,7 +72,7 @@ def model_folder(folder: Path) -> Path:
 
 def open_translator(
     folder: Path,
-    decode: DecodeConfig,
+    decode: DecodeConfig | None,
     *,
     rows: int = 64,
     longest: int = 0,
@@ -78,6 +80,8 @@ def open_translator(
     dtype: str | None = None,
 ) -> "Translator":
     """The translator of a run folder or a checkpoint folder, for a process that translates and does nothing else.
+
+    `decode` is how to; None for what the folder's generation_config.json says.
 
     On a CPU that is settled here: programs run in the threads that search, and XLA's others stand back.
 
@@ -94,9 +98,11 @@ def open_translator(
     if not isinstance(tokenizer, PairTokenizer):
         raise RunError(f"{folder}: no tokenizer for translation there (subwords.json, or source.spm and vocab.json).")
     check_vocabulary(loaded.config, tokenizer, str(folder))
-    translator = Translator(
-        loaded.model, loaded.params, tokenizer, decode, rows=rows, longest=longest, too_long=too_long
-    )
+    model = loaded.model
+    if decode is None:
+        decode, special = read_generation_config(folder)
+        model = model.clone(config=dataclasses.replace(loaded.config, **special))
+    translator = Translator(model, loaded.params, tokenizer, decode, rows=rows, longest=longest, too_long=too_long)
     spare_callers()
     return translator
 
@@ -210,9 +216,7 @@ class RunConfig:
 
     model: Path
     """Run folder, or checkpoint folder with its tokenizer."""
-    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: DecodeConfig(beam=5, max_length=LONGEST_OUTPUT)
-    )
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
     """Sentences that are translated together."""
     window: int = 2048
@@ -225,6 +229,8 @@ class RunConfig:
     """Write each translation's score and a tab before it. With --n-best above 1 a line is written for each."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in."""
+    generation_config: bool = False
+    """Decode as the checkpoint's generation_config.json says, instead of by flags."""
     attention: Path | None = None
     """HTML file to draw the attention of the first lines' translations to their sources in."""
     layers: tuple[int, ...] = ()
@@ -235,6 +241,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.window < 1 or self.longest < 0:
             raise RunError("--batch and --window must be at least 1, --longest at least 0.")
+        chosen(self.decode, self.generation_config)
+
+
+def chosen(decode: DecodeConfig, generation_config: bool) -> DecodeConfig | None:
+    """What `open_translator` takes: decoding by flags, or None for the checkpoint's own settings; never both."""
+    if not generation_config:
+        return decode
+    if decode != DECODE:
+        raise RunError("--generation-config: the checkpoint says how to decode, so no flag may; leave one of both out.")
+    return None
 
 
 class Lines:
@@ -287,19 +303,19 @@ def main(config: RunConfig) -> int:
     progress = Progress()
     translator = open_translator(
         config.model,
-        config.decode,
+        chosen(config.decode, config.generation_config),
         rows=config.batch,
         longest=config.longest,
         too_long=config.too_long,
         dtype=config.dtype,
     )
-    drawn = False
+    drawn, several = False, translator.decode.n_best > 1
     for lines in Lines(sys.stdin.buffer, config.window):
         found = translator.translate(lines)
         for translations in found:
-            shown = translations if config.decode.n_best > 1 else translations[:1]
+            shown = translations if several else translations[:1]
             for translation in shown:
-                score = f"{translation.score:.4f}\t" if config.scores or config.decode.n_best > 1 else ""
+                score = f"{translation.score:.4f}\t" if config.scores or several else ""
                 sys.stdout.write(f"{score}{translation.text}\n")
         sys.stdout.flush()
         if config.attention is not None and not drawn:

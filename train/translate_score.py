@@ -11,7 +11,7 @@ sides were prepared alike, as the figures of papers that quote it.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from .decode_config import DecodeConfig
 from .errors import RunError
 from .progress import Progress
 from .run_folder import write_json, write_text
-from .translate_run import LONGEST_OUTPUT, open_translator
+from .translate_run import DECODE, chosen, open_translator
 
 
 class Scores(NamedTuple):
@@ -101,13 +101,13 @@ class ScoreConfig:
     """With --hypothesis: split both sides' words as Moses does for the tokenised BLEU."""
     language: str = "de"
     """With --hypothesis: language of the text, for --moses."""
-    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: DecodeConfig(beam=5, max_length=LONGEST_OUTPUT)
-    )
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
     """Sentences that are translated together."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in."""
+    generation_config: bool = False
+    """Decode as the checkpoint's generation_config.json says, instead of by flags."""
     translations: Path | None = None
     """File to write the translations to."""
     out: Path | None = None
@@ -116,6 +116,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if (self.model is None) != (self.source is None) or (self.model is None) == (self.hypothesis is None):
             raise RunError("Give --model and --source, or --hypothesis alone.")
+        chosen(self.decode, self.generation_config)
 
 
 def main(config: ScoreConfig) -> int:
@@ -129,10 +130,13 @@ def main(config: ScoreConfig) -> int:
         prepared = None
     else:
         sources, references = read_two(config.source, config.reference)
-        translator = open_translator(config.model, config.decode, rows=config.batch, dtype=config.dtype)
+        decode = chosen(config.decode, config.generation_config)
+        translator = open_translator(config.model, decode, rows=config.batch, dtype=config.dtype)
         clock = time.perf_counter()
         translated = translator.translate(sources)
         seconds = time.perf_counter() - clock
+        how = {"beam": translator.decode.beam, "length_penalty": translator.decode.length_penalty}
+        result["settings"] = {**how, "batch": config.batch, "dtype": config.dtype}
         result |= {"seconds": seconds, "sentences_per_second": len(sources) / seconds}
         translations = [found[0].text for found in translated]
         prepared = [found[0].prepared for found in translated]
@@ -143,18 +147,13 @@ def main(config: ScoreConfig) -> int:
             write_text(config.translations, "".join(f"{text}\n" for text in translations))
     found = corpus_scores(translations, references, form, prepared)
     result |= {"sentences": len(references), **found.values, **found.signatures}
-    result |= {"tokenised_bleu_details": found.details, "settings": settings(config)}
+    result["tokenised_bleu_details"] = found.details
     progress.line(f"{len(references):,} sentences")
     progress.line(f"tokenised (multi-bleu style): {found.details}")
     if config.out is not None:
         write_json(config.out, result)
     print(json.dumps(result, indent=2))
     return 0
-
-
-def settings(config: ScoreConfig) -> dict[str, Any]:
-    """What the figures were made with."""
-    return {"beam": config.decode.beam, "length_penalty": config.decode.length_penalty, "batch": config.batch}
 
 
 def read_two(first: Path, second: Path) -> tuple[list[str], list[str]]:

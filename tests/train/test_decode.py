@@ -20,11 +20,12 @@ from bestiary.train.attention_map import attention_of
 from bestiary.train.cpu import HELPERS, spare_callers
 from bestiary.train.decode import Generator
 from bestiary.train.decode_config import DecodeConfig
+from bestiary.train.errors import RunError
+from bestiary.train.generation_config import read_generation_config
 from bestiary.train.search import continuations
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
 CASES = json.loads((FIXTURE / "generations.json").read_text())
-STOPPING = {False: "no", True: "yes", "never": "never"}
 
 
 @cache
@@ -38,31 +39,24 @@ def sources() -> list[list[int]]:
     return [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
-def settings(case: dict[str, Any]) -> dict[str, Any]:
-    """Ours for the reference's; its min_length counts the start token."""
-    return {
-        "beam": case["num_beams"],
-        "max_length": case["max_new_tokens"],
-        "length_penalty": case.get("length_penalty", 1.0),
-        "early_stopping": STOPPING[case.get("early_stopping", False)],
-        "n_best": case.get("num_return_sequences", 1),
-        "repetition_penalty": case.get("repetition_penalty", 1.0),
-        "no_repeat_ngram": case.get("no_repeat_ngram_size", 0),
-        "min_length": case.get("min_new_tokens", max(0, case.get("min_length", 0) - 1)),
-        "suppressed": (*itertools.chain(*case.get("bad_words_ids", [])), *case.get("suppress_tokens", [])),
-    }
-
-
 @cache
 def generator(rows: int = 4, **named: Any) -> Generator:
     return Generator(loaded().model, loaded().params, DecodeConfig(**named), rows=rows)
 
 
-# Six of the eight, to save compilations; the others are of the same kinds.
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 3, 4, 5, 7)], ids=lambda case: str(case["settings"]))
-def test_sequences_and_scores_are_the_references(case: dict[str, Any]) -> None:
-    given = case["settings"].get("prefix", [])
-    found = generator(**settings(case["settings"]))(sources(), [given] * 3)
+def released(folder: Path, settings: dict[str, Any]) -> tuple[DecodeConfig, dict[str, int]]:
+    """What is read from a folder with these settings in its generation_config.json."""
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return read_generation_config(folder)
+
+
+# Seven of the ten, to save compilations; the others are of the same kinds.
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 3, 4, 5, 7, 9)], ids=lambda case: str(case["settings"]))
+def test_sequences_and_scores_are_the_references(case: dict[str, Any], tmp_path: Path) -> None:
+    settings = dict(case["settings"])
+    given = settings.pop("prefix", [])
+    decode, _ = released(tmp_path, settings)
+    found = Generator(loaded().model, loaded().params, decode, rows=4)(sources(), [given] * 3)
     for row, expected in zip(found, case["sequences"], strict=True):
         for hypothesis, sequence in zip(row, expected, strict=True):
             body = sequence[1:]
@@ -76,7 +70,7 @@ def test_a_cache_that_grows_and_rows_that_finish_change_nothing(monkeypatch: pyt
     monkeypatch.setattr(Generator, "FIRST_STEPS", 2)
     monkeypatch.setattr(Generator, "FEWEST_ROWS", 2)
     monkeypatch.setattr(Generator, "FEWEST_TOKENS", 8)
-    generate = Generator(loaded().model, loaded().params, DecodeConfig(**settings(CASES[0]["settings"])), rows=2)
+    generate = Generator(loaded().model, loaded().params, DecodeConfig(beam=4, max_length=10), rows=2)
     found = generate(sources())
     assert [h.tokens for (h,) in found] == [row[0][1 : row[0].index(2)] for row in CASES[0]["sequences"]]
     np.testing.assert_allclose([[h.score for h in row] for row in found], CASES[0]["scores"], atol=1e-5)
@@ -375,6 +369,33 @@ def test_other_parameters_take_the_same_programs() -> None:
 def test_nonsense_is_refused(named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecodeConfig(**named)
+
+
+def test_a_checkpoints_own_settings(tmp_path: Path) -> None:
+    opus = {
+        "num_beams": 6, "max_length": 512, "bad_words_ids": [[58100]], "renormalize_logits": True,
+        "decoder_start_token_id": 58100, "eos_token_id": 0, "forced_eos_token_id": 0, "pad_token_id": 58100,
+    }  # fmt: skip
+    decode, special = released(tmp_path, opus)
+    assert decode == DecodeConfig(beam=6, max_length=511, suppressed=(58100,), renormalise=True)
+    assert special == {"decoder_start_token_id": 58100, "eos_token_id": 0, "forced_eos_token_id": 0}
+    assert released(tmp_path, {})[0] == DecodeConfig(max_length=19)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_sample": True, "penalty_alpha": 0.6}, "do_sample: true\n  penalty_alpha: 0.6"),
+        ({"bad_words_ids": [[1], [2, 3]]}, "bad_words_ids"),
+        ({"eos_token_id": [1, 2]}, "eos_token_id"),
+        ({"early_stopping": "later"}, "later"),
+        ({"num_beams": "four"}, "generation_config.json: "),
+        ({"num_beams": 0}, "beam: expected at least 1"),
+    ],
+)
+def test_settings_that_are_not_followed_are_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=message):
+        released(tmp_path, settings)
 
 
 def test_what_does_not_fit_the_model_is_refused() -> None:

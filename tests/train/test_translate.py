@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from bestiary.train.loop import LoopConfig, Stop, TrainState
 from bestiary.train.optim import OptimConfig, running_mean, schedule
 from bestiary.train.translate import Means, translate
 from bestiary.train.translate_config import TranslateConfig
-from bestiary.train.translate_run import Lines, Translator, open_translator
+from bestiary.train.translate_run import Lines, RunConfig, Translator, open_translator
 from bestiary.train.translate_score import corpus_scores
 
 NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
@@ -244,6 +245,17 @@ def test_lines_keep_their_order_and_empty_ones_stay(translator: Translator):
     compiled = translator.generator.compilations
     translator.translate(["five", "six two"])
     assert translator.generator.compilations == compiled
+
+
+def test_a_checkpoints_own_settings_are_followed(trained: Path, tmp_path: Path):
+    shutil.copytree(trained / "model", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"max_length": 3, "num_beams": 2, "forced_eos_token_id": 5}')
+    translator = open_translator(tmp_path, None, rows=4)
+    (hypotheses,) = translator.generator([[9, translator.tokenizer.source.eos_id]])
+    assert translator.decode.beam == 2
+    assert hypotheses[0].tokens[1] == 5  # the second and last token, which is not the end itself
+    with pytest.raises(RunError, match="leave one of both out"):
+        RunConfig(tmp_path, DecodeConfig(beam=4), generation_config=True)
 
 
 def test_control_characters_count_as_spaces(translator: Translator):

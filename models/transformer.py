@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from jax import Array
 
 from .config import ConfigError, Extra, read_fields, write_fields
 from .heads import SmoothedSums, projected_sums
+from .incremental import Slots, Steps
 from .layers import (
     ACTIVATIONS,
     Attention,
@@ -42,7 +43,7 @@ from .layers import (
     sinusoids,
     split_segments,
 )
-from .tables import Architecture, Entry, Params, Reshaped, Table, Transposed, linear_entries, norm_entries, same
+from .tables import Architecture, Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
 
 NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
 
@@ -315,10 +316,10 @@ class DecoderBlock(nn.Module):
         hidden: Array,
         memory: tuple[Array, Array],
         memory_mask: Array,
-        cache: "Slots",
+        cache: Slots,
         places: Array,
         mask: Array,
-    ) -> tuple[Array, "Slots", Array]:
+    ) -> tuple[Array, Slots, Array]:
         """The layer for one token of each beam, as `Steps.step`; also the attention to the encoder [B, H, K, S]."""
 
         def attend(x: Array) -> Array:
@@ -337,7 +338,7 @@ class DecoderBlock(nn.Module):
         hidden = add(hidden, self.cross_attention_norm, attend_memory)
         return add(hidden, self.feed_forward_norm, self.feed_forward), cache, probabilities
 
-    def keys_values(self, memory: Array) -> "Slots":
+    def keys_values(self, memory: Array) -> Slots:
         """The encoder's output [B, S, E] as keys and values."""
         return Slots(*self.cross_attention.keys_values(memory))
 
@@ -537,9 +538,9 @@ class Transformer(nn.Module):
         )
 
     @nn.nowrap
-    def steps(self) -> "Steps":
+    def steps(self) -> Steps:
         """What `train.decode` decodes with."""
-        return Steps(self)
+        return Steps(self, DecoderBlock(self.config, parent=None))
 
     def _decoder_input(self, input_ids: Array, decoder_input_ids: Array | None) -> Array:
         if decoder_input_ids is not None:
@@ -599,155 +600,6 @@ def _cross_segments(
     if key_segments is None:
         key_segments = jnp.ones(memory.shape[:2], jnp.int32)
     return query_segments, key_segments
-
-
-# Decoding one token at a time, for `train.decode`.
-
-
-class Slots(NamedTuple):
-    """Keys and values of one layer."""
-
-    keys: Array  # [B, H, D, slots]
-    values: Array  # [B, H, slots, D]
-
-
-class Memory(NamedTuple):
-    """What is computed once for each source."""
-
-    layers: tuple[Slots, ...]  # the encoder's output as each decoder layer's keys and values
-    mask: Array  # [B, S] bool, True for tokens
-
-
-class Prepared(NamedTuple):
-    """Parameters as the steps need them."""
-
-    params: Params  # all but the decoder's layers
-    layers: tuple[Params, ...]  # these, layer by layer
-    bias: Array | None  # the logits', [V]; None where it is zero everywhere: to add it is a tenth of a step on a CPU
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A model as `train.decode` uses it, each row's keys and values shared by its beams.
-
-    All are pure functions; all but `prepare` can be traced.
-    """
-
-    model: Transformer
-
-    @property
-    def config(self) -> TransformerConfig:
-        """The model's, with the special tokens that decoding starts and ends with."""
-        return self.model.config
-
-    def prepare(self, params: Params) -> Prepared:
-        """Take the stacked layers apart, once and not in each step. It looks at values: it cannot be traced."""
-        bias = params.get("final_logits_bias")
-        return Prepared(
-            params={name: part for name, part in params.items() if name != "decoder"},
-            layers=unstack(params["decoder"], self.config.decoder_layers),
-            bias=None if bias is None or not jnp.any(bias) else bias,
-        )
-
-    def start(self, prepared: Prepared, input_ids: Array, segment_ids: Array) -> Memory:
-        """Read sources: input_ids [B, S] int32; segment_ids [B, S] int32, 1 for tokens and 0 for padding."""
-        variables = {"params": prepared.params}
-        encoded: Any = self.model.apply(variables, input_ids, segment_ids, method="encode")
-        block = DecoderBlock(self.config, parent=None)
-        layers: Any = tuple(block.apply({"params": layer}, encoded, method="keys_values") for layer in prepared.layers)
-        return Memory(layers, segment_ids != 0)
-
-    def cache(self, rows: int, slots: int) -> tuple[Slots, ...]:
-        """Empty keys and values, for each layer."""
-        c = self.config
-        size = c.width // c.decoder_heads
-        keys = jnp.zeros((rows, c.decoder_heads, size, slots), c.dtype)
-        return (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.decoder_layers
-
-    def rearrange(self, cache: tuple[Slots, ...], slots: Array) -> tuple[Slots, ...]:
-        """The cache of the slots `slots` [B, X] int32 of each row, in their order."""
-        return tuple(
-            Slots(
-                jnp.take_along_axis(layer.keys, slots[:, None, None], axis=3),
-                jnp.take_along_axis(layer.values, slots[:, None, :, None], axis=2),
-            )
-            for layer in cache
-        )
-
-    def step(
-        self,
-        prepared: Prepared,
-        memory: Memory,
-        cache: tuple[Slots, ...],
-        tokens: Array,
-        positions: Array,
-        places: Array,
-        mask: Array,
-    ) -> tuple[Array, tuple[Slots, ...], tuple[Array, ...]]:
-        """Read one more token of each beam.
-
-        Args:
-            memory: of B sources.
-            cache: of the steps so far.
-            tokens: [B, K] int32.
-            positions: [B] int32, where the tokens of each row stand.
-            places: [B, K] int32, the slot that each is written into; as many as there are slots for none.
-            mask: bool [B, K, slots], the slots that each beam descends from, its own among them.
-
-        Returns:
-            (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S] float32)
-        """
-        variables = {"params": prepared.params}
-        hidden: Any = self.model.apply(variables, tokens, positions, method="embed_step")
-        block = DecoderBlock(self.config, parent=None)
-        filled, attentions = [], []
-        for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache, strict=True):
-            result: Any = block.apply(
-                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, places, mask, method="step"
-            )
-            hidden, slots, attention = result
-            filled.append(slots)
-            attentions.append(attention)
-        logits: Any = self.model.apply(variables, hidden, method="last_scores")
-        if prepared.bias is not None:
-            logits = add_bias(logits, prepared.bias)
-        return logits, tuple(filled), tuple(attentions)
-
-
-@partial(jax.jit, static_argnums=1)
-def unstack(params: Params, count: int) -> tuple[Params, ...]:
-    """Stacked layers, one by one."""
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
-
-
-@partial(jax.jit, static_argnums=0)
-def cross_attention_maps(
-    model: Transformer, prepared: Prepared, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
-) -> Array:
-    """What each token of the decoder's input attends to in the source.
-
-    Args:
-        prepared: by the model's steps.
-        input_ids: [B, S] int32.
-        decoder_input_ids: [B, T] int32, the start token and then the target.
-        segment_ids: [B, S] int32, 1 for tokens and 0 for padding; None for no padding.
-
-    Returns:
-        [N, B, H, T, S] float32, probabilities of every layer and head; those of t are for predicting token t + 1.
-    """
-    steps = model.steps()
-    memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)
-    rows, length = decoder_input_ids.shape
-
-    def read(cache: tuple[Slots, ...], xs: tuple[Array, Array]) -> tuple[tuple[Slots, ...], Array]:
-        tokens, index = xs
-        at = jnp.broadcast_to(index, rows)
-        mask = jnp.broadcast_to(jnp.arange(length) <= index, (rows, 1, length))
-        _, cache, attentions = steps.step(prepared, memory, cache, tokens[:, None], at, at[:, None], mask)
-        return cache, jnp.stack(attentions)[:, :, :, 0]
-
-    _, maps = jax.lax.scan(read, steps.cache(rows, length), (decoder_input_ids.T, jnp.arange(length)))
-    return jnp.moveaxis(maps, 0, 3)
 
 
 # The two-way table between the parameters and the stored names, which are those of released encoder-decoders.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..models.transformer import cross_attention_maps
+from ..models.incremental import cross_attention_maps
 from .errors import RunError
 from .run_folder import write_text
 from .translate_run import Translator

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..models.incremental import cross_attention_maps
+from ..models.transformer import TransformerConfig
 from .errors import RunError
 from .run_folder import write_text
 from .translate_run import Translator
@@ -25,6 +26,16 @@ th { font-weight: 400; padding: 1px 4px; text-align: right; white-space: nowrap;
 thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 1px; }
 td { width: 20px; height: 20px; border: 1px solid #eee; }
 """
+
+
+def to_draw(config: TransformerConfig, layers: Sequence[int], heads: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The layers and heads that are meant, from 1: no layers stand for the last one, no heads for all.
+
+    Raises:
+        RunError: the model has no such layer or head.
+    """
+    layers = check("layer", layers, config.decoder_layers) or [config.decoder_layers]
+    return layers, check("head", heads, config.decoder_heads) or list(range(1, config.decoder_heads + 1))
 
 
 def draw_attention(
@@ -46,8 +57,7 @@ def draw_attention(
     """
     model, tokenizer = translator.model, translator.tokenizer
     config = model.config
-    layers = check("layer", layers, config.decoder_layers) or [config.decoder_layers]
-    chosen = check("head", heads, config.decoder_heads) or list(range(1, config.decoder_heads + 1))
+    layers, chosen = to_draw(config, layers, heads)
     parts = []
     drawn = [line for line in lines if line.strip()][:MOST]
     for line in drawn:

@@ -33,6 +33,7 @@ NO_MATTER = {
     *("bos_token_id", "pad_token_id"),
     *("temperature", "top_k", "top_p"),  # as long as nothing is drawn
 }
+NUMBERS = (*SAME, "max_length", "max_new_tokens", "min_length", "min_new_tokens")
 REFERENCE_LENGTH = 20
 """max_length where the file gives none."""
 
@@ -58,12 +59,17 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
     unknown |= {key: value for key, value in tokens.items() if not isinstance(value, int)}  # several ends, say
     if any(len(words) != 1 for words in given.get("bad_words_ids", [])):
         unknown["bad_words_ids"] = given["bad_words_ids"]
+    if given.get("early_stopping", False) not in STOPPING:
+        unknown["early_stopping"] = given["early_stopping"]
+    wrong = [f"{key}: {given[key]!r} is no number" for key in NUMBERS if not isinstance(given.get(key, 0), int | float)]
+    if wrong:
+        raise RunError("\n  ".join([f"{path}:", *wrong]))
     if unknown:
         asked = (f"{key}: {json.dumps(value)}" for key, value in sorted(unknown.items()))
-        raise RunError("\n  ".join([f"{path}: not implemented:", *asked]))
+        raise RunError("\n  ".join([f"{path}: unknown or not implemented:", *asked]))
     try:
         return _decode_config(given), tokens
-    except (RunError, TypeError, KeyError) as error:
+    except RunError as error:
         raise RunError(f"{path}: {error}") from None
 
 

@@ -108,7 +108,7 @@ class TranslateConfig:
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(
             learning_rate=3e-3,
-            warmup=300,
+            warmup=0.2,
             decay="inverse_sqrt",
             cooldown=0.3,
             weight_decay=0.0,

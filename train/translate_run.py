@@ -170,7 +170,7 @@ class Translator:
                 f"line {self.lines}: {len(ids)} tokens, and {self.longest} are taken. Part it, or let --too-long split "
                 "do so."
             )
-        self.findings.add(f"more than {self.longest} tokens, translated in parts", self.lines)
+        self.findings.add(f"more than {self.longest} tokens (see --longest), translated in parts", self.lines)
         return self._split(text)
 
     def _split(self, text: str) -> list[list[int]]:
@@ -195,7 +195,7 @@ class Translator:
     def _join(self, parts: Sequence[Sequence[Hypothesis]], line: int) -> list[Translation]:
         """The n-th best of a line in parts is made of the n-th best of each."""
         if not parts:
-            return [Translation("", "", 0.0)]
+            return [Translation("", "", 0.0)] * self.decode.n_best  # as many as of other lines
         if any(len(found[0].tokens) == self.decode.max_length for found in parts):
             self.findings.add("a translation as long as --max-length allows, probably unfinished", line)
         result = []
@@ -222,11 +222,13 @@ class RunConfig:
     window: int = 2048
     """Most lines that are read before their translations are written. More sort better by length, and wait longer."""
     longest: int = 0
-    """Tokens that a line may have; 0: as many as the model has positions. What was trained on is a better bound."""
+    """Tokens that a line may have; 0: as many as the model has positions. It has learnt nothing of lines longer than
+    those it was trained on, so that --row-tokens of its training is a better bound."""
     too_long: TooLong = "split"
     """Longer lines: translate them in parts, and count them, or refuse them."""
     scores: bool = False
-    """Write each translation's score and a tab before it. With --n-best above 1 a line is written for each."""
+    """Write each translation's score and a tab before it. With --n-best above 1 that is so anyway, and each line has as
+    many answers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in."""
     generation_config: bool = False
@@ -234,9 +236,9 @@ class RunConfig:
     attention: Path | None = None
     """HTML file to draw the attention of the first lines' translations to their sources in."""
     layers: tuple[int, ...] = ()
-    """With --attention: layers to draw, from 1. None: the last."""
+    """With --attention: layers to draw, from 1; the last if none is named."""
     heads: tuple[int, ...] = ()
-    """With --attention: heads to draw, from 1. None: all, and their mean."""
+    """With --attention: heads to draw, from 1; all and their mean if none is named."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.window < 1 or self.longest < 0:
@@ -249,7 +251,7 @@ def chosen(decode: DecodeConfig, generation_config: bool) -> DecodeConfig | None
     if not generation_config:
         return decode
     if decode != DECODE:
-        raise RunError("--generation-config: the checkpoint says how to decode, so no flag may; leave one of both out.")
+        raise RunError("--generation-config takes the place of the flags of decoding, as --beam: leave one out.")
     return None
 
 
@@ -309,7 +311,11 @@ def main(config: RunConfig) -> int:
         too_long=config.too_long,
         dtype=config.dtype,
     )
-    drawn, several = False, translator.decode.n_best > 1
+    several, to_fill = translator.decode.n_best > 1, config.attention
+    if to_fill is not None:
+        from .attention_map import to_draw
+
+        to_draw(translator.model.config, config.layers, config.heads)  # refuses what there is not, before any work
     for lines in Lines(sys.stdin.buffer, config.window):
         found = translator.translate(lines)
         for translations in found:
@@ -318,12 +324,12 @@ def main(config: RunConfig) -> int:
                 score = f"{translation.score:.4f}\t" if config.scores or several else ""
                 sys.stdout.write(f"{score}{translation.text}\n")
         sys.stdout.flush()
-        if config.attention is not None and not drawn:
+        if to_fill is not None:
             from .attention_map import draw_attention
 
-            count = draw_attention(config.attention, translator, lines, config.layers, config.heads)
-            progress.line(f"attention of {count} sentences drawn in {config.attention}")
-            drawn = True
+            count = draw_attention(to_fill, translator, lines, config.layers, config.heads)
+            progress.line(f"attention of {count} sentences drawn in {to_fill}")
+            to_fill = None
         progress.update(f"{translator.lines:,} lines translated")
     for note in translator.findings:
         progress.line(note)

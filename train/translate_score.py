@@ -94,7 +94,8 @@ class ScoreConfig:
     source: Path | None = None
     """File of source sentences, as many as references."""
     hypothesis: Path | None = None
-    """File of translations to score, instead of --model and --source."""
+    """File of translations to score, instead of --model and --source. Tokenised BLEU then takes --lowercase and --moses
+    to be what it is with the model that was trained so."""
     lowercase: bool = False
     """With --hypothesis: lower-case both sides for the tokenised BLEU."""
     moses: bool = False

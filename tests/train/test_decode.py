@@ -389,7 +389,7 @@ def test_a_checkpoints_own_settings(tmp_path: Path) -> None:
         ({"bad_words_ids": [[1], [2, 3]]}, "bad_words_ids"),
         ({"eos_token_id": [1, 2]}, "eos_token_id"),
         ({"early_stopping": "later"}, "later"),
-        ({"num_beams": "four"}, "generation_config.json: "),
+        ({"num_beams": "four"}, "num_beams: 'four' is no number"),
         ({"num_beams": 0}, "beam: expected at least 1"),
     ],
 )

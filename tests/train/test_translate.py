@@ -249,12 +249,12 @@ def test_lines_keep_their_order_and_empty_ones_stay(translator: Translator):
 
 def test_a_checkpoints_own_settings_are_followed(trained: Path, tmp_path: Path):
     shutil.copytree(trained / "model", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "generation_config.json").write_text('{"max_length": 3, "num_beams": 2, "forced_eos_token_id": 5}')
+    settings = {"max_length": 3, "num_beams": 2, "num_return_sequences": 2, "eos_token_id": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     translator = open_translator(tmp_path, None, rows=4)
-    (hypotheses,) = translator.generator([[9, translator.tokenizer.source.eos_id]])
-    assert translator.decode.beam == 2
-    assert hypotheses[0].tokens[1] == 5  # the second and last token, which is not the end itself
-    with pytest.raises(RunError, match="leave one of both out"):
+    assert (translator.decode.beam, translator.decode.max_length, translator.model.config.eos_token_id) == (2, 2, 5)
+    assert [len(answers) for answers in translator.translate(["one two", ""])] == [2, 2]
+    with pytest.raises(RunError, match="leave one out"):
         RunConfig(tmp_path, DecodeConfig(beam=4), generation_config=True)
 
 

@@ -3,9 +3,10 @@
     bestiary translate run --model runs/ende --beam 5 < source.txt > translation.txt
     bestiary translate run --model runs/ende --attention map.html < sentence.txt
 
-It reads and writes as it goes, some lines at a time, so that a million lines need no more memory than a thousand. An
-empty line stays empty. Control characters count as spaces. A line that is longer than the model takes is translated in
-parts and counted, or refused; nothing is cut.
+It reads and writes as it goes, some lines at a time, and keeps nothing of them: memory grows with the sizes that have
+been met, for each of which a program is compiled, and not with the number of lines. An empty line stays empty. Control
+characters count as spaces. A line that is longer than the model takes is translated in parts and counted, or refused;
+nothing is cut.
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 Extra = tuple[tuple[str, str], ...]
@@ -17,6 +18,17 @@ Extra = tuple[tuple[str, str], ...]
 
 class ConfigError(ValueError):
     """A config.json that this version cannot follow, with everything that is wrong with it."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; ConfigError where it holds none."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON in UTF-8 ({error})") from None
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(stored).__name__}")
+    return stored
 
 
 def read_fields(

@@ -27,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .config import ConfigError
+from .config import read_object
 from .tables import Architecture, CheckpointError, Params, Placed, Table, flatten, merge
 
 log = logging.getLogger("bestiary.models")
@@ -227,13 +227,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json; a checkpoint folder holds config.json and {SINGLE}")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON in UTF-8 ({error})") from None
-    if not isinstance(stored, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(stored).__name__}")
-    return stored
+    return read_object(path)
 
 
 def family_of(stored: Mapping[str, Any], folder: Path) -> Any:

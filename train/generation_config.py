@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from ..models.config import read_object
 from .decode_config import DecodeConfig
 from .errors import RunError
 
@@ -22,18 +23,13 @@ SAME = {
     "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram",
 }
-READ = {
-    *SAME,
-    *TOKENS,
-    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping"),
-    *("bad_words_ids", "suppress_tokens", "renormalize_logits"),
-}
+NUMBERS = (*SAME, "max_length", "max_new_tokens", "min_length", "min_new_tokens")
+READ = {*NUMBERS, *TOKENS, "early_stopping", "bad_words_ids", "suppress_tokens", "renormalize_logits"}
 NO_MATTER = {
     *("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate"),
     *("bos_token_id", "pad_token_id"),
     *("temperature", "top_k", "top_p"),  # as long as nothing is drawn
 }
-NUMBERS = (*SAME, "max_length", "max_new_tokens", "min_length", "min_new_tokens")
 REFERENCE_LENGTH = 20
 """max_length where the file gives none."""
 
@@ -42,18 +38,12 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
     """A checkpoint folder's generation_config.json: how to decode, and special tokens for the model's config.
 
     Raises:
-        RunError: no such file, or what it asks for is not implemented; all of that is named.
+        RunError: no such file, or what it asks for is not implemented; all of that is named. ConfigError: not JSON.
     """
     path = folder / FILE
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{folder}: no {FILE} there; give flags instead.") from None
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON in UTF-8 ({error}).") from None
-    if not isinstance(stored, dict):
-        raise RunError(f"{path}: expected an object, found {type(stored).__name__}.")
-    given = {key: value for key, value in stored.items() if value is not None}
+    if not path.is_file():
+        raise RunError(f"{folder}: no {FILE} there; give flags instead.")
+    given = {key: value for key, value in read_object(path).items() if value is not None}
     tokens = {key: given[key] for key in TOKENS if key in given}
     unknown = {key: value for key, value in given.items() if key not in READ | NO_MATTER and value is not False}
     unknown |= {key: value for key, value in tokens.items() if not isinstance(value, int)}  # several ends, say

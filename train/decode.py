@@ -55,11 +55,12 @@ class Generator:
         prepared: the parameters in the form that the model's steps take.
     """
 
-    # Every size takes a second to compile, so there are few: rows go in steps of four, the rest in steps of two.
-    FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps where these are more
+    # Every size takes seconds to compile, so there are few: rows go in steps of four, the rest in steps of two.
+    FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps, or two a source token, whatever is most
     FIRST_STEPS = 16
     FEWEST_ROWS = 4  # fewer sentences are filled up
-    FEWEST_TOKENS = 16  # a shorter source or prefix is filled up
+    FEWEST_TOKENS = 32  # a shorter source or prefix is filled up
+    TAIL_STEPS = 64  # how long the last sentences are worth no program of their own for fewer rows
     LANE_ROWS = 32  # sentences that are worth a core of their own
 
     def __init__(self, model: Any, params: Any, config: DecodeConfig, *, rows: int = 64) -> None:
@@ -82,8 +83,7 @@ class Generator:
             raise RunError(f"suppressed: {model.config.forced_eos_token_id} is how this model's longest outputs end")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._lanes = max(1, min(cores, rows // self.LANE_ROWS))
-        one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
-        self._searcher = Searcher(model.steps(), config, one_core)
+        self._searcher = Searcher(model.steps(), config, compiler_options(one_core=self._lanes == cores > 1))
         self._compiling = threading.Lock()  # or two threads would compile the same program
         self._compiled: set[Any] = set()  # programs, each with the sizes of its arguments
         self.prepared = self._searcher.steps.prepare(jax.device_put(params))
@@ -155,6 +155,20 @@ class Generator:
         return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
 
 
+def compiler_options(*, one_core: bool) -> dict[str, Any] | None:
+    """How XLA compiles a search for a CPU.
+
+    Its costliest passes take three quarters of the time that the encoder's program takes to compile, and make nothing
+    faster that could be measured.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if one_core else {}
+    if not jax.config.read("jax_disable_most_optimizations"):
+        options["xla_backend_optimization_level"] = 2
+    return options
+
+
 class Pool:
     """The host's side of searching sentences of about one length.
 
@@ -173,7 +187,8 @@ class Pool:
         while self._sizes[-1] // 4 >= generator.FEWEST_ROWS:
             self._sizes.append(self._sizes[-1] // 4)
         width = generator.config.width
-        self._slots = [min(task.most * width, max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width))]
+        first_slots = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, 2 * length)
+        self._slots = [min(task.most * width, first_slots)]
         while self._slots[-1] < task.most * width:
             self._slots.append(min(task.most * width, 2 * self._slots[-1]))
         self._length = length
@@ -182,12 +197,13 @@ class Pool:
         self._numbers = np.full(self._rows(len(waiting)), -1, np.int32)  # which sentence each row holds
         self._began = np.zeros(len(self._numbers), np.int32)  # the step that each began with
         self._step = 0
+        self._shrink_at: int | None = None  # the step at which fewer rows go on, where these would do
 
     def search(self) -> None:
         """Fill the task's `found` for all of them."""
         task, run = self._task, self._run
-        shape = (len(self._numbers), self._length, self._prefix, task.most, self._slots[0])
-        sources, search = run(self._searcher.clear, self._prepared, *shape)
+        sizes = (len(self._numbers), self._length, self._prefix, task.most, self._slots[0])
+        sources, search = self._searcher.clear(self._prepared, *sizes)
         while not task.cancelled.is_set():
             rows = len(self._numbers)
             share = max(1, rows // 4)
@@ -195,11 +211,18 @@ class Pool:
             while self._waiting and len(free) >= share:
                 sources, search = self._admit(sources, search, free[:share])
                 free = free[share:]
-            # As long as others wait, rows are filled again a share at a time; then what is left moves together.
-            fewer = self._rows(rows // 4)
-            enough = rows - share if self._waiting else fewer if fewer < rows else 0
+            # As long as others wait, rows are filled again a share at a time; the last sentences end where they are,
+            # unless that takes so long that it is worth another program.
+            fewer, enough, last = self._rows(rows // 4), 0, np.iinfo(np.int32).max
+            if self._waiting:
+                enough = rows - share
+            elif self._shrink_at is not None:
+                last = self._shrink_at
+            elif fewer < rows:
+                enough = fewer
             numbers = np.where(self._numbers < 0, -1, self._numbers + task.first)
-            search = run(self._searcher.advance, self._prepared, sources, search, numbers, np.int32(enough))
+            bounds = np.int32(enough), np.int32(last)
+            search = run(self._searcher.advance, self._prepared, sources, search, numbers, *bounds)
             step, past, open_, *found = jax.device_get(
                 (search.step, search.rows.past, search.rows.open, search.rows.ended, search.chosen, search.parents)
             )
@@ -226,10 +249,15 @@ class Pool:
     def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
         """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, X]."""
         needed = int(past[going].any(axis=1).sum(axis=1).max()) + self._generator.config.width
-        before = len(self._numbers), past.shape[2]
+        rows, slots = before = len(self._numbers), past.shape[2]
         # To become smaller there must be some to spare, or it would not be for long.
-        fit = (s for s in self._slots if needed <= (s if s >= past.shape[2] else s * 3 // 4))
-        rows, slots = before[0] if self._waiting else self._rows(len(going)), next(fit)
+        slots = next(s for s in self._slots if needed <= (s if s >= slots else s * 3 // 4))
+        fewer = self._rows(len(going))
+        if not self._waiting and fewer < rows:
+            if self._shrink_at is None:
+                self._shrink_at = self._step + self._generator.TAIL_STEPS
+            elif self._step >= self._shrink_at:
+                rows, self._shrink_at = fewer, None
         if (rows, slots) == before:
             return sources, search
         keep = np.full(rows, -1, np.int32)

@@ -146,27 +146,29 @@ class Searcher:
         self.eos_id: int = special.eos_token_id
         self.forced_eos_id: int | None = special.forced_eos_token_id
         self.compilations = 0
-        self.clear = jax.jit(self._clear, static_argnums=(1, 2, 3, 4, 5), compiler_options=options)
         self.admit = jax.jit(self._admit, donate_argnums=(1, 2), compiler_options=options)
         self.advance = jax.jit(self._advance, donate_argnums=2, compiler_options=options)
         self.resize = jax.jit(self._resize, static_argnums=3, compiler_options=options)
 
-    def _clear(
+    def clear(
         self, prepared: Any, rows: int, length: int, prefix: int, most: int, slots: int
     ) -> tuple[Sources, Search]:
-        """A pool of free rows for sources of `length` tokens, prefixes of `prefix` and outputs of `most`."""
-        self.compilations += 1  # this runs when it is traced
-        c = self.config
-        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        memory = jax.eval_shape(self.steps.start, prepared, ids, ids)
-        record = jnp.full((most, rows, c.width), -1, jnp.int32)
-        free = self._fresh(jnp.int32(0), jnp.zeros(rows, bool), length, most, slots)
-        sources = Sources(
-            memory=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory),
-            mask=jnp.zeros((rows, length), bool),
-            prefix=jnp.full((rows, prefix), -1, jnp.int32),
-        )
-        return sources, Search(jnp.int32(0), self.steps.cache(rows, slots), record, record, free)
+        """A pool of free rows for sources of `length` tokens, prefixes of `prefix` and outputs of `most`.
+
+        Its arrays come from the host: for them alone nothing is compiled.
+        """
+        ids, taken = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+
+        def describe(prepared: Any, ids: Array, taken: Array) -> tuple[Sources, Search]:
+            record = jnp.zeros((most, rows, self.config.width), jnp.int32)
+            given = jnp.zeros((rows, prefix), jnp.int32)
+            sources = Sources(self.steps.start(prepared, ids, ids), ids > 0, given)
+            fresh = self._fresh(jnp.int32(0), taken, length, most, slots)
+            return sources, Search(jnp.int32(0), self.steps.cache(rows, slots), record, record, fresh)
+
+        # Nobody asks what is in a free row; but it must not be open, and everything is finite.
+        shapes = jax.eval_shape(describe, prepared, ids, taken)
+        return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), shapes)
 
     def _admit(
         self,
@@ -215,8 +217,10 @@ class Searcher:
             open=jnp.broadcast_to(taken[:, None], (len(taken), c.diverse_groups)),
         )
 
-    def _advance(self, prepared: Any, sources: Sources, search: Search, numbers: Array, enough: Array) -> Search:
-        """Search until at most `enough` [] sentences are open, or the host must make room.
+    def _advance(
+        self, prepared: Any, sources: Sources, search: Search, numbers: Array, enough: Array, last: Array
+    ) -> Search:
+        """Search until at most `enough` [] sentences are open, until step `last` [], or until the host must make room.
 
         That is where an open one has no slots for another step, or one that has ended would lose its records.
         numbers [R] int32: which sentence each row holds; -1 for a free row.
@@ -227,7 +231,9 @@ class Searcher:
             open_ = search.rows.open.any(axis=1)
             crowded = _free(search.rows).sum(axis=1) < self.config.width
             oldest = jnp.where(numbers >= 0, search.step - search.rows.began, 0).max()
-            return (open_.sum() > enough) & ~(open_ & crowded).any() & (oldest < len(search.chosen))
+            return (
+                (open_.sum() > enough) & (search.step < last) & ~(open_ & crowded).any() & (oldest < len(search.chosen))
+            )
 
         return jax.lax.while_loop(going, partial(self._step, prepared, sources, numbers), search)
 

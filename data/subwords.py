@@ -48,6 +48,8 @@ WORD_END = "</w>"
 BANK = 32
 _SAMPLE = 3  # what a random stream is for
 _CONFIG = "subwords.json"
+_REFERENCE_CONFIG = "tokenizer_config.json"
+_LONGEST = "model_max_length"
 
 
 class Side(Protocol):
@@ -134,10 +136,18 @@ class TextForm:
 
 
 class PairTokenizer:
-    """The two sides of a translation, and the form that their texts are brought into."""
+    """The two sides of a translation, and the form that their texts are brought into.
 
-    def __init__(self, kind: str, source: Side, target: Side, form: TextForm):
-        self.kind, self.source, self.target, self.form = kind, source, target, form
+    Attributes:
+        longest: most tokens of a text, its end among them, that the model was trained on; None where nobody said.
+    """
+
+    def __init__(self, kind: str, source: Side, target: Side, form: TextForm, longest: int | None = None):
+        self.kind, self.source, self.target, self.form, self.longest = kind, source, target, form, longest
+
+    def with_longest(self, longest: int) -> PairTokenizer:
+        """The same for a model that was trained on texts of at most so many tokens."""
+        return PairTokenizer(self.kind, self.source, self.target, self.form, longest)
 
     @property
     def joint(self) -> bool:
@@ -187,8 +197,9 @@ class PairTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast" if words else "MarianTokenizer",
             **{f"{role}_token": piece for role, piece in (("pad", PAD), ("eos", EOS), ("unk", UNK))},
             **({} if words else {"source_lang": source, "target_lang": target, "separate_vocabs": not self.joint}),
+            **({} if self.longest is None else {_LONGEST: self.longest}),
         }
-        _write_json(folder / "tokenizer_config.json", reference)
+        _write_json(folder / _REFERENCE_CONFIG, reference)
         if self.kind != "marian":
             _write_json(folder / _CONFIG, {"kind": self.kind, "joint": self.joint, **asdict(self.form)})
 
@@ -620,6 +631,7 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     if path.is_file():
         side = SentencePieceSide(path.read_bytes(), str(path))
         return PairTokenizer("unigram" if side.unigram else "bpe", side, side, form or TextForm())
+    reference = _read_reference_config(path / _REFERENCE_CONFIG)
     if (path / _CONFIG).is_file():
         content = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
         try:
@@ -629,12 +641,12 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
             raise DataError(f"{path / _CONFIG}: not as this program writes it ({error}).") from None
         if joint:
             side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"))
-            return PairTokenizer(kind, side, side, found)
+            return PairTokenizer(kind, side, side, found, reference.get(_LONGEST))
         ending = "json" if kind == "word-bpe" else "spm"
         sides = [_load_side(path / f"{name}.{ending}") for name in ("source", "target")]
-        return PairTokenizer(kind, sides[0], sides[1], found)
+        return PairTokenizer(kind, sides[0], sides[1], found, reference.get(_LONGEST))
     if (path / "source.spm").is_file() and (path / "vocab.json").is_file():
-        return _load_marian(path, form)
+        return _load_marian(path, form, reference)
     raise DataError(
         f"{path}: no tokenizer for translation there. Expected {_CONFIG}, or source.spm, target.spm and vocab.json."
     )
@@ -658,18 +670,26 @@ def _load_side(path: Path) -> Side:
     return WordBpeSide(backend, str(path))
 
 
-def _load_marian(path: Path, form: TextForm | None) -> PairTokenizer:
+def _read_reference_config(path: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, if it is there."""
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    longest = content.get(_LONGEST)
+    if longest is not None and (not isinstance(longest, int) or longest < 2):
+        raise DataError(f"{path}: {_LONGEST} is {longest!r}; expected a number of tokens.")
+    return content
+
+
+def _load_marian(path: Path, form: TextForm | None, reference: dict[str, Any]) -> PairTokenizer:
     vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
     own = path / "target_vocab.json"
     target_vocabulary = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else vocabulary
     form = form or TextForm()
-    config = path / "tokenizer_config.json"
-    if config.is_file():
-        content = json.loads(config.read_text(encoding="utf-8"))
-        names = (content.get("source_lang"), content.get("target_lang"))
-        form = replace(form, languages=tuple(a or b for a, b in zip(names, form.languages, strict=True)))
+    names = (reference.get("source_lang"), reference.get("target_lang"))
+    form = replace(form, languages=tuple(a or b for a, b in zip(names, form.languages, strict=True)))
     source, target = (
         MarianSide((path / f"{name}.spm").read_bytes(), ids, str(path / f"{name}.spm"))
         for name, ids in (("source", vocabulary), ("target", target_vocabulary))
     )
-    return PairTokenizer("marian", source, target, form)
+    return PairTokenizer("marian", source, target, form, reference.get(_LONGEST))

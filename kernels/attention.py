@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol, cast, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -57,6 +59,9 @@ BACKENDS: Mapping[str, Backend] = _Backends("hopper", "tpu", "cudnn", "xla")
 # Compiled for their chips and held to the reference in their interpreters, but not yet run on a chip: taken unasked
 # only where they give the reference's numbers on the device that is here (selfcheck.py).
 UNPROVEN = frozenset({"hopper", "tpu"})
+
+# Written in Pallas: on a CPU they are interpreted, or compiled for a chip, by context managers of their own modules.
+PALLAS = frozenset({"hopper", "tpu"})
 
 
 @overload
@@ -183,6 +188,9 @@ def _choose(call: Call, implementation: str | None) -> Backend:
         return backend
     reasons = {}
     for name in BACKENDS:
+        if name in PALLAS and jax.default_backend() == "cpu" and f"{__package__}.{name}" not in sys.modules:
+            reasons[name] = "nothing here asks for its interpreter"  # without the second that Pallas takes to import
+            continue
         reason = BACKENDS[name].supports(call)
         if reason is None and name in UNPROVEN and not agrees(name, str(call.query.dtype)):
             reason = "gave other numbers than the reference on this device"

@@ -83,7 +83,8 @@ class Generator:
             raise RunError(f"suppressed: {model.config.forced_eos_token_id} is how this model's longest outputs end")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._lanes = max(1, min(cores, rows // self.LANE_ROWS))
-        self._searcher = Searcher(model.steps(), config, compiler_options(one_core=self._lanes == cores > 1))
+        one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
+        self._searcher = Searcher(model.steps(), config, one_core)
         self._compiling = threading.Lock()  # or two threads would compile the same program
         self._compiled: set[Any] = set()  # programs, each with the sizes of its arguments
         self.prepared = self._searcher.steps.prepare(jax.device_put(params))
@@ -153,20 +154,6 @@ class Generator:
 
     def _rounded(self, length: int) -> int:
         return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
-
-
-def compiler_options(*, one_core: bool) -> dict[str, Any] | None:
-    """How XLA compiles a search for a CPU.
-
-    Its costliest passes take three quarters of the time that the encoder's program takes to compile, and make nothing
-    faster that could be measured.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if one_core else {}
-    if not jax.config.read("jax_disable_most_optimizations"):
-        options["xla_backend_optimization_level"] = 2
-    return options
 
 
 class Pool:

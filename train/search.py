@@ -146,6 +146,7 @@ class Searcher:
         self.eos_id: int = special.eos_token_id
         self.forced_eos_id: int | None = special.forced_eos_token_id
         self.compilations = 0
+        self._shapes: dict[tuple[int, ...], tuple[Sources, Search]] = {}  # of pools of these sizes
         self.admit = jax.jit(self._admit, donate_argnums=(1, 2), compiler_options=options)
         self.advance = jax.jit(self._advance, donate_argnums=2, compiler_options=options)
         self.resize = jax.jit(self._resize, static_argnums=3, compiler_options=options)
@@ -166,9 +167,11 @@ class Searcher:
             fresh = self._fresh(jnp.int32(0), taken, length, most, slots)
             return sources, Search(jnp.int32(0), self.steps.cache(rows, slots), record, record, fresh)
 
+        sizes = (rows, length, prefix, most, slots)
+        if sizes not in self._shapes:
+            self._shapes[sizes] = jax.eval_shape(describe, prepared, ids, taken)
         # Nobody asks what is in a free row; but it must not be open, and everything is finite.
-        shapes = jax.eval_shape(describe, prepared, ids, taken)
-        return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), shapes)
+        return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), self._shapes[sizes])
 
     def _admit(
         self,

@@ -550,7 +550,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
         params, over = means.mean()
         if params is None:
             params = read_params(best_file) if config.patience else last
-        save(config.out / "model", *released(model, params), data.tokenizer)
+        save(config.out / "model", *released(model, params), data.tokenizer.with_longest(config.row_tokens))
         translations = evaluate.translate(params, config.final_beam)
         found = corpus_scores(translations, evaluate.references, data.tokenizer.form)
         progress.line(f"dev, beam {config.final_beam}: {found}")

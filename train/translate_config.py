@@ -73,7 +73,7 @@ class TranslateConfig:
     else decoder."""
     pre_norm: bool = False
     """Normalise what goes into a sub-layer instead of what comes out (not the paper's)."""
-    dropout: float = 0.1
+    dropout: float = 0.0
     """Share of embeddings and of sub-layers' outputs that is dropped."""
     attention_dropout: float = 0.0
     """Share of attention probabilities that is dropped."""
@@ -96,7 +96,7 @@ class TranslateConfig:
     """Target tokens of an update, padding included: rows times --row-tokens."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other, to save memory; the numbers stay the same."""
-    steps: int = 1500
+    steps: int = 900
     """Updates, at most."""
     label_smoothing: float = 0.1
     """Share of the probability that is spread over all words."""
@@ -118,7 +118,7 @@ class TranslateConfig:
         )
     )
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: LoopConfig(evaluate_every=500, checkpoint_every=500)
+        default_factory=lambda: LoopConfig(evaluate_every=450, checkpoint_every=450)
     )
     dev_beam: int = 1
     """Beam that the dev text is translated with at each evaluation; 1 is greedy, and fast."""
@@ -158,6 +158,8 @@ class TranslateConfig:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {value}.")
         if self.batch_tokens % self.row_tokens:
             raise RunError(f"--batch-tokens {self.batch_tokens} is not a multiple of --row-tokens {self.row_tokens}.")
+        if self.r_drop and not (self.dropout or self.attention_dropout or self.activation_dropout):
+            raise RunError("--r-drop compares two passes that drop different values: give a --dropout, say 0.1.")
         if self.average and self.optim.ema:
             raise RunError("--average and --optim.ema are two ways to a mean of the weights: take one.")
         if self.tying == "all" and not self.joint and self.tokenizer is None:

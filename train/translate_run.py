@@ -116,7 +116,8 @@ class Translator:
         tokenizer: its tokenizer.
         decode: how to search. Its longest output is cut down to the model's positions.
         rows: sentences that are translated together.
-        longest: source tokens that a line may have, its end token included; 0 for the model's positions.
+        longest: source tokens that a line may have, its end token included; 0 for as many as in training, or the
+            model's positions where the tokenizer does not know.
         too_long: what is done to longer lines.
     """
 
@@ -133,7 +134,7 @@ class Translator:
     ):
         self.model, self.tokenizer, self.too_long = model, tokenizer, too_long
         positions = model.config.positions
-        self.longest = min(positions, longest or positions)
+        self.longest = min(positions, longest or tokenizer.longest or positions)
         self.findings, self.lines = Findings(), 0
         # Padding is never written, as in the reference's generation settings of Marian.
         decode = self.decode = dataclasses.replace(
@@ -223,8 +224,8 @@ class RunConfig:
     window: int = 2048
     """Most lines that are read before their translations are written. More sort better by length, and wait longer."""
     longest: int = 0
-    """Tokens that a line may have; 0: as many as the model has positions. It has learnt nothing of lines longer than
-    those it was trained on, so that --row-tokens of its training is a better bound."""
+    """Tokens that a line may have; 0: as many as in training, since the model has learnt nothing of longer lines (the
+    model_max_length of its tokenizer_config.json), or as many as it has positions."""
     too_long: TooLong = "split"
     """Longer lines: translate them in parts, and count them, or refuse them."""
     scores: bool = False

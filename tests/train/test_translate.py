@@ -97,6 +97,7 @@ def make_config(folder: Path, out: str, **changes: Any) -> TranslateConfig:
         batch_tokens=512,
         steps=STEPS,
         accumulate=2,
+        dropout=0.1,
         r_drop=0.5,
         sample_subwords=0.2,
         final_beam=1,
@@ -280,6 +281,8 @@ def test_long_lines_are_parted_or_refused(trained: Path):
         assert said.replace(" ", "") == line.replace(" ", "")
         assert (len(parts) > 1) == (limit == 12)
         assert bool(list(translator.findings)) == (limit == 12)
+    # Unasked, what was never longer in training is not here either.
+    assert open_translator(trained, DecodeConfig(max_length=16), rows=4).longest == make_config(trained, "").row_tokens
 
 
 class Dripping(io.RawIOBase):
@@ -390,6 +393,8 @@ def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_p
         make_config(folder, "bad", target=None)
     with pytest.raises(RunError, match="joint"):
         make_config(folder, "bad", joint=False, tying="all")
+    with pytest.raises(RunError, match="--r-drop"):
+        make_config(folder, "bad", dropout=0.0)
     assert not (folder / "bad").exists()
 
 

@@ -69,3 +69,11 @@ def spare_callers() -> None:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
                 if (thread / "comm").read_text().strip() == HELPERS:
                     os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def lacks_bfloat16() -> bool:
+    """Whether nothing on this CPU computes in bfloat16, which makes it the slower choice; False if unsaid."""
+    with contextlib.suppress(OSError):
+        words = set(Path("/proc/cpuinfo").read_text().split())
+        return bool(words & {"avx2", "asimd"}) and not words & {"avx512_bf16", "amx_bf16", "bf16"}
+    return False

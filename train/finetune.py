@@ -37,7 +37,9 @@ from .learner import (
     Learner,
     Names,
     Start,
+    compute_dtype,
     count_parameters,
+    describe_dtype,
     exit_status,
     gradient_step,
     kept_params,
@@ -149,9 +151,8 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     """
     changes = task.model_changes()
     drop = {} if config.dropout is None else {"dropout": config.dropout, "attention_dropout": config.dropout}
-    compute = {"float32": "float32", "bfloat16": "bfloat16"}.get(config.dtype)
     run = dict(
-        dtype=compute or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=compute_dtype(config.dtype),
         remat=config.remat,
         attention_implementation=config.attention,
     )
@@ -547,8 +548,8 @@ def describe(
     )
     progress.line(
         f"model: {count_parameters(params):,} parameters, {count_parameters(training):,} of them train, computed in "
-        f"{loaded.config.dtype}, on {len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} "
-        f"--mesh {config.spread.mesh})"
+        f"{describe_dtype(loaded.config.dtype)}, on {len(devices)} x {devices[0].device_kind} "
+        f"(--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
     )
 
 

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from .checkpoint import Checkpoints, check_space, restore_from
+from .cpu import lacks_bfloat16
 from .errors import RunError
 from .loop import Batches, Best, Fitted, LoopConfig, Stop, TrainState, fit
 from .metrics import Sums
@@ -283,6 +284,19 @@ def _starting_state(
         state = state.replace(params=params, opt_state=opt_state)
         progress.line(f"starting from {start.described}")
     return state, 0, None
+
+
+def compute_dtype(asked: str) -> str:
+    """What --dtype stands for: auto is bfloat16 on an accelerator, float32 on a CPU."""
+    if asked != "auto":
+        return asked
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def describe_dtype(dtype: str) -> str:
+    """What is computed in, with a warning where that is the slower choice."""
+    slow = dtype == "bfloat16" and jax.default_backend() == "cpu" and lacks_bfloat16()
+    return f"{dtype} (slower than float32 here: this CPU has no instructions for it)" if slow else dtype
 
 
 def count_parameters(params: Any) -> int:

@@ -42,7 +42,18 @@ from ..models import load, save
 from ..models.bert import PRESETS, BertConfig, BertForPreTraining
 from ..models.heads import PredictionSums, prediction_sums
 from .errors import RunError
-from .learner import Learner, Start, count_parameters, exit_status, gradient_step, learn, make_learner, on_host
+from .learner import (
+    Learner,
+    Start,
+    compute_dtype,
+    count_parameters,
+    describe_dtype,
+    exit_status,
+    gradient_step,
+    learn,
+    make_learner,
+    on_host,
+)
 from .loop import Fitted, LoopConfig, Stop, TrainState
 from .masking import Masking, MaskingKind
 from .metrics import Meter, Sums
@@ -196,11 +207,10 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> BertConfig:
     Raises:
         RunError: the vocabularies or the lengths do not fit.
     """
-    compute = {"float32": "float32", "bfloat16": "bfloat16"}.get(config.dtype)
     run = dict(
         dropout=config.dropout,
         attention_dropout=config.dropout,
-        dtype=compute or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=compute_dtype(config.dtype),
         scan_layers=config.scan_layers,
         remat=config.remat,
         attention_implementation=config.attention,
@@ -493,7 +503,7 @@ def describe(config: PretrainConfig, data: Data, architecture: BertConfig, param
     devices = jax.devices()
     progress.line(
         f"model: {architecture.layers} layers, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "
-        f"{count_parameters(params):,} parameters, computed in {architecture.dtype}, on "
+        f"{count_parameters(params):,} parameters, computed in {describe_dtype(architecture.dtype)}, on "
         f"{len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
     )
 

@@ -41,6 +41,11 @@ class RunFolder:
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise RunError(f"{folder} exists and is not a run folder (it has no config.json). Choose another --out.")
 
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier start of this run came to its end."""
+        return (self.folder / "results.json").is_file() and (self.folder / "model").is_dir()
+
     def begin(self) -> None:
         """Make the folder, with config.json, once everything that can be checked was checked."""
         if self.main:

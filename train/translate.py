@@ -43,7 +43,9 @@ from .finetune import read_params, write_params
 from .learner import (
     Learner,
     Start,
+    compute_dtype,
     count_parameters,
+    describe_dtype,
     exit_status,
     gradient_step,
     kept_params,
@@ -218,12 +220,11 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> Transform
     Raises:
         RunError: the vocabularies do not fit.
     """
-    compute = {"float32": "float32", "bfloat16": "bfloat16"}.get(config.dtype)
     run: dict[str, Any] = dict(
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
         activation_dropout=config.activation_dropout,
-        dtype=compute or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=compute_dtype(config.dtype),
         scan_layers=config.scan_layers,
         remat=config.remat,
         attention_implementation=config.attention,
@@ -463,7 +464,7 @@ def describe(
     devices = jax.devices()
     progress.line(
         f"model: {model.encoder_layers}+{model.decoder_layers} layers, {model.width} wide, vocabulary "
-        f"{model.vocab_size:,}, {count_parameters(params):,} parameters, computed in {model.dtype}, on "
+        f"{model.vocab_size:,}, {count_parameters(params):,} parameters, computed in {describe_dtype(model.dtype)}, on "
         f"{len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
     )
 
@@ -504,6 +505,9 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
         raise RunError(f"A batch of {config.rows} rows cannot be computed in {config.accumulate} parts.")
     spread.share(config.rows // config.accumulate)
     run = RunFolder(config.out, config, FREE)
+    if run.finished:
+        progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
+        return 0
     data = prepare_data(config, progress)
     architecture = model_config(config, data.tokenizer)
     model, learner = make_model(config, architecture)

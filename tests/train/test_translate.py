@@ -153,6 +153,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, trained: Path)
         assert (config.out / name).read_bytes() == (trained / name).read_bytes()
 
 
+def test_a_finished_run_is_left_alone(folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert translate(make_config(folder, trained.name), Stop()) == 0
+    assert "holds the finished run" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
 def test_an_early_end_and_separate_vocabularies(folder: Path):
     config = make_config(
         folder,

@@ -55,7 +55,7 @@ class Generator:
         prepared: the parameters in the form that the model's steps take.
     """
 
-    # Every size takes seconds to compile, so there are few: rows go in steps of four, the rest in steps of two.
+    # Every size takes seconds to compile, so there are few: rows and slots go in steps of four, tokens in steps of two.
     FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps, or two a source token, whatever is most
     FIRST_STEPS = 16
     FEWEST_ROWS = 4  # fewer sentences are filled up
@@ -177,7 +177,7 @@ class Pool:
         first_slots = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, 2 * length)
         self._slots = [min(task.most * width, first_slots)]
         while self._slots[-1] < task.most * width:
-            self._slots.append(min(task.most * width, 2 * self._slots[-1]))
+            self._slots.append(min(task.most * width, 4 * self._slots[-1]))
         self._length = length
         prefix = max(len(task.prefixes[i]) for i in waiting)
         self._prefix = generator._rounded(prefix) if prefix else 0
@@ -211,7 +211,7 @@ class Pool:
             bounds = np.int32(enough), np.int32(last)
             search = run(self._searcher.advance, self._prepared, sources, search, numbers, *bounds)
             step, past, open_, *found = jax.device_get(
-                (search.step, search.rows.past, search.rows.open, search.rows.ended, search.chosen, search.parents)
+                (search.step, search.past, search.rows.open, search.rows.ended, search.chosen, search.parents)
             )
             self._step = int(step)
             self._collect(np.flatnonzero(~open_.any(axis=1) & (self._numbers >= 0)), *found)
@@ -231,7 +231,9 @@ class Pool:
         ids = _filled([self._task.sources[i] for i in come], count, self._length)
         prefix = _filled([self._task.prefixes[i] for i in come], count, self._prefix)
         rows = np.where(taken, places, len(self._numbers)).astype(np.int32)
-        return self._run(self._searcher.admit, self._prepared, sources, search, ids, taken, prefix, rows)
+        arguments = (sources, search.rows, np.int32(self._step), ids, taken, prefix, rows)
+        sources, seated = self._run(self._searcher.admit, self._prepared, *arguments)
+        return sources, search._replace(rows=seated)
 
     def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
         """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, X]."""

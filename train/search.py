@@ -94,7 +94,6 @@ class Rows(NamedTuple):
     began: Array  # [R] int32, the step before which each sentence was admitted; its age is the steps since
     tokens: Array  # [R, K] int32, the newest of each running hypothesis
     scores: Array  # [R, K] float32, their log probabilities
-    past: Array  # [R, K, X] bool, which of the sentence's X slots they descend from
     history: Array | None  # [R, K, T] int32, the tokens read, by age, -1 after them; None where nothing asks for them
     coverage: Array | None  # [R, K, S] float32, the attention each source token has received; None likewise
     ended: Ended
@@ -108,6 +107,7 @@ class Search(NamedTuple):
     cache: Any  # the model's
     chosen: Array  # [T, R, K] int32, at s mod T the token that each running hypothesis got at step s
     parents: Array  # [T, R, K] int32, the one that it went on from
+    past: Array  # [R, K, X] bool, which of a row's X slots each running hypothesis descends from
     rows: Rows
 
 
@@ -164,8 +164,9 @@ class Searcher:
             record = jnp.zeros((most, rows, self.config.width), jnp.int32)
             given = jnp.zeros((rows, prefix), jnp.int32)
             sources = Sources(self.steps.start(prepared, ids, ids), ids > 0, given)
-            fresh = self._fresh(jnp.int32(0), taken, length, most, slots)
-            return sources, Search(jnp.int32(0), self.steps.cache(rows, slots), record, record, fresh)
+            past = jnp.zeros((rows, self.config.width, slots), bool)
+            fresh = self._fresh(jnp.int32(0), taken, length, most)
+            return sources, Search(jnp.int32(0), self.steps.cache(rows, slots), record, record, past, fresh)
 
         sizes = (rows, length, prefix, most, slots)
         if sizes not in self._shapes:
@@ -177,31 +178,30 @@ class Searcher:
         self,
         prepared: Any,
         sources: Sources,
-        search: Search,
+        rows: Rows,
+        step: Array,
         ids: Array,
         taken: Array,
         prefix: Array,
         places: Array,
-    ) -> tuple[Sources, Search]:
+    ) -> tuple[Sources, Rows]:
         """Seat sentences in free rows.
 
-        ids [N, S] int32, -1 for padding; taken [N] bool, whether there is one; prefix [N, P]; places [N], the rows, R
-        for none.
+        step [] is the search's; ids [N, S] int32, -1 for padding; taken [N] bool, whether there is one; prefix [N, P];
+        places [N], the rows, R for none. The program is the same however many slots there are.
         """
         self.compilations += 1
         mask = ids >= 0
         memory = self.steps.start(prepared, jnp.maximum(ids, 0), mask.astype(jnp.int32))
-        slots = search.rows.past.shape[2]
-        fresh = self._fresh(search.step, taken, ids.shape[1], len(search.chosen), slots)
+        most = 0 if rows.history is None else rows.history.shape[2]
+        fresh = self._fresh(step, taken, ids.shape[1], most)
 
         def seat(old: Array, new: Array) -> Array:
             return old.at[places].set(new, mode="drop")
 
-        sources = jax.tree.map(seat, sources, Sources(memory, mask, prefix))
-        # Slots and records are not emptied: nobody descends from what is in them.
-        return sources, search._replace(rows=jax.tree.map(seat, search.rows, fresh))
+        return jax.tree.map(seat, (sources, rows), (Sources(memory, mask, prefix), fresh))
 
-    def _fresh(self, step: Array, taken: Array, length: int, most: int, slots: int) -> Rows:
+    def _fresh(self, step: Array, taken: Array, length: int, most: int) -> Rows:
         """Sentences of age 0 at `step` [], open where `taken` [N] says that there is one."""
         c = self.config
         shape = (len(taken), c.width)
@@ -213,7 +213,6 @@ class Searcher:
             began=jnp.broadcast_to(step, taken.shape),
             tokens=jnp.full(shape, self.start_id, jnp.int32),
             scores=jnp.broadcast_to(jnp.where(behind, jnp.float32(LOW), jnp.float32(0.0))[None], shape),
-            past=jnp.zeros((*shape, slots), bool),
             history=jnp.full((*shape, most), -1, jnp.int32) if repeats else None,
             coverage=jnp.zeros((*shape, length), jnp.float32) if c.coverage_penalty else None,
             ended=Ended(jnp.full(shape, LOW, jnp.float32), nobody, nobody, nobody, jnp.zeros(shape, bool)),
@@ -232,39 +231,42 @@ class Searcher:
 
         def going(search: Search) -> Array:
             open_ = search.rows.open.any(axis=1)
-            crowded = _free(search.rows).sum(axis=1) < self.config.width
+            crowded = _free(search.past).sum(axis=1) < self.config.width
             oldest = jnp.where(numbers >= 0, search.step - search.rows.began, 0).max()
             return (
                 (open_.sum() > enough) & (search.step < last) & ~(open_ & crowded).any() & (oldest < len(search.chosen))
             )
 
+        # Whoever was just seated has no past; slots and records hold that of those before, from which nobody descends.
+        grown = search.step > search.rows.began
+        search = search._replace(past=search.past & grown[:, None, None])
         return jax.lax.while_loop(going, partial(self._step, prepared, sources, numbers), search)
 
     def _resize(self, sources: Sources, search: Search, keep: Array, slots: int) -> tuple[Sources, Search]:
         """Keep the rows `keep` [R'], -1 for a free row, with `slots` each, enough for what open ones descend from."""
         self.compilations += 1
         at = jnp.maximum(keep, 0)
-        sources, rows, cache = jax.tree.map(lambda x: x[at], (sources, search.rows, search.cache))
+        sources, rows, cache, past = jax.tree.map(lambda x: x[at], (sources, search.rows, search.cache, search.past))
         rows = rows._replace(open=rows.open & (keep >= 0)[:, None])
-        present = rows.past.shape[2]
+        present = past.shape[2]
         if slots != present:
-            order = jnp.argsort(_free(rows), axis=1)  # what is needed first
+            order = jnp.argsort(_free(past), axis=1)  # what is needed first
             order = jnp.pad(order, [(0, 0), (0, max(0, slots - present))])[:, :slots]
-            past = jnp.take_along_axis(rows.past, order[:, None], axis=2) & (jnp.arange(slots) < present)[None, None]
-            cache, rows = self.steps.rearrange(cache, order), rows._replace(past=past)
-        return sources, Search(search.step, cache, search.chosen[:, at], search.parents[:, at], rows)
+            past = jnp.take_along_axis(past, order[:, None], axis=2) & (jnp.arange(slots) < present)[None, None]
+            cache = self.steps.rearrange(cache, order)
+        return sources, Search(search.step, cache, search.chosen[:, at], search.parents[:, at], past, rows)
 
     # One step
 
     def _step(self, prepared: Any, sources: Sources, numbers: Array, search: Search) -> Search:
         c = self.config
         now = search.rows
-        slots = now.past.shape[2]
+        slots = search.past.shape[2]
         # A free row computes something too; it must be finite, since its slots are only masked out later.
         age = jnp.where(numbers >= 0, search.step - now.began, 0)
-        free, places = jax.lax.top_k(_free(now).astype(jnp.float32), c.width)  # the first ones
+        free, places = jax.lax.top_k(_free(search.past).astype(jnp.float32), c.width)  # the first ones
         places = jnp.where(free > 0, places, slots)
-        past = now.past | (places[..., None] == jnp.arange(slots)[None, None])
+        past = search.past | (places[..., None] == jnp.arange(slots)[None, None])
         history, coverage = now.history, now.coverage
         if history is not None:
             now_read = jnp.arange(history.shape[2])[None, None] == age[:, None, None]
@@ -290,10 +292,10 @@ class Searcher:
             cache=cache,
             chosen=jax.lax.dynamic_update_slice(search.chosen, choice.tokens[None], record),
             parents=jax.lax.dynamic_update_slice(search.parents, choice.parents[None], record),
+            past=past,
             rows=now._replace(
                 tokens=choice.tokens,
                 scores=choice.scores,
-                past=past,
                 history=history,
                 coverage=coverage,
                 ended=choice.ended,
@@ -449,9 +451,9 @@ class Searcher:
         return ((5.0 + length) / 6.0 if c.length_penalty_form == "gnmt" else length) ** c.length_penalty
 
 
-def _free(rows: Rows) -> Array:
+def _free(past: Array) -> Array:
     """The slots that no hypothesis descends from, [R, X] bool."""
-    return ~rows.past.any(axis=1)
+    return ~past.any(axis=1)
 
 
 def _moment(prefix: Array, age: Array) -> Moment:

@@ -149,8 +149,17 @@ class Generator:
     def _search(self, task: Task, order: Sequence[int]) -> None:
         """Search sentences `order`, the longest first."""
         for length, group in itertools.groupby(order, key=lambda i: self._rounded(len(task.sources[i]))):
-            if not task.cancelled.is_set():
-                Pool(self, task, list(group), self.rows // self._lanes, length).search()
+            sizes = self._row_sizes()
+            late = Pool(self, task, list(group), sizes, length).search()
+            if late and not task.cancelled.is_set():
+                Pool(self, task, late, sizes[-1:], length).search()
+
+    def _row_sizes(self) -> list[int]:
+        """How many rows a pool may have, the most first."""
+        sizes = [self.rows // self._lanes]
+        while sizes[-1] // 4 >= self.FEWEST_ROWS:
+            sizes.append(sizes[-1] // 4)
+        return sizes
 
     def _rounded(self, length: int) -> int:
         return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
@@ -163,16 +172,13 @@ class Pool:
         generator: what for.
         task: what of.
         waiting: the sentences' places in the task.
-        most: sentences searched at a time.
+        sizes: how many rows there may be, the most first.
         length: tokens of the longest source, rounded up.
     """
 
-    def __init__(self, generator: Generator, task: Task, waiting: list[int], most: int, length: int) -> None:
-        self._generator, self._task, self._waiting = generator, task, waiting
+    def __init__(self, generator: Generator, task: Task, waiting: list[int], sizes: list[int], length: int) -> None:
+        self._generator, self._task, self._waiting, self._sizes = generator, task, waiting, sizes
         self._searcher, self._prepared = generator._searcher, generator.prepared
-        self._sizes = [most]
-        while self._sizes[-1] // 4 >= generator.FEWEST_ROWS:
-            self._sizes.append(self._sizes[-1] // 4)
         width = generator.config.width
         first_slots = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, 2 * length)
         self._slots = [min(task.most * width, first_slots)]
@@ -184,10 +190,14 @@ class Pool:
         self._numbers = np.full(self._rows(len(waiting)), -1, np.int32)  # which sentence each row holds
         self._began = np.zeros(len(self._numbers), np.int32)  # the step that each began with
         self._step = 0
+        self._late: list[int] = []  # what is left to another pool
         self._shrink_at: int | None = None  # the step at which fewer rows go on, where these would do
 
-    def search(self) -> None:
-        """Fill the task's `found` for all of them."""
+    def search(self) -> list[int]:
+        """Fill the task's `found`, but for sentences that are returned: a pool of the fewest rows must begin them anew.
+
+        These are the few that need more slots, which all rows here would have to be given.
+        """
         task, run = self._task, self._run
         sizes = (len(self._numbers), self._length, self._prefix, task.most, self._slots[0])
         sources, search = self._searcher.clear(self._prepared, *sizes)
@@ -215,11 +225,14 @@ class Pool:
             )
             self._step = int(step)
             self._collect(np.flatnonzero(~open_.any(axis=1) & (self._numbers >= 0)), *found)
+            if len(self._numbers) > self._sizes[-1]:
+                search = self._expel(search, past, open_)
             going = np.flatnonzero(self._numbers >= 0)
             if len(going):
                 sources, search = self._resize(sources, search, going, past)
             elif not self._waiting:
-                return
+                break
+        return self._late
 
     def _admit(self, sources: Sources, search: Search, places: np.ndarray) -> tuple[Sources, Search]:
         """Seat as many of those that wait as there are places."""
@@ -234,6 +247,18 @@ class Pool:
         arguments = (sources, search.rows, np.int32(self._step), ids, taken, prefix, rows)
         sources, seated = self._run(self._searcher.admit, self._prepared, *arguments)
         return sources, search._replace(rows=seated)
+
+    def _expel(self, search: Search, past: np.ndarray, open_: np.ndarray) -> Search:
+        """Free the rows of those for whom the slots are too few."""
+        needed = past.any(axis=1).sum(axis=1) + self._generator.config.width
+        rows = np.flatnonzero((needed > past.shape[2]) & (self._numbers >= 0))
+        if not len(rows):
+            return search
+        self._late += self._numbers[rows].tolist()
+        self._numbers[rows] = -1
+        open_ = open_.copy()
+        open_[rows] = False
+        return search._replace(rows=search.rows._replace(open=jax.device_put(open_)))
 
     def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
         """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, X]."""

@@ -5,8 +5,8 @@
 
 It reads and writes as it goes, some lines at a time, and keeps nothing of them: memory grows with the sizes that have
 been met, for each of which a program is compiled, and not with the number of lines. An empty line stays empty. Control
-characters count as spaces. A line that is longer than the model takes is translated in parts and counted, or refused;
-nothing is cut.
+characters count as spaces. A line that is longer than those of the training is translated in parts and counted, or
+refused; nothing is cut.
 """
 
 import dataclasses

@@ -641,10 +641,10 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
             raise DataError(f"{path / _CONFIG}: not as this program writes it ({error}).") from None
         if joint:
             side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"))
-            return PairTokenizer(kind, side, side, found, reference.get(_LONGEST))
+            return PairTokenizer(kind, side, side, found, _longest(reference))
         ending = "json" if kind == "word-bpe" else "spm"
         sides = [_load_side(path / f"{name}.{ending}") for name in ("source", "target")]
-        return PairTokenizer(kind, sides[0], sides[1], found, reference.get(_LONGEST))
+        return PairTokenizer(kind, sides[0], sides[1], found, _longest(reference))
     if (path / "source.spm").is_file() and (path / "vocab.json").is_file():
         return _load_marian(path, form, reference)
     raise DataError(
@@ -672,13 +672,13 @@ def _load_side(path: Path) -> Side:
 
 def _read_reference_config(path: Path) -> dict[str, Any]:
     """What tokenizer_config.json says, if it is there."""
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    longest = content.get(_LONGEST)
-    if longest is not None and (not isinstance(longest, int) or longest < 2):
-        raise DataError(f"{path}: {_LONGEST} is {longest!r}; expected a number of tokens.")
-    return content
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _longest(reference: dict[str, Any]) -> int | None:
+    """The longest text by tokenizer_config.json; other things than a number of tokens stand for none there."""
+    found = reference.get(_LONGEST)
+    return found if isinstance(found, int) and found > 1 else None
 
 
 def _load_marian(path: Path, form: TextForm | None, reference: dict[str, Any]) -> PairTokenizer:
@@ -692,4 +692,4 @@ def _load_marian(path: Path, form: TextForm | None, reference: dict[str, Any]) -
         MarianSide((path / f"{name}.spm").read_bytes(), ids, str(path / f"{name}.spm"))
         for name, ids in (("source", vocabulary), ("target", target_vocabulary))
     )
-    return PairTokenizer("marian", source, target, form, reference.get(_LONGEST))
+    return PairTokenizer("marian", source, target, form, _longest(reference))

@@ -56,11 +56,11 @@ class Generator:
     """
 
     # Every size takes seconds to compile, so there are few: rows and slots go in steps of four, tokens in steps of two.
-    FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps, or two a source token, whatever is most
+    FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps, or two a source token, whichever is most
     FIRST_STEPS = 16
     FEWEST_ROWS = 4  # fewer sentences are filled up
     FEWEST_TOKENS = 32  # a shorter source or prefix is filled up
-    TAIL_STEPS = 64  # how long the last sentences are worth no program of their own for fewer rows
+    TAIL_STEPS = 64  # steps that the last sentences go on in all rows, before they move to fewer
     LANE_ROWS = 32  # sentences that are worth a core of their own
 
     def __init__(self, model: Any, params: Any, config: DecodeConfig, *, rows: int = 64) -> None:
@@ -149,10 +149,10 @@ class Generator:
     def _search(self, task: Task, order: Sequence[int]) -> None:
         """Search sentences `order`, the longest first."""
         for length, group in itertools.groupby(order, key=lambda i: self._rounded(len(task.sources[i]))):
-            sizes = self._row_sizes()
-            late = Pool(self, task, list(group), sizes, length).search()
-            if late and not task.cancelled.is_set():
-                Pool(self, task, late, sizes[-1:], length).search()
+            waiting, late, sizes = list(group), False, self._row_sizes()
+            while waiting and not task.cancelled.is_set():
+                waiting = Pool(self, task, waiting, sizes, length, late).search()
+                late, sizes = True, sizes[-1:]
 
     def _row_sizes(self) -> list[int]:
         """How many rows a pool may have, the most first."""
@@ -174,9 +174,12 @@ class Pool:
         waiting: the sentences' places in the task.
         sizes: how many rows there may be, the most first.
         length: tokens of the longest source, rounded up.
+        late: whether these are sentences that another pool had too few slots for.
     """
 
-    def __init__(self, generator: Generator, task: Task, waiting: list[int], sizes: list[int], length: int) -> None:
+    def __init__(
+        self, generator: Generator, task: Task, waiting: list[int], sizes: list[int], length: int, late: bool
+    ) -> None:
         self._generator, self._task, self._waiting, self._sizes = generator, task, waiting, sizes
         self._searcher, self._prepared = generator._searcher, generator.prepared
         width = generator.config.width
@@ -184,6 +187,8 @@ class Pool:
         self._slots = [min(task.most * width, first_slots)]
         while self._slots[-1] < task.most * width:
             self._slots.append(min(task.most * width, 4 * self._slots[-1]))
+        if late:
+            self._slots = self._slots[1:]
         self._length = length
         prefix = max(len(task.prefixes[i]) for i in waiting)
         self._prefix = generator._rounded(prefix) if prefix else 0
@@ -196,7 +201,7 @@ class Pool:
     def search(self) -> list[int]:
         """Fill the task's `found`, but for sentences that are returned: a pool of the fewest rows must begin them anew.
 
-        These are the few that need more slots, which all rows here would have to be given.
+        They need more slots, which all rows here would have to be given, and they are few.
         """
         task, run = self._task, self._run
         sizes = (len(self._numbers), self._length, self._prefix, task.most, self._slots[0])
@@ -249,10 +254,10 @@ class Pool:
         return sources, search._replace(rows=seated)
 
     def _expel(self, search: Search, past: np.ndarray, open_: np.ndarray) -> Search:
-        """Free the rows of those for whom the slots are too few."""
+        """Free the rows of those who lack slots; where these are many, all rows get more (`_resize`)."""
         needed = past.any(axis=1).sum(axis=1) + self._generator.config.width
         rows = np.flatnonzero((needed > past.shape[2]) & (self._numbers >= 0))
-        if not len(rows):
+        if not 0 < len(rows) <= len(self._numbers) // 4:
             return search
         self._late += self._numbers[rows].tolist()
         self._numbers[rows] = -1

@@ -103,10 +103,10 @@ class RunFolder:
         return path
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json and curves.png."""
+        """Write curves.png and, last of all, results.json."""
         if self.main:
-            write_json(self.folder / "results.json", results)
             draw_curves(self.metrics(), self.folder / "curves.png")
+            write_json(self.folder / "results.json", results)
 
     def close(self) -> None:
         """Flush the TensorBoard events."""

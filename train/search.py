@@ -51,7 +51,7 @@ class Steps(Protocol):
         ...
 
     def cache(self, rows: int, slots: int) -> Any:
-        """An empty cache."""
+        """A cache; only its shapes are asked for, and it begins as zeros."""
         ...
 
     def rearrange(self, cache: Any, slots: Array) -> Any:
@@ -156,7 +156,7 @@ class Searcher:
     ) -> tuple[Sources, Search]:
         """A pool of free rows for sources of `length` tokens, prefixes of `prefix` and outputs of `most`.
 
-        Its arrays come from the host: for them alone nothing is compiled.
+        Each array is filled by itself, which takes no program of these sizes.
         """
         ids, taken = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
 
@@ -172,7 +172,7 @@ class Searcher:
         if sizes not in self._shapes:
             self._shapes[sizes] = jax.eval_shape(describe, prepared, ids, taken)
         # Nobody asks what is in a free row; but it must not be open, and everything is finite.
-        return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), self._shapes[sizes])
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes[sizes])
 
     def _admit(
         self,

@@ -105,6 +105,8 @@ class ScoreConfig:
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
     """Sentences that are translated together."""
+    longest: int = 0
+    """Tokens that a sentence may have before it is translated in parts; 0: as many as in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in."""
     generation_config: bool = False
@@ -132,7 +134,9 @@ def main(config: ScoreConfig) -> int:
     else:
         sources, references = read_two(config.source, config.reference)
         decode = chosen(config.decode, config.generation_config)
-        translator = open_translator(config.model, decode, rows=config.batch, dtype=config.dtype)
+        translator = open_translator(
+            config.model, decode, rows=config.batch, longest=config.longest, dtype=config.dtype
+        )
         clock = time.perf_counter()
         translated = translator.translate(sources)
         seconds = time.perf_counter() - clock

@@ -78,16 +78,6 @@ class Steps:
         keys = jnp.zeros((rows, c.decoder_heads, size, slots), c.dtype)
         return (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.decoder_layers
 
-    def rearrange(self, cache: tuple[Slots, ...], slots: Array) -> tuple[Slots, ...]:
-        """The cache of the slots `slots` [B, X] int32 of each row, in their order."""
-        return tuple(
-            Slots(
-                jnp.take_along_axis(layer.keys, slots[:, None, None], axis=3),
-                jnp.take_along_axis(layer.values, slots[:, None, :, None], axis=2),
-            )
-            for layer in cache
-        )
-
     def step(
         self,
         prepared: Prepared,

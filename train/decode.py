@@ -12,7 +12,6 @@ several. What JAX's context managers set in the caller's thread does not reach t
 """
 
 import copy
-import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -41,7 +40,8 @@ class Task(NamedTuple):
     sources: Sequence[Sequence[int]]
     prefixes: Sequence[Sequence[int]]
     first: int  # the first source's number
-    most: int  # tokens of the longest output, its prefix included
+    given: int  # tokens of the longest prefix, rounded up
+    most: int  # tokens of the longest output, its prefix included, rounded up
     found: dict[int, list[Hypothesis]]
     cancelled: threading.Event
 
@@ -52,6 +52,7 @@ class Generator:
     Attributes:
         config: how.
         rows: most sentences searched at a time.
+        row_sizes: how many rows a pool may have, the most first.
         prepared: the parameters in the form that the model's steps take.
     """
 
@@ -60,7 +61,6 @@ class Generator:
     FIRST_STEPS = 16
     FEWEST_ROWS = 4  # fewer sentences are filled up
     FEWEST_TOKENS = 32  # a shorter source or prefix is filled up
-    TAIL_STEPS = 64  # steps that the last sentences go on in all rows, before they move to fewer
     LANE_ROWS = 32  # sentences that are worth a core of their own
 
     def __init__(self, model: Any, params: Any, config: DecodeConfig, *, rows: int = 64) -> None:
@@ -83,6 +83,9 @@ class Generator:
             raise RunError(f"suppressed: {model.config.forced_eos_token_id} is how this model's longest outputs end")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._lanes = max(1, min(cores, rows // self.LANE_ROWS))
+        self.row_sizes = [rows // self._lanes]
+        while self.row_sizes[-1] // 4 >= self.FEWEST_ROWS:
+            self.row_sizes.append(self.row_sizes[-1] // 4)
         one_core = {"xla_cpu_multi_thread_eigen": False} if self._lanes == cores > 1 else None
         self._searcher = Searcher(model.steps(), config, one_core)
         self._compiling = threading.Lock()  # or two threads would compile the same program
@@ -127,9 +130,10 @@ class Generator:
                     f"prefix {number}: {len(prefix)} tokens and max_length {self.config.max_length} more do not fit"
                     f" the model's {self.positions} positions"
                 )
-        order = sorted(range(len(sources)), key=lambda i: (-len(sources[i]), -len(prefixes[i])))
-        most = self._rounded(max(map(len, prefixes), default=0) + self.config.max_length)
-        task = Task(sources, prefixes, first, most, {}, threading.Event())
+        order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+        given = max(map(len, prefixes), default=0)
+        most = self._rounded(given + self.config.max_length)
+        task = Task(sources, prefixes, first, self._rounded(given) if given else 0, most, {}, threading.Event())
         lanes = min(self._lanes, -(-len(order) // self.LANE_ROWS))
         if lanes < 2:
             self._search(task, order)
@@ -148,18 +152,21 @@ class Generator:
 
     def _search(self, task: Task, order: Sequence[int]) -> None:
         """Search sentences `order`, the longest first."""
-        for length, group in itertools.groupby(order, key=lambda i: self._rounded(len(task.sources[i]))):
-            waiting, late, sizes = list(group), False, self._row_sizes()
-            while waiting and not task.cancelled.is_set():
-                waiting = Pool(self, task, waiting, sizes, length, late).search()
-                late, sizes = True, sizes[-1:]
-
-    def _row_sizes(self) -> list[int]:
-        """How many rows a pool may have, the most first."""
-        sizes = [self.rows // self._lanes]
-        while sizes[-1] // 4 >= self.FEWEST_ROWS:
-            sizes.append(sizes[-1] // 4)
-        return sizes
+        longest = self._rounded(len(task.sources[order[0]])) if order else 0
+        sizes, late = self.row_sizes, False
+        while order and not task.cancelled.is_set():
+            waiting, left = list(order), []
+            while waiting:
+                length = longest if late else self._rounded(len(task.sources[waiting[0]]))
+                rows = min((size for size in sizes if size >= len(waiting)), default=sizes[0])
+                # Where those of this length leave rows free, shorter ones sit in them.
+                alike = sum(self._rounded(len(task.sources[i])) == length for i in waiting)
+                share = Pool.share(rows)
+                count = max(rows, -(-alike // share) * share)
+                left += Pool(self, task, waiting[:count], rows, length, late).search()
+                waiting = waiting[count:]
+            # What needs more slots than these pools had begins anew in few rows, whose length hardly matters.
+            order, sizes, late = left, sizes[-1:], True
 
     def _rounded(self, length: int) -> int:
         return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
@@ -172,72 +179,64 @@ class Pool:
         generator: what for.
         task: what of.
         waiting: the sentences' places in the task.
-        sizes: how many rows there may be, the most first.
+        rows: how many are searched at a time.
         length: tokens of the longest source, rounded up.
         late: whether these are sentences that another pool had too few slots for.
     """
 
     def __init__(
-        self, generator: Generator, task: Task, waiting: list[int], sizes: list[int], length: int, late: bool
+        self, generator: Generator, task: Task, waiting: list[int], rows: int, length: int, late: bool
     ) -> None:
-        self._generator, self._task, self._waiting, self._sizes = generator, task, waiting, sizes
+        self._generator, self._task, self._waiting = generator, task, waiting
         self._searcher, self._prepared = generator._searcher, generator.prepared
         width = generator.config.width
-        first_slots = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, 2 * length)
+        first_slots = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, 2 * length) * (4 if late else 1)
         self._slots = [min(task.most * width, first_slots)]
         while self._slots[-1] < task.most * width:
             self._slots.append(min(task.most * width, 4 * self._slots[-1]))
-        if late:
-            self._slots = self._slots[1:]
         self._length = length
-        prefix = max(len(task.prefixes[i]) for i in waiting)
-        self._prefix = generator._rounded(prefix) if prefix else 0
-        self._numbers = np.full(self._rows(len(waiting)), -1, np.int32)  # which sentence each row holds
-        self._began = np.zeros(len(self._numbers), np.int32)  # the step that each began with
+        self._numbers = np.full(rows, -1, np.int32)  # which sentence each row holds
+        self._began = np.zeros(rows, np.int32)  # the step that each began with
         self._step = 0
-        self._late: list[int] = []  # what is left to another pool
-        self._shrink_at: int | None = None  # the step at which fewer rows go on, where these would do
+
+    @staticmethod
+    def share(rows: int) -> int:
+        """How many of so many rows are filled at a time."""
+        return max(1, rows // 4)
 
     def search(self) -> list[int]:
         """Fill the task's `found`, but for sentences that are returned: a pool of the fewest rows must begin them anew.
 
         They need more slots, which all rows here would have to be given, and they are few.
         """
-        task, run = self._task, self._run
-        sizes = (len(self._numbers), self._length, self._prefix, task.most, self._slots[0])
+        task, run, left = self._task, self._run, list[int]()
+        rows = len(self._numbers)
+        share = self.share(rows)
+        sizes = (rows, self._length, task.given, task.most, self._slots[0])
         sources, search = self._searcher.clear(self._prepared, *sizes)
-        while not task.cancelled.is_set():
-            rows = len(self._numbers)
-            share = max(1, rows // 4)
+        while (self._waiting or (self._numbers >= 0).any()) and not task.cancelled.is_set():
             free = np.flatnonzero(self._numbers < 0)
             while self._waiting and len(free) >= share:
                 sources, search = self._admit(sources, search, free[:share])
                 free = free[share:]
-            # As long as others wait, rows are filled again a share at a time; the last sentences end where they are,
-            # unless that takes so long that it is worth another program.
-            fewer, enough, last = self._rows(rows // 4), 0, np.iinfo(np.int32).max
-            if self._waiting:
-                enough = rows - share
-            elif self._shrink_at is not None:
-                last = self._shrink_at
-            elif fewer < rows:
-                enough = fewer
+            # As long as others wait, rows are filled again a share at a time; the last sentences end where they are.
+            enough = np.int32(rows - share if self._waiting else 0)
             numbers = np.where(self._numbers < 0, -1, self._numbers + task.first)
-            bounds = np.int32(enough), np.int32(last)
-            search = run(self._searcher.advance, self._prepared, sources, search, numbers, *bounds)
+            search = run(self._searcher.advance, self._prepared, sources, search, numbers, enough)
             step, past, open_, *found = jax.device_get(
                 (search.step, search.past, search.rows.open, search.rows.ended, search.chosen, search.parents)
             )
             self._step = int(step)
             self._collect(np.flatnonzero(~open_.any(axis=1) & (self._numbers >= 0)), *found)
-            if len(self._numbers) > self._sizes[-1]:
-                search = self._expel(search, past, open_)
-            going = np.flatnonzero(self._numbers >= 0)
-            if len(going):
-                sources, search = self._resize(sources, search, going, past)
-            elif not self._waiting:
-                break
-        return self._late
+            needed = np.where(self._numbers < 0, 0, past.any(axis=1).sum(axis=1) + self._generator.config.width)
+            short = np.flatnonzero(needed > past.shape[2])
+            if 0 < len(short) <= share and rows > self._generator.row_sizes[-1]:
+                left += self._numbers[short].tolist()
+                search = self._close(search, open_, short)
+            elif len(short):
+                slots = next(slots for slots in self._slots if slots >= needed.max())
+                search = run(self._searcher.widen, search, slots)
+        return left
 
     def _admit(self, sources: Sources, search: Search, places: np.ndarray) -> tuple[Sources, Search]:
         """Seat as many of those that wait as there are places."""
@@ -247,45 +246,18 @@ class Pool:
         self._began[places[: len(come)]] = self._step
         taken = np.arange(count) < len(come)
         ids = _filled([self._task.sources[i] for i in come], count, self._length)
-        prefix = _filled([self._task.prefixes[i] for i in come], count, self._prefix)
+        prefix = _filled([self._task.prefixes[i] for i in come], count, self._task.given)
         rows = np.where(taken, places, len(self._numbers)).astype(np.int32)
         arguments = (sources, search.rows, np.int32(self._step), ids, taken, prefix, rows)
         sources, seated = self._run(self._searcher.admit, self._prepared, *arguments)
         return sources, search._replace(rows=seated)
 
-    def _expel(self, search: Search, past: np.ndarray, open_: np.ndarray) -> Search:
-        """Free the rows of those who lack slots; where these are many, all rows get more (`_resize`)."""
-        needed = past.any(axis=1).sum(axis=1) + self._generator.config.width
-        rows = np.flatnonzero((needed > past.shape[2]) & (self._numbers >= 0))
-        if not 0 < len(rows) <= len(self._numbers) // 4:
-            return search
-        self._late += self._numbers[rows].tolist()
+    def _close(self, search: Search, open_: np.ndarray, rows: np.ndarray) -> Search:
+        """Free rows whose sentences leave unfinished."""
         self._numbers[rows] = -1
         open_ = open_.copy()
         open_[rows] = False
         return search._replace(rows=search.rows._replace(open=jax.device_put(open_)))
-
-    def _resize(self, sources: Sources, search: Search, going: np.ndarray, past: np.ndarray) -> tuple[Sources, Search]:
-        """Rows and slots as the open sentences need them; what they descend from is `past` [R, K, X]."""
-        needed = int(past[going].any(axis=1).sum(axis=1).max()) + self._generator.config.width
-        rows, slots = before = len(self._numbers), past.shape[2]
-        # To become smaller there must be some to spare, or it would not be for long.
-        slots = next(s for s in self._slots if needed <= (s if s >= slots else s * 3 // 4))
-        fewer = self._rows(len(going))
-        if not self._waiting and fewer < rows:
-            if self._shrink_at is None:
-                self._shrink_at = self._step + self._generator.TAIL_STEPS
-            elif self._step >= self._shrink_at:
-                rows, self._shrink_at = fewer, None
-        if (rows, slots) == before:
-            return sources, search
-        keep = np.full(rows, -1, np.int32)
-        if rows == len(self._numbers):
-            keep[going] = going
-        else:
-            keep[: len(going)] = going
-        self._numbers, self._began = np.where(keep < 0, -1, self._numbers[keep]), self._began[keep]
-        return self._run(self._searcher.resize, sources, search, keep, slots)
 
     def _collect(self, rows: np.ndarray, best: Ended, chosen: np.ndarray, parents: np.ndarray) -> None:
         """Follow the finished hypotheses of `rows` back to their beginnings, and free the rows."""
@@ -309,10 +281,6 @@ class Pool:
             # The rules may leave no word that could come next.
             self._task.found[int(self._numbers[row])] = hypotheses or [Hypothesis([], -math.inf)]
         self._numbers[rows] = -1
-
-    def _rows(self, count: int) -> int:
-        """The smallest of the sizes that holds so many; the largest where none does."""
-        return min((size for size in self._sizes if size >= count), default=self._sizes[0])
 
     def _run(self, program: Any, *arguments: Any) -> Any:
         """Run a program. While one runs with new sizes, and so is compiled, no other thread starts a second such."""

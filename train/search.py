@@ -51,11 +51,7 @@ class Steps(Protocol):
         ...
 
     def cache(self, rows: int, slots: int) -> Any:
-        """A cache; only its shapes are asked for, and it begins as zeros."""
-        ...
-
-    def rearrange(self, cache: Any, slots: Array) -> Any:
-        """The cache of the slots `slots` [R, X] of each row, in their order."""
+        """A cache; only its shapes are asked for. It begins as zeros, and more slots are zeros after the others."""
         ...
 
     def step(
@@ -149,7 +145,7 @@ class Searcher:
         self._shapes: dict[tuple[int, ...], tuple[Sources, Search]] = {}  # of pools of these sizes
         self.admit = jax.jit(self._admit, donate_argnums=(1, 2), compiler_options=options)
         self.advance = jax.jit(self._advance, donate_argnums=2, compiler_options=options)
-        self.resize = jax.jit(self._resize, static_argnums=3, compiler_options=options)
+        self.widen = jax.jit(self._widen, static_argnums=1, compiler_options=options)
 
     def clear(
         self, prepared: Any, rows: int, length: int, prefix: int, most: int, slots: int
@@ -219,10 +215,8 @@ class Searcher:
             open=jnp.broadcast_to(taken[:, None], (len(taken), c.diverse_groups)),
         )
 
-    def _advance(
-        self, prepared: Any, sources: Sources, search: Search, numbers: Array, enough: Array, last: Array
-    ) -> Search:
-        """Search until at most `enough` [] sentences are open, until step `last` [], or until the host must make room.
+    def _advance(self, prepared: Any, sources: Sources, search: Search, numbers: Array, enough: Array) -> Search:
+        """Search until at most `enough` [] sentences are open, or until the host must make room.
 
         That is where an open one has no slots for another step, or one that has ended would lose its records.
         numbers [R] int32: which sentence each row holds; -1 for a free row.
@@ -233,28 +227,24 @@ class Searcher:
             open_ = search.rows.open.any(axis=1)
             crowded = _free(search.past).sum(axis=1) < self.config.width
             oldest = jnp.where(numbers >= 0, search.step - search.rows.began, 0).max()
-            return (
-                (open_.sum() > enough) & (search.step < last) & ~(open_ & crowded).any() & (oldest < len(search.chosen))
-            )
+            return (open_.sum() > enough) & ~(open_ & crowded).any() & (oldest < len(search.chosen))
 
         # Whoever was just seated has no past; slots and records hold that of those before, from which nobody descends.
         grown = search.step > search.rows.began
         search = search._replace(past=search.past & grown[:, None, None])
         return jax.lax.while_loop(going, partial(self._step, prepared, sources, numbers), search)
 
-    def _resize(self, sources: Sources, search: Search, keep: Array, slots: int) -> tuple[Sources, Search]:
-        """Keep the rows `keep` [R'], -1 for a free row, with `slots` each, enough for what open ones descend from."""
+    def _widen(self, search: Search, slots: int) -> Search:
+        """Give every row `slots` slots, more than it had."""
         self.compilations += 1
-        at = jnp.maximum(keep, 0)
-        sources, rows, cache, past = jax.tree.map(lambda x: x[at], (sources, search.rows, search.cache, search.past))
-        rows = rows._replace(open=rows.open & (keep >= 0)[:, None])
-        present = past.shape[2]
-        if slots != present:
-            order = jnp.argsort(_free(past), axis=1)  # what is needed first
-            order = jnp.pad(order, [(0, 0), (0, max(0, slots - present))])[:, :slots]
-            past = jnp.take_along_axis(past, order[:, None], axis=2) & (jnp.arange(slots) < present)[None, None]
-            cache = self.steps.rearrange(cache, order)
-        return sources, Search(search.step, cache, search.chosen[:, at], search.parents[:, at], past, rows)
+        rows, width, _ = search.past.shape
+
+        def fill(array: Array, to: Any) -> Array:
+            return jnp.pad(array, [(0, more - there) for more, there in zip(to.shape, array.shape, strict=True)])
+
+        cache = jax.eval_shape(partial(self.steps.cache, rows, slots))
+        past = jax.ShapeDtypeStruct((rows, width, slots), jnp.bool_)
+        return search._replace(cache=jax.tree.map(fill, search.cache, cache), past=fill(search.past, past))
 
     # One step
 

@@ -36,7 +36,6 @@ from ..models import load, save
 from ..models.heads import SmoothedSums
 from ..models.marian import Marian, MarianConfig, from_transformer
 from ..models.transformer import Transformer, TransformerConfig
-from .decode import Generator
 from .decode_config import DecodeConfig
 from .errors import RunError
 from .finetune import read_params, write_params
@@ -61,7 +60,7 @@ from .progress import Progress, duration
 from .run_folder import RunFolder
 from .sharding import Replicas, Spread, start_spread
 from .translate_config import FREE, TranslateConfig
-from .translate_run import check_vocabulary, longest_output
+from .translate_run import Translator, check_vocabulary, longest_output
 from .translate_score import corpus_scores, deciding
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -202,7 +201,9 @@ def make_rows(
     )
     too_long = rows.statistics().too_long
     if too_long and dev:
-        progress.line(f"dev: {too_long:,} pairs are too long for a row, and not in the dev loss")
+        progress.line(
+            f"dev: {too_long:,} pairs are too long for a row: not in the dev loss, long sources translated in parts"
+        )
     if too_long and config.too_long == "refuse":
         raise RunError(
             f"{too_long:,} {'dev ' if dev else ''}pairs are longer than a row of {config.row_tokens} tokens: raise "
@@ -352,7 +353,8 @@ def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas
 class Evaluation:
     """The dev set's loss, and its BLEU when it is translated.
 
-    Every process translates the whole set, on one of its devices. An empty source is translated to nothing.
+    Every process translates the whole set, on one of its devices, as `translate score` will: a source that is longer
+    than a row in parts, an empty one to nothing.
     """
 
     def __init__(
@@ -371,25 +373,22 @@ class Evaluation:
         self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
         self._step = spread.evaluate(partial(evaluation_step, model=model), learner.specs)
         self.references = [pair.target for pair in data.dev]
-        ids = data.tokenizer.encode_source([pair.source for pair in data.dev])
-        self._sources = [[*tokens, data.tokenizer.source.eos_id] for tokens in ids]
-        self._longest = longest_output(model.config, max(map(len, self._sources)))
+        self._sources = [pair.source for pair in data.dev]
+        longest = max(len(ids) + 1 for ids in data.tokenizer.encode_source(self._sources))
+        self._row_tokens = config.row_tokens
+        self._most = longest_output(model.config, min(longest, config.row_tokens))
         self._model, self._beam = model, config.dev_beam
-        self._generators: dict[int, Generator] = {}
+        self._translators: dict[int, Translator] = {}
         self.deciding = deciding(data.tokenizer.form)
 
     def translate(self, params: Any, beam: int) -> list[str]:
         """The dev set's translations by parameters on the host."""
-        if beam in self._generators:
-            self._generators[beam] = self._generators[beam].with_params(params)
+        if beam in self._translators:
+            self._translators[beam] = self._translators[beam].with_params(params)
         else:
-            decoding = DecodeConfig(beam=beam, max_length=self._longest)
-            self._generators[beam] = Generator(self._model, params, decoding)
-        outputs = self._generators[beam](self._sources)
-        return [
-            self._tokenizer.decode(found[0].tokens) if len(source) > 1 else ""
-            for source, found in zip(self._sources, outputs, strict=True)
-        ]
+            decode = DecodeConfig(beam=beam, max_length=self._most)
+            self._translators[beam] = Translator(self._model, params, self._tokenizer, decode, longest=self._row_tokens)
+        return [found[0].text for found in self._translators[beam].translate(self._sources)]
 
     def scores(self, params: Any, beam: int) -> dict[str, float]:
         """Scores of the dev set's translations by parameters on the host."""

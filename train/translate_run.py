@@ -3,12 +3,12 @@
     bestiary translate run --model runs/ende --beam 5 < source.txt > translation.txt
     bestiary translate run --model runs/ende --attention map.html < sentence.txt
 
-It reads and writes as it goes, some lines at a time, and keeps nothing of them: memory grows with the sizes that have
-been met, for each of which a program is compiled, and not with the number of lines. An empty line stays empty. Control
-characters count as spaces. A line that is longer than those of the training is translated in parts and counted, or
-refused; nothing is cut.
+It reads and writes as it goes, some lines at a time, and keeps nothing of them: a million need no more memory than a
+thousand. An empty line stays empty. Control characters count as spaces. A line that is longer than those of the
+training is translated in parts and counted, or refused; nothing is cut.
 """
 
+import copy
 import dataclasses
 import queue
 import sys
@@ -24,7 +24,7 @@ from ..data.parallel import Findings, clean_line
 from ..data.subwords import PairTokenizer
 from ..models import load
 from ..models.transformer import TransformerConfig
-from .cpu import run_in_callers, spare_callers
+from .cpu import return_freed_memory, run_in_callers, spare_callers
 from .decode import Generator, Hypothesis
 from .decode_config import DecodeConfig
 from .errors import RunError
@@ -143,6 +143,13 @@ class Translator:
             suppressed=(*decode.suppressed, tokenizer.target.pad_id),
         )
         self.generator = Generator(model, params, decode, rows=rows)
+
+    def with_params(self, params: Any) -> "Translator":
+        """The same programs with other parameters, as for a model in training; lines and findings begin anew."""
+        other = copy.copy(self)
+        other.generator = self.generator.with_params(params)
+        other.findings, other.lines = Findings(), 0
+        return other
 
     def translate(self, lines: Iterable[str]) -> list[list[Translation]]:
         """The translations of each line, the best first; in the order of the lines.
@@ -318,7 +325,11 @@ def main(config: RunConfig) -> int:
         from .attention_map import to_draw
 
         to_draw(translator.model.config, config.layers, config.heads)  # refuses what there is not, before any work
+    tidy_at = 0
     for lines in Lines(sys.stdin.buffer, config.window):
+        if translator.lines >= tidy_at:
+            return_freed_memory()
+            tidy_at = translator.lines + config.window
         found = translator.translate(lines)
         for translations in found:
             shown = translations if several else translations[:1]

@@ -1,9 +1,7 @@
 """Decoding: the reference's sequences and scores, and what batches, buckets and stopping must not change."""
 
-import contextlib
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +18,6 @@ from bestiary.models import transformer
 from bestiary.models.parity import ParityConfig, check, describe
 from bestiary.train import decode
 from bestiary.train.attention_map import attention_of
-from bestiary.train.cpu import HELPERS, spare_callers
 from bestiary.train.decode import Generator
 from bestiary.train.decode_config import DecodeConfig
 from bestiary.train.errors import RunError
@@ -68,12 +65,11 @@ def test_sequences_and_scores_are_the_references(case: dict[str, Any], tmp_path:
         np.testing.assert_allclose([[h.score for h in row] for row in found], case["scores"], atol=1e-5)
 
 
-def test_a_cache_that_grows_and_rows_that_finish_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_grows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Generator, "FIRST_SLOTS", 8)  # fewer than are needed
     monkeypatch.setattr(Generator, "FIRST_STEPS", 2)
     monkeypatch.setattr(Generator, "FEWEST_ROWS", 2)
     monkeypatch.setattr(Generator, "FEWEST_TOKENS", 8)
-    monkeypatch.setattr(Generator, "TAIL_STEPS", 0)
     generate = Generator(loaded().model, loaded().params, DecodeConfig(beam=4, max_length=10), rows=2)
     found = generate(sources())
     assert [h.tokens for (h,) in found] == [row[0][1 : row[0].index(2)] for row in CASES[0]["sequences"]]
@@ -152,9 +148,6 @@ class Chain:
     def cache(self, rows: int, slots: int) -> Any:
         return jnp.zeros(rows)
 
-    def rearrange(self, cache: Any, slots: Any) -> Any:
-        return cache
-
     def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, places: Any, mask: Any) -> Any:
         return prepared["logits"][tokens], cache, (prepared["attention"][tokens][:, None, :, : memory.shape[1]],)
 
@@ -177,8 +170,8 @@ def log_probabilities() -> np.ndarray:
 
 
 def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that shrink as sentences finish, in any order; and once all sizes were met, nothing more is compiled."""
-    for name, value in (("FIRST_SLOTS", 4), ("FIRST_STEPS", 2), ("FEWEST_ROWS", 1), ("TAIL_STEPS", 2)):
+    """In any order, many or one; and once all sizes were met, nothing more is compiled."""
+    for name, value in (("FIRST_SLOTS", 4), ("FIRST_STEPS", 2), ("FEWEST_ROWS", 1)):
         monkeypatch.setattr(Generator, name, value)
     generate = of_chain(beam=2, max_length=12, n_best=2, early_stopping="never")
     draw = np.random.default_rng(0)
@@ -209,9 +202,6 @@ class Rememberer(Chain):
     def cache(self, rows: int, slots: int) -> Any:
         return jnp.zeros((rows, slots, 8))
 
-    def rearrange(self, cache: Any, slots: Any) -> Any:
-        return jnp.take_along_axis(cache, slots[..., None], axis=1)
-
     def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, places: Any, mask: Any) -> Any:
         new = prepared["words"][tokens] * prepared["places"][positions][:, None]
         cache = cache.at[jnp.arange(len(tokens))[:, None], places].set(new, mode="drop")
@@ -236,7 +226,7 @@ class Rememberer(Chain):
 def test_many_sentences_at_many_ages_are_as_one_alone(
     cores: int, named: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots that become more and fewer, rows that are filled again, and threads."""
+    """Slots that become more, sentences that leave for another pool, rows that are filled again, and threads."""
     draw = np.random.default_rng(2)
     params = {name: draw.normal(size=(count, 8)).astype(np.float32) for name, count in (("words", 6), ("places", 32))}
     params["often"] = 2 * np.eye(WORDS, dtype=np.float32)[None, None, END]
@@ -248,7 +238,7 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
     ]
     assert len({len(row[0].tokens) for row in expected}) > 8
-    sizes = {"FIRST_SLOTS": 4, "FIRST_STEPS": 2, "FEWEST_ROWS": 1, "FEWEST_TOKENS": 4, "LANE_ROWS": 4, "TAIL_STEPS": 3}
+    sizes = {"FIRST_SLOTS": 4, "FIRST_STEPS": 2, "FEWEST_ROWS": 1, "FEWEST_TOKENS": 4, "LANE_ROWS": 4}
     for name, value in sizes.items():
         monkeypatch.setattr(Generator, name, value)
     monkeypatch.setattr(decode, "usable_cores", lambda: cores)
@@ -256,20 +246,6 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
     assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
     for row, other in zip(found, expected, strict=True):
         np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux's threads have a policy to change")
-def test_helper_threads_of_xla_are_found_and_made_to_wait() -> None:
-    if jax.default_backend() != "cpu":
-        pytest.skip("the helper threads are those of the CPU's backend")
-    spare_callers()
-    helpers = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread of an earlier test, which has ended
-            helpers += [task] if (task / "comm").read_text().strip() == HELPERS else []
-    assert helpers
-    assert {os.sched_getscheduler(int(task.name)) for task in helpers} == {os.SCHED_BATCH}
-    assert os.sched_getscheduler(0) != os.SCHED_BATCH
 
 
 def test_an_error_in_a_thread_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,17 @@ def test_an_early_end_and_separate_vocabularies(folder: Path):
     assert results["mean_of_steps"] == [2, 4]
 
 
+def test_a_dev_source_longer_than_the_model_takes_is_translated_in_parts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for side, word in (("en", "one "), ("de", "eins ")):
+        (tmp_path / f"dev.{side}").write_text((folder / f"dev.{side}").read_text() + word * 600 + "\n")
+    config = make_config(folder, "long", dev=(str(tmp_path / "dev.en"), str(tmp_path / "dev.de")), steps=4)
+    assert translate(config, Stop()) == 0
+    assert "dev: 1 pairs are too long for a row" in capsys.readouterr().err
+    assert json.loads((config.out / "results.json").read_text())["steps"] == 4
+
+
 def test_the_inverse_square_root_of_the_step():
     config = OptimConfig(learning_rate=0.5, warmup=100, decay="inverse_sqrt")
     rate = schedule(config, [(1000, None)])

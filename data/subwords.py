@@ -14,13 +14,8 @@ transformers' AutoTokenizer loads a folder with SentencePiece's files, or with t
 that is to be lower-cased or split into words must be so before. A released Marian folder loads here without
 subwords.json: its pieces are SentencePiece's, their ids those of vocab.json.
 
-Subword regularisation gives a text another segmentation each time, a pure function of (seed, epoch, index). Since a
-piece never crosses a space, words are drawn one by one:
-
-- unigram (Kudo 2018, 3.2): a word's segmentation is drawn from all of them with probability proportional to P^alpha.
-- BPE dropout (Provilkov et al. 2020, 3.1): each merge is left out with a probability at each step. A word has a bank of
-  `BANK` such segmentations an epoch, and an occurrence takes one of them: its distribution is exactly the paper's,
-  while two occurrences of a frequent word in one epoch may share one.
+Subword regularisation (`segmentation`) gives a text another segmentation each time, a pure function of (seed, epoch,
+index). Since a piece never crosses a space, words are drawn one by one.
 """
 
 from __future__ import annotations
@@ -28,8 +23,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -40,13 +33,12 @@ import numpy as np
 
 from .errors import DataError
 from .packing import ranges
+from .segmentation import banked, merge, mixed, segmentations, walk
 
 Kind = Literal["unigram", "bpe", "word-bpe"]
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPACE = "▁"
 WORD_END = "</w>"
-BANK = 32
-_SAMPLE = 3  # what a random stream is for
 _CONFIG = "subwords.json"
 _REFERENCE_CONFIG = "tokenizer_config.json"
 _LONGEST = "model_max_length"
@@ -242,9 +234,12 @@ class SentencePieceSide:
         if self.unigram:
             lattice = self._drawn.get((word, amount))
             if lattice is None:
-                self._drawn[word, amount] = lattice = self._lattice(word, amount)
-            return self._walk(lattice, number)
-        return _banked(self._drawn, word, number, amount, key, self._merge)
+                longest, unknown = self._bounds
+                self._drawn[word, amount] = lattice = segmentations(
+                    word, self._pieces, longest, (self.unk_id, unknown), amount
+                )
+            return self._joined(walk(lattice, number))
+        return banked(self._drawn, word, number, amount, key, self._merge)
 
     def save(self, path: Path) -> None:
         path.with_name(f"{path.name}.spm").write_bytes(self.state)
@@ -281,42 +276,6 @@ class SentencePieceSide:
         """Characters of the longest piece, and the score of an unknown character, which is the library's."""
         return max(map(len, self._pieces)), min(score for _, score in self._pieces.values()) - 10.0
 
-    def _lattice(self, word: str, alpha: float) -> list[list[tuple[float, int, int]]]:
-        """For each end in the word, the pieces that end there: (cumulative probability, start, id).
-
-        The probability is that of being the last piece of the word up to there, with P^alpha: drawn from the end back,
-        a whole segmentation has exactly its share of all of them (forward filtering, backward sampling).
-        """
-        pieces, (longest, unknown) = self._pieces, self._bounds
-        total = [0.0] + [-math.inf] * len(word)  # logarithm of the sum over segmentations up to here
-        lattice: list[list[tuple[float, int, int]]] = [[]]
-        for end in range(1, len(word) + 1):
-            found = []
-            for start in range(max(0, end - longest), end):
-                piece = pieces.get(word[start:end])
-                if piece is None and end - start == 1:
-                    piece = (self.unk_id, unknown)
-                if piece is not None:
-                    found.append((total[start] + alpha * piece[1], start, piece[0]))
-            top = max(score for score, _, _ in found)
-            weights = [math.exp(score - top) for score, _, _ in found]
-            total[end] = top + math.log(sum(weights))
-            ends = np.cumsum(weights) / sum(weights)
-            lattice.append([(float(e), start, i) for e, (_, start, i) in zip(ends, found, strict=True)])
-        return lattice
-
-    def _walk(self, lattice: list[list[tuple[float, int, int]]], number: int) -> list[int]:
-        ids: list[int] = []
-        end = len(lattice) - 1
-        while end:
-            number = (number * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's generator, high bits used
-            share = (number >> 11) * 2.0**-53
-            choice = min(bisect_left(lattice[end], (share,)), len(lattice[end]) - 1)
-            _, end, piece = lattice[end][choice]
-            if piece != self.unk_id or not ids or ids[-1] != piece:  # the library joins what is unknown
-                ids.append(piece)
-        return ids[::-1]
-
     def _merge(self, word: str, dropout: float, draw: Iterator[float]) -> list[int]:
         pieces = self._pieces
 
@@ -324,12 +283,12 @@ class SentencePieceSide:
             found = pieces.get(left + right)
             return None if found is None else -found[1]
 
-        ids: list[int] = []
-        for piece in merge(list(word), rank, dropout, draw):
-            found = pieces[piece][0] if piece in pieces else self.unk_id
-            if found != self.unk_id or not ids or ids[-1] != found:  # the library joins what is unknown, too
-                ids.append(found)
-        return ids
+        merged = merge(list(word), rank, dropout, draw)
+        return self._joined([pieces[piece][0] if piece in pieces else self.unk_id for piece in merged])
+
+    def _joined(self, ids: list[int]) -> list[int]:
+        """One unknown piece for several in turn, as the library has it."""
+        return [i for i, before in zip(ids, [None, *ids], strict=False) if i != self.unk_id or i != before]
 
 
 class MarianSide:
@@ -407,7 +366,7 @@ class WordBpeSide:
         return text.split()
 
     def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
-        return _banked(self._drawn, word, number, amount, key, self._merge)
+        return banked(self._drawn, word, number, amount, key, self._merge)
 
     def save(self, path: Path) -> None:
         self.backend.save(str(path.with_name(f"{path.name}.json")), pretty=True)
@@ -416,59 +375,6 @@ class WordBpeSide:
         symbols = [*word[:-1], word[-1] + WORD_END]
         pieces = merge(symbols, lambda left, right: self._ranks.get((left, right)), dropout, draw)
         return [self.vocabulary.get(piece, self.unk_id) for piece in pieces]
-
-
-def merge(
-    symbols: list[str], rank: Callable[[str, str], float | None], dropout: float, draw: Iterator[float]
-) -> list[str]:
-    """Merge neighbours, the pair of lowest rank first and the leftmost of equals, until none is left to be merged.
-
-    Args:
-        symbols: of a word, changed in place.
-        rank: of two neighbours; None where they are not merged.
-        dropout: probability that a merge is left out, at every step anew (Provilkov et al. 2020, algorithm 1).
-        draw: uniform numbers in [0, 1); none is drawn without dropout.
-    """
-    while len(symbols) > 1:
-        lowest, place = None, -1
-        for i in range(len(symbols) - 1):
-            found = rank(symbols[i], symbols[i + 1])
-            if found is None or (dropout and next(draw) < dropout):
-                continue
-            if lowest is None or found < lowest:
-                lowest, place = found, i
-        if lowest is None:
-            break
-        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
-    return symbols
-
-
-def _banked(
-    kept: dict[Any, Any],
-    word: str,
-    number: int,
-    dropout: float,
-    key: tuple[int, ...],
-    split: Callable[[str, float, Iterator[float]], list[int]],
-) -> list[int]:
-    """One of the word's segmentations of this epoch."""
-    if kept.get("key") != (key, dropout):
-        kept.clear()
-        kept["key"] = (key, dropout)
-    slot = number % BANK
-    found = kept.get((word, slot))
-    if found is None:
-        name = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little", signed=True)
-        kept[word, slot] = found = split(word, dropout, _uniforms(*key, name, slot))
-    return found
-
-
-def _uniforms(*key: int) -> Iterator[float]:
-    """Numbers in [0, 1) without end."""
-    start = 0
-    while True:
-        yield from ((_hash(*key, np.arange(start, start + 64)) >> np.uint64(11)) * 2.0**-53).tolist()
-        start += 64
 
 
 def sample(
@@ -487,7 +393,7 @@ def sample(
     split = [side.words(text) for text in texts]
     counts = np.array([len(words) for words in split], np.int64)
     places = ranges(np.zeros(len(split), np.int64), counts)
-    numbers = iter(_hash(seed, role, epoch, np.repeat(np.fromiter(indexes, np.int64), counts), places).tolist())
+    numbers = iter(mixed(seed, role, epoch, np.repeat(np.fromiter(indexes, np.int64), counts), places).tolist())
     result = []
     for words in split:
         ids: list[int] = []
@@ -495,18 +401,6 @@ def sample(
             ids += side.draw(word, next(numbers), amount, (seed, role, epoch))
         result.append(ids)
     return result
-
-
-def _hash(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 of the parts, numbers or arrays of one length: each mixed in by splitmix64's finaliser (Steele 2014)."""
-    state = np.uint64(_SAMPLE)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -20,12 +20,17 @@ class ConfigError(ValueError):
     """A config.json that this version cannot follow, with everything that is wrong with it."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; ConfigError where it holds none."""
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ConfigError where it is none."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON in UTF-8 ({error})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; ConfigError where it holds none."""
+    stored = read_json(path)
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: expected an object, found {type(stored).__name__}")
     return stored

@@ -59,6 +59,7 @@ TOKENIZER_FILES = (
 STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+PROBLEMS_SHOWN = 20
 
 
 class Tokenizer(Protocol):
@@ -305,8 +306,10 @@ def _architecture_for(family: Any, head: str, config: Any, tensors: "Tensors") -
 
 
 def _require_all(placed: Placed, folder: Path) -> None:
-    problems = [f"{name}: no parameter of this model" for name in placed.unmapped]
-    problems += [f"{name}: not in the checkpoint" for name in placed.missing]
+    problems = []
+    for names, what in ((placed.unmapped, "no parameter of this model"), (placed.missing, "not in the checkpoint")):
+        problems += [f"{name}: {what}" for name in names[:PROBLEMS_SHOWN]]
+        problems += [f"and {len(names) - PROBLEMS_SHOWN:,} more: {what}"] if len(names) > PROBLEMS_SHOWN else []
     if problems:
         raise CheckpointError("\n  ".join([f"{folder}: the tensors are not those of the model:", *problems]))
 

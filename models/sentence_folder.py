@@ -11,9 +11,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .config import ConfigError
+from .config import ConfigError, read_json, read_object
 
 # What 1_Pooling/config.json may ask for, in the order in which the vectors are joined: what it is called here, the key
 # that is set to true, and the name that `pooling_mode` may give instead.
@@ -44,7 +44,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     """
     if not (folder / "modules.json").is_file():
         return None
-    modules = _read(folder / "modules.json")
+    modules = read_json(folder / "modules.json")
     try:
         kinds = [(str(module["type"]).rpartition(".")[2], folder / module["path"]) for module in modules]
     except (TypeError, KeyError):
@@ -56,9 +56,9 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
             f"order; found {', '.join(names) or 'none'}"
         )
     encoder, pooling = kinds[0][1], kinds[1][1] / "config.json"
-    settings = _read(encoder / "sentence_bert_config.json") if (encoder / "sentence_bert_config.json").is_file() else {}
-    prompts = folder / "config_sentence_transformers.json"
-    general = _read(prompts) if prompts.is_file() else {}
+    own, prompts = encoder / "sentence_bert_config.json", folder / "config_sentence_transformers.json"
+    settings = read_object(own) if own.is_file() else {}
+    general = read_object(prompts) if prompts.is_file() else {}
     name = general.get("default_prompt_name")
     if name is not None and name not in (general.get("prompts") or {}):
         raise ConfigError(f"{prompts}: default_prompt_name is {json.dumps(name)}, which is not among its prompts")
@@ -74,7 +74,9 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
 
 
 def _poolings(path: Path, prompt: str) -> tuple[str, ...]:
-    stored = _read(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; modules.json names this folder")
+    stored = read_object(path)
     if prompt and not stored.get("include_prompt", True):
         raise ConfigError(f"{path}: include_prompt: only true is implemented with a prompt, found false")
     mode = stored.get("pooling_mode")
@@ -90,12 +92,3 @@ def _poolings(path: Path, prompt: str) -> tuple[str, ...]:
             f"{path}: only {known} are implemented; {f'found {unknown[0]}' if unknown else 'none of them is true'}"
         )
     return tuple(name for name, names in POOLINGS.items() if any(key in names for key in asked))
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; modules.json names this folder")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON in UTF-8 ({error})") from None

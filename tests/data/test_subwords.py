@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bestiary.data.errors import DataError
-from bestiary.data.subwords import PairTokenizer, TextForm, load_subwords, merge, sample, train_subwords
+from bestiary.data.segmentation import merge
+from bestiary.data.subwords import PairTokenizer, TextForm, load_subwords, sample, train_subwords
 
 KINDS = ("unigram", "bpe", "word-bpe")
 SOURCE = [

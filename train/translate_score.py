@@ -4,14 +4,14 @@
     bestiary translate score --hypothesis translation.txt --reference test.de.gz
 
 `bleu` and `chrf` are what to report: sacreBLEU (Post 2018) splits words itself, so they compare between systems.
-`tokenised_bleu` is multi-bleu.perl's: of words as the model's own tokeniser splits them. It compares only where both
-sides were prepared alike, as the figures of papers that quote it.
+`tokenised_bleu` is multi-bleu.perl's, of words as the Moses scripts split them, and `tokenised_bleu_lowercase` the same
+with -lc. They compare only where both sides were prepared so, as with the figures of papers that quote them.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
     values: dict[str, float]
     signatures: dict[str, str]
-    details: str  # of the tokenised BLEU, as multi-bleu.perl prints it
+    details: dict[str, str]  # of the tokenised ones, as multi-bleu.perl prints them
 
     def __str__(self) -> str:
         shown = "  ".join(f"{name} {value:.2f}" for name, value in self.values.items())
@@ -53,33 +53,39 @@ def corpus_scores(
 
     Args:
         translations, references: running text.
-        form: how both are brought into words for the tokenised BLEU.
-        prepared: the translations as the model wrote them, in words already; None: they are prepared as the references.
+        form: the languages, the second of which this is, and whether translations are in lower case, as the references
+            then are for the tokenised BLEU.
+        prepared: the translations as a model wrote them, in Moses' words already; None: they are split as references.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
     cased, lower, chrf = BLEU(), BLEU(lowercase=True), CHRF()
-    tokenised = BLEU(tokenize="none", force=True, smooth_method="none")
     lists = list(translations), [list(references)]
     bleu = cased.corpus_score(*lists)
-    words = tokenised.corpus_score(
-        [form.prepare(text, target=True) for text in translations] if prepared is None else list(prepared),
-        [[form.prepare(text, target=True) for text in references]],
+    in_words = replace(form, moses=True)
+    words = (
+        [in_words.prepare(text, target=True) for text in translations] if prepared is None else list(prepared),
+        [[in_words.prepare(text, target=True) for text in references]],
     )
+    tokenised = {
+        name: BLEU(tokenize="none", force=True, smooth_method="none", lowercase=lowercase).corpus_score(*words)
+        for name, lowercase in (("tokenised_bleu", False), ("tokenised_bleu_lowercase", True))
+    }
     values = {
         "bleu": bleu.score,
         "bleu_lowercase": lower.corpus_score(*lists).score,
         "chrf": chrf.corpus_score(*lists).score,
-        "tokenised_bleu": words.score,
+        **{name: found.score for name, found in tokenised.items()},
         "exact_match": 100 * sum(map(str.__eq__, translations, references)) / max(1, len(references)),
     }
     signatures = {"bleu_signature": str(cased.get_signature()), "chrf_signature": str(chrf.get_signature())}
-    precisions = "/".join(f"{precision:.1f}" for precision in words.precisions)
-    details = (
-        f"BLEU = {words.score:.2f}, {precisions} (BP={words.bp:.3f}, "
-        f"ratio={words.sys_len / max(1, words.ref_len):.3f}, hyp_len={words.sys_len}, ref_len={words.ref_len})"
-    )
+    details = {
+        name: f"BLEU = {found.score:.2f}, {'/'.join(f'{precision:.1f}' for precision in found.precisions)} "
+        f"(BP={found.bp:.3f}, ratio={found.sys_len / max(1, found.ref_len):.3f}, hyp_len={found.sys_len}, "
+        f"ref_len={found.ref_len})"
+        for name, found in tokenised.items()
+    }
     return Scores(values, signatures, details)
 
 
@@ -94,14 +100,9 @@ class ScoreConfig:
     source: Path | None = None
     """File of source sentences, as many as references."""
     hypothesis: Path | None = None
-    """File of translations to score, instead of --model and --source. Tokenised BLEU then takes --lowercase and --moses
-    to be what it is with the model that was trained so."""
-    lowercase: bool = False
-    """With --hypothesis: lower-case both sides for the tokenised BLEU."""
-    moses: bool = False
-    """With --hypothesis: split both sides' words as Moses does for the tokenised BLEU."""
+    """File of translations to score, instead of --model and --source."""
     language: str = "de"
-    """With --hypothesis: language of the text, for --moses."""
+    """With --hypothesis: language of the text (ISO 639-1), by which the tokenised BLEU splits words."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
     """Sentences that are translated together."""
@@ -129,7 +130,7 @@ def main(config: ScoreConfig) -> int:
     if config.model is None or config.source is None:
         assert config.hypothesis is not None
         references, translations = read_two(config.reference, config.hypothesis)
-        form = TextForm((config.language, config.language), config.lowercase, config.moses)
+        form = TextForm((config.language, config.language))
         prepared = None
     else:
         sources, references = read_two(config.source, config.reference)
@@ -144,8 +145,8 @@ def main(config: ScoreConfig) -> int:
         result["settings"] = {**how, "batch": config.batch, "dtype": config.dtype}
         result["seconds_with_compilation"] = seconds
         translations = [found[0].text for found in translated]
-        prepared = [found[0].prepared for found in translated]
         form = translator.tokenizer.form
+        prepared = [found[0].prepared for found in translated] if form.moses else None
         for note in translator.findings:
             progress.line(note)
         if config.translations is not None:
@@ -154,7 +155,8 @@ def main(config: ScoreConfig) -> int:
     result |= {"sentences": len(references), **found.values, **found.signatures}
     result["tokenised_bleu_details"] = found.details
     progress.line(f"{len(references):,} sentences")
-    progress.line(f"tokenised (multi-bleu style): {found.details}")
+    for name, line in found.details.items():
+        progress.line(f"{name} (multi-bleu style): {line}")
     if config.out is not None:
         write_json(config.out, result)
     print(json.dumps(result, indent=2))

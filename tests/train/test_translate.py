@@ -395,8 +395,13 @@ def test_scores_are_sacrebleus_and_multi_bleus():
     assert "tok:13a" in found.signatures["bleu_signature"]
     # multi-bleu.perl of these lines, by hand: 12, 8, 6, 4 of 14, 12, 10, 8 n-grams; 14 words for 16
     expected = 100 * np.exp(1 - 16 / 14 + np.log([12 / 14, 8 / 12, 6 / 10, 4 / 8]).mean())
-    np.testing.assert_allclose(found.values["tokenised_bleu"], expected, rtol=1e-9)
-    assert "hyp_len=14, ref_len=16" in found.details
+    lower = 100 * np.exp(1 - 16 / 14 + np.log([13 / 14, 9 / 12, 6 / 10, 4 / 8]).mean())
+    joined = [[text.replace(" .", ".") for text in texts] for texts in (translations, references)]
+    for texts in ((translations, references), joined):  # Moses parts the full stop, if it is not parted
+        found = corpus_scores(*texts, TextForm())
+        np.testing.assert_allclose(found.values["tokenised_bleu"], expected, rtol=1e-9)
+        np.testing.assert_allclose(found.values["tokenised_bleu_lowercase"], lower, rtol=1e-9)
+        assert "hyp_len=14, ref_len=16" in found.details["tokenised_bleu"]
 
 
 def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_path: Path):

@@ -13,6 +13,7 @@
     stream.py       the stream of batches (Grain)
     parallel.py     pairs of sentences from two files, TSV, JSON lines and TFDS folders
     subwords.py     pieces for translation: SentencePiece and BPE, trained, sampled, saved
+    segmentation.py subword regularisation: a word's segmentations, drawn by number
     translation.py  pairs as rows of an encoder and a decoder, packed on both sides
     phrases.py      the parallel text that comes along: CLDR's dates, durations, amounts and quantities
     examples.py     fine-tuning's features: batches of a fixed number of them in packed rows of few shapes

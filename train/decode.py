@@ -57,8 +57,9 @@ class Generator:
     """
 
     # Every size takes seconds to compile, so there are few: rows and slots go in steps of four, tokens in steps of two.
-    FIRST_SLOTS = 64  # slots of a sentence at first, or of FIRST_STEPS steps, or two a source token, whichever is most
+    FIRST_SLOTS = 64  # slots of a sentence at first, or as for FIRST_STEPS steps or TOKEN_SLOTS a source token if more
     FIRST_STEPS = 16
+    TOKEN_SLOTS = 2
     FEWEST_ROWS = 4  # fewer sentences are filled up
     FEWEST_TOKENS = 32  # a shorter source or prefix is filled up
     LANE_ROWS = 32  # sentences that are worth a core of their own
@@ -156,11 +157,11 @@ class Generator:
         sizes, late = self.row_sizes, False
         while order and not task.cancelled.is_set():
             waiting, left = list(order), []
-            while waiting:
+            while waiting and not task.cancelled.is_set():
                 length = longest if late else self._rounded(len(task.sources[waiting[0]]))
-                rows = min((size for size in sizes if size >= len(waiting)), default=sizes[0])
+                alike = sum(late or self._rounded(len(task.sources[i])) == length for i in waiting)
+                rows = min((size for size in sizes if size >= alike), default=sizes[0])
                 # Where those of this length leave rows free, shorter ones sit in them.
-                alike = sum(self._rounded(len(task.sources[i])) == length for i in waiting)
                 share = Pool.share(rows)
                 count = max(rows, -(-alike // share) * share)
                 left += Pool(self, task, waiting[:count], rows, length, late).search()
@@ -173,7 +174,7 @@ class Generator:
 
 
 class Pool:
-    """The host's side of searching sentences of about one length.
+    """The host's side of searching some sentences.
 
     Args:
         generator: what for.
@@ -190,8 +191,8 @@ class Pool:
         self._generator, self._task, self._waiting = generator, task, waiting
         self._searcher, self._prepared = generator._searcher, generator.prepared
         width = generator.config.width
-        first_slots = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, 2 * length) * (4 if late else 1)
-        self._slots = [min(task.most * width, first_slots)]
+        first = max(generator.FIRST_SLOTS, generator.FIRST_STEPS * width, generator.TOKEN_SLOTS * length)
+        self._slots = [min(task.most * width, 4 * first if late else first)]
         while self._slots[-1] < task.most * width:
             self._slots.append(min(task.most * width, 4 * self._slots[-1]))
         self._length = length

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -60,8 +60,8 @@ from .progress import Progress, duration
 from .run_folder import RunFolder
 from .sharding import Replicas, Spread, start_spread
 from .translate_config import FREE, TranslateConfig
-from .translate_run import Translator, check_vocabulary, longest_output
-from .translate_score import corpus_scores, deciding
+from .translate_run import Translation, Translator, check_vocabulary, longest_output
+from .translate_score import Scores, corpus_scores, deciding
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
@@ -353,8 +353,8 @@ def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas
 class Evaluation:
     """The dev set's loss, and its BLEU when it is translated.
 
-    Every process translates the whole set, on one of its devices, as `translate score` will: a source that is longer
-    than a row in parts, an empty one to nothing.
+    Every process translates the whole set, on one of its devices: a source that is longer than a row in parts, as
+    `translate score` does, an empty one to nothing.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class Evaluation:
         index, count = spread.share(config.rows)
         self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
         self._step = spread.evaluate(partial(evaluation_step, model=model), learner.specs)
-        self.references = [pair.target for pair in data.dev]
+        self._references = [pair.target for pair in data.dev]
         self._sources = [pair.source for pair in data.dev]
         longest = max(len(ids) + 1 for ids in data.tokenizer.encode_source(self._sources))
         self._row_tokens = config.row_tokens
@@ -381,19 +381,20 @@ class Evaluation:
         self._translators: dict[int, Translator] = {}
         self.deciding = deciding(data.tokenizer.form)
 
-    def translate(self, params: Any, beam: int) -> list[str]:
+    def translate(self, params: Any, beam: int) -> list[Translation]:
         """The dev set's translations by parameters on the host."""
         if beam in self._translators:
             self._translators[beam] = self._translators[beam].with_params(params)
         else:
             decode = DecodeConfig(beam=beam, max_length=self._most)
             self._translators[beam] = Translator(self._model, params, self._tokenizer, decode, longest=self._row_tokens)
-        return [found[0].text for found in self._translators[beam].translate(self._sources)]
+        return [found[0] for found in self._translators[beam].translate(self._sources)]
 
-    def scores(self, params: Any, beam: int) -> dict[str, float]:
-        """Scores of the dev set's translations by parameters on the host."""
-        found = corpus_scores(self.translate(params, beam), self.references, self._tokenizer.form)
-        return found.values
+    def scores(self, translations: Sequence[Translation]) -> Scores:
+        """Scores of the dev set's translations."""
+        form = self._tokenizer.form
+        prepared = [found.prepared for found in translations] if form.moses else None
+        return corpus_scores([found.text for found in translations], self._references, form, prepared)
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         running = kept_params(state, self._optim)
@@ -403,7 +404,7 @@ class Evaluation:
             if stop.signal is not None and jax.process_count() == 1:
                 return None
         params = on_host(self._spread.leave(running))
-        scores = self.scores(params, self._beam)
+        scores = self.scores(self.translate(params, self._beam)).values
         if stop.signal is not None and jax.process_count() == 1:
             return None
         self._keep(int(on_host(self._spread.leave(state.step))), params, scores[self.deciding])
@@ -555,12 +556,12 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
             params = read_params(best_file) if config.patience else last
         save(config.out / "model", *released(model, params), data.tokenizer.with_longest(config.row_tokens))
         translations = evaluate.translate(params, config.final_beam)
-        found = corpus_scores(translations, evaluate.references, data.tokenizer.form)
+        found = evaluate.scores(translations)
         progress.line(f"dev, beam {config.final_beam}: {found}")
         run.finish(results(config, data, fitted, found.values | found.signatures, over, count_parameters(params)))
         for pair, translation in list(zip(data.dev, translations, strict=True))[:5]:
-            mark = "ok" if translation == pair.target else f"for {pair.target}"
-            progress.line(f"  {pair.source} → {translation} ({mark})")
+            mark = "ok" if translation.text == pair.target else f"for {pair.target}"
+            progress.line(f"  {pair.source} → {translation.text} ({mark})")
         progress.line(f"done in {duration(time.perf_counter() - started)}; the model is in {config.out / 'model'}")
     run.close()
     return 0

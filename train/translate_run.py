@@ -3,9 +3,9 @@
     bestiary translate run --model runs/ende --beam 5 < source.txt > translation.txt
     bestiary translate run --model runs/ende --attention map.html < sentence.txt
 
-It reads and writes as it goes, some lines at a time, and keeps nothing of them: a million need no more memory than a
-thousand. An empty line stays empty. Control characters count as spaces. A line that is longer than those of the
-training is translated in parts and counted, or refused; nothing is cut.
+It reads and writes as it goes, some lines at a time, and keeps nothing of them: a million need no more memory than the
+first thousand, if these have long lines among them too. An empty line stays empty. Control characters count as spaces.
+A line that is longer than those of the training is translated in parts and counted, or refused; nothing is cut.
 """
 
 import copy
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
+import jax
 import tyro
 
 from ..data.parallel import Findings, clean_line
@@ -135,7 +136,7 @@ class Translator:
         self.model, self.tokenizer, self.too_long = model, tokenizer, too_long
         positions = model.config.positions
         self.longest = min(positions, longest or tokenizer.longest or positions)
-        self.findings, self.lines = Findings(), 0
+        self.findings, self.lines, self._sentences = Findings(), 0, 0
         # Padding is never written, as in the reference's generation settings of Marian.
         decode = self.decode = dataclasses.replace(
             decode,
@@ -148,7 +149,7 @@ class Translator:
         """The same programs with other parameters, as for a model in training; lines and findings begin anew."""
         other = copy.copy(self)
         other.generator = self.generator.with_params(params)
-        other.findings, other.lines = Findings(), 0
+        other.findings, other.lines, other._sentences = Findings(), 0, 0
         return other
 
     def translate(self, lines: Iterable[str]) -> list[list[Translation]]:
@@ -166,7 +167,8 @@ class Translator:
             found = self._parts(text) if text else []
             parts += found
             counts.append(len(found))
-        outputs = iter(self.generator(parts)) if parts else iter(())
+        outputs = iter(self.generator(parts, first=self._sentences))
+        self._sentences += len(parts)
         return [self._join([next(outputs) for _ in range(count)], number) for number, count in enumerate(counts, first)]
 
     def _parts(self, text: str) -> list[list[int]]:
@@ -327,7 +329,7 @@ def main(config: RunConfig) -> int:
         to_draw(translator.model.config, config.layers, config.heads)  # refuses what there is not, before any work
     tidy_at = 0
     for lines in Lines(sys.stdin.buffer, config.window):
-        if translator.lines >= tidy_at:
+        if translator.lines >= tidy_at and jax.default_backend() == "cpu":
             return_freed_memory()
             tidy_at = translator.lines + config.window
         found = translator.translate(lines)

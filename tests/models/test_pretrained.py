@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from bestiary import models
 from bestiary.models.bert import Bert, BertConfig, BertForMaskedLM, BertForPreTraining
 from bestiary.models.config import ConfigError
-from bestiary.models.pretrained import load_with_report
+from bestiary.models.pretrained import PROBLEMS_SHOWN, load_with_report
 from bestiary.models.tables import CheckpointError, Reshaped, Transposed, flatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -328,6 +329,17 @@ def test_unmapped_and_missing_tensors_are_named_together(tmp_path: Path) -> None
         "qa_outputs.bias: not in the checkpoint",
     ):
         assert line in str(caught.value)
+
+
+def test_of_many_tensors_that_do_not_fit_some_are_named(tmp_path: Path) -> None:
+    source = folder(tmp_path, "bert_span", rename=lambda name: f"other.{name}")
+    with pytest.raises(CheckpointError) as caught:
+        models.load(source)
+    said = str(caught.value).splitlines()
+    for what in ("no parameter of this model", "not in the checkpoint"):
+        lines = [line for line in said if line.endswith(what)]
+        assert len(lines) == PROBLEMS_SHOWN + 1
+        assert re.match(rf"  and \d+ more: {what}", lines[-1])
 
 
 def test_shapes_that_do_not_fit_are_named_together(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_helper_threads_of_xla_are_found_and_made_to_wait() -> None:
 
 
 KEEP_AND_RETURN = """
+import resource
 from pathlib import Path
 from bestiary.train.cpu import keep_freed_memory, return_freed_memory
 
@@ -35,7 +36,7 @@ keep_freed_memory()
 import numpy as np
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 before = resident()
 blocks = [np.ones(1 << 18) for _ in range(100)]  # 2 MiB each

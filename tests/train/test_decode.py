@@ -65,13 +65,31 @@ def test_sequences_and_scores_are_the_references(case: dict[str, Any], tmp_path:
         np.testing.assert_allclose([[h.score for h in row] for row in found], case["scores"], atol=1e-5)
 
 
+def small_sizes(monkeypatch: pytest.MonkeyPatch, **more: int) -> None:
+    """Fewer slots than are needed, so that they must become more, and lengths that differ."""
+    sizes = {"FIRST_SLOTS": 4, "FIRST_STEPS": 2, "TOKEN_SLOTS": 0, "FEWEST_ROWS": 2, "FEWEST_TOKENS": 4}
+    for name, value in (sizes | more).items():
+        monkeypatch.setattr(Generator, name, value)
+
+
+def counted(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch | None = None) -> list[None]:
+    """A list that becomes longer with each call of the owner's function."""
+    calls, function = list[None](), getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(None)
+        return function(*arguments)
+
+    (monkeypatch.setattr if monkeypatch else setattr)(owner, name, call)
+    return calls
+
+
 def test_a_cache_that_grows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Generator, "FIRST_SLOTS", 8)  # fewer than are needed
-    monkeypatch.setattr(Generator, "FIRST_STEPS", 2)
-    monkeypatch.setattr(Generator, "FEWEST_ROWS", 2)
-    monkeypatch.setattr(Generator, "FEWEST_TOKENS", 8)
+    small_sizes(monkeypatch, FIRST_SLOTS=8)
     generate = Generator(loaded().model, loaded().params, DecodeConfig(beam=4, max_length=10), rows=2)
+    widened = counted(generate._searcher, "widen")
     found = generate(sources())
+    assert widened
     assert [h.tokens for (h,) in found] == [row[0][1 : row[0].index(2)] for row in CASES[0]["sequences"]]
     np.testing.assert_allclose([[h.score for h in row] for row in found], CASES[0]["scores"], atol=1e-5)
 
@@ -171,8 +189,7 @@ def log_probabilities() -> np.ndarray:
 
 def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """In any order, many or one; and once all sizes were met, nothing more is compiled."""
-    for name, value in (("FIRST_SLOTS", 4), ("FIRST_STEPS", 2), ("FEWEST_ROWS", 1)):
-        monkeypatch.setattr(Generator, name, value)
+    small_sizes(monkeypatch, FEWEST_ROWS=1)
     generate = of_chain(beam=2, max_length=12, n_best=2, early_stopping="never")
     draw = np.random.default_rng(0)
     texts = [[2] * n for n in range(1, 10)]
@@ -238,30 +255,35 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
     ]
     assert len({len(row[0].tokens) for row in expected}) > 8
-    sizes = {"FIRST_SLOTS": 4, "FIRST_STEPS": 2, "FEWEST_ROWS": 1, "FEWEST_TOKENS": 4, "LANE_ROWS": 4}
-    for name, value in sizes.items():
-        monkeypatch.setattr(Generator, name, value)
+    small_sizes(monkeypatch, FEWEST_ROWS=1, LANE_ROWS=4)
     monkeypatch.setattr(decode, "usable_cores", lambda: cores)
-    found = Generator(Rememberer(), params, config, rows=12)(texts, prefixes)
+    generate = Generator(Rememberer(), params, config, rows=12)
+    widened, left = counted(generate._searcher, "widen"), counted(decode.Pool, "_close", monkeypatch)
+    found = generate(texts, prefixes)
+    assert widened
+    assert left or config.width == 1  # these all need more slots, together
     assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
     for row, other in zip(found, expected, strict=True):
         np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
 
 
 def test_an_error_in_a_thread_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Generator, "LANE_ROWS", 1)
+    small_sizes(monkeypatch, LANE_ROWS=1)
     monkeypatch.setattr(decode, "usable_cores", lambda: 2)
     generate = of_chain(beam=2, max_length=5)
     searched = []
 
-    def search(self: Any) -> None:
-        searched.append(self)
-        raise MemoryError("no room")
+    def search(pool: Any) -> list[int]:
+        searched.append(pool)
+        if len(searched) == 1:
+            raise MemoryError("no room")
+        assert pool._task.cancelled.wait(timeout=60)
+        return []
 
     monkeypatch.setattr(decode.Pool, "search", search)
     with pytest.raises(MemoryError, match="no room"):
         generate([[2] * n for n in range(1, 33)])
-    assert len(searched) <= 4  # two lengths, two threads
+    assert len(searched) <= 2  # of two threads, which have four lengths each
 
 
 def test_nothing_is_left_to_say() -> None:

@@ -345,7 +345,7 @@ def main(config: RunConfig) -> int:
             count = draw_attention(to_fill, translator, lines, config.layers, config.heads)
             progress.line(f"attention of {count} sentences drawn in {to_fill}")
             to_fill = None
-        progress.update(f"{translator.lines:,} lines translated")
+        progress.update(f"{translator.lines:,} {'line' if translator.lines == 1 else 'lines'} translated")
     for note in translator.findings:
         progress.line(note)
     return 0

@@ -69,6 +69,11 @@ def test_an_unknown_command_is_named():
     assert "there is no command 'pretrian'" in done.stderr
 
 
+def test_half_a_command_is_told_the_rest(capsys: pytest.CaptureFixture[str]):
+    assert main(["translate", "--help"]) == 2
+    assert "translate train, translate run, translate score" in capsys.readouterr().err
+
+
 def test_rooms_import_one_way(repository):
     """train -> models -> kernels, train -> data; kernels and data know nobody."""
     allowed = {"train": {"models", "kernels", "data"}, "models": {"kernels", "data"}, "kernels": set(), "data": set()}

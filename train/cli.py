@@ -100,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         if tuple(arguments[: len(words)]) == words:
             return _guarded(words, module, config, arguments[len(words) :])
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))
+    parts = [" ".join(words) for words in COMMANDS if words[:-1] == (asked,)]
+    if parts:
+        print(f"bestiary: {asked!r} is one of {', '.join(parts)}: see --help after these.", file=sys.stderr)
+        return 2
     print(f"bestiary: there is no command {asked!r}.\n\n{usage()}", end="", file=sys.stderr)
     return 2
 

@@ -34,7 +34,7 @@ class DecodeConfig:
     diversity_penalty: float = 0.5
     """what a token loses for each time that a group before has chosen it at this step"""
     sample: bool = False
-    """draw tokens instead of taking the most probable"""
+    """draw tokens instead of taking the most probable; takes beam 1"""
     temperature: float = 1.0
     """what logits are divided by before drawing"""
     top_k: int = 0
@@ -64,7 +64,7 @@ class DecodeConfig:
         if self.beam % self.diverse_groups:
             raise RunError(f"diverse_groups: expected a divisor of beam {self.beam}, found {self.diverse_groups}")
         if self.sample and self.beam > 1:
-            raise RunError("sample: draws independent outputs, so beam must be 1; n_best says how many")
+            raise RunError("sample: draws independent outputs, so beam must be 1 (--beam 1); n_best says how many")
         if not self.sample and self.n_best > self.beam:
             raise RunError(f"n_best: expected at most beam {self.beam}, found {self.n_best}")
         if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):

@@ -101,7 +101,9 @@ def read_texts(config: TranslateConfig) -> Texts:
 
     dev = [pair for pair in text if held_out(pair)]
     if not 0 < len(dev) < counted:
-        raise RunError(f"{text}: {counted} pairs are too few to hold {config.dev_pairs} out. Give --dev, or fewer.")
+        raise RunError(
+            f"{text}: {counted} pairs are too few to hold {config.dev_pairs} out. Give fewer --dev-pairs, or --dev."
+        )
     return Texts(
         lambda: (pair for pair in text if not held_out(pair)),
         dev,
@@ -202,7 +204,8 @@ def make_rows(
     too_long = rows.statistics().too_long
     if too_long and dev:
         progress.line(
-            f"dev: {too_long:,} pairs are too long for a row: not in the dev loss, long sources translated in parts"
+            f"dev: {too_long:,} {'pair is' if too_long == 1 else 'pairs are'} too long for a row: not in the dev loss, "
+            "long sources translated in parts"
         )
     if too_long and config.too_long == "refuse":
         raise RunError(

@@ -145,6 +145,10 @@ class TranslateConfig:
             raise RunError("--source and --target come together: give both files.")
         if self.source is not None and self.pairs is not None:
             raise RunError("--pairs holds both sides: leave --source and --target out.")
+        if self.dev and self.source is None and self.pairs is None:
+            raise RunError("--dev is for text of your own: give --source and --target, or --pairs, too.")
+        if self.preset not in SETTINGS:
+            raise RunError(f"no preset {self.preset!r} of the Transformer; known: {', '.join(SETTINGS)}")
         if len(self.dev) > 2:
             raise RunError(f"--dev names {len(self.dev)} files; expected two, or one that holds both sides.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing", "sample_subwords"):
@@ -161,7 +165,7 @@ class TranslateConfig:
         if self.r_drop and not (self.dropout or self.attention_dropout or self.activation_dropout):
             raise RunError("--r-drop compares two passes that drop different values: give a --dropout, say 0.1.")
         if self.average and self.optim.ema:
-            raise RunError("--average and --optim.ema are two ways to a mean of the weights: take one.")
+            raise RunError("--average and --ema are two ways to a mean of the weights: with --ema give --average 0.")
         if self.tying == "all" and not self.joint and self.tokenizer is None:
             raise RunError("--tying all shares one table: it takes a joint vocabulary. Take --tying decoder.")
 

@@ -158,30 +158,40 @@ class Translator:
         Raises:
             RunError: a line is too long, where these are refused.
         """
-        parts, counts, first = [], [], self.lines + 1
+        return list(self.answers(lines))
+
+    def answers(self, lines: Iterable[str]) -> Iterator[list[Translation]]:
+        """As `translate`, line by line: where one is refused, those before it have been answered."""
+        parts, counts, first, refusal = [], [], self.lines + 1, None
         for line in lines:
-            self.lines += 1
             text, control = clean_line(line)
+            try:
+                found = self._parts(text, self.lines + 1) if text else []
+            except RunError as error:
+                refusal = error
+                break
+            self.lines += 1
             if control:
                 self.findings.add("control characters, taken for spaces", self.lines)
-            found = self._parts(text) if text else []
             parts += found
             counts.append(len(found))
         outputs = iter(self.generator(parts, first=self._sentences))
         self._sentences += len(parts)
-        return [self._join([next(outputs) for _ in range(count)], number) for number, count in enumerate(counts, first)]
+        for number, count in enumerate(counts, first):
+            yield self._join([next(outputs) for _ in range(count)], number)
+        if refusal is not None:
+            raise refusal
 
-    def _parts(self, text: str) -> list[list[int]]:
-        """Source ids of a line, with the end token; several lists where it is too long for one."""
+    def _parts(self, text: str, line: int) -> list[list[int]]:
+        """Source ids of line number `line`, with the end token; several lists where it is too long for one."""
         ids = [*self.tokenizer.encode_source([text])[0], self.tokenizer.source.eos_id]
         if len(ids) <= self.longest:
             return [ids]
         if self.too_long == "refuse":
             raise RunError(
-                f"line {self.lines}: {len(ids)} tokens, and {self.longest} are taken. Part it, or let --too-long split "
-                "do so."
+                f"line {line}: {len(ids)} tokens, and {self.longest} are taken. Part it, or let --too-long split do so."
             )
-        self.findings.add(f"more than {self.longest} tokens (see --longest), translated in parts", self.lines)
+        self.findings.add(f"more than {self.longest} tokens (see --longest), translated in parts", line)
         return self._split(text)
 
     def _split(self, text: str) -> list[list[int]]:
@@ -254,6 +264,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.window < 1 or self.longest < 0:
             raise RunError("--batch and --window must be at least 1, --longest at least 0.")
+        if self.attention is None and (self.layers or self.heads):
+            raise RunError("--layers and --heads choose what --attention draws: give it a file.")
+        if self.attention is not None and not self.attention.absolute().parent.is_dir():
+            raise RunError(f"--attention {self.attention}: there is no folder {self.attention.absolute().parent}.")
         chosen(self.decode, self.generation_config)
 
 
@@ -332,20 +346,22 @@ def main(config: RunConfig) -> int:
         if translator.lines >= tidy_at and jax.default_backend() == "cpu":
             return_freed_memory()
             tidy_at = translator.lines + config.window
-        found = translator.translate(lines)
-        for translations in found:
-            shown = translations if several else translations[:1]
-            for translation in shown:
-                score = f"{translation.score:.4f}\t" if config.scores or several else ""
-                sys.stdout.write(f"{score}{translation.text}\n")
-        sys.stdout.flush()
+        try:
+            for translations in translator.answers(lines):
+                shown = translations if several else translations[:1]
+                for translation in shown:
+                    score = f"{translation.score:.4f}\t" if config.scores or several else ""
+                    sys.stdout.write(f"{score}{translation.text}\n")
+        finally:
+            sys.stdout.flush()
         if to_fill is not None:
             from .attention_map import draw_attention
 
             count = draw_attention(to_fill, translator, lines, config.layers, config.heads)
             progress.line(f"attention of {count} sentences drawn in {to_fill}")
             to_fill = None
-        progress.update(f"{translator.lines:,} {'line' if translator.lines == 1 else 'lines'} translated")
+        progress.update(f"{translator.lines:,} lines translated")
+    progress.line(f"{translator.lines:,} {'line' if translator.lines == 1 else 'lines'} translated")
     for note in translator.findings:
         progress.line(note)
     return 0

@@ -11,7 +11,7 @@ with -lc. They compare only where both sides were prepared so, as with the figur
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -103,6 +103,8 @@ class ScoreConfig:
     """File of translations to score, instead of --model and --source."""
     language: str = "de"
     """With --hypothesis: language of the text (ISO 639-1), by which the tokenised BLEU splits words."""
+    encoding: str = "utf-8"
+    """Character encoding of the files."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
     """Sentences that are translated together."""
@@ -129,11 +131,11 @@ def main(config: ScoreConfig) -> int:
     result: dict[str, Any] = {"task": "translate score"}
     if config.model is None or config.source is None:
         assert config.hypothesis is not None
-        references, translations = read_two(config.reference, config.hypothesis)
+        references, translations = read_two(config.reference, config.hypothesis, config.encoding)
         form = TextForm((config.language, config.language))
         prepared = None
     else:
-        sources, references = read_two(config.source, config.reference)
+        sources, references = read_two(config.source, config.reference, config.encoding)
         decode = chosen(config.decode, config.generation_config)
         translator = open_translator(
             config.model, decode, rows=config.batch, longest=config.longest, dtype=config.dtype
@@ -141,8 +143,7 @@ def main(config: ScoreConfig) -> int:
         clock = time.perf_counter()
         translated = translator.translate(sources)
         seconds = time.perf_counter() - clock
-        how = {"beam": translator.decode.beam, "length_penalty": translator.decode.length_penalty}
-        result["settings"] = {**how, "batch": config.batch, "dtype": config.dtype}
+        result["settings"] = {**asdict(translator.decode), "batch": config.batch, "dtype": config.dtype}
         result["seconds_with_compilation"] = seconds
         translations = [found[0].text for found in translated]
         form = translator.tokenizer.form
@@ -163,11 +164,11 @@ def main(config: ScoreConfig) -> int:
     return 0
 
 
-def read_two(first: Path, second: Path) -> tuple[list[str], list[str]]:
+def read_two(first: Path, second: Path, encoding: str) -> tuple[list[str], list[str]]:
     """The lines of two files of one length, control characters taken for spaces.
 
     Raises:
-        CorpusError: their numbers of lines differ, or one is not UTF-8.
+        CorpusError: their numbers of lines differ, or one is not in this encoding.
     """
-    pairs = list(ParallelText([first, second]))
+    pairs = list(ParallelText([first, second], encoding=encoding))
     return [pair.source for pair in pairs], [pair.target for pair in pairs]

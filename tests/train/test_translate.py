@@ -189,7 +189,7 @@ def test_a_dev_source_longer_than_the_model_takes_is_translated_in_parts(
         (tmp_path / f"dev.{side}").write_text((folder / f"dev.{side}").read_text() + word * 600 + "\n")
     config = make_config(folder, "long", dev=(str(tmp_path / "dev.en"), str(tmp_path / "dev.de")), steps=4)
     assert translate(config, Stop()) == 0
-    assert "dev: 1 pairs are too long for a row" in capsys.readouterr().err
+    assert "dev: 1 pair is too long for a row" in capsys.readouterr().err
     assert json.loads((config.out / "results.json").read_text())["steps"] == 4
 
 
@@ -284,6 +284,18 @@ def test_control_characters_count_as_spaces(translator: Translator):
     assert f"1 line with control characters, taken for spaces: {before + 1}" in list(translator.findings)
 
 
+def test_what_is_drawn_depends_on_a_lines_number_alone(trained: Path):
+    lines = ["one two three"] * 6
+    decode = DecodeConfig(sample=True, max_length=16, seed=3)
+    found = []
+    for window, rows in ((6, 4), (1, 4), (4, 8)):
+        translator = open_translator(trained, decode, rows=rows)
+        parts = [lines[i : i + window] for i in range(0, 6, window)]
+        found.append([answer[0].text for part in parts for answer in translator.translate(part)])
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) > 1
+
+
 def test_long_lines_are_parted_or_refused(trained: Path):
     line = "one two three four five six one " * 4
     for too_long, limit in (("split", 12), ("refuse", 12), ("split", 512)):
@@ -292,8 +304,12 @@ def test_long_lines_are_parted_or_refused(trained: Path):
         if too_long == "refuse":
             with pytest.raises(RunError, match=r"line 1: .* and 12 are taken"):
                 translator.translate([line])
+            answers = translator.answers(["one two", "three", line, "four"])
+            assert len([next(answers), next(answers)]) == 2
+            with pytest.raises(RunError, match=r"line 3: .* and 12 are taken"):
+                next(answers)
             continue
-        parts = translator._parts(line.strip())
+        parts = translator._parts(line.strip(), 1)
         assert all(len(part) <= limit for part in parts)
         said = " ".join(translator.tokenizer.source.decode(part) for part in parts)
         assert said.replace(" ", "") == line.replace(" ", "")
@@ -414,6 +430,14 @@ def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_p
         translate(make_config(folder, "bad", init_from=trained / "model", vocab_size=30), Stop())
     with pytest.raises(RunError, match="come together"):
         make_config(folder, "bad", target=None)
+    with pytest.raises(RunError, match="text of your own"):
+        make_config(folder, "bad", source=None, target=None)
+    with pytest.raises(RunError, match="known: transformer-tiny, transformer-base, transformer-big"):
+        make_config(folder, "bad", preset="transformer-huge")
+    with pytest.raises(RunError, match="no folder"):
+        RunConfig(trained, attention=tmp_path / "none" / "map.html")
+    with pytest.raises(RunError, match="give it a file"):
+        RunConfig(trained, layers=(1,))
     with pytest.raises(RunError, match="joint"):
         make_config(folder, "bad", joint=False, tying="all")
     with pytest.raises(RunError, match="--r-drop"):

@@ -153,21 +153,20 @@ class Generator:
 
     def _search(self, task: Task, order: Sequence[int]) -> None:
         """Search sentences `order`, the longest first."""
-        longest = self._rounded(len(task.sources[order[0]])) if order else 0
-        sizes, late = self.row_sizes, False
-        while order and not task.cancelled.is_set():
-            waiting, left = list(order), []
-            while waiting and not task.cancelled.is_set():
-                length = longest if late else self._rounded(len(task.sources[waiting[0]]))
-                alike = sum(late or self._rounded(len(task.sources[i])) == length for i in waiting)
-                rows = min((size for size in sizes if size >= alike), default=sizes[0])
-                # Where those of this length leave rows free, shorter ones sit in them.
-                share = Pool.share(rows)
-                count = max(rows, -(-alike // share) * share)
-                left += Pool(self, task, waiting[:count], rows, length, late).search()
-                waiting = waiting[count:]
-            # What needs more slots than these pools had begins anew in few rows, whose length hardly matters.
-            order, sizes, late = left, sizes[-1:], True
+        waiting, late = list(order), list[int]()
+        while waiting and not task.cancelled.is_set():
+            length = self._rounded(len(task.sources[waiting[0]]))
+            alike = sum(self._rounded(len(task.sources[i])) == length for i in waiting)
+            rows = min((size for size in self.row_sizes if size >= alike), default=self.row_sizes[0])
+            # Where those of this length leave rows free, shorter ones sit in them.
+            share = Pool.share(rows)
+            count = max(rows, -(-alike // share) * share)
+            late += Pool(self, task, waiting[:count], rows, length).search()
+            waiting = waiting[count:]
+        if late and not task.cancelled.is_set():
+            # They begin anew in few rows, whose length hardly matters: one pool takes all, and none leaves it.
+            longest = self._rounded(len(task.sources[order[0]]))
+            Pool(self, task, late, self.row_sizes[-1], longest, late=True).search()
 
     def _rounded(self, length: int) -> int:
         return min(self.positions, max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length()))
@@ -186,7 +185,7 @@ class Pool:
     """
 
     def __init__(
-        self, generator: Generator, task: Task, waiting: list[int], rows: int, length: int, late: bool
+        self, generator: Generator, task: Task, waiting: list[int], rows: int, length: int, *, late: bool = False
     ) -> None:
         self._generator, self._task, self._waiting = generator, task, waiting
         self._searcher, self._prepared = generator._searcher, generator.prepared

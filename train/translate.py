@@ -61,7 +61,7 @@ from .run_folder import RunFolder
 from .sharding import Replicas, Spread, start_spread
 from .translate_config import FREE, TranslateConfig
 from .translate_run import Translation, Translator, check_vocabulary, longest_output
-from .translate_score import Scores, corpus_scores, deciding
+from .translate_score import Scores, deciding, translation_scores
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
@@ -395,9 +395,7 @@ class Evaluation:
 
     def scores(self, translations: Sequence[Translation]) -> Scores:
         """Scores of the dev set's translations."""
-        form = self._tokenizer.form
-        prepared = [found.prepared for found in translations] if form.moses else None
-        return corpus_scores([found.text for found in translations], self._references, form, prepared)
+        return translation_scores(translations, self._references, self._tokenizer.form)
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         running = kept_params(state, self._optim)

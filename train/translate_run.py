@@ -343,6 +343,8 @@ def main(config: RunConfig) -> int:
         to_draw(translator.model.config, config.layers, config.heads)  # refuses what there is not, before any work
     tidy_at = 0
     for lines in Lines(sys.stdin.buffer, config.window):
+        if translator.lines:
+            progress.update(f"{translator.lines:,} lines translated")
         if translator.lines >= tidy_at and jax.default_backend() == "cpu":
             return_freed_memory()
             tidy_at = translator.lines + config.window
@@ -360,7 +362,6 @@ def main(config: RunConfig) -> int:
             count = draw_attention(to_fill, translator, lines, config.layers, config.heads)
             progress.line(f"attention of {count} sentences drawn in {to_fill}")
             to_fill = None
-        progress.update(f"{translator.lines:,} lines translated")
     progress.line(f"{translator.lines:,} {'line' if translator.lines == 1 else 'lines'} translated")
     for note in translator.findings:
         progress.line(note)

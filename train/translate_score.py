@@ -23,7 +23,7 @@ from .decode_config import DecodeConfig
 from .errors import RunError
 from .progress import Progress
 from .run_folder import write_json, write_text
-from .translate_run import DECODE, chosen, open_translator
+from .translate_run import DECODE, Translation, chosen, open_translator
 
 
 class Scores(NamedTuple):
@@ -89,6 +89,12 @@ def corpus_scores(
     return Scores(values, signatures, details)
 
 
+def translation_scores(translations: Sequence[Translation], references: Sequence[str], form: TextForm) -> Scores:
+    """Score a model's translations, of this form; where it writes Moses' words, these are taken as they are."""
+    prepared = [found.prepared for found in translations] if form.moses else None
+    return corpus_scores([found.text for found in translations], references, form, prepared)
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
     """Translate a test set and score it, or score a translation that is there."""
@@ -132,8 +138,7 @@ def main(config: ScoreConfig) -> int:
     if config.model is None or config.source is None:
         assert config.hypothesis is not None
         references, translations = read_two(config.reference, config.hypothesis, config.encoding)
-        form = TextForm((config.language, config.language))
-        prepared = None
+        found = corpus_scores(translations, references, TextForm((config.language, config.language)))
     else:
         sources, references = read_two(config.source, config.reference, config.encoding)
         decode = chosen(config.decode, config.generation_config)
@@ -141,18 +146,15 @@ def main(config: ScoreConfig) -> int:
             config.model, decode, rows=config.batch, longest=config.longest, dtype=config.dtype
         )
         clock = time.perf_counter()
-        translated = translator.translate(sources)
+        translated = [answers[0] for answers in translator.translate(sources)]
         seconds = time.perf_counter() - clock
         result["settings"] = {**asdict(translator.decode), "batch": config.batch, "dtype": config.dtype}
         result["seconds_with_compilation"] = seconds
-        translations = [found[0].text for found in translated]
-        form = translator.tokenizer.form
-        prepared = [found[0].prepared for found in translated] if form.moses else None
         for note in translator.findings:
             progress.line(note)
         if config.translations is not None:
-            write_text(config.translations, "".join(f"{text}\n" for text in translations))
-    found = corpus_scores(translations, references, form, prepared)
+            write_text(config.translations, "".join(f"{translation.text}\n" for translation in translated))
+        found = translation_scores(translated, references, translator.tokenizer.form)
     result |= {"sentences": len(references), **found.values, **found.signatures}
     result["tokenised_bleu_details"] = found.details
     progress.line(f"{len(references):,} sentences")

@@ -33,46 +33,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import TokenCache as TokenCache
-    from .cache import build_cache as build_cache
-    from .cache import open_cache as open_cache
-    from .corpus import EMBEDDED as EMBEDDED
-    from .corpus import Corpus as Corpus
-    from .corpus import Document as Document
-    from .corpus import embedded_documents as embedded_documents
-    from .corpus import read_documents as read_documents
+    from .corpus.corpus import EMBEDDED as EMBEDDED
+    from .corpus.corpus import Corpus as Corpus
+    from .corpus.corpus import Document as Document
+    from .corpus.corpus import embedded_documents as embedded_documents
+    from .corpus.corpus import read_documents as read_documents
+    from .corpus.sentences import split_sentences as split_sentences
     from .errors import CorpusError as CorpusError
     from .errors import DataError as DataError
     from .packing import Statistics as Statistics
-    from .pretraining import PretrainingDataset as PretrainingDataset
     from .progress import Report as Report
-    from .sentences import split_sentences as split_sentences
-    from .stream import batches as batches
+    from .rows.pretraining import PretrainingDataset as PretrainingDataset
+    from .store import TokenCache as TokenCache
+    from .store import build_cache as build_cache
+    from .store import open_cache as open_cache
     from .stream import evaluation_batches as evaluation_batches
-    from .tokenizer import Tokenizer as Tokenizer
-    from .tokenizer import load_tokenizer as load_tokenizer
-    from .tokenizer import train_wordpiece as train_wordpiece
+    from .stream import training_batches as training_batches
+    from .tokenizers.tokenizer import Tokenizer as Tokenizer
+    from .tokenizers.tokenizer import load_tokenizer as load_tokenizer
+    from .tokenizers.tokenizer import train_wordpiece as train_wordpiece
 
 _HOME = {
-    "batches": "stream",
+    "training_batches": "stream",
     "evaluation_batches": "stream",
-    "TokenCache": "cache",
-    "build_cache": "cache",
-    "open_cache": "cache",
-    "EMBEDDED": "corpus",
-    "Corpus": "corpus",
-    "Document": "corpus",
-    "embedded_documents": "corpus",
-    "read_documents": "corpus",
+    "TokenCache": "store",
+    "build_cache": "store",
+    "open_cache": "store",
+    "EMBEDDED": "corpus.corpus",
+    "Corpus": "corpus.corpus",
+    "Document": "corpus.corpus",
+    "embedded_documents": "corpus.corpus",
+    "read_documents": "corpus.corpus",
     "CorpusError": "errors",
     "DataError": "errors",
     "Statistics": "packing",
-    "PretrainingDataset": "pretraining",
+    "PretrainingDataset": "rows.pretraining",
     "Report": "progress",
-    "split_sentences": "sentences",
-    "Tokenizer": "tokenizer",
-    "load_tokenizer": "tokenizer",
-    "train_wordpiece": "tokenizer",
+    "split_sentences": "corpus.sentences",
+    "Tokenizer": "tokenizers.tokenizer",
+    "load_tokenizer": "tokenizers.tokenizer",
+    "train_wordpiece": "tokenizers.tokenizer",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -20,7 +20,7 @@ import grain.experimental
 import numpy as np
 
 from .errors import DataError
-from .pretraining import Batch, Position
+from .rows.pretraining import Batch, Position
 
 
 class Rows(Protocol):
@@ -48,7 +48,7 @@ class RowSource(Protocol):
     def padding(self, rows: int) -> Batch: ...
 
 
-def batches(
+def training_batches(
     dataset: RowSource,
     *,
     batch_rows: int,

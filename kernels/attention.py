@@ -38,23 +38,21 @@ _DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "
 class _Backends(Mapping[str, Backend]):
     """The modules of these names; Pallas, which takes a second to import, comes with the first use of its backends."""
 
-    def __init__(self, *names: str):
-        self._names = names
+    def __init__(self, **modules: str):
+        self._modules = modules
 
     def __getitem__(self, name: str) -> Backend:
-        if name not in self._names:
-            raise KeyError(name)
-        return cast(Backend, importlib.import_module(f".{name}", __package__))
+        return cast(Backend, importlib.import_module(self._modules[name], __package__))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._modules)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._modules)
 
 
 # Fastest first: `implementation=None` takes the first that supports the call.
-BACKENDS: Mapping[str, Backend] = _Backends("hopper", "tpu", "cudnn", "xla")
+BACKENDS: Mapping[str, Backend] = _Backends(hopper=".hopper.backend", tpu=".tpu.backend", cudnn=".cudnn", xla=".xla")
 
 # Compiled for their chips and held to the reference in their interpreters, but not yet run on a chip: taken unasked
 # only where they give the reference's numbers on the device that is here (selfcheck.py).

@@ -9,7 +9,7 @@ Importing this package imports nothing heavy; JAX comes with the first use.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pretrained import Loaded, load, save
+    from .checkpoints.folder import Loaded, load, save
 
 __all__ = ["Loaded", "load", "save"]
 
@@ -17,6 +17,6 @@ __all__ = ["Loaded", "load", "save"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import pretrained
+    from .checkpoints import folder
 
-    return getattr(pretrained, name)
+    return getattr(folder, name)

@@ -21,7 +21,8 @@ import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from .config import Extra, read_fields, read_labels, write_fields, write_labels
+from .checkpoints.config import Extra, read_fields, read_labels, write_fields, write_labels
+from .checkpoints.tables import Architecture, Entry, Table, linear_entries, norm_entries, same
 from .crf import Crf, crf_entries
 from .heads import MaskedLanguageModelHead, gather_positions
 from .layers import (
@@ -37,7 +38,6 @@ from .layers import (
     run_layers,
     segments_at,
 )
-from .tables import Architecture, Entry, Table, linear_entries, norm_entries, same
 
 
 @dataclass(frozen=True)

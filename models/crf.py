@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .checkpoints.tables import Entry, same
 from .layers import partitioned
-from .tables import Entry, same
 
 FORBIDDEN = -1e4
 """Added to the score of a step that is not legal. Its exponential is 0 in float32 and in float64; minus infinity would

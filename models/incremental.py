@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .checkpoints.tables import Params
 from .layers import add_bias
-from .tables import Params
 
 
 class Slots(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from .config import ConfigError, read_fields, write_fields
-from .tables import Architecture, Params, flatten
+from .checkpoints.config import ConfigError, read_fields, write_fields
+from .checkpoints.tables import Architecture, Params, flatten
 from .transformer import (
     SHARED_KEYS,
     Transformer,

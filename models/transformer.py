@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .config import ConfigError, Extra, read_fields, write_fields
+from .checkpoints.config import ConfigError, Extra, read_fields, write_fields
+from .checkpoints.tables import Architecture, Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
 from .heads import SmoothedSums, projected_sums
 from .incremental import Slots, Steps
 from .layers import (
@@ -43,7 +44,6 @@ from .layers import (
     sinusoids,
     split_segments,
 )
-from .tables import Architecture, Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
 
 NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
 

@@ -23,7 +23,7 @@ from bestiary.data import (
     build_cache,
     open_cache,
 )
-from bestiary.data.cache import FORMAT_VERSION, INDEX, RECORD_TOKENS
+from bestiary.data.store import FORMAT_VERSION, INDEX, RECORD_TOKENS
 
 Sentences = list[list[list[str]]]
 
@@ -146,7 +146,8 @@ def test_a_second_build_does_nothing(tmp_path: Path, tokenizer: Tokenizer, docum
 
 BUILDER = """
 import sys
-from bestiary.data import Corpus, build_cache, cache_build, load_tokenizer
+from bestiary.data import Corpus, build_cache, load_tokenizer
+from bestiary.data import store_build as cache_build
 
 if __name__ == "__main__":
     cache_build.SMALLEST_CHUNK = 1 << 15
@@ -212,7 +213,8 @@ def test_a_killed_build_goes_on_where_it_was(
     done = {file: file.stat().st_mtime_ns for file in root.glob("*.building/shard-*.npz")}
     assert len(done) >= 12
 
-    from bestiary.data import cache_build, load_tokenizer
+    from bestiary.data import load_tokenizer
+    from bestiary.data import store_build as cache_build
 
     monkeypatch.setattr(cache_build, "SMALLEST_CHUNK", 1 << 15)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
@@ -237,7 +239,7 @@ def test_a_build_that_ends_before_the_last_renaming_is_not_whole(
     cache: TokenCache,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from bestiary.data import cache_build
+    from bestiary.data import store_build as cache_build
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -273,7 +275,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_cache(start: Callable, tmp_path:
 
 
 def test_a_builder_that_dies_is_told(tmp_path: Path, tokenizer: Tokenizer, big: Path, monkeypatch: pytest.MonkeyPatch):
-    from bestiary.data import cache_build
+    from bestiary.data import store_build as cache_build
 
     monkeypatch.setattr(cache_build, "_do", _die)
     with pytest.raises(DataError, match=r"A tokenising process died, .* start again with fewer processes"):

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from bestiary.data import Corpus, CorpusError, embedded_documents, read_documents
-from bestiary.data.fingerprint import corpus_fingerprint
+from bestiary.data.corpus.fingerprint import corpus_fingerprint
 from bestiary.data.reading import CHUNK_BYTES
 
 File = Callable[[str, str | bytes], Path]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from bestiary.data.errors import DataError
-from bestiary.data.examples import (
+from bestiary.data.batches import (
     TrainingBatches,
     assemble,
     encode_texts,
@@ -15,6 +14,7 @@ from bestiary.data.examples import (
     plan_shapes,
     prediction_batches,
 )
+from bestiary.data.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bestiary.data.errors import DataError
-from bestiary.data.glue import FINETUNED, GLUE, has_labels, has_split, read_glue
-from bestiary.data.tables_text import TextExample, read_labels, read_table, read_texts
+from bestiary.data.tasks.glue import FINETUNED, GLUE, has_labels, has_split, read_glue
+from bestiary.data.tasks.tables import TextExample, read_labels, read_table, read_texts
 
 
 def texts(examples: list[TextExample]) -> list[tuple]:

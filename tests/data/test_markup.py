@@ -2,7 +2,7 @@
 
 import pytest
 
-from bestiary.data.markup import paragraphs
+from bestiary.data.corpus.markup import paragraphs
 
 
 def test_wrapped_lines_are_joined_and_blank_lines_part_paragraphs():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bestiary.data import DataError
-from bestiary.data.multiple_choice import read_codah, read_swag, split_fold
+from bestiary.data.tasks.multiple_choice import read_codah, read_swag, split_fold
 
 HEADER = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,label\n"
 ROW = '0,anetv,3416,"She walks, a dog","She walks, slowly.",a dog,gold,runs.,"says ""no"".",sings.,"is\ngone.",2\n'

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from bestiary.data.corpus.parallel import ParallelText, clean_line
 from bestiary.data.errors import CorpusError
-from bestiary.data.parallel import ParallelText, clean_line
 
 Write = Callable[[str, str | bytes], Path]
 EN, DE = "one\ntwo\nthree\n", "eins\nzwei\ndrei\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bestiary.data import DataError, PretrainingDataset, TokenCache
-from bestiary.data.pretraining import Batch, Position
+from bestiary.data.rows.pretraining import Batch, Position
 
 FIELDS = {
     "input_ids": np.int32,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bestiary.data import DataError, Tokenizer, load_tokenizer
-from bestiary.data.squad import Answer, Question, make_windows, read_squad
+from bestiary.data.tasks.squad import Answer, Question, make_windows, read_squad
 
 UNCASED = Path(__file__).parent / "fixtures" / "wordpiece" / "uncased"
 CONTEXT = "In May the river rose, and in May the bridge fell."

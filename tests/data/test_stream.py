@@ -6,8 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, PretrainingDataset, TokenCache, batches, evaluation_batches
-from bestiary.data.pretraining import Batch
+from bestiary.data import DataError, PretrainingDataset, TokenCache, evaluation_batches, training_batches
+from bestiary.data.rows.pretraining import Batch
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def enough(dataset: PretrainingDataset, batch_rows: int) -> int:
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_batches_are_the_rows_in_order(dataset: PretrainingDataset, prefetch: int):
     count = enough(dataset, 8)
-    found = joined(list(islice(batches(dataset, batch_rows=8, prefetch=prefetch), count)))
+    found = joined(list(islice(training_batches(dataset, batch_rows=8, prefetch=prefetch), count)))
     for number in (0, 1, 8 * count - 1, dataset.rows_in_epoch(0), dataset.rows_in_window(0, 0)):
         row = dataset.row(number)
         for name, values in row.items():
@@ -44,9 +44,9 @@ def test_batches_are_the_rows_in_order(dataset: PretrainingDataset, prefetch: in
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_take_their_shares_of_the_same_batches(dataset: PretrainingDataset, cache: TokenCache, hosts: int):
-    alone = batches(dataset, batch_rows=8)
+    alone = training_batches(dataset, batch_rows=8)
     shares = [
-        batches(
+        training_batches(
             PretrainingDataset(cache, "train", sequence_length=64, seed=5, window_tokens=6000),
             batch_rows=8,
             host_index=host,
@@ -64,19 +64,19 @@ def test_hosts_take_their_shares_of_the_same_batches(dataset: PretrainingDataset
 
 def test_a_batch_larger_than_an_epoch(dataset: PretrainingDataset):
     rows = 2 * dataset.rows_in_epoch(0) + 50
-    batch = next(batches(dataset, batch_rows=rows, prefetch=0))
+    batch = next(training_batches(dataset, batch_rows=rows, prefetch=0))
     assert set(batch["row_ids"][:, 0].tolist()) == {0, 1, 2}
-    assert_equal(batch, joined(list(islice(batches(dataset, batch_rows=1, prefetch=0), rows))))
+    assert_equal(batch, joined(list(islice(training_batches(dataset, batch_rows=1, prefetch=0), rows))))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 40, 200])
 def test_a_resumed_stream_is_the_uninterrupted_one(dataset: PretrainingDataset, cache: TokenCache, stop: int):
-    whole = list(islice(batches(dataset, batch_rows=8), stop + 60))
-    before = batches(dataset, batch_rows=8)
+    whole = list(islice(training_batches(dataset, batch_rows=8), stop + 60))
+    before = training_batches(dataset, batch_rows=8)
     list(islice(before, stop))
     state = json.loads(json.dumps(before.get_state()))
     fresh = PretrainingDataset(cache, "train", sequence_length=64, seed=5, window_tokens=6000)
-    after = batches(fresh, batch_rows=8)
+    after = training_batches(fresh, batch_rows=8)
     next(after)  # whatever it did before
     after.set_state(state)
     assert after.get_state() == state
@@ -85,10 +85,10 @@ def test_a_resumed_stream_is_the_uninterrupted_one(dataset: PretrainingDataset, 
 
 
 def test_a_resumed_stream_plans_no_window_it_has_passed(dataset: PretrainingDataset, cache: TokenCache):
-    before = batches(dataset, batch_rows=8, prefetch=0)
+    before = training_batches(dataset, batch_rows=8, prefetch=0)
     list(islice(before, enough(dataset, 8)))
     fresh = PretrainingDataset(cache, "train", sequence_length=64, seed=5, window_tokens=6000)
-    after = batches(fresh, batch_rows=8, prefetch=0)
+    after = training_batches(fresh, batch_rows=8, prefetch=0)
     after.set_state(before.get_state())
     next(after)
     assert fresh.statistics_so_far().windows <= 2
@@ -98,9 +98,11 @@ def test_a_resumed_stream_plans_no_window_it_has_passed(dataset: PretrainingData
 def test_a_run_may_go_on_with_other_hosts_and_another_batch_size(
     dataset: PretrainingDataset, batch_rows: int, hosts: int
 ):
-    before = batches(dataset, batch_rows=8)
+    before = training_batches(dataset, batch_rows=8)
     list(islice(before, 33))
-    shares = [batches(dataset, batch_rows=batch_rows, host_index=host, host_count=hosts) for host in range(hosts)]
+    shares = [
+        training_batches(dataset, batch_rows=batch_rows, host_index=host, host_count=hosts) for host in range(hosts)
+    ]
     for share in shares:
         share.set_state(before.get_state())
     found = joined([joined([next(share) for share in shares]) for _ in range(24)])
@@ -109,12 +111,12 @@ def test_a_run_may_go_on_with_other_hosts_and_another_batch_size(
 
 
 def test_the_state_of_other_data_is_refused(dataset: PretrainingDataset, cache: TokenCache):
-    state = batches(dataset, batch_rows=8).get_state()
+    state = training_batches(dataset, batch_rows=8).get_state()
     other = PretrainingDataset(cache, "train", sequence_length=64, seed=6, window_tokens=6000)
     with pytest.raises(DataError, match="The saved position belongs to other data"):
-        batches(other, batch_rows=8).set_state(state)
+        training_batches(other, batch_rows=8).set_state(state)
     with pytest.raises(DataError, match="The saved position belongs to other data"):
-        batches(dataset, batch_rows=8).set_state({"rows_of": state["rows_of"]})
+        training_batches(dataset, batch_rows=8).set_state({"rows_of": state["rows_of"]})
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -144,6 +146,6 @@ def test_evaluation_is_one_pass_filled_up_with_padding(cache: TokenCache, hosts:
 
 def test_refusals(dataset: PretrainingDataset):
     with pytest.raises(DataError, match="A batch of 9 rows does not divide among 2 hosts"):
-        batches(dataset, batch_rows=9, host_count=2)
+        training_batches(dataset, batch_rows=9, host_count=2)
     with pytest.raises(DataError, match="Host 2 of 2: expected a number from 0 to 1"):
-        batches(dataset, batch_rows=8, host_index=2, host_count=2)
+        training_batches(dataset, batch_rows=8, host_index=2, host_count=2)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bestiary.data.errors import DataError
-from bestiary.data.segmentation import merge
-from bestiary.data.subwords import PairTokenizer, TextForm, load_subwords, sample, train_subwords
+from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, sample, train_subwords
+from bestiary.data.tokenizers.segmentation import merge
 
 KINDS = ("unigram", "bpe", "word-bpe")
 SOURCE = [
@@ -59,7 +59,7 @@ def test_text_survives_and_so_does_the_folder(tmp_path: Path, kind: str, joint: 
 
 def test_training_is_the_same_in_every_process():
     code = (
-        "from bestiary.data.subwords import *\n"
+        "from bestiary.data.tokenizers.pairs import *\n"
         "lines = [f'wort{i} zug{i % 7} halt ende{i % 3}' for i in range(200)]\n"
         "print([train_subwords(k, lambda: lines, lambda: lines, vocab_size=90, joint=True, form=TextForm()).fingerprint"
         " for k in ('unigram', 'bpe', 'word-bpe')])"

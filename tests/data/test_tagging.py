@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bestiary.data import DataError, load_tokenizer
-from bestiary.data.tagging import check_tags, read_conll, read_conllu, tag_set, tokenise_words
+from bestiary.data.tasks.tagging import check_tags, read_conll, read_conllu, tag_set, tokenise_words
 
 UNCASED = Path(__file__).parent / "fixtures" / "wordpiece" / "uncased"
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bestiary.data.corpus.parallel import Pair
+from bestiary.data.corpus.phrases import phrase_pairs
 from bestiary.data.errors import DataError
-from bestiary.data.parallel import Pair
-from bestiary.data.phrases import phrase_pairs
-from bestiary.data.stream import batches, evaluation_batches
-from bestiary.data.subwords import PairTokenizer, TextForm, train_subwords
-from bestiary.data.translation import PairStore, TranslationRows, build_pairs, pack_pairs
+from bestiary.data.rows.translation import PairStore, TranslationRows, build_pairs, pack_pairs
+from bestiary.data.stream import evaluation_batches, training_batches
+from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, train_subwords
 
 DRAW = random.Random(0)
 WORDS = [a + b for a in ("ba", "ko", "li", "mu") for b in ("n", "rd", "st", "lo")]
@@ -95,11 +95,13 @@ def test_the_stream_goes_on_from_its_state_and_divides_among_hosts(
 ):
     store = build_pairs(lambda: PAIRS, tokenizer, tmp_path, fingerprint="x", as_text=bool(sampling))
     rows = make_rows(store, tokenizer, sampling=sampling, target_length=48, source_length=48)
-    stream = batches(rows, batch_rows=8)
+    stream = training_batches(rows, batch_rows=8)
     seen = [next(stream) for _ in range(30)]
     assert seen[-1]["row_ids"][:, 0].max() >= 1  # into the second epoch
-    again = batches(make_rows(store, tokenizer, sampling=sampling, target_length=48, source_length=48), batch_rows=8)
-    halves = [batches(rows, batch_rows=8, host_index=host, host_count=2, prefetch=0) for host in range(2)]
+    again = training_batches(
+        make_rows(store, tokenizer, sampling=sampling, target_length=48, source_length=48), batch_rows=8
+    )
+    halves = [training_batches(rows, batch_rows=8, host_index=host, host_count=2, prefetch=0) for host in range(2)]
     for _ in range(12):
         state = (next(again), again.get_state())[1]
     again.set_state(state)

@@ -27,16 +27,16 @@ from bestiary.kernels import (
     DenseBias,
     RelativeBias,
     attention,
-    hopper,
-    hopper_forward,
-    hopper_short,
     row_seeds,
-    tpu,
 )
 from bestiary.kernels.bias import bucket_edges
 from bestiary.kernels.hash import keep, key_words, query_words
+from bestiary.kernels.hopper import backend as hopper
+from bestiary.kernels.hopper import forward as hopper_forward
+from bestiary.kernels.hopper import short as hopper_short
 from bestiary.kernels.split import splitting
-from bestiary.kernels.tpu_frame import Tiling
+from bestiary.kernels.tpu import backend as tpu
+from bestiary.kernels.tpu.frame import Tiling
 
 SEED = jnp.array([12, 3456], jnp.uint32)
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels import bench, bench_peers, bench_timing, layers_bench
-from bestiary.kernels.bench_cases import (
+from bestiary.kernels.bench import attention as bench
+from bestiary.kernels.bench import layers as layers_bench
+from bestiary.kernels.bench import peers as bench_peers
+from bestiary.kernels.bench import timing as bench_timing
+from bestiary.kernels.bench.cases import (
     CORPORA,
     BenchError,
     Case,

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels import hopper, hopper_short, row_seeds, xla
+from bestiary.kernels import row_seeds, xla
 from bestiary.kernels.blocks import Area
 from bestiary.kernels.call import Call
-from bestiary.kernels.hopper_tile import Options
-from bestiary.kernels.hopper_work import Work, work
+from bestiary.kernels.hopper import backend as hopper
+from bestiary.kernels.hopper import short as hopper_short
+from bestiary.kernels.hopper.tile import Options
+from bestiary.kernels.hopper.work import Work, work
 
 
 def make_call(

@@ -144,10 +144,11 @@ def main(folder: Path) -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from bestiary.kernels import DenseBias, RelativeBias, hopper
+    from bestiary.kernels import DenseBias, RelativeBias
+    from bestiary.kernels.bench.tune import H200
     from bestiary.kernels.call import Call
+    from bestiary.kernels.hopper import backend as hopper
     from bestiary.kernels.split import splitting
-    from bestiary.kernels.tune import H200
 
     def devices(topology: str) -> Any:
         return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=H200).devices

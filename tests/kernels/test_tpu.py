@@ -11,13 +11,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bestiary.kernels import hash, tpu, xla
+from bestiary.kernels import hash, xla
 from bestiary.kernels.bias import DenseBias, dense_from_toeplitz
 from bestiary.kernels.call import Call
 from bestiary.kernels.split import splitting
-from bestiary.kernels.tpu import Blocks
-from bestiary.kernels.tpu_frame import Tiling
-from bestiary.kernels.tpu_tile import pad_row, row_part, skew, unskew
+from bestiary.kernels.tpu import backend as tpu
+from bestiary.kernels.tpu.backend import Blocks
+from bestiary.kernels.tpu.frame import Tiling
+from bestiary.kernels.tpu.tile import pad_row, row_part, skew, unskew
 
 # Tiles and chunks of 128: rows of a few hundred tokens have several of each.
 SMALL = Blocks(Tiling(128, 128, 128), Tiling(128, 128, 128), Tiling(128, 128, 128), 0)

@@ -13,10 +13,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bestiary.kernels import tpu
 from bestiary.kernels.bias import DenseBias, RelativeBias
 from bestiary.kernels.call import Call
 from bestiary.kernels.split import splitting
+from bestiary.kernels.tpu import backend as tpu
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: nothing can be compiled for a TPU")
 

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, hopper, tpu, tune, tuning, tuning_table, xla
-from bestiary.kernels.bench_cases import Case
-from bestiary.kernels.bench_timing import Seconds
+from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, tuning, tuning_table, xla
+from bestiary.kernels.bench import tune
+from bestiary.kernels.bench.cases import Case
+from bestiary.kernels.bench.timing import Seconds
 from bestiary.kernels.call import Call
+from bestiary.kernels.hopper import backend as hopper
+from bestiary.kernels.tpu import backend as tpu
 from bestiary.kernels.tuning import Key
 
 KEY = Key("h200", "bfloat16", 64, 512, "full", "none", False)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from bestiary import models
 from bestiary.models import lora
 from bestiary.models.bert import BertConfig, BertForSequenceClassification
+from bestiary.models.checkpoints.tables import CheckpointError, flatten
 from bestiary.models.layers import Linear
 from bestiary.models.lora import (
     LoraConfig,
@@ -30,7 +31,6 @@ from bestiary.models.lora import (
     save_lora,
     unmerge_lora,
 )
-from bestiary.models.tables import CheckpointError, flatten
 from bestiary.models.transformer import Transformer, TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"

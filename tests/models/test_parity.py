@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bestiary.models.parity import ParityConfig, Report, check, describe, gradient_errors, main
+from bestiary.models.checkpoints.parity import ParityConfig, Report, check, describe, gradient_errors, main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = (

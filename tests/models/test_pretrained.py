@@ -21,9 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary import models
 from bestiary.models.bert import Bert, BertConfig, BertForMaskedLM, BertForPreTraining
-from bestiary.models.config import ConfigError
-from bestiary.models.pretrained import PROBLEMS_SHOWN, load_with_report
-from bestiary.models.tables import CheckpointError, Reshaped, Transposed, flatten
+from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.checkpoints.folder import PROBLEMS_SHOWN, load_with_report
+from bestiary.models.checkpoints.tables import CheckpointError, Reshaped, Transposed, flatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HEADS = ["bert_pretraining", "bert_model", "bert_classification", "bert_tokens", "bert_span", "bert_choice"]

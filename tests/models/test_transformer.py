@@ -13,10 +13,10 @@ import pytest
 
 from bestiary import models
 from bestiary.models import heads, layers
-from bestiary.models.config import ConfigError
+from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.checkpoints.parity import ParityConfig, check, describe
 from bestiary.models.incremental import cross_attention_maps
 from bestiary.models.marian import MarianConfig, from_transformer
-from bestiary.models.parity import ParityConfig, check, describe
 from bestiary.models.transformer import EncoderBlock, Transformer, TransformerConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "marian_translation"

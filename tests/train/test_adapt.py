@@ -12,11 +12,11 @@ import pytest
 
 from bestiary import models
 from bestiary.models.bert import BertConfig, BertForSequenceClassification
+from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.lora import LoraError, load_lora, merge_lora
-from bestiary.models.tables import flatten
-from bestiary.train.adapt import AdaptConfig, AdaptedModel, adaptation
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
+from bestiary.train.finetune.adapt import AdaptConfig, AdaptedModel, adaptation
 from bestiary.train.learner import count_parameters, make_learner
 from bestiary.train.optim import OptimConfig, schedule
 

@@ -14,15 +14,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from bestiary import models
-from bestiary.models import transformer
-from bestiary.models.parity import ParityConfig, check, describe
-from bestiary.train import decode
-from bestiary.train.attention_map import attention_of
-from bestiary.train.decode import Generator
-from bestiary.train.decode_config import DecodeConfig
+from bestiary.models.checkpoints.parity import ParityConfig, check, describe
 from bestiary.train.errors import RunError
-from bestiary.train.generation_config import read_generation_config
-from bestiary.train.search import continuations
+from bestiary.train.generate import generator as decode
+from bestiary.train.generate.config import DecodeConfig
+from bestiary.train.generate.generator import Generator
+from bestiary.train.generate.released import read_generation_config
+from bestiary.train.generate.search import continuations
+from bestiary.train.translate.attention_map import attention_of
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
 CASES = json.loads((FIXTURE / "generations.json").read_text())
@@ -94,19 +93,7 @@ def test_a_cache_that_grows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose([[h.score for h in row] for row in found], CASES[0]["scores"], atol=1e-5)
 
 
-def test_the_shared_fixture_with_the_positions_that_it_was_made_with(
-    shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its checkpoint lacks the position tables behind its numbers (fixtures/README.md); with them all of it is met."""
-    tables = load_file(FIXTURE.parent / "marian_positions.safetensors")
-    sides = {"source_projection": "encoder", "target_projection": "decoder"}
-    embed = transformer.Transformer._embed
-
-    def with_tables(self: Any, table: Any, projection: str, *arguments: Any, **named: Any) -> Any:
-        monkeypatch.setattr(transformer, "sinusoids", lambda *_, **__: tables[sides[projection]])
-        return embed(self, table, projection, *arguments, **named)
-
-    monkeypatch.setattr(transformer.Transformer, "_embed", with_tables)
+def test_the_shared_fixture(shared: Path) -> None:
     folder = shared / "parity" / "marian_translation"
     report = check(folder, ParityConfig((folder,)))
     assert report.passed, "\n".join(describe(report))

@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from bestiary import models
-from bestiary.models.config import ConfigError
+from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.checkpoints.sentence_folder import read_sentence_folder
 from bestiary.models.pooling import combine, mix, normalize
-from bestiary.models.sentence_folder import read_sentence_folder
 from bestiary.train.cli import main
-from bestiary.train.embed import ArrayFile
+from bestiary.train.embed.embed import ArrayFile
+from bestiary.train.embed.extract import Extractor, FeatureConfig, parse_layers, parse_pooling, windows
 from bestiary.train.errors import RunError
-from bestiary.train.features import Extractor, FeatureConfig, parse_layers, parse_pooling, windows
 
 FIXTURES = Path(__file__).parent.parent / "models" / "fixtures"
 
@@ -72,7 +72,7 @@ def test_a_stream_of_texts_becomes_an_array(sentence_encoder, made_up, alone, mo
 
 
 def test_vectors_of_tokens_say_where_each_line_begins(sentence_encoder, made_up, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr("bestiary.train.features.WINDOW_TEXTS", 4)
+    monkeypatch.setattr("bestiary.train.embed.extract.WINDOW_TEXTS", 4)
     texts = made_up(10, seed=2)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     flags = ["--pooling", "token", "--layers=0,2", "--combine", "concat"]
@@ -155,8 +155,8 @@ def test_an_array_grows_on_disk(tmp_path):
 
 
 def test_windows_are_bounded_by_texts_and_by_characters(monkeypatch):
-    monkeypatch.setattr("bestiary.train.features.WINDOW_TEXTS", 3)
-    monkeypatch.setattr("bestiary.train.features.WINDOW_CHARACTERS", 10)
+    monkeypatch.setattr("bestiary.train.embed.extract.WINDOW_TEXTS", 3)
+    monkeypatch.setattr("bestiary.train.embed.extract.WINDOW_CHARACTERS", 10)
     assert list(windows(["a", "b", "c", "d" * 20, "e"])) == [["a", "b", "c"], ["d" * 20], ["e"]]
     assert list(windows([])) == []
 

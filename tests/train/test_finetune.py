@@ -15,17 +15,17 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bestiary import models
 from bestiary.data import load_tokenizer
-from bestiary.data.examples import TrainingBatches, assemble, pack_batch
+from bestiary.data.batches import TrainingBatches, assemble, pack_batch
 from bestiary.models.bert import Bert, BertConfig
-from bestiary.models.tables import flatten
-from bestiary.train import finetune
+from bestiary.models.checkpoints.tables import flatten
 from bestiary.train.cli import main
-from bestiary.train.finetune import FinetuneConfig, layer_rates
-from bestiary.train.glue_suite import GlueSuiteConfig, planned, task_score
-from bestiary.train.glue_task import GlueConfig, glue_task
-from bestiary.train.prediction import Predictor
+from bestiary.train.finetune import loop as finetune
+from bestiary.train.finetune.glue_suite import GlueSuiteConfig, planned, task_score
+from bestiary.train.finetune.loop import FinetuneConfig, layer_rates
+from bestiary.train.finetune.prediction import Predictor
+from bestiary.train.finetune.tasks.glue import GlueConfig, glue_task
+from bestiary.train.finetune.tasks.scores import glue_metrics, metric
 from bestiary.train.sharding import SpreadConfig, logical_specs, start_spread
-from bestiary.train.task_metrics import glue_metrics, metric
 
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "dull")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town")

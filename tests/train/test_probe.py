@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from bestiary.train.cli import main
-from bestiary.train.features import Extractor
-from bestiary.train.probe import Head, fit_head, joined, learn_mix
+from bestiary.train.embed.extract import Extractor
+from bestiary.train.embed.probe import Head, fit_head, joined, learn_mix
 
 # --- the head ---------------------------------------------------------------------------------------------------------
 

@@ -13,14 +13,14 @@ from safetensors import safe_open
 
 from bestiary import models
 from bestiary.data import load_tokenizer
+from bestiary.data.batches import assemble
 from bestiary.data.errors import DataError
-from bestiary.data.examples import assemble
-from bestiary.data.squad import Answer, Question
-from bestiary.data.tagging import Sentence
+from bestiary.data.tasks.squad import Answer, Question
+from bestiary.data.tasks.tagging import Sentence
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.train.cli import main
-from bestiary.train.squad_task import SquadTask
-from bestiary.train.tagging_task import TaggingTask, entity_scores, files_of, split_file
+from bestiary.train.finetune.tasks.squad import SquadTask
+from bestiary.train.finetune.tasks.tagging import TaggingTask, entity_scores, files_of, split_file
 
 KEYS, TAILS = ("ada", "bob", "cy", "dee"), ("smith", "jones", "brown")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town", "who")

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from bestiary.data.squad import Answer, Question, Windows
-from bestiary.train.squad_answers import best_pairs, find_answers
-from bestiary.train.squad_metrics import choose_threshold, exact, f1, metrics_v1, metrics_v2, normalised
+from bestiary.data.tasks.squad import Answer, Question, Windows
+from bestiary.train.finetune.tasks.squad_answers import best_pairs, find_answers
+from bestiary.train.finetune.tasks.squad_metrics import choose_threshold, exact, f1, metrics_v1, metrics_v2, normalised
 
 
 def question(key: str, *answers: str, impossible: bool | None = None) -> Question:

@@ -19,18 +19,18 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bestiary.data.subwords import TextForm
+from bestiary.data.tokenizers.pairs import TextForm
 from bestiary.models.transformer import TransformerConfig
 from bestiary.train.cli import main as cli
-from bestiary.train.decode_config import DecodeConfig
 from bestiary.train.errors import RunError
+from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.learner import kept_params
 from bestiary.train.loop import LoopConfig, Stop, TrainState
 from bestiary.train.optim import OptimConfig, running_mean, schedule
-from bestiary.train.translate import Means, translate
-from bestiary.train.translate_config import TranslateConfig
-from bestiary.train.translate_run import Lines, RunConfig, Translator, open_translator
-from bestiary.train.translate_score import corpus_scores
+from bestiary.train.translate.config import TranslateConfig
+from bestiary.train.translate.run import Lines, RunConfig, Translator, open_translator
+from bestiary.train.translate.score import corpus_scores
+from bestiary.train.translate.train import Means, translate
 
 NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 MAIN = "from bestiary.train.cli import main; raise SystemExit(main())"
@@ -214,7 +214,7 @@ def test_a_running_mean_follows_the_parameters():
 
 def test_defaults_follow_the_text_and_the_size(monkeypatch: pytest.MonkeyPatch):
     seen: list[TranslateConfig] = []
-    monkeypatch.setattr("bestiary.train.translate.main", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr("bestiary.train.translate.train.main", lambda config: seen.append(config) or 0)
     text = ["--source", "a", "--target", "b"]
     for arguments in ([], text, [*text, "--steps", "7"], ["--pairs", "p.tsv", "--preset=transformer-base"]):
         assert cli(["translate", "train", *arguments]) == 0
@@ -461,7 +461,7 @@ def test_the_command_says_in_one_line_what_is_wrong(flags: list[str], message: s
 
 
 def test_held_out_pairs_share_no_source(folder: Path):
-    from bestiary.train.translate import read_texts
+    from bestiary.train.translate.train import read_texts
 
     texts = read_texts(dataclasses.replace(make_config(folder, "x"), dev=(), dev_pairs=60))
     train = list(texts.train())

@@ -1,0 +1,1 @@
+"""Text from files and folders: documents, sentences, parallel lines, and the corpora that come along."""

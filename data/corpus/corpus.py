@@ -1,0 +1,354 @@
+"""Documents from a user's files: text, Markdown, WikiText, JSON lines, gzip and zstd of these, tensorflow-datasets.
+
+What is one document:
+
+    .txt and any other text   the whole file; blank lines separate paragraphs, whose lines are joined. With
+                              `blank_line="document"`, the format of BERT's own script: blank lines separate documents,
+                              and every line is a paragraph
+    .md, .markdown            the whole file
+    .tokens, .raw, or text    an article; each begins with a ` = Title = ` line between two blank ones
+      that begins like that
+    .jsonl, .ndjson, .json    a line, which is an object whose field `text` (or another, by name) holds it; each line
+    of that
+                              text is a paragraph
+    a TFDS folder, tfds:NAME  an example, whose feature `text` holds it, as for JSON lines
+    embedded:python           a topic of Python's manual, or the docstrings of one module (see python_docs.py)
+
+Any of the files may end in .gz or .zst besides. A folder is read recursively, its files in the order of their names;
+in it, files with other endings and hidden ones are left out and counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CorpusError
+from ..reading import COMPRESSIONS, read_lines, read_text
+from . import python_docs
+from .markup import WIKITEXT_TITLE, Markup, paragraphs
+
+EMBEDDED = "embedded:python"
+TFDS_PREFIX = "tfds:"
+_EXAMPLES_AT_ONCE = 256
+
+Format = Literal["text", "markdown", "wikitext", "jsonl", "tfds-folder", "tfds-name", "embedded"]
+_FORMATS: dict[str, Format] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".tokens": "wikitext",
+    ".raw": "wikitext",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document as it was read, markup and all. `source` is the file's name, `line` where it starts, from 1."""
+
+    text: str
+    markup: Markup
+    source: str
+    line: int = 1
+
+    def paragraphs(self) -> list[str]:
+        """The document's paragraphs as plain running text, none of them empty; may be an empty list."""
+        return paragraphs(self.text, self.markup)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that documents come from. `name` is its path below the folder or file that the user named."""
+
+    path: Path
+    name: str
+    format: Format
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The files whose bytes decide what is read, each with a name that stays the same where the corpus is moved."""
+        if self.format == "embedded":
+            return python_docs.documentation_files()
+        if self.format in ("tfds-folder", "tfds-name"):
+            return [(file.name, file) for file in sorted(self.tfds_folder.iterdir()) if file.is_file()]
+        return [(self.name, self.path)]
+
+    @property
+    def tfds_folder(self) -> Path:
+        """The prepared data set; one that is named is downloaded and prepared first if this machine lacks it."""
+        return self.path if self.format == "tfds-folder" else _tfds_folder(self.name.removeprefix(TFDS_PREFIX))
+
+
+@dataclass
+class Counts:
+    """What a reading has met so far."""
+
+    documents: int = 0
+    characters: int = 0
+    empty_documents: int = 0
+    bytes_read: int = 0
+
+
+@dataclass
+class Corpus:
+    """The documents of files, folders, prepared tensorflow-datasets folders, `tfds:NAME`, or `embedded:python`.
+
+    Making one checks that every path is there and holds something to read; iterating reads, anew each time, in the same
+    order: the paths as given, files of a folder by name. `counts` tells what the last iteration met.
+
+    Args:
+        paths: what to read. encoding: of the text files; JSON lines are read with it too. text_field: the field (JSON
+        lines) or feature (tensorflow-datasets) that holds a document's text. blank_line: what a blank line separates
+        in plain text: paragraphs of the one document that the file is, or documents. split: which split of a
+        tensorflow-datasets data set to read.
+
+    Raises:
+        CorpusError: a path that is missing, a folder with nothing to read; while iterating, bytes in another encoding,
+        a line
+            that is not a JSON object, a field that is missing, and at the end a corpus without a single document.
+    """
+
+    paths: Sequence[str | Path]
+    encoding: str = "utf-8"
+    text_field: str = "text"
+    blank_line: Literal["paragraph", "document"] = "paragraph"
+    split: str = "train"
+    sources: list[Source] = field(init=False)
+    skipped_files: list[Path] = field(init=False, default_factory=list)
+    counts: Counts = field(init=False, default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, (str, Path)):
+            self.paths = [self.paths]
+        if not self.paths:
+            raise CorpusError("No corpus: name at least one file or folder.")
+        self.sources = [source for path in self.paths for source in self._sources_of(path)]
+
+    @property
+    def bytes_total(self) -> int:
+        """The size of everything that a reading reads, in bytes on disk; 0 where it cannot be known."""
+        return sum(file.stat().st_size for source in self.sources for _, file in source.files)
+
+    def __iter__(self) -> Iterator[Document]:
+        self.counts = counts = Counts()
+        for source in self.sources:
+            for document in self._read(source):
+                if document.text.strip():
+                    counts.documents += 1
+                    counts.characters += len(document.text)
+                    yield document
+                else:
+                    counts.empty_documents += 1
+        if not counts.documents:
+            named = ", ".join(str(path) for path in self.paths)
+            raise CorpusError(f"{named}: an empty corpus, not one document with text in it. Name files that hold text.")
+
+    # --- finding ------------------------------------------------------------------------------------------------------
+
+    def _sources_of(self, path: str | Path) -> list[Source]:
+        if str(path) == EMBEDDED:
+            return [Source(Path(EMBEDDED), EMBEDDED, "embedded")]
+        if str(path).startswith(TFDS_PREFIX):
+            return [Source(Path(str(path)), str(path), "tfds-name")]
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise CorpusError(f"{path}: there is no such file or folder. Check the path given with --corpus.")
+        if path.is_file():
+            return [Source(path, path.name, _format_of(path) or "text")]
+        if is_tfds(path):
+            return [Source(path, path.name, "tfds-folder")]
+        found = []
+        for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts):
+            inside = file.relative_to(path)
+            if any(part.startswith(".") for part in inside.parts) or any(is_tfds(p) for p in _below(path, file)):
+                continue
+            if file.is_dir() and is_tfds(file):
+                found.append(Source(file, inside.as_posix(), "tfds-folder"))
+            elif file.is_file() and (kind := _format_of(file)):
+                found.append(Source(file, inside.as_posix(), kind))
+            elif file.is_file():
+                self.skipped_files.append(file)
+        if not found:
+            endings = ", ".join(_FORMATS)
+            raise CorpusError(
+                f"{path}: no text in this folder. Expected files that end in {endings}, or these with .gz or .zst."
+            )
+        return found
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, source: Source) -> Iterator[Document]:
+        match source.format:
+            case "text":
+                return self._read_text(source)
+            case "markdown":
+                return iter([Document(self._whole(source), "markdown", source.name)])
+            case "wikitext":
+                return self._read_wikitext(source)
+            case "jsonl":
+                return self._read_jsonl(source)
+            case "embedded":
+                return self._read_embedded(source)
+            case "tfds-folder" | "tfds-name":
+                return self._read_tfds(source)
+
+    def _count_bytes(self, count: int) -> None:
+        self.counts.bytes_read += count
+
+    def _whole(self, source: Source) -> str:
+        return read_text(source.path, self.encoding, self._count_bytes)
+
+    def _lines(self, source: Source) -> Iterator[str]:
+        return read_lines(source.path, self.encoding, self._count_bytes)
+
+    def _read_text(self, source: Source) -> Iterator[Document]:
+        first = next((line for line in read_lines(source.path, self.encoding) if line.strip()), "")
+        if WIKITEXT_TITLE.fullmatch(first) and first.startswith(" "):
+            yield from self._read_wikitext(source)
+        elif self.blank_line == "paragraph":
+            yield Document(self._whole(source), "wrapped", source.name)
+        else:
+            start, block = 1, []
+            for number, line in enumerate(self._lines(source), 1):
+                if line.strip():
+                    start = start if block else number
+                    block.append(line)
+                elif block:
+                    yield Document("\n".join(block), "lines", source.name, start)
+                    block = []
+            if block:
+                yield Document("\n".join(block), "lines", source.name, start)
+
+    def _read_wikitext(self, source: Source) -> Iterator[Document]:
+        # A title stands between two lines that are blank: formulas and keys to tables inside of articles look the same.
+        start, block, blank_before, title = 1, [], True, 0
+        for number, line in enumerate(self._lines(source), 1):
+            blank = not line.strip()
+            if title and blank:
+                *before, heading = block
+                if any(part.strip() for part in before):
+                    yield Document("\n".join(before), "wikitext", source.name, start)
+                start, block = title, [heading]
+            title = number if blank_before and WIKITEXT_TITLE.fullmatch(line) else 0
+            block.append(line)
+            blank_before = blank
+        yield Document("\n".join(block), "wikitext", source.name, start)
+
+    def _read_jsonl(self, source: Source) -> Iterator[Document]:
+        for number, line in enumerate(self._lines(source), 1):
+            if not line or line.isspace():
+                continue
+            where = f"{source.path}, line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CorpusError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object a line."
+                ) from None
+            yield Document(_text_of(value, self.text_field, where, "a JSON object"), "lines", source.name, number)
+
+    def _read_embedded(self, source: Source) -> Iterator[Document]:
+        for name, text in python_docs.documentation(self._count_bytes):
+            yield Document(text, "docstrings", f"{source.name}/{name}")
+
+    def _read_tfds(self, source: Source) -> Iterator[Document]:
+        examples = open_tfds(source, self.split)
+        size = sum(file.stat().st_size for _, file in source.files) / max(1, len(examples))
+        for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
+            numbers = range(first, min(first + _EXAMPLES_AT_ONCE, len(examples)))
+            for number, example in zip(numbers, examples.__getitems__(list(numbers)), strict=True):
+                where = f"{source.path}, example {number} of split {self.split!r}"
+                self._count_bytes(int(size * (number + 1)) - int(size * number))
+                text = _text_of(example, self.text_field, where, "an example with named features")
+                yield Document(text, "lines", source.name, number + 1)
+
+
+def read_documents(paths: Sequence[str | Path], **options: Any) -> Iterator[Document]:
+    """The documents of `paths`, in order; `options` are those of `Corpus`."""
+    return iter(Corpus(paths, **options))
+
+
+def embedded_documents() -> Iterator[Document]:
+    """The documents that every Python carries: the topics of its manual and its standard library's docstrings."""
+    return iter(Corpus([EMBEDDED]))
+
+
+def _format_of(file: Path) -> Format | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return _FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def is_tfds(folder: Path) -> bool:
+    """Whether this is the folder of a prepared tensorflow-datasets data set."""
+    return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
+
+
+def _below(top: Path, file: Path) -> list[Path]:
+    """The folders between `top` and `file`, both left out."""
+    return [parent for parent in file.parents if top in parent.parents]
+
+
+def _text_of(value: Any, name: str, where: str, expected: str) -> str:
+    if not isinstance(value, dict):
+        raise CorpusError(f"{where}: expected {expected}, found {type(value).__name__}.")
+    if name not in value:
+        names = ", ".join(sorted(map(str, value))) or "none"
+        raise CorpusError(f"{where}: no field {name!r} (there is: {names}). Name the field with --text-field.")
+    text = value[name]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{where}: field {name!r} is not UTF-8 (byte {error.start}).") from None
+    if not isinstance(text, str):
+        raise CorpusError(f"{where}: field {name!r} holds {type(text).__name__}, expected text.")
+    return text
+
+
+def open_tfds(source: Source, split: str) -> Any:
+    """The examples of a split of a prepared data set: has a length, and is indexed with lists of numbers."""
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(source.tfds_folder)
+    if split not in builder.info.splits:
+        raise CorpusError(f"{source.path}: no split {split!r} (there is: {', '.join(builder.info.splits)}).")
+    try:
+        return builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise CorpusError(
+            f"{source.path}: cannot be read without TensorFlow ({error}). Prepare it with file_format='array_record'."
+        ) from error
+
+
+@cache
+def _tfds_folder(name: str) -> Path:
+    import tensorflow_datasets as tfds
+
+    needs_tensorflow = (
+        f"{TFDS_PREFIX}{name}: this machine has no copy prepared as ArrayRecord (looked for in TFDS_DATA_DIR, or in "
+        "~/tensorflow_datasets), and preparing one needs TensorFlow, which is not installed. Install `tensorflow`, and "
+        "`apache-beam` for the large ones, or name the folder of a copy prepared elsewhere."
+    )
+    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        if has_tensorflow:
+            raise CorpusError(f"{TFDS_PREFIX}{name}: tensorflow-datasets knows no data set of this name.") from None
+        raise CorpusError(needs_tensorflow) from None
+    if not builder.is_prepared():
+        if not has_tensorflow:
+            raise CorpusError(needs_tensorflow)
+        builder.download_and_prepare()
+    return Path(builder.data_path)

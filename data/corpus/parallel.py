@@ -1,0 +1,248 @@
+"""Parallel text: pairs of a source and a target line, from a user's files.
+
+What is read:
+
+    two files                 a sentence a line, the same number of lines in both
+    .tsv                      a pair a line, in two of its columns
+    .jsonl, .ndjson, .json    a pair a line, in two fields of an object; `{"translation": {"en": ..., "de": ...}}`, as
+                              WMT's data sets on the hub have it, is looked into
+    a TFDS folder, tfds:NAME  wmt14_translate and its like: an example with the features `en` and `de`
+
+Any file may end in .gz or .zst besides. Reading streams; nothing holds a whole file. Lines are told apart by `\\n`
+alone (and lose a `\\r` before it), so that a line separator of Unicode inside of a sentence does not shift the pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CorpusError
+from ..reading import COMPRESSIONS, read_lines
+from .corpus import TFDS_PREFIX, Source, is_tfds, open_tfds
+
+LINES_SHOWN = 10
+_JSON = (".jsonl", ".ndjson", ".json")
+_EXAMPLES_AT_ONCE = 1024
+# Controls, and Unicode's own line and paragraph separators: none of them stands for anything in a sentence.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+Form = Literal["lines", "tsv", "json", "tfds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A source text, a target text, and the number of their line, from 1."""
+
+    source: str
+    target: str
+    line: int
+
+
+@dataclass
+class Findings:
+    """What was met in the input that a user should know of: how often, and in which lines first."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    lines: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, what: str, line: int) -> None:
+        """Count a line; the first few are remembered."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+        shown = self.lines.setdefault(what, [])
+        if len(shown) < LINES_SHOWN:
+            shown.append(line)
+
+    def __iter__(self) -> Iterator[str]:
+        """A message for each thing that was met."""
+        for what, count in self.counts.items():
+            numbers = ", ".join(map(str, self.lines[what]))
+            more = ", ..." if count > len(self.lines[what]) else ""
+            yield f"{count:,} {'line' if count == 1 else 'lines'} with {what}: {numbers}{more}"
+
+
+def clean_line(line: str) -> tuple[str, bool]:
+    """The line with a space for every control character, none at its ends, and whether there were any."""
+    found = _CONTROL.search(line) is not None
+    return (_CONTROL.sub(" ", line) if found else line).strip(), found
+
+
+@dataclass
+class ParallelText:
+    """The pairs of two files, or of one place that holds both sides.
+
+    Making one checks that everything is there; iterating reads, anew each time. `findings` tells what the last
+    iteration met.
+
+    Args:
+        paths: two files, source and target; or one .tsv or .jsonl file, tensorflow-datasets folder, or `tfds:NAME`.
+        fields: where the two sides are: two column numbers of a .tsv, from 1, or two names of JSON fields or of
+            features. None: the first two columns; fields and features that are named by `languages`.
+        languages: ISO 639-1 codes of source and target.
+        encoding: of the files.
+        split: of a tensorflow-datasets data set.
+        empty: whether a pair with an empty side is kept, or left out and counted.
+
+    Raises:
+        CorpusError: a path that is missing or of another kind; while iterating, bytes in another encoding, a line
+            without its columns or fields, files with different numbers of lines, and no pair at all.
+    """
+
+    paths: Sequence[str | Path]
+    fields: tuple[str, str] | None = None
+    languages: tuple[str, str] = ("en", "de")
+    encoding: str = "utf-8"
+    split: str = "train"
+    empty: Literal["keep", "drop"] = "keep"
+    form: Form = field(init=False)
+    findings: Findings = field(init=False, default_factory=Findings)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.paths) <= 2:
+            raise CorpusError(
+                f"{len(self.paths)} paths: expected two files, source and target, or one that holds both sides."
+            )
+        for path in self.paths:
+            if not str(path).startswith(TFDS_PREFIX) and not Path(path).expanduser().exists():
+                raise CorpusError(f"{path}: there is no such file or folder.")
+        self.form = self._form()
+        if self.form == "tsv" and self.fields and not all(name.isdigit() and int(name) for name in self.fields):
+            raise CorpusError(f"{self.paths[0]}: columns {' and '.join(self.fields)}; expected two numbers, from 1.")
+
+    def _form(self) -> Form:
+        if len(self.paths) == 2:
+            for path in self.paths:
+                if str(path).startswith(TFDS_PREFIX) or Path(path).expanduser().is_dir():
+                    raise CorpusError(f"{path}: a data set holds both sides; it is named alone. Expected a file.")
+            return "lines"
+        path = Path(self.paths[0]).expanduser()
+        if str(self.paths[0]).startswith(TFDS_PREFIX):
+            return "tfds"
+        if path.is_dir():
+            if not is_tfds(path):
+                raise CorpusError(f"{path}: not a prepared tensorflow-datasets folder (no features.json in it).")
+            return "tfds"
+        endings = [suffix.lower() for suffix in path.suffixes]
+        if endings and endings[-1] in COMPRESSIONS:
+            endings.pop()
+        if endings and endings[-1] in _JSON:
+            return "json"
+        if endings and endings[-1] == ".tsv":
+            return "tsv"
+        raise CorpusError(
+            f"{path}: one file with both sides ends in .tsv or {', '.join(_JSON)} (and .gz or .zst). Otherwise name "
+            "two files, source and target."
+        )
+
+    @property
+    def _source(self) -> Source:
+        path = self.paths[0]
+        named = str(path).startswith(TFDS_PREFIX)
+        return Source(Path(path).expanduser(), str(path), "tfds-name" if named else "tfds-folder")
+
+    def __str__(self) -> str:
+        return ", ".join(str(path) for path in self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal: equal for two that read the same, wherever they lie."""
+        parts: list[Any] = [self.form, self.fields, self.languages, self.encoding, self.split, self.empty]
+        files = [Path(path).expanduser() for path in self.paths]
+        if self.form == "tfds":
+            files = [file for _, file in self._source.files]
+        for file in files:
+            with file.open("rb") as opened:
+                parts.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def __iter__(self) -> Iterator[Pair]:
+        self.findings = findings = Findings()
+        read = {"lines": self._lines, "tsv": self._tsv, "json": self._json, "tfds": self._tfds}[self.form]
+        any_pair = False
+        for line, (source, target) in enumerate(read(), 1):
+            source, control = clean_line(source)
+            target, control_too = clean_line(target)
+            if control or control_too:
+                findings.add("control characters, taken for spaces", line)
+            if not (source and target):
+                left_out = ", left out" if self.empty == "drop" else ""
+                sides = "two empty sides" if not (source or target) else f"an empty {'target' if source else 'source'}"
+                findings.add(sides + left_out, line)
+                if self.empty == "drop":
+                    continue
+            any_pair = True
+            yield Pair(source, target, line)
+        if not any_pair:
+            raise CorpusError(f"{self}: not one pair of lines with text on both sides.")
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        source, target = (read_lines(Path(path).expanduser(), self.encoding) for path in self.paths)
+        for number, (left, right) in enumerate(zip_longest(source, target)):
+            if left is None or right is None:
+                lines = number + 1 + sum(1 for _ in (target if left is None else source))
+                counts = (number, lines) if left is None else (lines, number)
+                raise CorpusError(
+                    f"{self.paths[0]} has {counts[0]:,} lines and {self.paths[1]} has {counts[1]:,}: a pair is two "
+                    "lines of the same number, so the counts must be equal."
+                )
+            yield left, right
+
+    def _tsv(self) -> Iterator[tuple[str, str]]:
+        path = Path(self.paths[0]).expanduser()
+        first, second = (int(name) - 1 for name in self.fields or ("1", "2"))
+        for number, line in enumerate(read_lines(path, self.encoding), 1):
+            cells = line.split("\t")
+            if len(cells) <= max(first, second):
+                raise CorpusError(
+                    f"{path}, line {number}: {len(cells)} columns between tabs; expected at least "
+                    f"{max(first, second) + 1}."
+                )
+            yield cells[first], cells[second]
+
+    def _json(self) -> Iterator[tuple[str, str]]:
+        path = Path(self.paths[0]).expanduser()
+        for number, line in enumerate(read_lines(path, self.encoding), 1):
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CorpusError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object a line."
+                ) from None
+            if isinstance(value, dict) and isinstance(value.get("translation"), dict):
+                value = value["translation"]
+            yield self._fields_of(value, where)
+
+    def _tfds(self) -> Iterator[tuple[str, str]]:
+        examples = open_tfds(self._source, self.split)
+        for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
+            numbers = list(range(first, min(first + _EXAMPLES_AT_ONCE, len(examples))))
+            for number, example in zip(numbers, examples.__getitems__(numbers), strict=True):
+                yield self._fields_of(example, f"{self.paths[0]}, example {number} of split {self.split!r}")
+
+    def _fields_of(self, value: Any, where: str) -> tuple[str, str]:
+        names = self.fields or self.languages
+        if not isinstance(value, dict):
+            raise CorpusError(f"{where}: expected an object with named fields, found {type(value).__name__}.")
+        missing = [name for name in names if name not in value]
+        if missing:
+            there = ", ".join(sorted(map(str, value))) or "none"
+            raise CorpusError(f"{where}: no field {missing[0]!r} (there is: {there}). Name them with --fields.")
+        texts = []
+        for name in names:
+            text = value[name]
+            if isinstance(text, bytes):
+                try:
+                    text = text.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise CorpusError(f"{where}: field {name!r} is not UTF-8 (byte {error.start}).") from None
+            if not isinstance(text, str):
+                raise CorpusError(f"{where}: field {name!r} holds {type(text).__name__}, expected text.")
+            texts.append(text)
+        return texts[0], texts[1]

@@ -1,0 +1,1 @@
+"""Rows of one objective each, addressed by their number."""

@@ -1,0 +1,1 @@
+"""Readers of labelled data: GLUE, SQuAD, multiple choice, tagging, tables."""

@@ -1,0 +1,257 @@
+"""Tables of texts: TSV, CSV and JSON lines with named columns, every error with its file and line.
+
+    .tsv .txt      a row a line, tabs between fields; quotes are ordinary characters, as in GLUE's files
+    .csv           RFC 4180: commas, quotes around fields that hold commas, quotes or line ends
+    .jsonl .ndjson .json    an object a line
+
+Each plain, `.gz` or `.zst`, in UTF-8. Blank lines are passed over.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DataError
+from ..reading import COMPRESSIONS, read_lines
+
+LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit is 131,072
+
+
+class Row(NamedTuple):
+    """A row of a table: its fields by column, and where it stands, for messages."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+class TextExample(NamedTuple):
+    """A text or a pair of texts to classify or to rate."""
+
+    first: str
+    second: str | None
+    label: int | float | None  # the class's number, or the value; None where it is not known
+    key: str  # what the example is called in a file of predictions
+    where: str  # file and line
+
+
+def read_table(
+    path: Path,
+    *,
+    header: Sequence[str] | None = None,
+    exact: bool = True,
+    on_short: Callable[[], None] | None = None,
+) -> Iterator[Row]:
+    """The rows of a table.
+
+    Args:
+        path: .tsv, .txt, .csv, .jsonl, .ndjson or .json, and these with .gz or .zst.
+        header: the columns' names of a file without a first line that names them.
+        exact: whether more fields than columns are an error; else the surplus is left out.
+        on_short: called for a row with too few fields, which is then left out; None makes it an error.
+
+    Raises:
+        DataError: a row with too few fields, or what is no table at all.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file.")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
+    if kind in (".jsonl", ".ndjson", ".json"):
+        return _json_lines(path)
+    if kind == ".csv":
+        return _records(path, _csv_records(path), header, exact, on_short)
+    if kind in (".tsv", ".txt"):
+        return _records(path, _tab_records(path), header, exact, on_short)
+    raise DataError(
+        f"{path}: expected a name that ends in .tsv, .txt, .csv, .jsonl or .json (or these with .gz, .zst)."
+    )
+
+
+def _tab_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield number, line.split("\t")
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True)
+    number = 1
+    try:
+        for record in reader:
+            if any(field.strip() for field in record):
+                yield number, record
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {number}: not CSV ({error}).") from None
+
+
+def _records(
+    path: Path,
+    records: Iterator[tuple[int, list[str]]],
+    header: Sequence[str] | None,
+    exact: bool,
+    on_short: Callable[[], None] | None,
+) -> Iterator[Row]:
+    if header is None:
+        header = next(records, (0, []))[1]
+        twice = {name for name in header if header.count(name) > 1}
+        if twice:
+            raise DataError(f"{path}, line 1: two columns are called {sorted(twice)[0]!r}.")
+    columns = len(header)
+    for number, record in records:
+        if len(record) < columns and on_short is not None:
+            on_short()
+            continue
+        if len(record) < columns or (exact and len(record) > columns):
+            raise DataError(
+                f"{path}, line {number}: expected {columns} fields ({', '.join(header)}), found {len(record)}: "
+                f"{_shown(record)}"
+            )
+        yield Row(dict(zip(header, record, strict=False)), f"{path}, line {number}")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object a line."
+            ) from None
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}.")
+        yield Row(value, where)
+
+
+def _shown(record: Sequence[str]) -> str:
+    text = " | ".join(record)
+    return f"{text[:120]}..." if len(text) > 120 else text
+
+
+def text_of(row: Row, column: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        DataError: no such column, or something else in it.
+    """
+    value = field_of(row, column)
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: column {column!r} holds {json.dumps(value)}, expected text.")
+    return value
+
+
+def field_of(row: Row, column: str) -> Any:
+    """A field of any type.
+
+    Raises:
+        DataError: no such column.
+    """
+    if column not in row.fields:
+        raise DataError(f"{row.where}: no column {column!r} (there is: {', '.join(map(str, row.fields)) or 'none'}).")
+    return row.fields[column]
+
+
+def number_of(value: Any, where: str) -> float:
+    """The value of a regression target.
+
+    Raises:
+        DataError: not a finite number.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: the target is {value!r}, expected a finite number.")
+    return number
+
+
+def class_of(value: Any, labels: Sequence[str], where: str) -> int:
+    """The number of a label.
+
+    Raises:
+        DataError: it is not in the label set.
+    """
+    text = label_text(value, where)
+    if text not in labels:
+        known = ", ".join(map(repr, labels[:20])) + (", ..." if len(labels) > 20 else "")
+        raise DataError(f"{where}: the label {text!r} is not in the label set ({known}).")
+    return list(labels).index(text)
+
+
+def label_text(value: Any, where: str) -> str:
+    """A label as text: JSON numbers and truth values are labels too.
+
+    Raises:
+        DataError: nothing there, or what cannot be a label.
+    """
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, bool | int):
+        return json.dumps(value)
+    if value is None or isinstance(value, str):
+        raise DataError(f"{where}: the label is missing.")
+    raise DataError(f"{where}: the label is {json.dumps(value)}, expected text, a whole number or a truth value.")
+
+
+def labels_of(values: Iterable[str]) -> tuple[str, ...]:
+    """The label set of labels as text: whole numbers by value, anything else by the alphabet."""
+    found = set(values)
+    if all(value.lstrip("-").isdecimal() for value in found):
+        return tuple(sorted(found, key=lambda value: (int(value), value)))
+    return tuple(sorted(found))
+
+
+def read_texts(
+    path: Path,
+    *,
+    text: str,
+    text_pair: str | None,
+    label: str | None,
+    labels: Sequence[str] | None,
+) -> list[TextExample]:
+    """The examples of a user's own file.
+
+    Args:
+        path: what `read_table` takes.
+        text, text_pair: the columns of the texts.
+        label: the column of the label; None reads none.
+        labels: the label set; None for numbers (regression).
+
+    Raises:
+        DataError: with file and line; also for a file without a single row.
+    """
+    examples = []
+    for number, row in enumerate(read_table(path)):
+        target: int | float | None = None
+        if label is not None:
+            value = field_of(row, label)
+            target = number_of(value, row.where) if labels is None else class_of(value, labels, row.where)
+        second = None if text_pair is None else text_of(row, text_pair)
+        examples.append(TextExample(text_of(row, text), second, target, str(number), row.where))
+    if not examples:
+        raise DataError(f"{path}: an empty file, without a single row. Expected a line of column names and rows.")
+    return examples
+
+
+def read_labels(path: Path, label: str) -> tuple[str, ...]:
+    """The label set that a file's rows have.
+
+    Raises:
+        DataError: with file and line.
+    """
+    found = [label_text(field_of(row, label), row.where) for row in read_table(path)]
+    if not found:
+        raise DataError(f"{path}: an empty file, without a single row. Expected a line of column names and rows.")
+    return labels_of(found)

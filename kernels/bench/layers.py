@@ -1,0 +1,288 @@
+"""The comparison of layers that self-attention was introduced with, measured: Vaswani et al. 2017, table 1.
+
+    bestiary bench layers --lengths 128,256,512,1024,2048 --out bench/
+
+For a row of n positions of width d, a convolution's kernel width k and a neighbourhood of r positions:
+
+| layer                     | complexity     | sequential operations | longest path |
+| ------------------------- | -------------- | --------------------- | ------------ |
+| self-attention            | O(n^2 d)       | O(1)                  | O(1)         |
+| recurrent                 | O(n d^2)       | O(n)                  | O(n)         |
+| convolutional             | O(k n d^2)     | O(1)                  | O(log_k n)   |
+| self-attention, restricted | O(r n d)      | O(1)                  | O(n / r)     |
+
+Each layer is what the table counts and nothing else: attention without projections (heads of 64); a recurrent layer
+h' = tanh(W x + U h); a convolution over the row with all d x d channels. The longest path of a convolution is that of a
+stack of dilated ones. Times are of one layer, forward, and forward with all gradients; see `bench_timing` for how they
+are taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from matplotlib.figure import Figure
+
+from ..attention import attention
+from ..tuning import chip
+from .attention import command, png
+from .cases import BenchError
+from .timing import METHOD, machine, table, time_jax, write, write_json
+
+HEAD = 64
+
+Layer = Callable[[Array, tuple[Array, ...]], Array]
+"""From rows [B, n, d] and the layer's weights to rows."""
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """Measure self-attention, recurrent, convolutional and restricted self-attention layers over the row's length."""
+
+    lengths: str = "64,128,256,512,1024"
+    """Positions in a row, separated by commas."""
+    tokens: int = 2048
+    """Positions in a batch; rows of each length are as many as make this."""
+    width: int = 512
+    """Channels, d; a multiple of 64. 512 is the paper's base model."""
+    kernel: int = 3
+    """Positions that the convolution spans, k."""
+    neighbourhood: int = 64
+    """Positions that restricted attention sees, r: half of them on each side."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: float32 on a CPU, else bfloat16."""
+    samples: int = 5
+    """Samples of each time; the median is reported."""
+    sample_seconds: float = 0.05
+    """The least time of a sample."""
+    seed: int = 0
+    """Of inputs and weights."""
+    out: Path = Path("bench")
+    """Folder of the files to write."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A row of the table, for one length. Operations are multiplications with an addition."""
+
+    name: str
+    complexity: str
+    operations: int
+    sequential: int
+    path: int
+
+
+def describe(length: int, width: int, kernel: int, neighbourhood: int) -> list[Described]:
+    """Table 1 in numbers, of one row of `length` positions. Attention's operations are those of both its products."""
+    near = sum(min(length - 1, i + neighbourhood // 2) - max(0, i - neighbourhood // 2) + 1 for i in range(length))
+    return [
+        Described("self-attention", "O(n^2 d)", 2 * length**2 * width, 1, 1),
+        Described("recurrent", "O(n d^2)", 2 * length * width**2, length, length),
+        Described(
+            "convolutional", "O(k n d^2)", kernel * length * width**2, 1, max(1, math.ceil(math.log(length, kernel)))
+        ),
+        Described("restricted attention", "O(r n d)", 2 * near * width, 1, math.ceil(length / neighbourhood)),
+    ]
+
+
+def attend(rows: Array, weights: tuple[Array, ...], window: tuple[int, int] | None = None) -> Array:
+    """Self-attention of a row with itself. [B, n, d] -> [B, n, d]; no weights."""
+    del weights
+    heads = rows.reshape(*rows.shape[:2], -1, HEAD)
+    return attention(heads, heads, heads, window=window).reshape(rows.shape)
+
+
+def recur(rows: Array, weights: tuple[Array, ...]) -> Array:
+    """A recurrent layer (Elman's): the product with the inputs for all positions at once, with the state one by one."""
+    inputs, state = weights
+    driven = jnp.swapaxes(rows @ inputs, 0, 1)
+
+    def step(hidden: Array, given: Array) -> tuple[Array, Array]:
+        hidden = jnp.tanh(given + hidden @ state)
+        return hidden, hidden
+
+    return jnp.swapaxes(lax.scan(step, jnp.zeros_like(driven[0]), driven)[1], 0, 1)
+
+
+def convolve(rows: Array, weights: tuple[Array, ...]) -> Array:
+    """A convolution over positions, of all channels with all; padded with zeros to keep the length."""
+    return lax.conv_general_dilated(rows, weights[0], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+def layers(config: LayersConfig, dtype: str) -> list[tuple[Layer, tuple[Array, ...]]]:
+    """The layers in the order of `describe`, each with its weights."""
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+
+    def draw(key: Array, *shape: int) -> Array:
+        return (jax.random.normal(key, shape) / math.sqrt(math.prod(shape[:-1]))).astype(dtype)
+
+    d, half = config.width, config.neighbourhood // 2
+    return [
+        (attend, ()),
+        (recur, (draw(keys[0], d, d), draw(keys[1], d, d))),
+        (convolve, (draw(keys[2], config.kernel, d, d),)),
+        (lambda rows, weights: attend(rows, weights, (half, half)), ()),
+    ]
+
+
+def main(config: LayersConfig) -> int:
+    """`bestiary bench layers`; returns the exit status."""
+    try:
+        lengths = check(config)
+    except BenchError as error:
+        print(f"bestiary bench layers: {error}", file=sys.stderr)
+        return 2
+    config.out.mkdir(parents=True, exist_ok=True)
+    result = run(config, lengths)
+    stem = f"layers-{result['chip']}"
+    text = markdown(result)
+    write_json(config.out / f"{stem}.json", result)
+    write(config.out / f"{stem}.md", text)
+    write(config.out / f"{stem}.png", chart(result))
+    print(text)
+    print(f"Written: {config.out / stem}.json, .md, .png")
+    return 0
+
+
+def check(config: LayersConfig) -> list[int]:
+    """The lengths; a BenchError names the option that does not fit."""
+    parts = [part.strip() for part in config.lengths.split(",")]
+    if not all(part.isdecimal() and int(part) > 1 for part in parts):
+        raise BenchError(f"--lengths: expected integers above 1, separated by commas, found {config.lengths!r}")
+    if config.width < HEAD or config.width % HEAD:
+        raise BenchError(f"--width: expected a multiple of {HEAD}, found {config.width}")
+    if config.kernel < 2:
+        raise BenchError(f"--kernel: expected at least 2 positions, found {config.kernel}")
+    if config.neighbourhood < 2:
+        raise BenchError(f"--neighbourhood: expected at least 2 positions, found {config.neighbourhood}")
+    if config.samples < 1:
+        raise BenchError(f"--samples: expected at least 1, found {config.samples}")
+    lengths = sorted({int(part) for part in parts})
+    if lengths[-1] > config.tokens:
+        raise BenchError(f"--tokens: expected at least the longest row, {lengths[-1]}, found {config.tokens}")
+    return lengths
+
+
+def run(config: LayersConfig, lengths: Sequence[int]) -> dict[str, Any]:
+    """Measure; everything that the JSON holds."""
+    name = chip() or "cpu"
+    dtype = config.dtype if config.dtype != "auto" else "float32" if name == "cpu" else "bfloat16"
+    timing = {"samples": config.samples, "least_seconds": config.sample_seconds}
+    entries = []
+    for length in lengths:
+        count = config.tokens // length
+        sets = [
+            jax.random.normal(jax.random.fold_in(jax.random.key(config.seed), n), (count, length, config.width)).astype(
+                dtype
+            )
+            for n in range(2)
+        ]
+        described = describe(length, config.width, config.kernel, config.neighbourhood)
+        for known, (layer, weights) in zip(described, layers(config, dtype), strict=True):
+            print(f"{length}: {known.name}", file=sys.stderr, flush=True)
+
+            def both(rows: Array, weights: tuple[Array, ...], layer: Layer = layer) -> Any:
+                out, pull = jax.vjp(layer, rows, weights)
+                return out, pull(out)
+
+            arguments = [(rows, weights) for rows in sets]
+            entries.append(
+                {
+                    "length": length,
+                    "rows": count,
+                    **dataclasses.asdict(known),
+                    "forward": time_jax(layer, arguments, **timing)._asdict(),
+                    "forward_and_backward": time_jax(both, arguments, **timing)._asdict(),
+                }
+            )
+    return {
+        "bench": "layers",
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command(config, "layers"),
+        "chip": name,
+        **machine(),
+        "method": METHOD,
+        "dtype": dtype,
+        "settings": {key: getattr(config, key) for key in ("tokens", "width", "kernel", "neighbourhood")},
+        "entries": entries,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, with what one must know to read it."""
+    settings = result["settings"]
+    rows = [
+        [
+            str(entry["length"]),
+            entry["name"],
+            entry["complexity"],
+            f"{entry['operations'] / 1e6:.4g}",
+            str(entry["sequential"]),
+            str(entry["path"]),
+            f"{entry['forward']['median'] * 1e3:.3g}",
+            f"{entry['forward_and_backward']['median'] * 1e3:.3g}",
+        ]
+        for entry in result["entries"]
+    ]
+    headers = ["n", "layer", "complexity", "Mop a row", "sequential", "longest path", "fwd ms", "fwd+bwd ms"]
+    return "\n".join(
+        [
+            f"# Layers by length on {result['device']}, {result['dtype']}",
+            "",
+            f"{result['date']}, `{result['command']}`; jax {result['versions']['jax']}. The comparison of Vaswani et "
+            f"al. 2017, table 1, measured: width d = {settings['width']}, convolution over k = {settings['kernel']}, "
+            f"attention restricted to r = {settings['neighbourhood']} positions. Mop: millions of multiplications with "
+            f"an addition, of one row; times are of a batch of {settings['tokens']} positions. {result['method']}",
+            "",
+            *(
+                ["Here the reference backend computed all scores and masked them: restriction saves nothing.", ""]
+                if result["chip"] == "cpu"
+                else []
+            ),
+            table(headers, rows),
+            "",
+        ]
+    )
+
+
+def chart(result: dict[str, Any]) -> bytes:
+    """PNG: time over length, both logarithmic; beside it, operations over length."""
+    names = list(dict.fromkeys(entry["name"] for entry in result["entries"]))
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    times, operations = figure.subplots(1, 2)
+    tokens = result["settings"]["tokens"]
+    for n, name in enumerate(names):
+        entries = [entry for entry in result["entries"] if entry["name"] == name]
+        lengths = [entry["length"] for entry in entries]
+        for which, style in (("forward", "-"), ("forward_and_backward", "--")):
+            label = name if which == "forward" else None
+            times.plot(
+                lengths, [e[which]["median"] * 1e3 for e in entries], style, color=f"C{n}", marker=".", label=label
+            )
+        operations.plot(
+            lengths, [e["operations"] * e["rows"] / 1e9 for e in entries], color=f"C{n}", marker=".", label=name
+        )
+    for axes, label in (
+        (times, f"ms a batch of {tokens} positions\n(dashed: with gradients)"),
+        (operations, "10^9 operations a batch"),
+    ):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("positions in a row, n")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    times.legend(fontsize=8, frameon=False)
+    figure.suptitle(
+        f"Layers by length on {result['device']}, {result['dtype']}, d = {result['settings']['width']}", fontsize=10
+    )
+    return png(figure)

@@ -1,0 +1,319 @@
+"""The Hopper backend: attention by Pallas kernels for sm_90 (H100, H200), forward and backward.
+
+Here the call is made ready (padding, hash words, the bias as the kernels read it), given its derivative, and split over
+a mesh. The kernels are in `hopper_forward.py`, `hopper_backward.py` and `hopper_bias.py`, those for
+short rows in `hopper_short.py`; what they share in `hopper_tile.py`, `hopper_work.py` and `hopper_operands.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..bias import DenseBias, toeplitz_row
+from ..call import Call
+from ..hash import query_words
+from ..split import Split, misfit, split_of, undeclared
+from ..tuning import tuned
+from . import short as hopper_short
+from .backward import key_gradient, query_gradient
+from .bias import bias_gradient
+from .forward import forward
+from .tile import LOG2E, Blocks, Options, ceil_to, compiling, interpreting, mode
+
+__all__ = ["Blocks", "Tuning", "blocks_for", "compiling", "interpreting", "run", "supports"]
+
+LARGEST_HEAD = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kernels cut a call; what tuning varies.
+
+    Attributes:
+      forward, query_gradient, key_gradient, bias_gradient: the tile sizes of each kernel.
+      together: whether dk and dv are computed together, or apart to spare registers.
+      one_pass, fused: stages of the short rows' kernels, forward and backward; 0 to use the others instead. So do calls
+        that do not fit into the short rows' kernels.
+    """
+
+    forward: Blocks
+    query_gradient: Blocks
+    key_gradient: Blocks
+    bias_gradient: Blocks
+    together: bool = True
+    one_pass: int = 0
+    fused: int = 0
+
+
+def blocks_for(
+    size: int, value_size: int, bias: str | None = None, *, dropout: bool = False, segments: bool = False
+) -> Tuning:
+    """The rule for tile sizes: as large as registers and shared memory allow, which compiling for the chip has told.
+
+    Args:
+      size, value_size: head sizes D and Dv.
+      bias: None, "row" or "dense".
+      dropout, segments: whether there are any.
+    """
+    return dataclasses.replace(_tiles(size, value_size, bias, dropout, segments), one_pass=2, fused=2)
+
+
+def rule(call: Call) -> Tuning:
+    """What `blocks_for` says of a call."""
+    size, value_size = (ceil_to(x.shape[3], 16) for x in (call.query, call.value))
+    options = _options(call)
+    dropout, segments = options.dropout_rate > 0, options.segments
+    return blocks_for(size, value_size, options.bias, dropout=dropout, segments=segments)
+
+
+def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments: bool) -> Tuning:
+    large = max(size, value_size)
+    if large <= 64:
+        wide = 64 if bias == "dense" else 128
+        query = 64 if bias or dropout else 128
+        return Tuning(Blocks(2, wide, 2), Blocks(2, query, 2), Blocks(2, 64, 2), Blocks(2, 64, 2))
+    if large <= 128:
+        wide = 64 if bias or dropout else 128
+        # Beside two sums of 64 x 128 there are no registers left for a bias or for dropout's bits.
+        together = not (bias or dropout)
+        forward = Blocks(2, wide, 1 if bias == "dense" else 2)
+        return Tuning(forward, Blocks(2, 64, 2), Blocks(2, 64, 2), Blocks(2, 64, 1), together)
+    forward = Blocks(1, 64, 1) if bias or dropout or segments else Blocks(2, 64, 1)
+    return Tuning(forward, Blocks(1, 64, 1), Blocks(1, 64, 1), Blocks(1, 64, 1), together=False)
+
+
+def supports(call: Call) -> str | None:
+    """None, or the reason why this backend cannot do this call on the default device."""
+    if call.query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"expected bfloat16 or float16, found {call.query.dtype}"
+    size, value_size = call.query.shape[3], call.value.shape[3]
+    if max(size, value_size) > LARGEST_HEAD:
+        return f"expected head sizes up to {LARGEST_HEAD}, found {size} and {value_size}"
+    if mode() is None:
+        found = jax.default_backend()
+        if found == "gpu":
+            found = f"compute capability {getattr(jax.local_devices()[0], 'compute_capability', 'unknown')}"
+        if found != "compute capability 9.0":
+            return f"needs a Hopper GPU (compute capability 9.0), found {found}"
+    split = split_of(call)
+    return undeclared(call) if split is None else misfit(call, split)
+
+
+def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
+    """See `Backend`; `tuning` instead of the table's row or, where it has none, of what `blocks_for` says."""
+    queries, heads = call.query.shape[1:3]
+    keys, value_size = call.value.shape[1], call.value.shape[3]
+    options = _options(call)
+    bias: dict[str, Array] = {}
+    if isinstance(call.bias, DenseBias):
+        bias["dense"] = call.bias.value.astype(jnp.float32) * LOG2E
+    elif call.bias is not None:
+        bias["row"] = toeplitz_row(call.bias, queries, keys) * LOG2E
+    fixed: dict[str, Array] = {}
+    if call.query_segment_ids is not None and call.key_segment_ids is not None:
+        fixed = {"query_segments": call.query_segment_ids, "key_segments": call.key_segment_ids}
+    if call.dropout_seeds is not None:
+        a, b = query_words(call.dropout_seeds, jnp.arange(heads), jnp.arange(queries))
+        fixed |= {"a": a, "b": b}
+    split = split_of(call)
+    # The copy engine wants rows of whole 16 bytes, and `wgmma` steps of 16 elements: zeros add nothing to a product.
+    query, key = (_widen(x) for x in (call.query, call.key))
+    value = _widen(call.value)
+    if tuning is None and mode() is None:
+        tuning = tuned(call, Tuning)
+    tuning = tuning or rule(call)
+    out, lse = _attention(Plan(options, tuning, split), query, key, value, bias, fixed)
+    return out[..., :value_size], jnp.swapaxes(lse, 1, 2)
+
+
+def short_stages(call: Call) -> dict[str, tuple[int, ...]]:
+    """With how many stages a call fits into each of the short rows' kernels: what tuning may choose beside 0."""
+    options = _options(call)
+    query, value = ((*x.shape[:3], ceil_to(x.shape[3], 16)) for x in (call.query, call.value))
+    fits = {
+        "one_pass": lambda n: hopper_short.fits_forward(options, query, value, n, call.query.dtype),
+        "fused": lambda n: hopper_short.fits_backward(options, query, value, n),
+    }
+    return {kernel: tuple(n for n in range(1, 5) if fit(n)) for kernel, fit in fits.items()}
+
+
+def _options(call: Call) -> Options:
+    left, right = call.sides
+    return Options(
+        left=left,
+        right=right,
+        scale=call.scale,
+        softcap=call.softcap,
+        bias=None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row",
+        segments=call.query_segment_ids is not None,
+        dropout_rate=call.dropout_rate,
+        interpret=mode() == "interpret",
+    )
+
+
+def _widen(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % 16)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of a call when tracing."""
+
+    options: Options
+    tuning: Tuning
+    split: Split | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    plan: Plan, query: Array, key: Array, value: Array, bias: Mapping[str, Array], fixed: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    arrays = {"query": query, "key": key, "value": value, **bias, **fixed}
+    out = _everywhere(plan, functools.partial(_forward, out_dtype=query.dtype), ("out", "lse"), arrays)
+    return out["out"], out["lse"]
+
+
+def _attention_forward(plan: Plan, *arguments: Any) -> tuple[tuple[Array, Array], Any]:
+    if plan.options.bias is None:
+        out, lse = _attention(plan, *arguments)
+        return (out, lse), (*arguments, out, lse)
+    # A bias's gradient sums those of many scores, and so what the output's rounding does to each through `delta`: the
+    # same along a whole row of scores. So here the output is kept as it was summed.
+    query, key, value, bias, fixed = arguments
+    arrays = {"query": query, "key": key, "value": value, **bias, **fixed}
+    exact = _everywhere(plan, functools.partial(_forward, out_dtype=jnp.float32), ("out", "lse"), arrays)
+    out, lse = exact["out"], exact["lse"]
+    return (out.astype(query.dtype), lse), (*arguments, out, lse)
+
+
+def _attention_backward(plan: Plan, saved: tuple[Any, ...], gradients: tuple[Array, Array]) -> tuple[Any, ...]:
+    query, key, value, bias, fixed, out, lse = saved
+    gradient, lse_gradient = gradients
+    delta = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=3).swapaxes(1, 2)
+    # An empty row is exp2(score - inf) = 0 everywhere; its lse is constant: what gradient comes for it goes nowhere.
+    empty = lse == -jnp.inf
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "gradient": gradient,
+        "lse": jnp.where(empty, jnp.inf, lse * LOG2E),
+        "delta": jnp.where(empty, 0.0, delta - lse_gradient),
+        **bias,
+        **fixed,
+    }
+    grads = _everywhere(plan, _backward, ("query", "key", "value"), arrays)
+    # Apart from the rest, so that it is left out where nobody asks for it.
+    arrays = _after(plan, grads, arrays)
+    bias_grads = _everywhere(plan, _bias_backward, tuple(bias), arrays) if bias else {}
+    return grads["query"], grads["key"], grads["value"], bias_grads, dict.fromkeys(fixed)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(plan: Plan, arrays: dict[str, Array], *, out_dtype: Any) -> dict[str, Array]:
+    query, key, value = (arrays.pop(name) for name in ("query", "key", "value"))
+    options, stages = plan.options, plan.tuning.one_pass
+    if hopper_short.fits_forward(options, query.shape, value.shape, stages, out_dtype):
+        out, lse = hopper_short.forward(options, stages, query, key, value, arrays, out_dtype)
+    else:
+        out, lse = forward(options, plan.tuning.forward, query, key, value, arrays, out_dtype)
+    return {"out": out, "lse": lse}
+
+
+def _backward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
+    query, key, value, gradient = (arrays.pop(name) for name in ("query", "key", "value", "gradient"))
+    arguments = (query, key, value, gradient, arrays)
+    if hopper_short.fits_backward(plan.options, query.shape, value.shape, plan.tuning.fused):
+        grads = hopper_short.backward(plan.options, plan.tuning.fused, *arguments)
+        return dict(zip(("query", "key", "value"), grads, strict=True))
+    query_grad = query_gradient(plan.options, plan.tuning.query_gradient, *arguments)
+    arguments = _after(plan, query_grad, arguments)
+    key_grads = functools.partial(key_gradient, plan.options, plan.tuning.key_gradient, *arguments)
+    if plan.tuning.together:
+        key_grad, value_grad = key_grads()
+    else:
+        (key_grad,) = key_grads(wanted=("k",))
+        (value_grad,) = key_gradient(
+            plan.options, plan.tuning.key_gradient, *_after(plan, key_grad, arguments), wanted=("v",)
+        )
+    return {"query": query_grad, "key": key_grad, "value": value_grad}
+
+
+def _after[T](plan: Plan, previous: Any, arguments: T) -> T:
+    """The arguments; in the interpreter not before `previous`: kernels that run at once share one pool of threads."""
+    return jax.lax.optimization_barrier((arguments, previous))[0] if plan.options.interpret else arguments
+
+
+def _bias_backward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
+    query, key, value, gradient = (arrays.pop(name) for name in ("query", "key", "value", "gradient"))
+    name = plan.options.bias
+    assert name is not None
+    axes: tuple[str, ...] = ()
+    if plan.split is not None:
+        # What all rows, or all heads, share is the sum over the devices that hold them.
+        shape = arrays[name].shape
+        rows_shared = name == "row" or shape[0] == 1
+        heads_shared = name == "dense" and shape[1] == 1
+        axes = (plan.split.batch if rows_shared else ()) + (plan.split.heads if heads_shared else ())
+    total = bias_gradient(plan.options, plan.tuning.bias_gradient, query, key, value, gradient, arrays)
+    # The bias is in units of log2, its gradient so far in natural ones.
+    return {name: jax.lax.psum(total * (1 / LOG2E), axes) if axes else total * (1 / LOG2E)}
+
+
+# Dimension by dimension: b for rows of the batch, h for heads, a point for what is never split.
+_AXES = {
+    "query": "b.h.",
+    "key": "b.h.",
+    "value": "b.h.",
+    "gradient": "b.h.",
+    "out": "b.h.",
+    "lse": "bh.",
+    "delta": "bh.",
+    "a": "bh.",
+    "b": "bh.",
+    "query_segments": "b.",
+    "key_segments": "b.",
+    "row": "h.",
+    "dense": "bh..",
+}
+
+
+def _everywhere(
+    plan: Plan,
+    compute: Callable[[Plan, dict[str, Array]], dict[str, Array]],
+    results: tuple[str, ...],
+    arrays: dict[str, Array],
+) -> dict[str, Array]:
+    """`compute`, each device of a mesh with the rows and heads that it holds, so that nothing is gathered."""
+    split = plan.split
+    if split is None:
+        return compute(plan, dict(arrays))
+    shared = arrays["dense"].shape[:2] if "dense" in arrays else (0, 0)
+
+    def spec(name: str) -> P:
+        axes = {"b": split.batch, "h": split.heads, ".": ()}
+        if name == "dense":
+            axes |= {letter: () for letter, size in zip("bh", shared, strict=True) if size == 1}
+        return P(*(axes[letter] or None for letter in _AXES[name]))
+
+    specs = {name: spec(name) for name in arrays}
+    if AxisType.Explicit in split.mesh.axis_types:  # Small arrays made for all heads are cut here.
+        arrays = {name: jax.reshard(x, NamedSharding(split.mesh, specs[name])) for name, x in arrays.items()}
+    return jax.shard_map(
+        lambda local: compute(plan, dict(local)),
+        mesh=split.mesh,
+        in_specs=(specs,),
+        out_specs={name: spec(name) for name in results},
+        check_vma=False,
+    )(arrays)

@@ -1,0 +1,283 @@
+"""The forward pass on Hopper: two or three warpgroups compute, one moves memory, in a persistent grid.
+
+After FlashAttention-3 (Shah et al. 2024): the moving warpgroup runs ahead through a ring of keys and values, from one
+item of work into the next; of two computing ones, one takes exponentials while the other multiplies, and a barrier
+keeps their turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .operands import BiasTiles, Vectors, in_tiles, out_in_tiles, registers
+from .tile import (
+    LOG2E,
+    LOWEST,
+    MULTIPROCESSORS,
+    WARPGROUP_ROWS,
+    Blocks,
+    Options,
+    Side,
+    accumulate,
+    kept,
+    logits,
+    mask_unless,
+    matrix,
+    product,
+    release,
+    zeros,
+)
+from .work import Ring, Work, work
+
+
+def forward(
+    options: Options,
+    blocks: Blocks,
+    query: Array,
+    key: Array,
+    value: Array,
+    extra: Mapping[str, Array],
+    out_dtype: Any = None,
+) -> tuple[Array, Array]:
+    """The output [B, L, H, Dv] and lse [B, H, L] (natural logarithm, float32).
+
+    Args:
+      options, blocks: see there.
+      query, key, value: as in `attention`, 16-bit, with head sizes that are multiples of 16.
+      extra: what the options ask for: "row" [H, L+S-1] or "dense" [1 or B, 1 or H, L, S], float32, in units of log2;
+        "query_segments" [B, L] and "key_segments" [B, S]; "a" and "b" [B, H, L], the queries' hash words.
+      out_dtype: of the output; the query's unless given.
+    """
+    out_dtype = out_dtype or query.dtype
+    batch, queries, heads, size = query.shape
+    keys, key_heads, value_size = value.shape[1:]
+    rows, columns = blocks.rows, blocks.columns
+    area = options.area(queries, keys)
+    items = work(area, rows, columns, extra.get("query_segments"), extra.get("key_segments"), axis=1)
+    tiles = -(-queries // rows)
+    total = batch * heads * tiles
+    grid = min(total, MULTIPROCESSORS)
+    takes_turns = blocks.warpgroups == 2
+
+    inputs: dict[str, Array] = dict(zip(("query", "key", "value"), in_tiles(query, key, value), strict=True))
+    if items.ranges is not None:
+        inputs["ranges"] = items.ranges
+    vectors = Vectors(options, extra, keys, rows, columns)
+    biases = BiasTiles(options, extra, blocks, queries, axis=0)
+    inputs |= vectors.arrays | biases.arrays
+    names = list(inputs)
+    # Beside sums this wide there are no registers for the keys' hash words before they are needed.
+    late = "g" if options.dropout_rate and value_size > 128 else None
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        refs_in, (out_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        count = lax.div(total - 1 - block, jnp.int32(grid)) + 1
+
+        def item(n: Array) -> tuple[Array, Array, Array, Work]:
+            index = block + n * grid
+            place = lax.rem(index, jnp.int32(tiles))
+            rest = lax.div(index, jnp.int32(tiles))
+            # Causal rows grow: the long ones first, so that the grid ends evenly.
+            tile = (tiles - 1 - place) if options.right is not None else place
+            head, b = lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
+            return b, head, tile, items.read(refs_in.get("ranges"), b, tile)
+
+        ring = Ring(blocks.stages)
+
+        @pl.when(warpgroup < blocks.warpgroups)
+        def _() -> None:
+            registers(options, blocks, computing=True)
+            compute(refs_in, out_ref, lse_ref, scratch, warpgroup, count, item, ring)
+
+        @pl.when(warpgroup == blocks.warpgroups)
+        def _() -> None:
+            registers(options, blocks, computing=False)
+            move(refs_in, scratch, count, item, ring)
+
+    def move(refs: Mapping[str, Any], scratch: Any, count: Array, item: Any, ring: Ring) -> None:
+        group = heads // key_heads
+
+        def one(n: Array, step: Array) -> Array:
+            b, head, tile, bounds = item(n)
+            key_head = head if group == 1 else lax.div(head, jnp.int32(group))
+            first = tile * rows
+
+            @pl.when(n > 0)
+            def _() -> None:
+                plgpu.barrier_wait(scratch["q_free"])
+
+            for w in range(blocks.warpgroups):
+                place = pl.ds(first + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                plgpu.copy_gmem_to_smem(refs["query"].at[b, place, head], scratch["q"].at[w], scratch["q_ready"])
+            vectors.copy_queries(refs, scratch, 0, b, head, pl.ds(first, rows), scratch["q_ready"])
+
+            def tiles_of_keys(t: Array, step: Array) -> Array:
+                slot = ring.slot(step)
+                place = pl.ds(t * columns, columns)
+                ring.wait_free(scratch["k_free"], step)
+                ready = scratch["k_ready"].at[slot]
+                plgpu.copy_gmem_to_smem(refs["key"].at[b, place, key_head], scratch["k"].at[slot], ready)
+                vectors.copy_keys(refs, scratch, slot, b, place, ready)
+                biases.copy(refs, scratch, slot, b, head, first, t * columns, ready)
+                ring.wait_free(scratch["v_free"], step)
+                plgpu.copy_gmem_to_smem(
+                    refs["value"].at[b, place, key_head], scratch["v"].at[slot], scratch["v_ready"].at[slot]
+                )
+                return step + 1
+
+            return lax.fori_loop(bounds.first, bounds.stop, tiles_of_keys, step)
+
+        steps = lax.fori_loop(0, count, one, jnp.int32(0))
+        plgpu.barrier_wait(scratch["q_free"])
+        ring.drain(steps, scratch["k_free"], scratch["v_free"])
+
+    def compute(
+        refs: Mapping[str, Any], out_ref: Any, lse_ref: Any, scratch: Any, w: Array, count: Array, item: Any, ring: Ring
+    ) -> None:
+        def arrive(where: Any = True) -> None:
+            if takes_turns:
+                pl.when(where)(lambda: plgpu.barrier_arrive(scratch["turn"]))
+
+        def wait(where: Any = True) -> None:
+            if takes_turns:
+                pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"]))
+
+        arrive()
+        wait(w == 1)
+        mine = pl.ds(w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        shape = (WARPGROUP_ROWS, columns)
+
+        def one(n: Array, step: Array) -> Array:
+            b, head, tile, bounds = item(n)
+            first = tile * rows + w * WARPGROUP_ROWS
+            plgpu.barrier_wait(scratch["q_ready"])
+            side = Side(first, jnp.int32(0), shape, 0)
+            own = {name: side.load_queries(scratch[name].at[0, mine]) for name in vectors.queries}
+
+            @pl.when(bounds.first < bounds.stop)
+            def _() -> None:
+                plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step)])
+
+            def tile_of_keys(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                sums, top, total, step = carry
+                slot = ring.slot(step)
+                side = Side(first, t * columns, shape, 0)
+
+                def turn() -> None:
+                    arrive((w == 1) | (t > bounds.first))
+                    wait()
+
+                scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=turn)
+                bias = biases.tile(scratch, slot, w, side)
+                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys if name != late}
+
+                def free_key() -> None:
+                    if vectors.keys or bias is not None:
+                        release()
+                    plgpu.barrier_arrive(scratch["k_free"].at[slot])
+
+                if late is None:
+                    free_key()
+                if not options.simple:
+                    scores = logits(options, scores, bias)
+                scores = mask_unless(bounds.whole(t), options, scores, side, keys, own | key_side)
+                unit = options.scale * LOG2E if options.simple else 1.0
+                new_top = jnp.maximum(top, jnp.max(scores, axis=1) * unit)
+                shrink = jnp.exp2(top - new_top)
+                weights = jnp.exp2(scores * unit - side.along_queries(new_top))
+                sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
+                total = total * shrink
+                dropped = weights
+                if late is not None:
+                    key_side[late] = side.load_keys(scratch[late].at[slot])
+                    free_key()
+                if options.dropout_rate:
+                    keep = kept(options, side, own["a"], own["b"], key_side["g"])
+                    dropped = jnp.where(keep, weights, 0.0)
+                weights16 = dropped.astype(query.dtype)
+                total = total + jnp.sum(weights, axis=1)
+                sums, total, new_top, weights16 = lax.optimization_barrier((sums, total, new_top, weights16))
+                arrive()
+                plgpu.barrier_wait(scratch["v_ready"].at[slot])
+                wait()
+
+                def await_next_key() -> None:
+                    @pl.when(t + 1 < bounds.stop)
+                    def _() -> None:
+                        plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step + 1)])
+
+                (sums,) = accumulate(options, [(sums, lambda: weights16, scratch["v"].at[slot])], then=await_next_key)
+                plgpu.barrier_arrive(scratch["v_free"].at[slot])
+                return sums, new_top, total, step + 1
+
+            start = (
+                zeros((WARPGROUP_ROWS, value_size)),
+                zeros((WARPGROUP_ROWS,), 0, LOWEST),
+                zeros((WARPGROUP_ROWS,), 0),
+                step,
+            )
+            sums, top, weight, step = lax.fori_loop(bounds.first, bounds.stop, tile_of_keys, start)
+            # The other warpgroup's last turn must not wait for the next queries: those wait for it to free their place.
+            arrive((w == 0) & (bounds.first < bounds.stop))
+            if own:
+                release()
+            plgpu.barrier_arrive(scratch["q_free"])
+            empty = weight == 0.0
+            share = (1 / (1 - options.dropout_rate)) / jnp.where(empty, 1.0, weight)
+            sums = sums * lax.broadcast_in_dim(share, sums.shape, [0])
+            lse = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, weight)))
+            # The copy out of the last item has left shared memory before this one is written there.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            scratch["out"].at[w][...] = sums.astype(out_dtype)
+            scratch["lse"].at[w][...] = lse
+            plgpu.commit_smem()
+            place = pl.ds(first, WARPGROUP_ROWS)
+            plgpu.copy_smem_to_gmem(scratch["out"].at[w], out_ref.at[b, place, head])
+            plgpu.copy_smem_to_gmem(scratch["lse"].at[w], lse_ref.at[b, head, place])
+            return step
+
+        lax.fori_loop(0, count, one, jnp.int32(0))
+        wait(w == 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    w, stages, dtype = blocks.warpgroups, blocks.stages, query.dtype
+    scratch = {
+        "q": matrix((w, WARPGROUP_ROWS, size), dtype),
+        "k": matrix((stages, columns, size), dtype),
+        "v": matrix((stages, columns, value_size), dtype),
+        "out": matrix((w, WARPGROUP_ROWS, value_size), out_dtype),
+        "lse": plgpu.SMEM((w, WARPGROUP_ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=w + len(vectors.queries)),
+        "q_free": plgpu.Barrier(num_arrivals=w),
+        "k_ready": plgpu.Barrier(num_arrivals=1 + len(vectors.keys) + biases.copies, num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+        "v_ready": plgpu.Barrier(num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
+    }
+    if takes_turns:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=2)
+    scratch |= vectors.scratch((1, rows), (stages, columns)) | biases.scratch()
+
+    out, lse = plgpu.kernel(
+        body,
+        out_type=(
+            out_in_tiles((batch, queries, heads, value_size), out_dtype),
+            jax.ShapeDtypeStruct((batch, heads, tiles * rows), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(grid,),
+        grid_names=("block",),
+        num_threads=w + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_forward",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*inputs.values())
+    return out[:, :queries], lse[:, :, :queries]

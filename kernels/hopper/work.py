@@ -1,0 +1,130 @@
+"""How the Hopper kernels' work is cut: which tiles each block computes, and the ring that brings them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .. import blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One block's tiles: from `first` to before `stop`. Those from `clear` to before `clear_stop` need no mask."""
+
+    first: Any
+    stop: Any
+    clear: Any
+    clear_stop: Any
+
+    def whole(self, tile: Any) -> Any:
+        return (tile >= self.clear) & (tile < self.clear_stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """All blocks' tiles: `ranges`, int32 [1 or B, blocks, 4], or None where `all` holds for every block."""
+
+    ranges: Array | None
+    all: Work
+
+    def read(self, ref: Any, b: Any, block: Any) -> Work:
+        if self.ranges is None:
+            return self.all
+        row = ref.at[b if self.ranges.shape[0] > 1 else 0, block]
+        return Work(*(row[i] for i in range(4)))
+
+
+def work(
+    area: blocks.Area,
+    queries: int,
+    keys: int,
+    query_segments: Array | None,
+    key_segments: Array | None,
+    *,
+    axis: int,
+) -> Items:
+    """The tiles of `queries` x `keys` that each block of queries (axis 1) or of keys (axis 2) has to compute."""
+    query_blocks, key_blocks = -(-area.queries // queries), -(-area.keys // keys)
+    along = key_blocks if axis == 1 else query_blocks
+    if area.left is None and area.right is None and query_segments is None:
+        # Places beyond the last query are harmless: `whole` asks after keys alone.
+        whole = area.keys // keys if axis == 1 else along
+        if axis == 1 or area.keys % keys == 0:
+            return Items(None, Work(0, along, 0, whole))
+    query_ids = key_ids = None
+    if query_segments is not None and key_segments is not None:
+        query_ids, key_ids = blocks.segments(query_segments, queries), blocks.segments(key_segments, keys)
+    first, stop = blocks.bounds(area, queries, keys, query_ids, key_ids)[axis - 1]
+    query = np.arange(query_blocks, dtype=np.int32)[None, :, None] * queries
+    key = np.arange(key_blocks, dtype=np.int32)[None, None, :] * keys
+    if query_ids is not None and key_ids is not None:
+        query_ids = blocks.Segments(*(part[:, :, None] for part in query_ids))
+        key_ids = blocks.Segments(*(part[:, None, :] for part in key_ids))
+    clear = blocks.whole(area, query, queries, key, keys, query_ids, key_ids)
+    other = 3 - axis
+    clear = jnp.broadcast_to(jnp.asarray(clear), (first.shape[0], query_blocks, key_blocks))
+    place = jnp.arange(clear.shape[other], dtype=jnp.int32)
+    place = place.reshape([-1 if a == other else 1 for a in range(3)])
+    begin = jnp.min(jnp.where(clear, place, along), axis=other, keepdims=True)
+    # Only the first run of clear tiles: an exact statement, whatever the order of the segments.
+    end = jnp.min(jnp.where(~clear & (place > begin), place, along), axis=other, keepdims=True)
+    begin, end = jnp.squeeze(begin, other), jnp.squeeze(end, other)
+    return Items(jnp.stack([first, stop, begin, end], axis=-1), Work(0, 0, 0, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Shared memory for `stages` steps, used in turn by all the steps of a block. A stage's barrier has its number."""
+
+    stages: int
+
+    def slot(self, step: Any) -> Array:
+        return lax.rem(jnp.asarray(step, jnp.int32), jnp.int32(self.stages))
+
+    def wait_free(self, barriers: Any, step: Array) -> None:
+        """Wait until the step that last used this one's slot has been read. (The first steps find theirs unused.)"""
+
+        @pl.when(step >= self.stages)
+        def _() -> None:
+            plgpu.barrier_wait(barriers.at[self.slot(step)])
+
+    def drain(self, steps: Array, *barriers: Any) -> None:
+        """Wait until the last steps have been read, so that no barrier is left half-way."""
+
+        def one(step: Array, _: None) -> None:
+            for barrier in barriers:
+                plgpu.barrier_wait(barrier.at[self.slot(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.stages, 0), steps, one, None)
+
+
+QUERY_PADDING, KEY_PADDING = np.iinfo(np.int32).min, np.iinfo(np.int32).min + 1
+"""The ids of padding (id 0) within the kernels: no query's equals any key's, so that equality is all they ask."""
+
+
+def pad_ids(ids: Array, multiple: int, padding: int) -> Array:
+    """Segment ids with `padding` for 0, and beyond the end, up to a multiple of a block."""
+    ids = jnp.where(ids == 0, padding, ids)
+    return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % multiple)), constant_values=padding)
+
+
+def pad_words(words: Array, multiple: int) -> Array:
+    """Vectors of the queries [B, H, L], up to a multiple of a block."""
+    return jnp.pad(words, ((0, 0), (0, 0), (0, -words.shape[2] % multiple)))
+
+
+def pad_row(row: Array, rows: int, columns: int) -> Array:
+    """A Toeplitz row with room for tiles that reach beyond both ends: distance d at `d + queries - 1 + rows`.
+
+    The part for the tile at (query, key) then starts at `key - query + queries`, and element (i, j) of it lies
+    `j - i + rows - 1` further on.
+    """
+    length = row.shape[1] + rows + columns
+    return jnp.pad(row, ((0, 0), (rows, columns + (-length) % 4)))

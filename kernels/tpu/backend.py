@@ -1,0 +1,322 @@
+"""The TPU backend: attention in Pallas kernels, forward and backward, split over a mesh without gathering anything.
+
+Rows of up to 256 tokens take the kernels of `tpu_short`, longer ones those of `tpu_long`. The latter read queries, keys
+and values with the heads before the tokens; XLA folds that transposition into the projections around the call where it
+can. Lengths need not be multiples of anything: the last block is masked, not padded.
+
+float16 is computed in float32: the matrix unit has no float16, and bfloat16 would lose three bits. Dropout costs 7
+integer operations an element and pass (`hash`), 2 of them multiplications; the bits are never stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..bias import DenseBias, toeplitz_row
+from ..blocks import Area
+from ..call import Call
+from ..hash import fold
+from ..split import Split, misfit, split_of, undeclared
+from ..tuning import tuned
+from . import long as tpu_long
+from . import short as tpu_short
+from .frame import Tiling
+from .tile import LANES, Cotangents, Meaning, Operands, ceil_to
+
+LARGEST_HEAD = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernels cut a call; what tuning varies. It changes speed and the order of sums, never the meaning.
+
+    Attributes:
+      forward, query, key_value: of the long rows' kernels: forward, the gradient of the queries, and those of keys and
+        values. Each `chunk` is of the side that streams: keys, keys, queries.
+      key_heads: the most key heads a step of the short rows' kernels; 0 to use the others instead.
+    """
+
+    forward: Tiling
+    query: Tiling
+    key_value: Tiling
+    key_heads: int
+
+
+def choose_blocks(call: Call) -> Blocks:
+    """Blocks that are reasonable on every chip, from the shapes alone.
+
+    They keep a step within about 12 of the 16 MiB of fast memory that the oldest chip has: twice a chunk of each
+    operand that streams (one is fetched while the other is used), and some six copies of a tile of scores.
+    """
+    length, heads, size = call.query.shape[1:]
+    key_length, key_heads, v_size = call.value.shape[1:]
+    group = heads // key_heads
+    width = 2 if call.query.dtype == jnp.bfloat16 else 4
+    lanes = ceil_to(size, LANES) + ceil_to(v_size, LANES)
+    # Smaller tiles follow the segments more closely; larger ones do more work for each load of the matrix unit.
+    small = call.query_segment_ids is not None or width * lanes > 1024
+    most = 256 if small else 512
+
+    def tile(length: int, most: int) -> int:
+        parts = -(-length // most)
+        return ceil_to(-(-length // parts), LANES)
+
+    def chunk(length: int, tile: int, across: int) -> int:
+        bytes_per_token = width * lanes
+        if isinstance(call.bias, DenseBias):
+            bytes_per_token = max(bytes_per_token, 2 * across * call.bias.value.dtype.itemsize)
+        return tile * max(1, min(-(-length // tile), 2 * 2**20 // bytes_per_token // tile))
+
+    q, k, half_q = tile(length, most), tile(key_length, most), tile(length, 256)
+    # Seven operands and gradients of a head, each twice.
+    bytes_per_head = 7 * width * lanes * ceil_to(max(length, key_length), LANES)
+    return Blocks(
+        forward=Tiling(q, k, chunk(key_length, k, q)),
+        query=Tiling(half_q, k, chunk(key_length, k, half_q)),
+        key_value=Tiling(half_q, k, chunk(length, half_q, k)),
+        key_heads=max(1, min(8, 6 * 2**20 // bytes_per_head) // group),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mode:
+    interpret: bool | pltpu.InterpretParams
+    """As `pallas_call` takes it; False to compile."""
+
+
+_mode: contextvars.ContextVar[_Mode | None] = contextvars.ContextVar("tpu_mode", default=None)
+
+
+@contextlib.contextmanager
+def interpreting(params: pltpu.InterpretParams | bool | None = None) -> Iterator[None]:
+    """Within it this backend runs on any device, in one of Pallas' interpreters: slow, for tests.
+
+    Args:
+      params: of the TPU interpreter, by default with its race detector on; True for Pallas' plain interpreter, which
+        knows no races.
+
+    It applies to what is traced within: a function that jit has already traced for the same shapes stays as it is.
+    """
+    params = pltpu.InterpretParams(detect_races=True) if params is None else params
+    token = _mode.set(_Mode(params))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Within it this backend supports calls on machines without a TPU too: for compiling ahead of time for one."""
+    token = _mode.set(_Mode(False))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def supports(call: Call) -> str | None:
+    """See `Backend`."""
+    if call.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"expected float32, bfloat16 or float16, found {call.query.dtype}"
+    if max(call.query.shape[3], call.value.shape[3]) > LARGEST_HEAD:
+        return f"expected heads of at most {LARGEST_HEAD}, found {call.query.shape[3]} and {call.value.shape[3]}"
+    if _mode.get() is None and jax.default_backend() != "tpu":
+        return f"needs a TPU, found {jax.default_backend()}"
+    split = split_of(call)
+    return undeclared(call) if split is None else misfit(call, split)
+
+
+def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
+    """See `Backend`; `blocks` instead of the table's row or, where it has none, of what `choose_blocks` takes."""
+    if blocks is None and _mode.get() is None:
+        blocks = tuned(call, Blocks)
+    mode = _mode.get() or _Mode(False)
+    bias = None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
+    length, heads = call.query.shape[1:3]
+    key_length = call.key.shape[1]
+    plan = _Plan(
+        meaning=Meaning(
+            area=Area(length, key_length, *call.sides),
+            scale=call.scale,
+            softcap=call.softcap,
+            rate=call.dropout_rate,
+            segmented=call.query_segment_ids is not None,
+            bias=bias,
+        ),
+        blocks=blocks or choose_blocks(call),
+        interpret=mode.interpret,
+        split=split_of(call),
+    )
+    words = None
+    if call.dropout_seeds is not None:
+        # Made here for all heads of all rows, so that a device with some of the heads has their words.
+        seeds = call.dropout_seeds
+        words = fold(seeds[:, 0, None], seeds[:, 1, None], jnp.arange(heads, dtype=jnp.uint32)[None, :])
+        words = jnp.stack(words, axis=-1)
+    dtype = jnp.float32 if call.query.dtype == jnp.float16 else call.query.dtype
+    dense = call.bias.value if isinstance(call.bias, DenseBias) else None
+    if dense is not None and dense.dtype not in (jnp.float32, jnp.bfloat16):
+        dense = dense.astype(jnp.float32)
+    operands = Operands(
+        query=call.query.astype(dtype),
+        key=call.key.astype(dtype),
+        value=call.value.astype(dtype),
+        query_ids=call.query_segment_ids,
+        key_ids=call.key_segment_ids,
+        words=words,
+        row=None
+        if call.bias is None or isinstance(call.bias, DenseBias)
+        else toeplitz_row(call.bias, length, key_length),
+        dense=dense,
+    )
+    out, lse = _attention(plan, operands)
+    return out.astype(call.query.dtype), jnp.moveaxis(lse, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that is known of a call when tracing."""
+
+    meaning: Meaning
+    blocks: Blocks
+    interpret: bool | pltpu.InterpretParams
+    split: Split | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: _Plan, operands: Operands) -> tuple[Array, Array]:
+    return _split(plan, "forward", operands)
+
+
+def _attention_forward(plan: _Plan, operands: Operands) -> tuple[tuple[Array, Array], Any]:
+    out, lse = _attention(plan, operands)
+    return (out, lse), (operands, out, lse)
+
+
+def _attention_backward(plan: _Plan, saved: Any, gradients: tuple[Array, Array]) -> tuple[Operands]:
+    operands, out, lse = saved
+    out_gradient, lse_gradient = gradients
+    delta = jnp.sum(out_gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = jnp.moveaxis(delta, 1, 2) - lse_gradient
+    # A query without a key has a constant lse: whatever gradient comes for it goes nowhere, even NaN.
+    delta = jnp.where(lse == -jnp.inf, 0, delta)
+    cotangents = Cotangents(out_gradient, lse, delta)
+    query, key, value, row = _split(plan, "backward", operands, cotangents)
+    return (
+        Operands(
+            query=query,
+            key=key,
+            value=value,
+            query_ids=None,
+            key_ids=None,
+            words=None,
+            row=None if row is None else jnp.sum(row, axis=0),
+            # Apart from the rest, so that it is left out where nobody asks for it.
+            dense=None if operands.dense is None else _split(plan, "dense", operands, cotangents),
+        ),
+    )
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _compute(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents | None = None) -> Any:
+    """What one device does of "forward", "backward" or "dense" (the gradient of a dense bias)."""
+    meaning, blocks, interpret = plan.meaning, plan.blocks, plan.interpret
+    key_heads = tpu_short.heads_a_step(operands, blocks.key_heads)
+    if key_heads and what == "forward":
+        return tpu_short.forward(operands, meaning, key_heads, interpret)
+    if key_heads and what == "backward":
+        assert cotangents is not None
+        return tpu_short.backward(operands, cotangents, meaning, key_heads, interpret)
+
+    def turn(x: Array) -> Array:
+        return jnp.moveaxis(x, 1, 2)
+
+    operands = operands._replace(query=turn(operands.query), key=turn(operands.key), value=turn(operands.value))
+    if what == "forward":
+        out, lse = tpu_long.forward(operands, meaning, blocks.forward, interpret)
+        return turn(out), lse
+    assert cotangents is not None
+    cotangents = cotangents._replace(out=turn(cotangents.out))
+    if what == "dense":
+        return tpu_long.dense_gradient(operands, cotangents, meaning, blocks.query, interpret)
+    query, row = tpu_long.query_gradient(operands, cotangents, meaning, blocks.query, interpret)
+    key, value = tpu_long.key_value_gradients(operands, cotangents, meaning, blocks.key_value, interpret)
+    return turn(query), turn(key), turn(value), row
+
+
+def _split(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents | None = None) -> Any:
+    """`_compute`, each device of a mesh computing the rows and heads that it holds."""
+    split = plan.split
+    if split is None:
+        return _compute(plan, what, operands, cotangents)
+    shared = (False, False) if operands.dense is None else tuple(size == 1 for size in operands.dense.shape[:2])
+
+    def spec(name: str, array: Any) -> P | None:
+        if array is None:
+            return None
+        rows, heads = split.batch, split.heads
+        if name == "dense":
+            rows, heads = (() if one else axes for one, axes in zip(shared, (rows, heads), strict=True))
+        return P(*({"b": rows, "h": heads}.get(letter) or None for letter in _AXES[name]))
+
+    def local(operands: Operands, cotangents: Cotangents | None) -> Any:
+        result = _compute(plan, what, operands, cotangents)
+        if what == "dense":
+            for one, axes in zip(shared, (split.batch, split.heads), strict=True):
+                result = lax.psum(result, axes) if one and axes else result
+        return result
+
+    specs = (
+        Operands(*map(spec, operands._fields, operands)),
+        None if cotangents is None else Cotangents(*map(spec, cotangents._fields, cotangents)),
+    )
+    if AxisType.Explicit in split.mesh.axis_types:  # Small arrays made for all heads are cut here.
+        operands, cotangents = jax.tree.map(
+            lambda x, place: jax.reshard(x, NamedSharding(split.mesh, place)), (operands, cotangents), specs
+        )
+    results = tuple(spec(name, operands.row if name == "rows" else 0) for name in _RESULTS[what])
+    return jax.shard_map(
+        local,
+        mesh=split.mesh,
+        in_specs=specs,
+        out_specs=results[0] if what == "dense" else results,
+        check_vma=False,
+    )(operands, cotangents)
+
+
+_RESULTS = {
+    "forward": ("out", "lse"),
+    "backward": ("query", "key", "value", "rows"),
+    "dense": ("dense",),
+}
+
+# Dimension by dimension: b for rows of the batch, h for heads, a point for what is never split.
+_AXES = {
+    "query": "b.h.",
+    "key": "b.h.",
+    "value": "b.h.",
+    "query_ids": "b.",
+    "key_ids": "b.",
+    "words": "bh.",
+    "row": "h.",
+    "rows": "bh.",
+    "dense": "bh..",
+    "out": "b.h.",
+    "lse": "bh.",
+    "delta": "bh.",
+}

@@ -1,0 +1,280 @@
+"""TPU kernels for short rows, where one tile holds all scores of a head.
+
+Several heads a step, one-pass softmax, and one backward pass that reads everything once and writes all gradients.
+
+On such rows the work is fetching and starting, not arithmetic: a step for each head would wait most of the time. And
+arrays stay as the caller has them, [batch, tokens, heads * head size]: nothing is transposed, and a head of 64 does not
+fill up to the 128 lanes of a register in memory. The kernels cut the heads out instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tile import (
+    LANES,
+    Axis,
+    Cotangents,
+    Meaning,
+    Operands,
+    allowed,
+    as_row,
+    ceil_to,
+    column,
+    dense_index,
+    dot,
+    kept,
+    pad_row,
+    query_hash,
+    rows_within,
+    score_gradient,
+    scores,
+    skew,
+    softmax_end,
+    softmax_step,
+    to_lanes,
+    unskew,
+)
+
+LONGEST = 256
+"""Tokens: the longest row, of queries and of keys, that these kernels take."""
+
+MOST_HEADS = 16
+"""The most query heads a step; their code is written out one after another, so that they overlap."""
+
+
+class _Inputs(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    query_ids: Any
+    key_ids: Any
+    row: Any
+    dense: Any
+    out: Any = None
+    lse: Any = None
+    delta: Any = None
+
+
+def heads_a_step(operands: Operands, most: int) -> int:
+    """How many key heads a step takes, at most `most` where that can be; 0 where these kernels cannot do the call.
+
+    What a step reads must be whole registers, multiples of 128 lanes, or all heads there are.
+    """
+    length, heads, size = operands.query.shape[1:]
+    key_length, key_heads, v_size = operands.value.shape[1:]
+    group = heads // key_heads
+    if not most or max(length, key_length) > LONGEST:
+        return 0
+    whole = [n for n in range(1, key_heads) if key_heads % n == 0 and n * size % LANES == 0 and n * v_size % LANES == 0]
+    whole.append(key_heads)
+    best = max((n for n in whole if n <= most), default=whole[0])
+    return best if best * group <= MOST_HEADS else 0
+
+
+def _head(ref: Any, head: int, size: int) -> Any:
+    """The part of [tokens, heads * size] that is one head's."""
+    return ref.at[:, head * size : (head + 1) * size]
+
+
+def _prepare(
+    operands: Operands, cotangents: Cotangents | None, meaning: Meaning, key_heads: int
+) -> tuple[_Inputs, _Inputs, Array | None, tuple[int, int]]:
+    """Arrays, block specs, dropout's words as scalars, and the grid (B, steps of `key_heads` heads)."""
+    b, length, heads, size = operands.query.shape
+    key_length = operands.key.shape[1]
+    shown = key_heads * (heads // operands.key.shape[2])
+    v_size = operands.value.shape[3]
+    queries, keys = ceil_to(length, LANES), ceil_to(key_length, LANES)
+    row = operands.row
+    if row is not None and cotangents is None:
+        row = pad_row(row, length, key_length, queries, keys)
+    elif row is not None:  # Keys go down in the backward pass, so the row is read backwards.
+        row = pad_row(row[:, ::-1], key_length, length, keys, queries)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1)
+
+    def block(tokens: int, lanes: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, tokens, lanes), lambda b, n, *_: (b, 0, n))
+
+    def rows() -> pl.BlockSpec:
+        return pl.BlockSpec((None, shown, 1, queries), lambda b, n, *_: (b, n, 0, 0))
+
+    dense = None
+    if operands.dense is not None:
+        which = dense_index(operands.dense.shape)
+        dense = pl.BlockSpec(
+            (None, shown if operands.dense.shape[1] > 1 else 1, queries, keys), lambda b, n, *_: (*which(b, n), 0, 0)
+        )
+    arrays = _Inputs(
+        query=flat(operands.query),
+        key=flat(operands.key),
+        value=flat(operands.value),
+        query_ids=to_lanes(operands.query_ids, queries),
+        key_ids=to_lanes(operands.key_ids, keys),
+        row=row,
+        dense=operands.dense,
+    )
+    specs = _Inputs(
+        query=block(queries, shown * size),
+        key=block(keys, key_heads * size),
+        value=block(keys, key_heads * v_size),
+        query_ids=pl.BlockSpec((None, 1, queries), lambda b, n, *_: (b, 0, 0)),
+        key_ids=pl.BlockSpec((None, 1, keys), lambda b, n, *_: (b, 0, 0)),
+        row=pl.BlockSpec((shown, 1, queries + keys), lambda b, n, *_: (n, 0, 0)),
+        dense=dense,
+    )
+    if cotangents is not None:
+        arrays = arrays._replace(
+            out=flat(cotangents.out),
+            lse=to_lanes(cotangents.lse, queries, jnp.inf),
+            delta=to_lanes(cotangents.delta, queries),
+        )
+        specs = specs._replace(out=block(queries, shown * v_size), lse=rows(), delta=rows())
+    specs = _Inputs(*(spec if array is not None else None for array, spec in zip(arrays, specs, strict=True)))
+    words = lax.bitcast_convert_type(operands.words, jnp.int32).reshape(-1) if meaning.rate else jnp.zeros(1, jnp.int32)
+    return arrays, specs, words, (b, operands.key.shape[2] // key_heads)
+
+
+def _words(ref: Any, b: Any, n: Any, head: int, shown: int, heads: int) -> tuple[Any, Any]:
+    place = 2 * (b * heads + n * shown + head)
+    return ref[place].astype(jnp.uint32), ref[place + 1].astype(jnp.uint32)
+
+
+def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any) -> tuple[Array, Array]:
+    """The output [B, L, H, Dv] in the query's dtype, and lse [B, H, L]; `key_heads` key heads a step."""
+    arrays, specs, words, grid = _prepare(operands, None, meaning, key_heads)
+    b, length, heads, size = operands.query.shape
+    group, v_size = heads // operands.key.shape[2], operands.value.shape[3]
+    shown = key_heads * group
+    queries, keys = ceil_to(length, LANES), ceil_to(operands.key.shape[1], LANES)
+    area = meaning.area
+
+    def kernel(s: Any, x: _Inputs, out: Any, lse: Any) -> None:
+        b, n = pl.program_id(0), pl.program_id(1)
+        query_ids, key_ids = (column(x.query_ids[...]), x.key_ids[...]) if meaning.segmented else (None, None)
+        mask = allowed(meaning, 0, queries, 0, keys, query_ids, key_ids, Axis.QUERIES_DOWN)
+        for head in range(shown):
+            key, value = _head(x.key, head // group, size)[...], _head(x.value, head // group, v_size)[...]
+            if area.keys % keys:
+                value = rows_within(value, 0, area.keys)
+            bias = None
+            if meaning.bias == "row":
+                bias = skew(x.row[head], queries, keys)
+            elif meaning.bias == "dense":
+                bias = x.dense[head if x.dense.shape[0] > 1 else 0].astype(jnp.float32)
+            values, _ = scores(meaning, dot(_head(x.query, head, size)[...], key, (1, 1)), bias, mask)
+            nothing = jnp.full((queries, 1), -jnp.inf), jnp.zeros((queries, 1))
+            weights, top, total, _ = softmax_step(values, *nothing)
+            if meaning.rate:
+                bits = query_hash(_words(s, b, n, head, shown, heads), 0, queries, Axis.QUERIES_DOWN)
+                weights = jnp.where(kept(meaning, bits, 0, keys, Axis.QUERIES_DOWN), weights, 0.0)
+            factor, end = softmax_end(top, total)
+            products = dot(weights.astype(value.dtype), value, (1, 0))
+            _head(out, head, v_size)[...] = (products * (factor * (1 / (1 - meaning.rate)))).astype(out.dtype)
+            lse[head] = as_row(end)
+
+    out, lse = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[specs],
+            out_specs=[
+                pl.BlockSpec((None, queries, shown * v_size), lambda b, n, s: (b, 0, n)),
+                pl.BlockSpec((None, shown, 1, queries), lambda b, n, s: (b, n, 0, 0)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((b, length, heads * v_size), operands.query.dtype),
+            jax.ShapeDtypeStruct((b, heads, 1, length), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="attention_short_forward",
+    )(words, arrays)
+    return out.reshape(b, length, heads, v_size), lse[:, :, 0]
+
+
+def backward(
+    operands: Operands, cotangents: Cotangents, meaning: Meaning, key_heads: int, interpret: Any
+) -> tuple[Array, Array, Array, Array | None]:
+    """The gradients of query, key and value, of their shapes, and of the Toeplitz row of each (row, head): float32
+    [B, H, L+S-1]; `key_heads` key heads a step."""
+    arrays, specs, words, grid = _prepare(operands, cotangents, meaning, key_heads)
+    b, length, heads, size = operands.query.shape
+    key_length, all_key_heads, v_size = operands.value.shape[1:]
+    group = heads // all_key_heads
+    shown = key_heads * group
+    queries, keys = ceil_to(length, LANES), ceil_to(key_length, LANES)
+    area = meaning.area
+
+    def kernel(
+        s: Any, x: _Inputs, query_gradient: Any, key_gradient: Any, value_gradient: Any, *row_gradient: Any
+    ) -> None:
+        b, n = pl.program_id(0), pl.program_id(1)
+        query_ids, key_ids = (x.query_ids[...], column(x.key_ids[...])) if meaning.segmented else (None, None)
+        mask = allowed(meaning, 0, queries, 0, keys, query_ids, key_ids, Axis.KEYS_DOWN)
+        for key_head in range(key_heads):
+            key, value = _head(x.key, key_head, size)[...], _head(x.value, key_head, v_size)[...]
+            if area.keys % keys:
+                key, value = rows_within(key, 0, area.keys), rows_within(value, 0, area.keys)
+            key_sums = value_sums = None
+            for head in range(key_head * group, (key_head + 1) * group):
+                query, out = _head(x.query, head, size)[...], _head(x.out, head, v_size)[...]
+                if area.queries % queries:
+                    query, out = rows_within(query, 0, area.queries), rows_within(out, 0, area.queries)
+                lse = x.lse[head]
+                lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+                bias = None
+                if meaning.bias == "row":
+                    bias = skew(x.row[head], keys, queries)
+                elif meaning.bias == "dense":
+                    bias = jnp.transpose(x.dense[head if x.dense.shape[0] > 1 else 0].astype(jnp.float32))
+                values, bent = scores(meaning, dot(key, query, (1, 1)), bias, mask)
+                bits = None
+                if meaning.rate:
+                    bits = query_hash(_words(s, b, n, head, shown, heads), 0, queries, Axis.KEYS_DOWN)
+                    bits = kept(meaning, bits, 0, keys, Axis.KEYS_DOWN)
+                weights, change = score_gradient(
+                    meaning, jnp.exp(values - lse), dot(value, out, (1, 1)), x.delta[head], bent, bits, mask
+                )
+                if row_gradient:
+                    row_gradient[0][head] = unskew(change)
+                change = change.astype(key.dtype)
+                query_part = dot(change, key, (0, 0)) * meaning.scale
+                _head(query_gradient, head, size)[...] = query_part.astype(query_gradient.dtype)
+                key_part, value_part = dot(change, query, (1, 0)), dot(weights.astype(out.dtype), out, (1, 0))
+                key_sums = key_part if key_sums is None else key_sums + key_part
+                value_sums = value_part if value_sums is None else value_sums + value_part
+            assert key_sums is not None
+            assert value_sums is not None
+            _head(key_gradient, key_head, size)[...] = (key_sums * meaning.scale).astype(key_gradient.dtype)
+            _head(value_gradient, key_head, v_size)[...] = value_sums.astype(value_gradient.dtype)
+
+    out_specs = [specs.query, specs.key, specs.value]
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
+    if meaning.bias == "row":
+        out_specs.append(pl.BlockSpec((None, shown, 1, queries + keys), lambda b, n, s: (b, n, 0, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((b, heads, 1, queries + keys), jnp.float32))
+    query, key, value, *row_gradient = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=[specs], out_specs=out_specs),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="attention_short_backward",
+    )(words, arrays)
+    wholes = operands.query, operands.key, operands.value
+    gradients = tuple(x.reshape(whole.shape) for x, whole in zip((query, key, value), wholes, strict=True))
+    if not row_gradient:
+        return *gradients, None
+    first = keys - key_length + 1
+    return *gradients, row_gradient[0][:, :, 0, first : first + length + key_length - 1][..., ::-1]

@@ -1,0 +1,497 @@
+"""Checkpoint folders of the released format: config.json, safetensors, tokenizer files.
+
+    model, params, config, tokenizer = load("bert-base-uncased")
+    save("folder", model, params, tokenizer)
+
+The family is picked from config.json, the tensors are matched by the family's reversible table. A tensor that the table
+does not know and a parameter that nothing fills are errors, named together. A task model is made from another one's
+encoder only where that is asked for (`head=`), and what is then new or unused is said.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .config import read_object
+from .tables import Architecture, CheckpointError, Params, Placed, Table, flatten, merge
+
+log = logging.getLogger("bestiary.models")
+
+# model_type of config.json -> the module that holds the family.
+FAMILIES = {"bert": "..bert", "marian": "..marian", "transformer": "..transformer"}
+
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "source.spm",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "target.spm",
+    "target_vocab.json",
+    "source.json",
+    "target.json",
+    "subwords.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+PROBLEMS_SHOWN = 20
+
+
+class Tokenizer(Protocol):
+    """What `save` needs of a tokenizer: to write its files into a folder."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Loaded(NamedTuple):
+    """A checkpoint in memory. `model.apply({"params": params}, ...)` runs it."""
+
+    model: Any  # the family's flax.linen module
+    params: dict[str, Any]  # float32 NumPy arrays on the host: place them with `jax.device_put`, under any sharding
+    config: Any  # the family's config dataclass, also `model.config`
+    tokenizer: Any  # data.tokenizer's, or data.subwords' of a translator; None where the folder holds no such files
+
+
+class Report(NamedTuple):
+    """What a checkpoint and the model made from it did not have in common."""
+
+    initialised: tuple[str, ...]  # stored names of parameters that were drawn anew
+    unused: tuple[str, ...]  # the checkpoint's tensors that the model has no place for
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Loaded:
+    """Read a checkpoint folder.
+
+    Args:
+        folder: a local folder with config.json and model.safetensors (or its shards and index).
+        head: None for the model that the checkpoint holds, entirely. Or the kind of model to make from its encoder
+            ("encoder", "pretraining", "masked_lm", "classification", "tokens", "crf", "span", "choice" for BERT; crf is
+            tokens with transitions between them): the parameters that the checkpoint lacks are drawn anew, and those
+            and its unused tensors are logged.
+        num_labels: classes of the head; where the checkpoint's head has another number it is drawn anew (with `head`).
+        seed: of what is drawn anew.
+        changes: to fields of the config, as `dtype="bfloat16"`, `remat=True`, `dropout=0.0`.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        CheckpointError: another family, or one without this head, a pickle, tensors that do not fit; ConfigError:
+            settings not implemented.
+    """
+    loaded, report = load_with_report(folder, head=head, num_labels=num_labels, seed=seed, **changes)
+    if report.initialised:
+        log.warning("%s: freshly initialised, not from the checkpoint: %s", folder, ", ".join(report.initialised))
+    if report.unused:
+        log.warning("%s: in the checkpoint, but of no use to this model: %s", folder, ", ".join(report.unused))
+    return loaded
+
+
+def load_with_report(
+    folder: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> tuple[Loaded, Report]:
+    """As `load`, with what is new and what is unused given back instead of logged."""
+    folder = Path(folder)
+    stored = read_config(folder)
+    family = family_of(stored, folder)
+    if head is not None and not any(a.head == head for a in family.ARCHITECTURES):
+        name, known = family.__name__.rpartition(".")[2], ", ".join(dict.fromkeys(a.head for a in family.ARCHITECTURES))
+        raise CheckpointError(f"{folder}: a checkpoint of {name}; head: expected one of {known}, found {head!r}")
+    config = family.config_from_json(stored)
+    if num_labels is not None and num_labels != config.num_labels:
+        changes = {"num_labels": num_labels, "label_names": None, **changes}
+    config = dataclasses.replace(config, **changes)
+    with Tensors(folder) as tensors:
+        if head is None:
+            architecture = _architecture_held(family, stored, config, tensors, folder)
+        else:
+            architecture = _architecture_for(family, head, config, tensors)
+        model = architecture.build(config)
+        table: Table = family.checkpoint_table(model)
+        placed = table.place(tensors.shapes)
+        if head is None:
+            report = Report((), ())
+            _require_all(placed, folder)
+        else:
+            placed, report = _take_encoder(family, config, model, table, placed, tensors, folder)
+        params = table.load(placed, tensors.shapes, tensors.read, str(folder))
+        config = dataclasses.replace(config, repeated=tuple(placed.repeated.values()))
+    model = model.clone(config=config)
+    if placed.missing:
+        params = merge(params, _initialise(model, table, placed, seed))
+    return Loaded(model, params, config, _load_tokenizer(folder)), report
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    params: Params,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint folder that `load` and the reference implementation read.
+
+    The folder appears whole or not at all: it is written beside its place and then renamed. An older checkpoint folder
+    of that name is replaced, by two renames: should the machine stop between them, the old folder is still there, under
+    a hidden name beside its place.
+
+    Args:
+        folder: where to.
+        model: the module; its config becomes config.json.
+        params: its parameters, unboxed; arrays of any device that this process can read.
+        tokenizer: what writes its own files by `save(folder)`, or a folder to copy tokenizer files from.
+        dtype: how floats are stored: float32, float16 or bfloat16.
+        shard_bytes: bound of one file; more than that is written as shards with an index.
+
+    Raises:
+        CheckpointError: the parameters do not fit the model, or `folder` exists and is not a checkpoint folder.
+    """
+    folder = Path(folder)
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(STORED_DTYPES)}, found {dtype!r}")
+    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
+        raise CheckpointError(f"{folder}: exists and is not a checkpoint folder (no config.json); not replaced")
+    family, architecture = family_of_model(model)
+    config: Any = model.config  # type: ignore[attr-defined]
+    tensors = (
+        (name, np.ascontiguousarray(tensor.astype(STORED_DTYPES[dtype]) if _is_float(tensor) else tensor))
+        for name, tensor in family.checkpoint_table(model).save(params, config.repeated)
+    )
+    stored = config.to_json() | {"architectures": [architecture.name]}
+    for key in ("dtype", "torch_dtype"):
+        if key in stored:
+            stored[key] = dtype
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        (new / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_tensors(new, tensors, shard_bytes)
+        _save_tokenizer(new, tokenizer)
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# Families and architectures
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint folder."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; a checkpoint folder holds config.json and {SINGLE}")
+    return read_object(path)
+
+
+def family_of(stored: Mapping[str, Any], folder: Path) -> Any:
+    """The module of the family that a config.json names by `model_type` or, failing that, by `architectures`."""
+    name = stored.get("model_type")
+    if name is None:
+        wanted = _architectures(stored)
+        for family in map(_family, FAMILIES):
+            if any(a.name in wanted for a in family.ARCHITECTURES):
+                return family
+        name = ", ".join(wanted) or "a checkpoint without model_type and architectures"
+    if name not in FAMILIES:
+        raise CheckpointError(f"{folder}: {name} is not a family of this version; known: {', '.join(FAMILIES)}")
+    return _family(name)
+
+
+def _family(name: str) -> Any:
+    return importlib.import_module(FAMILIES[name], __package__)
+
+
+def family_of_model(model: nn.Module) -> tuple[Any, Architecture]:
+    """The module of a model's family, and which of its kinds the model is."""
+    for family in map(_family, FAMILIES):
+        for architecture in family.ARCHITECTURES:
+            if architecture.build is type(model):
+                return family, architecture
+    raise TypeError(f"{type(model).__name__} is not a model of a family of this version; known: {', '.join(FAMILIES)}")
+
+
+def _architectures(stored: Mapping[str, Any]) -> list[str]:
+    names = stored.get("architectures") or []
+    return [str(name) for name in names] if isinstance(names, list) else [str(names)]
+
+
+def _architecture_held(
+    family: Any, stored: Mapping[str, Any], config: Any, tensors: "Tensors", folder: Path
+) -> Architecture:
+    """The architecture that has a place for every tensor and a tensor for every place; the one config.json names first.
+
+    Released folders do not always hold what they say: bert-base-uncased calls itself BertForMaskedLM and holds both
+    pretraining heads.
+    """
+    named = _architectures(stored)
+    known = [a.name for a in family.ARCHITECTURES]
+    if named and not set(named) & set(known):
+        raise CheckpointError(
+            f"{folder}: {', '.join(named)} is not an architecture of this version; known: "
+            f"{', '.join(dict.fromkeys(known))} (head= takes the encoder alone)"
+        )
+    first = [a for a in family.ARCHITECTURES if a.name in named]
+    others = [a for a in family.ARCHITECTURES if a.name not in named]
+    for group in (first, others):
+        fitting = [a for a in group if _fits(family, a, config, tensors)]
+        if len({a.name for a in fitting}) > 1:
+            raise CheckpointError(
+                f"{folder}: its tensors fit {', '.join(a.name for a in fitting)}, and config.json names none of them;"
+                " choose one with head="
+            )
+        if fitting:
+            if named and group is others:
+                log.warning("%s: called %s, but holds a %s", folder, ", ".join(named), fitting[0].name)
+            return fitting[0]
+    return first[0] if first else family.ARCHITECTURES[0]
+
+
+def _fits(family: Any, architecture: Architecture, config: Any, tensors: "Tensors") -> bool:
+    placed = family.checkpoint_table(architecture.build(config)).place(tensors.shapes)
+    return not placed.unmapped and not placed.missing
+
+
+def _architecture_for(family: Any, head: str, config: Any, tensors: "Tensors") -> Architecture:
+    """The architecture with this head; where there are several, the one that misses fewest tensors."""
+    candidates = [a for a in family.ARCHITECTURES if a.head == head]
+    return min(candidates, key=lambda a: len(family.checkpoint_table(a.build(config)).place(tensors.shapes).missing))
+
+
+def _require_all(placed: Placed, folder: Path) -> None:
+    problems = []
+    for names, what in ((placed.unmapped, "no parameter of this model"), (placed.missing, "not in the checkpoint")):
+        problems += [f"{name}: {what}" for name in names[:PROBLEMS_SHOWN]]
+        problems += [f"and {len(names) - PROBLEMS_SHOWN:,} more: {what}"] if len(names) > PROBLEMS_SHOWN else []
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder}: the tensors are not those of the model:", *problems]))
+
+
+def _take_encoder(
+    family: Any, config: Any, model: nn.Module, table: Table, placed: Placed, tensors: "Tensors", folder: Path
+) -> tuple[Placed, Report]:
+    """What of a checkpoint a model with another head can use; its encoder must be there, and all tensors known."""
+    tables = [family.checkpoint_table(a.build(config)) for a in family.ARCHITECTURES]
+    known = {name for t in tables for name in set(tensors.shapes) - set(t.place(tensors.shapes).unmapped)}
+    core = {n for e in table.entries if family.is_encoder_parameter(e.path) for n in e.names}
+    refitted = [
+        name
+        for name, stored in placed.sources.items()
+        if name not in core and tensors.shapes[stored] != table.stored_shape(name)
+    ]
+    unused = [*placed.unmapped, *(placed.sources[name] for name in refitted)]
+    missing = [*placed.missing, *refitted]
+    _require_all(
+        placed._replace(
+            unmapped=[n for n in placed.unmapped if n not in known], missing=[n for n in missing if n in core]
+        ),
+        folder,
+    )
+    sources = {name: stored for name, stored in placed.sources.items() if name not in refitted}
+    return Placed(sources, placed.repeated, [], missing), Report(tuple(missing), tuple(unused))
+
+
+def _initialise(model: nn.Module, table: Table, placed: Placed, seed: int) -> Params:
+    """The parameters that no tensor fills, drawn as in a new model (the compiler drops the drawing of the others)."""
+    missing = set(placed.missing)
+    paths = {entry.path for entry in table.entries if not missing.isdisjoint(entry.names)}
+
+    def draw(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+        params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+        return {path: leaf for path, leaf in flatten(params) if path in paths}
+
+    drawn: dict[str, Any] = {}
+    for path, leaf in jax.jit(draw)(jax.random.key(seed)).items():
+        branch: dict[str, Any] = {}
+        inner = branch
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = np.asarray(leaf)
+        drawn = merge(drawn, branch)
+    return drawn
+
+
+# Tensors
+
+
+class Tensors:
+    """The tensors of a checkpoint folder, in one file or several, read one by one. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        files, index = _tensor_files(folder)
+        for path in files:
+            try:
+                handle = self._stack.enter_context(safe_open(path, framework="np"))
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: not a safetensors file ({error}){_pointer_hint(path)}") from None
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                self._files[name] = handle
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+        if index is not None and index != set(self.shapes):
+            missing, more = sorted(index - set(self.shapes)), sorted(set(self.shapes) - index)
+            raise CheckpointError(f"{folder / INDEX}: does not match its shards: missing {missing}, not listed {more}")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as stored."""
+        return self._files[name].get_tensor(name)
+
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _tensor_files(folder: Path) -> tuple[list[Path], set[str] | None]:
+    """The folder's safetensors files, and the names that their index lists, if there is one."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], None
+    index = folder / INDEX
+    if not index.is_file():
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        if others:
+            raise CheckpointError(
+                f"{folder}: holds {', '.join(others)}, but no {SINGLE}. A pickle can run any code when it is read, so"
+                " it is refused; convert it once, where you trust it, with the reference implementation."
+            )
+        raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}")
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index}: expected JSON with a weight_map from tensors to files") from None
+    if any(Path(shard).name != shard for shard in shards):
+        raise CheckpointError(f"{index}: shards must lie in the folder itself, found {', '.join(shards)}")
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder}: {INDEX} lists files that are missing: {', '.join(absent)}")
+    return [folder / shard for shard in shards], set(places)
+
+
+def _pointer_hint(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
+    return ""
+
+
+def _is_float(tensor: np.ndarray) -> bool:
+    return jnp.issubdtype(tensor.dtype, jnp.floating)
+
+
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """One file, or shards of at most `shard_bytes` (a larger tensor has one for itself) and their index."""
+    written: list[tuple[Path, list[str]]] = []
+    shard: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        path = folder / f"shard-{len(written)}"
+        save_file(shard, path, metadata={"format": "pt"})
+        written.append((path, list(shard)))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+        shard[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(written) == 1:
+        written[0][0].rename(folder / SINGLE)
+        return
+    places = {}
+    for number, (path, names) in enumerate(written, start=1):
+        shard_name = f"model-{number:05}-of-{len(written):05}.safetensors"
+        path.rename(folder / shard_name)
+        places |= dict.fromkeys(names, shard_name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Hand a file, or a folder's list of names, to the disk: a rename must not be kept where the contents are lost."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Tokenizers
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    if any((folder / name).is_file() for name in ("subwords.json", "source.spm")):
+        from ...data.tokenizers.pairs import load_subwords
+
+        return load_subwords(folder)
+    from ...data.tokenizers.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None) -> None:
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, str | os.PathLike):
+        tokenizer.save(folder)
+        return
+    source = Path(tokenizer)
+    copied = [shutil.copy2(source / name, folder) for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not copied:
+        raise FileNotFoundError(f"{source}: no tokenizer files (none of {', '.join(TOKENIZER_FILES)})")

@@ -1,0 +1,355 @@
+"""Holding models against the reference implementation's numbers: `bestiary parity FOLDER...`.
+
+A fixture folder is a checkpoint with, beside it, `expected.safetensors` (`input.*`, `output.*`, and `loss` where the
+model defines one) and `grads.safetensors` (the loss's gradients, under the checkpoint's own names), written by the
+reference implementation in float32 without dropout.
+
+Compared are the largest absolute error of each output and of the loss, and for each gradient tensor the norm of the
+difference over the norm of the reference's. Some gradients are zero in exact arithmetic (softmax ignores what a key
+bias adds to all scores alike), so that the reference holds rounding noise: a tensor whose norm is below `NOISE` of the
+largest tensor's is measured against the largest. Outputs are compared at padded positions too; there the reference lets
+padding attend to the tokens, which `layers.reference_segments` does for us.
+
+Last, the checkpoint is saved again: same names, same bytes.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from .. import bert, heads
+from ..layers import reference_segments
+from .folder import Loaded, Tensors, family_of, load, read_config, save
+from .tables import CheckpointError, Params
+
+NOISE = 1e-5
+
+Inputs = dict[str, Array]
+Outputs = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Compare checkpoints with the reference implementation's stored outputs, losses and gradients."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """fixture folders: a checkpoint, expected.safetensors and, where there is a loss, grads.safetensors"""
+    json: bool = False
+    """print one JSON object instead of lines"""
+    output_tolerance: float = 1e-5
+    """largest absolute error of any output, and of the loss"""
+    gradient_tolerance: float = 1e-4
+    """largest relative error of any gradient tensor, as a share of the reference's norm"""
+
+
+@dataclass
+class Report:
+    """What was found in one fixture folder."""
+
+    folder: str
+    passed: bool = False
+    error: str | None = None  # why nothing could be compared
+    model: str | None = None
+    outputs: dict[str, float] = field(default_factory=dict)  # largest absolute error of each
+    loss: float | None = None  # absolute error
+    gradient: float | None = None  # largest relative error
+    gradient_tensor: str | None = None  # where
+    gradients: dict[str, float] = field(default_factory=dict)  # relative error of each
+    saved_differently: list[str] | None = None  # tensors that were not saved as they were read
+
+
+def main(config: ParityConfig) -> int:
+    """Run the fixtures and print; 0 where all are within tolerance, else 1."""
+    if not config.folders:
+        print("bestiary parity: no folders given", file=sys.stderr)
+        return 2
+    reports = [check(folder, config) for folder in config.folders]
+    passed = all(report.passed for report in reports)
+    if config.json:
+        # Infinity and NaN are no JSON; what is not finite is shown as text.
+        finite = json.loads(json.dumps([dataclasses.asdict(r) for r in reports]), parse_constant=str)
+        tolerances = {"output_tolerance": config.output_tolerance, "gradient_tolerance": config.gradient_tolerance}
+        print(json.dumps({"passed": passed, **tolerances, "folders": finite}, indent=2))
+    else:
+        for report in reports:
+            print("\n".join(describe(report)))
+    return 0 if passed else 1
+
+
+def describe(report: Report) -> list[str]:
+    """A report as lines of text."""
+    verdict = "ok" if report.passed else "FAILED"
+    if report.error is not None:
+        return [f"{report.folder}: {verdict}: {report.error}"]
+    lines = [f"{report.folder}: {verdict} ({report.model})"]
+    lines += [f"  {name:32} {error:.2e}" for name, error in report.outputs.items()]
+    if report.loss is not None:
+        lines.append(f"  {'loss':32} {report.loss:.2e}")
+    if report.gradient is not None:
+        lines.append(f"  {'gradients (relative)':32} {report.gradient:.2e}  {report.gradient_tensor}")
+    saved = "same bytes" if not report.saved_differently else f"DIFFERS: {', '.join(report.saved_differently)}"
+    lines.append(f"  {'saved again':32} {saved}")
+    return lines
+
+
+def check(folder: Path, config: ParityConfig) -> Report:
+    """Compare one fixture folder; what stops the comparison is in the report's `error`."""
+    report = Report(str(folder))
+    try:
+        run(folder, report)
+    except (OSError, ValueError, TypeError, NotImplementedError, SafetensorError) as error:
+        report.error = str(error)
+        return report
+    within = [error <= config.output_tolerance for error in report.outputs.values()]
+    if report.loss is not None:
+        within.append(report.loss <= config.output_tolerance)
+    if report.gradient is not None:
+        within.append(report.gradient <= config.gradient_tolerance)
+    report.passed = all(within) and not report.saved_differently
+    return report
+
+
+def run(folder: Path, report: Report) -> None:
+    """Fill a report with what a fixture folder shows."""
+    stored = read_config(folder)
+    family = family_of(stored, folder)
+    expected = _tensors(folder / "expected.safetensors")
+    loaded = load(folder)
+    report.model = type(loaded.model).__name__
+    if report.model not in ADAPTERS:
+        raise CheckpointError(f"{folder}: parity of {report.model} is not known; known: {', '.join(ADAPTERS)}")
+    adapter = ADAPTERS[report.model]
+    inputs: Inputs = {
+        name.removeprefix("input."): jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
+        for name, value in expected.items()
+        if name.startswith("input.")
+    }
+    with jax.default_matmul_precision("highest"):
+        outputs, gradient = _evaluate(adapter, loaded.model, "loss" in expected, loaded.params, inputs)
+    for name, value in expected.items():
+        if name.startswith("output."):
+            report.outputs[name.removeprefix("output.")] = _difference(name, outputs, value)
+    if "loss" in expected:
+        report.loss = _difference("output.loss", outputs, expected["loss"].reshape(()))
+        table = family.checkpoint_table(loaded.model)
+        found = dict(table.save(jax.tree.map(np.asarray, gradient)))
+        report.gradients = gradient_errors(found, _tensors(folder / "grads.safetensors"))
+        report.gradient_tensor, report.gradient = max(report.gradients.items(), key=_nan_first)
+    report.saved_differently = saved_differently(folder, loaded)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate(
+    adapter: "Adapter", model: Any, with_loss: bool, params: Params, inputs: Inputs
+) -> tuple[Outputs, Params | None]:
+    """The outputs, and the loss's gradients if there is one."""
+
+    def loss(params: Params) -> tuple[Array, Outputs]:
+        outputs = adapter(model, params, dict(inputs))
+        if "loss" not in outputs:
+            raise CheckpointError(f"expected.safetensors: a loss, but no labels among {', '.join(inputs)}")
+        return outputs["loss"], outputs
+
+    if not with_loss:
+        return adapter(model, params, dict(inputs)), None
+    gradient, outputs = jax.grad(loss, has_aux=True)(params)
+    return outputs, gradient
+
+
+def gradient_errors(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Relative error of each gradient tensor; a tensor that the reference leaves out must be zero here."""
+    unknown = sorted(set(expected) - set(found))
+    if unknown:
+        raise CheckpointError(f"grads.safetensors: no parameters {', '.join(unknown)}")
+    largest = max(float(np.linalg.norm(value)) for value in expected.values())
+    errors = {}
+    for name, value in found.items():
+        reference = expected.get(name, np.zeros_like(value))
+        norm = float(np.linalg.norm(reference))
+        errors[name] = float(np.linalg.norm(value - reference)) / (norm if norm > NOISE * largest else largest)
+    return errors
+
+
+def saved_differently(folder: Path, loaded: Loaded) -> list[str]:
+    """Names of the tensors that a checkpoint, read and written again, has differently or not at all."""
+    with tempfile.TemporaryDirectory() as temporary, Tensors(folder) as before:
+        save(Path(temporary) / "model", loaded.model, loaded.params)
+        with Tensors(Path(temporary) / "model") as after:
+            return sorted(
+                name
+                for name in {*before.shapes, *after.shapes}
+                if before.shapes.get(name) != after.shapes.get(name)
+                or before.read(name).tobytes() != after.read(name).tobytes()
+            )
+
+
+def _nan_first(item: tuple[str, float]) -> float:
+    return math.inf if math.isnan(item[1]) else item[1]
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a fixture holds config.json, model.safetensors and this")
+    return load_file(path)
+
+
+def _difference(name: str, outputs: Outputs, expected: np.ndarray) -> float:
+    name = name.removeprefix("output.")
+    if name not in outputs:
+        raise CheckpointError(f"expected.safetensors: no output {name} of this model; known: {', '.join(outputs)}")
+    found = np.asarray(outputs[name], np.float32)
+    if found.shape != expected.shape:
+        raise CheckpointError(f"{name}: expected shape {list(expected.shape)}, found {list(found.shape)}")
+    return float(np.abs(found - expected).max())
+
+
+# What the reference's inputs, outputs and losses are called, model by model.
+
+
+def _call(model: Any, params: Params, inputs: Inputs, **arguments: Any) -> Any:
+    """Run a BERT on the inputs that all of them share, taking those out of `inputs`."""
+    ids = inputs.pop("input_ids")
+    mask = inputs.pop("attention_mask", None)
+    return model.apply(
+        {"params": params},
+        ids,
+        None if mask is None else reference_segments(mask),
+        inputs.pop("position_ids", None),
+        inputs.pop("token_type_ids", None),
+        **arguments,
+    )
+
+
+def _finish(inputs: Inputs, outputs: Outputs, loss: Array | None) -> Outputs:
+    if inputs:
+        raise NotImplementedError(f"inputs that parity does not know: {', '.join(inputs)}")
+    return outputs if loss is None else {**outputs, "loss": loss}
+
+
+def _mean(sums: heads.WeightedSum) -> Array:
+    return sums.total / sums.weight
+
+
+def _bert_model(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    mask = inputs.get("attention_mask")
+    encoded: bert.Encoded = _call(model, params, inputs, every_layer=True)
+    assert encoded.every_hidden is not None
+    outputs = {"last_hidden_state": encoded.hidden}
+    if encoded.pooled is not None:
+        outputs["pooler_output"] = encoded.pooled
+    for i, hidden in enumerate(encoded.every_hidden):
+        outputs[f"hidden_states.{i}"] = hidden
+    for i in range(model.config.layers):
+        projections = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]["attention"])
+        outputs[f"attentions.{i}"] = attention_probabilities(projections, encoded.every_hidden[i], mask)
+    return _finish(inputs, outputs, None)
+
+
+def attention_probabilities(projections: Params, hidden: Array, mask: Array | None) -> Array:
+    """What one layer attends to, [B, H, L, L], by the formula: no fast backend ever holds this tensor.
+
+    Args:
+        projections: the parameters of one `layers.Attention`.
+        hidden: [B, L, E], the layer's input.
+        mask: [B, L], 1 for the tokens to attend to.
+    """
+    query, key = (
+        jnp.einsum("ble,ehd->blhd", hidden, projections[name]["kernel"]) + projections[name]["bias"][None, None]
+        for name in ("query", "key")
+    )
+    scores = jnp.einsum("blhd,bshd->bhls", query, key) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :] != 0, scores, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _bert_pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    logits: bert.Pretraining = _call(model, params, inputs)
+    labels, nsp_labels = inputs.pop("labels", None), inputs.pop("next_sentence_label", None)
+    loss = None
+    if labels is not None and nsp_labels is not None:
+        loss = _mean(heads.masked_language_model_loss(logits.mlm_logits, labels))
+        loss += _mean(heads.classification_loss(logits.nsp_logits, nsp_labels))
+    outputs = {"prediction_logits": logits.mlm_logits, "seq_relationship_logits": logits.nsp_logits}
+    return _finish(inputs, outputs, loss)
+
+
+def _bert_classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    """Masked words and tokens: cross-entropy of every position's logits."""
+    logits = _call(model, params, inputs)
+    labels = inputs.pop("labels", None)
+    return _finish(
+        inputs, {"logits": logits}, None if labels is None else _mean(heads.classification_loss(logits, labels))
+    )
+
+
+def _bert_sequence(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    logits = _call(model, params, inputs)
+    labels = inputs.pop("labels", None)
+    loss = None if labels is None else _mean(heads.sequence_loss(model.config.problem_type, logits, labels))
+    return _finish(inputs, {"logits": logits}, loss)
+
+
+def _bert_span(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    start_logits, end_logits = _call(model, params, inputs)
+    starts, ends = inputs.pop("start_positions", None), inputs.pop("end_positions", None)
+    loss = None
+    if starts is not None and ends is not None:
+        start, end = heads.span_loss(start_logits, end_logits, starts, ends)
+        loss = (_mean(start) + _mean(end)) / 2
+    return _finish(inputs, {"start_logits": start_logits, "end_logits": end_logits}, loss)
+
+
+def _bert_choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    labels = inputs.pop("labels", None)
+    batch, choices, _ = inputs["input_ids"].shape
+    flat = {name: value.reshape(batch * choices, -1) for name, value in inputs.items()}
+    logits = _call(model, params, flat).reshape(batch, choices)
+    loss = None if labels is None else _mean(heads.classification_loss(logits, labels))
+    return _finish(flat, {"logits": logits}, loss)
+
+
+def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    """An encoder-decoder; without its own decoder input it reads the labels, moved by one (teacher forcing)."""
+    c = model.config
+    labels = inputs.pop("labels", None)
+    decoder_ids = inputs.pop("decoder_input_ids", None)
+    if decoder_ids is None:
+        if labels is None:
+            raise CheckpointError("expected.safetensors: neither labels nor decoder_input_ids")
+        start = jnp.full((labels.shape[0], 1), c.decoder_start_token_id, labels.dtype)
+        decoder_ids = jnp.concatenate([start, jnp.where(labels < 0, c.pad_token_id, labels)[:, :-1]], axis=1)
+    mask, decoder_mask = (inputs.pop(name, None) for name in ("attention_mask", "decoder_attention_mask"))
+    segments, decoder_segments = (None if m is None else reference_segments(m) for m in (mask, decoder_mask))
+    logits = model.apply({"params": params}, inputs.pop("input_ids"), segments, None, decoder_ids, decoder_segments)
+    loss = None if labels is None else _mean(heads.classification_loss(logits, labels))
+    return _finish(inputs, {"logits": logits}, loss)
+
+
+Adapter = Callable[[Any, Params, Inputs], Outputs]
+ADAPTERS: dict[str, Adapter] = {
+    "Bert": _bert_model,
+    "BertForPreTraining": _bert_pretraining,
+    "BertForMaskedLM": _bert_classes,
+    "BertForTokenClassification": _bert_classes,
+    "BertForSequenceClassification": _bert_sequence,
+    "BertForQuestionAnswering": _bert_span,
+    "BertForMultipleChoice": _bert_choice,
+    "Marian": _translation,
+    "Transformer": _translation,
+}

@@ -1,0 +1,194 @@
+"""Measure pretraining as it runs: real tokens/s, the loss after so many tokens, and the share of the matmul rate.
+
+    bestiary bench pretrain --corpus books/ --tokenizer DIR --model bert-mini --sequence-length 512 --out FILE
+
+The share counts only operations that are needed: matrix products on real tokens, attention within each example, logits
+at predicted positions; three times the forward pass. Padding, dropout, norms and the optimiser count nothing.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ...models.bert import BertConfig
+from ..learner import count_parameters
+from ..loop import Stop
+from ..optim import OptimConfig
+from ..pretrain.loop import (
+    Evaluation,
+    PhasedBatches,
+    PretrainConfig,
+    make_masking,
+    make_model,
+    model_config,
+    prepare_data,
+    train_step,
+)
+from ..progress import Progress
+from ..run_folder import write_json
+from ..sharding import SpreadConfig, start_spread
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure pretraining steps on this machine. Nothing is saved but the figures."""
+
+    corpus: tuple[str, ...] = ()
+    """As for `bestiary pretrain`."""
+    tokenizer: Path | None = None
+    """As for `bestiary pretrain`."""
+    cache: Path | None = None
+    """As for `bestiary pretrain`."""
+    model: str = "bert-mini"
+    """Size of the model."""
+    sequence_length: int = 512
+    """Tokens a row."""
+    rows: int = 8
+    """Rows a step, of all devices together."""
+    steps: int = 60
+    """Steps to take; each is timed alone."""
+    skip: int = 5
+    """First steps that are left out of the timing."""
+    learning_rate: float = 5e-4
+    """Peak learning rate, constant after the warm-up."""
+    warmup: int = 20
+    """Steps of warm-up."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As for `bestiary pretrain`."""
+    attention: str | None = None
+    """As for `bestiary pretrain`."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    seed: int = 0
+    """Of everything random."""
+    out: Path | None = None
+    """JSON file to write; None: the JSON is printed."""
+
+
+def main(config: BenchConfig) -> int:
+    """`bestiary bench pretrain`; returns the exit status."""
+    progress = Progress()
+    training = PretrainConfig(
+        corpus=config.corpus,
+        tokenizer=config.tokenizer,
+        cache=config.cache,
+        model=config.model,
+        sequence_length=config.sequence_length,
+        batch_tokens=config.sequence_length * config.rows,
+        steps=config.steps,
+        dtype=config.dtype,
+        attention=config.attention,
+        spread=config.spread,
+        seed=config.seed,
+        optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, decay="constant"),
+        evaluation_rows=16 * config.rows,
+    )
+    spread = start_spread(config.spread)
+    data = prepare_data(training, progress)
+    architecture = model_config(training, data.tokenizer)
+    model, learner = make_model(training, architecture)
+    masking = make_masking(training, data.tokenizer)
+    evaluate = Evaluation(training, data, model, learner, masking, spread)
+
+    matmul = matmul_rate(architecture.dtype)
+    pipeline = pipeline_rate(PhasedBatches(training, data, spread.share), config.steps)
+    stream = PhasedBatches(training, data, spread.share)
+    state = spread.enter(spread.initialise(learner.make, learner.specs))
+    update = partial(train_step, model=model, learner=learner, masking=masking, accumulate=1)
+    step = spread.train(update, learner.specs)
+    seconds, tokens, needed, losses = [], [], [], []
+    for number in range(config.steps):
+        batch = next(stream)
+        clock = time.perf_counter()
+        state, sums = step(state, spread.put(batch))
+        sums = spread.fetch(sums)
+        seconds.append(time.perf_counter() - clock)
+        tokens.append(int((batch["segment_ids"] > 0).sum()))
+        needed.append(needed_operations(architecture, batch, predictions=float(sums["mlm_loss"][1])))
+        losses.append(float(sums["loss"][0]))
+        progress.update(
+            f"step {number + 1}/{config.steps}  loss {losses[-1]:.3f}  {tokens[-1] / seconds[-1]:,.0f} tokens/s"
+        )
+    held_out = evaluate(state, Stop())
+    timed = slice(min(config.skip, config.steps - 1), None)
+    rate = sum(needed[timed]) / sum(seconds[timed])
+    result = {
+        "bench": "pretrain",
+        "settings": {
+            name: value for name, value in dataclasses.asdict(config).items() if isinstance(value, int | float | str)
+        },
+        "dtype": architecture.dtype,
+        "parameters": count_parameters(state.params),
+        "real_tokens_per_second": sum(tokens[timed]) / sum(seconds[timed]),
+        "real_tokens_per_second_of_median_step": statistics.median(tokens[timed]) / statistics.median(seconds[timed]),
+        "step_seconds": {
+            "median": statistics.median(seconds[timed]),
+            "min": min(seconds[timed]),
+            "max": max(seconds[timed]),
+        },
+        "compile_and_first_step_seconds": seconds[0],
+        "needed_gflops": rate / 1e9,
+        "matmul_gflops": matmul / 1e9,
+        "share_of_matmul_rate": rate / (matmul * jax.device_count()),
+        "pipeline_tokens_per_second": pipeline,
+        "tokens": sum(tokens),
+        "loss_of_last_steps": statistics.mean(losses[-5:]),
+        "held_out": held_out,
+        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("bestiary", "jax", "jaxlib", "flax", "optax")},
+    }
+    if config.out is not None:
+        write_json(config.out, result)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def matmul_rate(dtype: str, size: int = 2048, repeats: int = 9) -> float:
+    """Operations a second of one device on square matrix products in `dtype`, the median."""
+    product = jax.jit(lambda left, right: left @ right)
+    left, right = (jax.random.normal(jax.random.key(seed), (size, size), jnp.dtype(dtype)) for seed in (0, 1))
+    return 2 * size**3 / _median_seconds(lambda: product(left, right), repeats)
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        clock = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - clock)
+    return statistics.median(seconds)
+
+
+def pipeline_rate(stream: PhasedBatches, count: int) -> float:
+    """Real tokens a second from the cache to NumPy batches, planning included, with nothing else to do."""
+    next(stream)  # opens the cache and plans the first window
+    clock, tokens = time.perf_counter(), 0
+    for _ in range(count - 1):
+        tokens += int((next(stream)["segment_ids"] > 0).sum())
+    return tokens / (time.perf_counter() - clock)
+
+
+def needed_operations(config: BertConfig, batch: dict[str, np.ndarray], predictions: float) -> float:
+    """Floating-point operations of a training step that no implementation can do without."""
+    segments = batch["segment_ids"]
+    tokens = (segments > 0).sum()
+    area = sum(float((np.bincount(row)[1:] ** 2).sum()) for row in segments)
+    width, inner = config.width, config.feed_forward
+    layer = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * width * area
+    head = 2 * predictions * (width**2 + width * config.vocab_size)
+    return 3.0 * (config.layers * layer + head)

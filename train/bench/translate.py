@@ -1,0 +1,188 @@
+"""Measure translation as it runs: real target tokens/s of training, sentences/s of decoding.
+
+    bestiary bench translate --source train.en.gz --target train.de.gz --tokenizer spm.model --test test.en.gz
+    bestiary bench translate --model FOLDER --test test.en.gz --beam 5 --batch 64
+
+With --source and --target it trains a new model for some steps; with --test it translates a file, by --model or by the
+model that was just trained. The first pass over the test file compiles, the second is timed.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from ...data.reading import read_lines
+from ...data.stream import training_batches
+from ..errors import RunError
+from ..generate.config import DecodeConfig
+from ..learner import count_parameters, on_host
+from ..progress import Progress
+from ..run_folder import write_json
+from ..sharding import SpreadConfig, start_spread
+from ..translate.config import TranslateConfig
+from ..translate.run import Translator, open_translator
+from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure training steps and decoding on this machine. Nothing is saved but the figures."""
+
+    source: Path | None = None
+    """File of source sentences to train on."""
+    target: Path | None = None
+    """File of their translations."""
+    tokenizer: Path | None = None
+    """As for `bestiary translate train`."""
+    subwords: Literal["unigram", "bpe", "word-bpe"] = "unigram"
+    """As for `bestiary translate train`."""
+    vocab_size: int = 8000
+    """As for `bestiary translate train`."""
+    cache: Path | None = None
+    """As for `bestiary translate train`."""
+    preset: str = "transformer-tiny"
+    """As for `bestiary translate train`."""
+    dropout: float = 0.3
+    """As for `bestiary translate train`."""
+    row_tokens: int = 64
+    """As for `bestiary translate train`."""
+    batch_tokens: int = 4096
+    """As for `bestiary translate train`."""
+    steps: int = 60
+    """Steps to take; each is timed alone."""
+    skip: int = 5
+    """First steps that are left out of the timing."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As for `bestiary translate train`."""
+    attention: str | None = None
+    """As for `bestiary translate train`."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    model: Path | None = None
+    """Run folder or checkpoint folder to translate --test with, instead of the model that was trained here."""
+    test: Path | None = None
+    """File of sentences to translate."""
+    limit: int = 1000
+    """Translate so many lines of it."""
+    batch: int = 64
+    """Sentences that are translated together."""
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: DecodeConfig(beam=5, max_length=64)
+    )
+    out: Path | None = None
+    """JSON file to write; it is printed too."""
+
+    def __post_init__(self) -> None:
+        if self.source is None and (self.model is None or self.test is None):
+            raise RunError("Nothing to measure: give --source and --target, or --model and --test.")
+        if self.steps <= self.skip:
+            raise RunError(f"--steps {self.steps} leaves nothing to time after --skip {self.skip}.")
+
+
+def main(config: BenchConfig) -> int:
+    """`bestiary bench translate`; returns the exit status."""
+    progress = Progress()
+    result: dict[str, Any] = {"bench": "translate"}
+    translator = None
+    if config.source is not None:
+        result["training"], translator = measure_training(config, progress)
+    if config.model is not None:
+        compute = None if config.dtype == "auto" else config.dtype
+        translator = open_translator(config.model, config.decode, rows=config.batch, dtype=compute)
+    if config.test is not None and translator is not None:
+        result["decoding"] = measure_decoding(config, translator, progress)
+    result |= {
+        "settings": {
+            name: value for name, value in dataclasses.asdict(config).items() if isinstance(value, int | float | str)
+        },
+        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("bestiary", "jax", "jaxlib", "flax", "optax")},
+    }
+    if config.out is not None:
+        write_json(config.out, result)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str, Any], Translator]:
+    """Figures of training steps from a new model, and the model."""
+    names = {field.name for field in dataclasses.fields(TranslateConfig)} & {
+        field.name for field in dataclasses.fields(config)
+    }
+    shared = {name: getattr(config, name) for name in names - {"out", "steps"}}
+    training = TranslateConfig(**shared, steps=max(config.steps, 400))
+    spread = start_spread(config.spread)
+    data = prepare_data(training, progress)
+    architecture = model_config(training, data.tokenizer)
+    model, learner = make_model(training, architecture)
+    rows = make_rows(training, data, architecture.decoder_start_token_id, progress)
+    index, count = spread.share(training.rows)
+    stream = training_batches(rows, batch_rows=training.rows, host_index=index, host_count=count)
+    update = partial(train_step, model=model, learner=learner, smoothing=0.1, r_drop=0.0, accumulate=1)
+    step = spread.train(update, learner.specs)
+    state = spread.enter(spread.initialise(learner.make, learner.specs))
+    seconds, tokens, losses = [], [], []
+    for number in range(config.steps):
+        batch = next(stream)
+        clock = time.perf_counter()
+        state, sums = step(state, spread.put(batch))
+        sums = spread.fetch(sums)
+        seconds.append(time.perf_counter() - clock)
+        tokens.append(float(sums["target_tokens"][0]))
+        losses.append(float(sums["loss"][0] / sums["loss"][1]))
+        rate = tokens[-1] / seconds[-1]
+        progress.update(f"step {number + 1}/{config.steps}  loss {losses[-1]:.3f}  {rate:,.0f} target tokens/s")
+    timed = slice(config.skip, None)
+    params = on_host(spread.leave(state).params)
+    figures = {
+        "target_tokens_per_second": sum(tokens[timed]) / sum(seconds[timed]),
+        "target_tokens_per_second_of_median_step": statistics.median(tokens[timed]) / statistics.median(seconds[timed]),
+        "step_seconds": {
+            "median": statistics.median(seconds[timed]),
+            "min": min(seconds[timed]),
+            "max": max(seconds[timed]),
+        },
+        "compile_and_first_step_seconds": seconds[0],
+        "target_tokens_a_step": statistics.mean(tokens),
+        "packing": str(rows.statistics()),
+        "loss_of_last_steps": statistics.mean(losses[-5:]),
+        "parameters": count_parameters(params),
+        "vocabulary": data.tokenizer.target.size,
+        "dtype": architecture.dtype,
+    }
+    return figures, Translator(model, jax.device_put(params), data.tokenizer, config.decode, rows=config.batch)
+
+
+def measure_decoding(config: BenchConfig, translator: Translator, progress: Progress) -> dict[str, Any]:
+    """Figures of translating the test file."""
+    assert config.test is not None
+    lines = list(read_lines(config.test, "utf-8"))[: config.limit]
+    progress.line(f"translating {len(lines):,} lines, beam {config.decode.beam}, batch {config.batch}")
+    clock = time.perf_counter()
+    translator.translate(lines)
+    first = time.perf_counter() - clock
+    compiled = translator.generator.compilations
+    clock = time.perf_counter()
+    found = translator.translate(lines)
+    seconds = time.perf_counter() - clock
+    return {
+        "sentences_per_second": len(lines) / seconds,
+        "sentences_per_second_with_compilation": len(lines) / first,
+        "programs_compiled": compiled,
+        "programs_compiled_in_second_pass": translator.generator.compilations - compiled,
+        "sentences": len(lines),
+        "mean_characters": statistics.mean(len(translations[0].text) for translations in found),
+        "beam": config.decode.beam,
+        "batch": config.batch,
+    }

@@ -1,0 +1,1 @@
+"""Features of a pretrained encoder: vectors and cheap heads on them."""

@@ -1,0 +1,156 @@
+"""Vectors of sentences, or of their tokens, from a pretrained encoder.
+
+bestiary embed --model FOLDER < sentences.txt > vectors.npy
+bestiary embed --model FOLDER --layers -1,-2 --combine concat --pooling mean --normalize --input a.txt.gz --out a.npy
+bestiary embed --model FOLDER --pooling token --input sentences.txt --out tokens.npz
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ...data.errors import DataError
+from ...data.reading import read_lines
+from ..errors import RunError
+from ..progress import Progress
+from .extract import Extractor, FeatureConfig, windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(FeatureConfig):
+    """Turn texts, one a line, into vectors: one a line, in the lines' order, as float32 in NumPy's format.
+
+    With --pooling token, an .npz file: vectors [tokens, width], starts [lines + 1] (where each line's tokens begin) and
+    input_ids [tokens]. The text is streamed: files larger than the memory are fine.
+    """
+
+    input: Path | None = None
+    """Text file (.gz and .zst too). None: standard input."""
+    out: Path | None = None
+    """File to write, .npy or .npz. None: standard output."""
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out.suffix not in (".npy", ".npz"):
+            raise RunError(f"--out {self.out}: expected a name that ends in .npy or .npz.")
+        if self.out is not None and self.out.suffix == ".npy" and self.pooling == "token":
+            raise RunError(f"--out {self.out}: vectors of tokens need an .npz file, which says where each line begins.")
+        if self.out is None and sys.stdout.isatty():
+            raise RunError("Vectors are no text: give --out FILE, or send the output into a file.")
+
+
+class ArrayFile:
+    """An array that grows along its first axis, on disk, in NumPy's .npy format. `file` can be sought in and read."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self._shape: tuple[int, ...] = ()
+        self._dtype: Any = None
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows [n, ...], of one dtype and shape each time."""
+        if self._dtype is None:
+            self._shape, self._dtype = (0, *rows.shape[1:]), rows.dtype
+            self._write_header()
+        self._file.write(np.ascontiguousarray(rows).data)
+        self._shape = (self._shape[0] + len(rows), *self._shape[1:])
+
+    def _write_header(self) -> None:
+        # NumPy leaves room in the header for the first axis to grow, so that writing it again moves nothing.
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": description, "fortran_order": False, "shape": self._shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def finish(self) -> IO[bytes]:
+        """Write the final shape; the file, at its beginning."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.seek(0)
+        return self._file
+
+
+def lines_of(path: Path | None) -> Iterator[str]:
+    """The lines of a file or of standard input.
+
+    Raises:
+        DataError: bytes that are not UTF-8, with the line.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file.")
+        yield from read_lines(path)
+        return
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+            raise DataError(f"standard input, line {number}: not UTF-8 ({found}).") from None
+
+
+@contextmanager
+def _target(path: Path | None) -> Iterator[IO[bytes]]:
+    """Where the result goes: a file appears whole or not at all."""
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(config: EmbedConfig) -> int:
+    """`bestiary embed`; returns the exit status."""
+    progress = Progress()
+    lines = lines_of(config.input)
+    first = next(lines, None)  # nothing to read is said before the model is loaded
+    if first is None:
+        raise DataError(f"{config.input or 'standard input'}: empty. Expected a text a line.")
+    extract = Extractor(config)
+    tokens_too = not extract.settings.pooling
+    started, done = time.perf_counter(), 0
+    with ExitStack() as stack:
+        folder = None if config.out is None else config.out.parent
+        names = ("vectors", "starts", "input_ids") if tokens_too else ("vectors",)
+        arrays = {name: ArrayFile(stack.enter_context(tempfile.TemporaryFile(dir=folder))) for name in names}
+        tokens = 0
+        for window in windows(_again(first, lines)):
+            found = extract(window)
+            arrays["vectors"].append(found.vectors)
+            if tokens_too:
+                arrays["input_ids"].append(found.input_ids)
+                arrays["starts"].append(found.starts[1 if done else 0 :] + tokens)
+            tokens += int(found.starts[-1])
+            done += len(window)
+            rate = done / (time.perf_counter() - started)
+            progress.update(f"{done:,} texts, {tokens:,} tokens, {rate:,.0f} texts/s")
+        with _target(config.out) as target:
+            if tokens_too or (config.out is not None and config.out.suffix == ".npz"):
+                with zipfile.ZipFile(target, "w") as archive:
+                    for name, array in arrays.items():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                            shutil.copyfileobj(array.finish(), member, 1 << 20)
+            else:
+                shutil.copyfileobj(arrays["vectors"].finish(), target, 1 << 20)
+    seconds = time.perf_counter() - started
+    cut = f", {extract.truncated:,} tokens cut off (--max-length)" if extract.truncated else ""
+    progress.line(f"{done:,} texts, {tokens:,} tokens{cut}, {done / seconds:,.0f} texts/s")
+    return 0
+
+
+def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest

@@ -1,0 +1,282 @@
+"""Features of texts from a pretrained encoder: hidden states of its layers, for tokens or whole texts.
+
+Texts are sorted into a few row lengths and packed, several a row, each with a segment of its own, so that a handful of
+compiled programs and next to no padding serve any stream of texts. They come back in the order that they were given in.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ...data.batches import Features, Placed, assemble, encode_texts, pack_features
+from ...data.packing import pack
+from ...models import load
+from ...models.checkpoints.folder import VOCABULARY_FILES, family_of, read_config
+from ...models.checkpoints.sentence_folder import SentenceFolder, read_sentence_folder
+from ...models.pooling import POOLINGS, combine, normalize, pool
+from ..errors import RunError
+from ..finetune.tasks.task import Kept, gather_kept
+from ..sharding import OverMesh, Replicas, make_mesh
+
+ROW_LENGTHS = (64, 128, 256, 512)
+"""Tokens of a row; a text goes into the shortest that holds it."""
+BATCH_TOKENS = 2048
+"""Tokens of a batch, on each device."""
+FEW = 8
+"""Where no more than this part of a batch is left, a batch of that size is taken: each row length has two programs."""
+WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 1 << 18
+"""What is sorted and packed together, at most: bounds the memory of a stream."""
+
+
+def _yes_or_no(words: list[str]) -> bool:
+    return not words or words[0] == "yes"
+
+
+YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[yes|no]",
+    instance_from_str=_yes_or_no,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: ["as the folder says" if value is None else "yes" if value else "no"],
+    choices=("yes", "no"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Which features."""
+
+    model: Path
+    """Checkpoint folder of an encoder, or a sentence-transformers folder, whose pooling, normalisation and length are
+    then the defaults."""
+    layers: str = "-1"
+    """Layers whose hidden states are taken, by numbers with commas: 0 is the embeddings, 1 the first layer, -1 the
+    last; `all` for every one."""
+    combine: Literal["sum", "mean", "concat"] = "mean"
+    """How several layers become one."""
+    pooling: str | None = None
+    """What a text's vector is made of: cls (its first token), mean, max or mean_sqrt_len (over its tokens), several
+    with commas side by side; or token: no pooling. None: what the folder says, else mean."""
+    normalize: Annotated[bool | None, YES_OR_NO] = None
+    """Divide each vector by its length. Default: what the folder says; tokens' vectors stay as they are."""
+    max_length: int | None = None
+    """Tokens of a text, special ones included; what is longer is cut. None: what the folder says, else what the model
+    takes."""
+    prompt: str | None = None
+    """Put before every text. None: what the folder says."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the encoder is computed in."""
+
+
+class Settings(NamedTuple):
+    """A FeatureConfig with everything decided."""
+
+    encoder: Path
+    layers: tuple[int, ...]  # from 0
+    combine: str | None  # None keeps the layers apart
+    pooling: tuple[str, ...]  # none: one vector a token
+    normalize: bool
+    max_length: int
+    lowercase: bool
+    prompt: str
+    dtype: str
+
+
+class Extracted(NamedTuple):
+    """The features of n texts."""
+
+    vectors: np.ndarray  # [n, E] float32; [n, K, E] with layers kept apart; of the T tokens [T, E] without pooling
+    starts: np.ndarray  # [n + 1] int64, where each text's tokens begin
+    input_ids: np.ndarray  # [T] int32
+
+
+class Extractor:
+    """An encoder that gives features.
+
+    Args:
+        config: which.
+        apart: keep the chosen layers apart, instead of combining them.
+
+    Raises:
+        RunError: layers, a pooling or a length that the model does not have; no tokenizer in the folder.
+        FileNotFoundError, CheckpointError, ConfigError: as `models.load`.
+    """
+
+    def __init__(self, config: FeatureConfig, *, apart: bool = False):
+        folder = read_sentence_folder(config.model) or SentenceFolder(config.model, ("mean",), False, None, False, "")
+        stored = read_config(folder.encoder)
+        if not any(kind.head == "encoder" for kind in family_of(stored, folder.encoder).ARCHITECTURES):
+            raise RunError(
+                f"{folder.encoder}: a {stored.get('model_type')} is not an encoder alone; it has no features."
+            )
+        self.model, params, model_config, self.tokenizer = load(folder.encoder, head="encoder", dtype=config.dtype)
+        if self.tokenizer is None:
+            raise RunError(f"{folder.encoder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
+        self.settings = _settings(config, folder, model_config, apart)
+        self.truncated = 0  # tokens cut off so far
+        self._positions = model_config.positions
+        spread = OverMesh(make_mesh("data=-1"))
+        self._spread = spread
+        self._params = jax.device_put(params, NamedSharding(spread.mesh, P()))
+        self._step = spread.evaluate(self._features, None)
+
+    def _features(self, params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> jax.Array:
+        del replicas
+        s = self.settings
+        with jax.default_matmul_precision("highest" if s.dtype == "float32" else "default"):
+            encoded = self.model.apply(
+                {"params": params},
+                batch["input_ids"],
+                batch["segment_ids"],
+                batch["position_ids"],
+                batch["token_type_ids"],
+                every_layer=s.layers != (self.model.config.layers,),
+            )
+        if encoded.every_hidden is None:
+            hidden = encoded.hidden[None]
+        else:
+            hidden = jnp.stack([encoded.every_hidden[layer] for layer in s.layers])
+        hidden = hidden.astype(jnp.float32)
+        kept = hidden if s.combine is None else combine(hidden, s.combine)[None]
+
+        def pooled(states: jax.Array) -> jax.Array:
+            parts = [pool(states, batch["segment_ids"], batch["cls_positions"], how) for how in s.pooling]
+            vectors = jnp.concatenate(parts, axis=-1) if parts else states
+            return normalize(vectors) if s.normalize else vectors
+
+        vectors = jnp.stack([pooled(states) for states in kept], axis=2)  # [B, X or L, K, E]
+        return vectors if s.combine is None else vectors[:, :, 0]
+
+    def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> Extracted:
+        """The features of texts, or of pairs of texts that the encoder reads together."""
+        s = self.settings
+        texts = [s.prompt + (text.lower() if s.lowercase else text) for text in texts]
+        ids, types, truncated = encode_texts(self.tokenizer, texts, seconds, s.max_length)
+        self.truncated += truncated
+        features = pack_features(ids, types)
+        parts: list[tuple[Kept, Placed]] = []
+        running: deque[tuple[jax.Array, Placed]] = deque()
+        for placed in self._batches(features):
+            running.append((self._step(self._params, self._spread.put(placed.batch)), placed))
+            if len(running) > 1:  # the next batch is put together while this one is computed
+                parts.append(_fetched(*running.popleft(), pooled=bool(s.pooling)))
+        parts.extend(_fetched(*some, pooled=bool(s.pooling)) for some in running)
+        kept = gather_kept(parts, features)
+        vectors = (kept.segment if s.pooling else kept.token)["vectors"]
+        return Extracted(vectors, features.starts, features.input_ids)
+
+    def _batches(self, features: Features) -> Iterator[Placed]:
+        lengths = sorted({min(length, self._positions) for length in ROW_LENGTHS} | {self._positions})
+        for shorter, length in zip([0, *lengths], lengths, strict=False):
+            mine = np.flatnonzero((features.lengths > shorter) & (features.lengths <= length))
+            slots = max(1, length // 4)
+            most = max(1, BATCH_TOKENS // length) * self._spread.divisor()
+            few = max(1, BATCH_TOKENS // length // FEW) * self._spread.divisor()
+            row_of, needed = pack(features.lengths[mine], length, slots)
+            order = np.argsort(row_of, kind="stable")
+            for first in range(0, needed, most):
+                rows = most if needed - first > few else few
+                here = order[np.searchsorted(row_of[order], first) : np.searchsorted(row_of[order], first + rows)]
+                some = range(first, first + rows)
+                pad_id = self.tokenizer.pad_id
+                yield assemble(features, mine[here], row_of[here], some, length=length, slots=slots, pad_id=pad_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal; another one for other weights, another tokenizer or other settings."""
+        digest = hashlib.sha256()
+        for path in sorted(self.settings.encoder.iterdir()):
+            if path.suffix == ".safetensors" or path.name in ("config.json", *VOCABULARY_FILES):
+                with path.open("rb") as file:
+                    digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(json.dumps(self.settings._replace(encoder=Path())._asdict(), default=str).encode())
+        return digest.hexdigest()
+
+
+def _fetched(vectors: jax.Array, placed: Placed, *, pooled: bool) -> tuple[Kept, Placed]:
+    host = {"vectors": jax.device_get(vectors)}
+    return (Kept(segment=host) if pooled else Kept(token=host)), placed
+
+
+def windows(texts: Iterable[str]) -> Iterator[list[str]]:
+    """A stream of texts in lists of bounded size."""
+    window: list[str] = []
+    characters = 0
+    for text in texts:
+        window.append(text)
+        characters += len(text)
+        if len(window) == WINDOW_TEXTS or characters >= WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: bool) -> Settings:
+    layers = parse_layers(config.layers, model.layers)
+    limit = model.positions
+    length = min(folder.max_length or limit, limit) if config.max_length is None else config.max_length
+    if not 3 <= length <= limit:
+        raise RunError(f"--max-length {length}: expected 3 to {limit}, the positions of this model.")
+    pooling = folder.pooling if config.pooling is None else parse_pooling(config.pooling)
+    # A folder's normalisation comes after its pooling: sentence-transformers leaves vectors of tokens as they are too.
+    normalized = folder.normalize and bool(pooling) if config.normalize is None else config.normalize
+    return Settings(
+        folder.encoder,
+        layers,
+        None if apart else config.combine if len(layers) > 1 else "sum",
+        pooling,
+        normalized,
+        length,
+        folder.lowercase,
+        folder.prompt if config.prompt is None else config.prompt,
+        config.dtype,
+    )
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """`-1,-2` of a model with `count` layers, counted from 0, the embeddings.
+
+    Raises:
+        RunError: not numbers, or not layers of this model.
+    """
+    if text == "all":
+        return tuple(range(count + 1))
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RunError(f"--layers {text}: expected numbers with commas, as -1,-2, or all.") from None
+    wrong = [number for number in numbers if not -count - 1 <= number <= count]
+    if wrong:
+        raise RunError(
+            f"--layers {text}: there is no layer {wrong[0]}. This model has 0 (the embeddings) to {count}, which are "
+            f"also {-count - 1} to -1."
+        )
+    return tuple(number % (count + 1) for number in numbers)
+
+
+def parse_pooling(text: str) -> tuple[str, ...]:
+    """`cls,mean`; `token` is none.
+
+    Raises:
+        RunError: no such pooling.
+    """
+    if text == "token":
+        return ()
+    names = tuple(text.split(","))
+    wrong = [name for name in names if name not in POOLINGS]
+    if wrong:
+        raise RunError(f"--pooling {text}: expected token, or {', '.join(POOLINGS)} (with commas), found {wrong[0]!r}.")
+    return names

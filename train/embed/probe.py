@@ -1,0 +1,396 @@
+"""Train a cheap head on features that a pretrained encoder gives once: what do its layers know of a task?
+
+    bestiary probe --task mrpc --data glue/MRPC --model FOLDER --out runs/probe-mrpc
+    bestiary probe --task cola --data glue/CoLA --model FOLDER --layers all --mix --out runs/probe-cola
+    bestiary probe --data reviews.csv --text review --label stars --model FOLDER --out runs/probe-stars
+
+The features lie in the cache under a name made of all that decides them (weights, tokenizer, settings, texts), so that
+a second probe of them reads a file. The head is scikit-learn's logistic regression, or ridge regression for numbers, on
+standardised features.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ...data.batches import pack_features
+from ...data.errors import DataError
+from ...data.packing import RandomStream
+from ...data.tasks.tables import TextExample
+from ...models.pooling import mix
+from ..errors import RunError
+from ..finetune.loop import hold_out
+from ..finetune.tasks.glue import GlueName, glue_data, glue_task
+from ..finetune.tasks.table import table_task
+from ..finetune.tasks.task import Kept, TaskData
+from ..finetune.tasks.text import TextTask
+from ..pretrain.loop import user_cache_folder
+from ..progress import Progress, duration
+from ..run_folder import RunFolder, write_json
+from .extract import Extractor, FeatureConfig, Settings, windows
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""Inverse regularisation strengths that are tried for a classifier (scikit-learn's C)."""
+PENALTIES = tuple(10.0**power for power in range(-2, 7))
+"""Penalties that are tried for ridge regression (scikit-learn's alpha)."""
+TRIED_EXAMPLES = 4000
+"""Training examples that a classifier's strength is chosen on, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Train logistic or ridge regression on an encoder's features of a task, and give its official metrics."""
+
+    task: GlueName | None = None
+    """A task of GLUE. None: --data is a table."""
+    data: str
+    """With --task: the task's folder, as `bestiary finetune` takes it. Else training examples: .tsv, .csv or .jsonl
+    with named columns."""
+    dev: Path | None = None
+    """A table to evaluate on. None: a share of the training examples is held out."""
+    dev_fraction: float = 0.1
+    """Share that is held out of a table where there is no --dev."""
+    text: str = "sentence"
+    """Column of the text, or of a pair's first text."""
+    text_pair: str | None = None
+    """Column of a pair's second text."""
+    label: str = "label"
+    """Column of the label."""
+    labels: tuple[str, ...] = ()
+    """The label set. None: every label of the training file."""
+    regression: bool = False
+    """The labels are numbers to be predicted as such."""
+    pairs: Literal["apart", "together"] = "apart"
+    """Of two texts: apart, |u - v| and u · v of their vectors u and v (Conneau and Kiela 2018); together, the vector of
+    both, read by the encoder at once."""
+    mix: bool = False
+    """Learn how much of each of --layers (all of them, unless they are named) is taken, with a softmax and a factor
+    (Peters et al. 2018), instead of --combine."""
+    strength: float | None = None
+    """Inverse strength of the regularisation. None: chosen by cross-validation on the training examples."""
+    train_examples: int = 0
+    """Train on so many examples, drawn by the seed; 0: all."""
+    seed: int = 0
+    """Of what is drawn."""
+    features: Annotated[FeatureConfig, tyro.conf.arg(name="")]
+    cache: Path | None = None
+    """Folder for features, which later probes share. None: bestiary/ in the user's cache folder."""
+    out: Path = Path("runs/probe")
+    """Folder for results.json, head.npz and predictions/."""
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not self.strength > 0:
+            raise RunError(f"--strength is {self.strength}; it must be above 0.")
+        if self.features.pooling == "token":
+            raise RunError("--pooling token: a probe needs one vector a text; choose cls, mean or max.")
+        if self.regression and self.labels:
+            raise RunError("--regression predicts numbers: leave --labels out.")
+        if self.train_examples < 0:
+            raise RunError(f"--train-examples is {self.train_examples}; it must not be negative.")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def read_data(config: ProbeConfig) -> tuple[TextTask, TaskData]:
+    """The task and its examples.
+
+    Raises:
+        DataError: with file and line.
+    """
+    length = 1  # a task's own encoding is not used
+    if config.task is not None:
+        task = glue_task(config.task, length)
+        data = glue_data(task, config.data)
+    else:
+        path = Path(config.data)
+        task = table_task(
+            path,
+            text=config.text,
+            text_pair=config.text_pair,
+            label=config.label,
+            labels=config.labels,
+            regression=config.regression,
+            max_length=length,
+        )
+        train = task.read(path, "train", labelled=True)
+        if config.dev is not None:
+            dev = task.read(config.dev, "dev", labelled=True)
+        else:
+            train, dev = hold_out(train, config.dev_fraction, config.seed)
+        data = TaskData(train, {"dev": dev})
+    if config.train_examples and config.train_examples < len(data.train):
+        data = data._replace(train=hold_out(data.train, config.train_examples / len(data.train), config.seed)[1])
+    return task, data
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+class FeatureStore:
+    """Features of texts, computed once and kept as files."""
+
+    def __init__(self, extract: Extractor, folder: Path, progress: Progress):
+        self._extract, self._folder, self._progress = extract, folder, progress
+        self.truncated = 0  # tokens cut off, of all texts so far
+
+    def __call__(self, name: str, texts: Sequence[str], seconds: Sequence[str] | None = None) -> np.ndarray:
+        """[n, ...] float32 of n texts, or of pairs that are read together; `name` is for people."""
+        key = json.dumps([self._extract.fingerprint, list(texts), None if seconds is None else list(seconds)])
+        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        if path.is_file():
+            self._progress.line(f"features of {name}: read from {path}")
+        else:
+            before = self._extract.truncated
+            vectors = self._computed(name, texts, seconds)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                np.savez(file, vectors=vectors, truncated=self._extract.truncated - before)
+            partial.replace(path)
+        with np.load(path) as stored:
+            self.truncated += int(stored["truncated"])
+            return stored["vectors"]
+
+    def _computed(self, name: str, texts: Sequence[str], seconds: Sequence[str] | None) -> np.ndarray:
+        started, parts, done = time.perf_counter(), [], 0
+        for window in windows(texts):
+            more = None if seconds is None else seconds[done : done + len(window)]
+            parts.append(self._extract(window, more).vectors)
+            done += len(window)
+            rate = done / (time.perf_counter() - started)
+            left = duration((len(texts) - done) / rate)
+            self._progress.update(f"features of {name}: {done:,} of {len(texts):,}, {rate:,.0f} texts/s, {left} left")
+        return np.concatenate(parts)
+
+
+def features_of(store: FeatureStore, name: str, examples: Sequence[TextExample], together: bool) -> list[np.ndarray]:
+    """[n, ...] of the examples' texts: one array, or two of pairs that are read apart."""
+    first = [example.first for example in examples]
+    if examples[0].second is None:
+        return [store(name, first)]
+    second = [example.second or "" for example in examples]
+    if together:
+        return [store(name, first, second)]
+    return [store(f"{name}'s first texts", first), store(f"{name}'s second texts", second)]
+
+
+def joined(vectors: Sequence[Any]) -> Any:
+    """The vectors u of texts, or |u - v| and u · v of pairs, side by side: [n, E] each -> [n, E] or [n, 2 E]."""
+    if len(vectors) == 1:
+        return vectors[0]
+    u, v = vectors
+    return jnp.concatenate([jnp.abs(u - v), u * v], axis=-1)
+
+
+# --- the learned mix of layers ----------------------------------------------------------------------------------------
+
+
+class Mix(NamedTuple):
+    """How much of each layer is taken."""
+
+    weights: np.ndarray  # [K], before the softmax
+    gamma: float
+
+    def __call__(self, vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """[n, K, E] each -> [n, E] each."""
+        weights, gamma = jnp.asarray(self.weights, jnp.float32), jnp.float32(self.gamma)
+        return [np.asarray(mix(jnp.asarray(array), weights, gamma)) for array in vectors]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of each layer, which add up to 1."""
+        exponentials = np.exp(self.weights - self.weights.max())
+        return (exponentials / exponentials.sum()).tolist()
+
+
+def learn_mix(vectors: Sequence[np.ndarray], targets: np.ndarray, classes: int | None, steps: int = 200) -> Mix:
+    """Fit a linear head together with the mix of layers, by L-BFGS on all examples (at a weak penalty of the head).
+
+    Args:
+        vectors: [n, K, E] of the texts, or two of pairs.
+        targets: [n] classes, or numbers.
+        classes: their number; None for regression.
+        steps: of the optimiser, at most.
+    """
+    from scipy.optimize import minimize
+
+    layers = vectors[0].shape[1]
+    even = joined([array.mean(axis=1) for array in vectors])
+    centre, spread = even.mean(axis=0), even.std(axis=0) + 1e-6
+    width, outputs = even.shape[-1], classes or 1
+    numbers = targets if classes is not None else (targets - targets.mean()) / (targets.std() + 1e-6)
+    goal = jnp.asarray(numbers, jnp.int32 if classes is not None else jnp.float32)
+    placed = [jnp.asarray(array) for array in vectors]
+
+    def loss(flat: jax.Array, placed: list[jax.Array]) -> jax.Array:
+        weights, gamma, bias = flat[:layers], flat[layers], flat[layers + 1 : layers + 1 + outputs]
+        kernel = flat[layers + 1 + outputs :].reshape(width, outputs)
+        inputs = joined([mix(array, weights, gamma) for array in placed])
+        logits = ((inputs - centre[None]) / spread[None]) @ kernel + bias[None]
+        if classes is None:
+            errors = jnp.square(logits[:, 0] - goal)
+        else:
+            errors = -jnp.take_along_axis(jax.nn.log_softmax(logits), goal[:, None], axis=1)[:, 0]
+        return errors.mean() + 0.5 * jnp.square(kernel).sum() / len(goal)
+
+    compiled = jax.jit(jax.value_and_grad(loss))
+
+    def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = compiled(jnp.asarray(flat, jnp.float32), placed)
+        return float(value), np.asarray(gradient, np.float64)
+
+    start = np.concatenate([np.zeros(layers), [1.0], np.zeros(outputs + width * outputs)])
+    found = minimize(evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps}).x
+    return Mix(found[:layers], float(found[layers]))
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """A linear head on standardised features."""
+
+    centre: np.ndarray  # [E]
+    spread: np.ndarray  # [E]
+    kernel: np.ndarray  # [E, C], C = 1 for regression
+    bias: np.ndarray  # [C]
+    strength: float  # inverse strength of its regularisation
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        """[n, E] -> [n, C] logits, or values."""
+        return ((inputs - self.centre) / self.spread) @ self.kernel + self.bias
+
+
+def fit_head(inputs: np.ndarray, targets: np.ndarray, classes: int | None, strength: float | None, seed: int) -> Head:
+    """Ridge regression, or logistic regression over `classes` classes.
+
+    Args:
+        inputs: [n, E].
+        targets: [n].
+        classes: number of classes; those that no example has get a logit of -inf. None for regression.
+        strength: inverse strength of the regularisation (C, or 1 / alpha); None for cross-validation: leave-one-out for
+            ridge regression, three folds of at most `TRIED_EXAMPLES` for logistic regression.
+        seed: of the examples that are tried.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    inputs = inputs.astype(np.float64)
+    scaler: Any = StandardScaler().fit(inputs)
+    scaled = scaler.transform(inputs)
+    if classes is None:
+        from sklearn.linear_model import RidgeCV
+
+        ridge: Any = RidgeCV(alphas=PENALTIES if strength is None else [1 / strength]).fit(scaled, targets)
+        kernel, bias = ridge.coef_[:, None], np.array([ridge.intercept_])
+        return Head(scaler.mean_, scaler.scale_, kernel, bias, 1 / float(ridge.alpha_))
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    def classifier(c: float) -> Any:
+        return LogisticRegression(C=c, max_iter=2000)
+
+    if strength is None:
+        some = RandomStream(seed, len(targets)).permutation(len(targets))[:TRIED_EXAMPLES]
+        folds = min(3, int(np.bincount(targets[some])[np.unique(targets[some])].min()))
+        strength = 1.0
+        if folds > 1:
+            search = GridSearchCV(classifier(1.0), {"C": STRENGTHS}, cv=StratifiedKFold(folds), scoring="neg_log_loss")
+            strength = float(search.fit(scaled[some], targets[some]).best_params_["C"])
+    logistic = classifier(strength).fit(scaled, targets)
+    kernel = np.zeros((inputs.shape[1], classes))
+    bias = np.full(classes, -np.inf)
+    seen = logistic.classes_
+    if len(seen) == 2:  # scikit-learn has one function for two classes: the second against the first
+        kernel[:, seen[1]], bias[seen[0]], bias[seen[1]] = logistic.coef_[0], 0.0, logistic.intercept_[0]
+    else:
+        kernel[:, seen], bias[seen] = logistic.coef_.T, logistic.intercept_
+    return Head(scaler.mean_, scaler.scale_, kernel, bias, strength)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def main(config: ProbeConfig) -> int:
+    """`bestiary probe`; returns the exit status."""
+    started = time.perf_counter()
+    progress = Progress()
+    run = RunFolder(config.out, config, frozenset({"out", "cache"}))
+    task, data = read_data(config)
+    targets = np.array([example.label for example in data.train])
+    if task.labels is not None and len(np.unique(targets)) < 2:
+        raise DataError(f"{config.data}: all training examples have one label; there is nothing to tell apart.")
+    wanted = config.features
+    if config.mix and wanted.layers == FeatureConfig.layers:
+        wanted = dataclasses.replace(wanted, layers="all")
+    extract = Extractor(wanted, apart=config.mix)
+    store = FeatureStore(extract, (config.cache or user_cache_folder()) / "features", progress)
+    run.begin()
+    splits = {"train": data.train, **data.evaluation, **data.prediction}
+    vectors = {
+        name: features_of(store, name, examples, config.pairs == "together") for name, examples in splits.items()
+    }
+    classes = None if task.labels is None else len(task.labels)
+    mixed = learn_mix(vectors["train"], targets, classes) if config.mix else None
+    if mixed is not None:
+        vectors = {name: mixed(arrays) for name, arrays in vectors.items()}
+    inputs = {name: np.asarray(joined(arrays)) for name, arrays in vectors.items()}
+    progress.line(f"fitting a head to {len(targets):,} examples of {inputs['train'].shape[1]:,} features")
+    head = fit_head(inputs["train"], targets, classes, config.strength, config.seed)
+    metrics: dict[str, Any] = {}
+    unused = pack_features([], [])  # a task's own encoding, which its metrics do not look at
+    for name, examples in splits.items():
+        kept = Kept(segment={"logits": head(inputs[name])})
+        if name in ("train", *data.evaluation):
+            metrics[name] = task.metrics(kept, unused, examples)
+        if name != "train":
+            task.write_predictions(config.out / "predictions", name, kept, unused, examples)
+    np.savez(config.out / "head.npz", **{key: value for key, value in head._asdict().items() if key != "strength"})
+    write_json(
+        config.out / "results.json",
+        results(config, extract.settings, store.truncated, data, head, mixed, metrics, inputs),
+    )
+    for name, values in metrics.items():
+        progress.line(f"{name}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+    progress.line(f"done in {duration(time.perf_counter() - started)}; results are in {config.out / 'results.json'}")
+    return 0
+
+
+def results(
+    config: ProbeConfig,
+    settings: Settings,
+    truncated: int,
+    data: TaskData,
+    head: Head,
+    mixed: Mix | None,
+    metrics: Mapping[str, Any],
+    inputs: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """The content of results.json."""
+    return {
+        "task": config.task or "classification",
+        "model": str(config.features.model),
+        "seed": config.seed,
+        "metrics": metrics,
+        "layers": list(settings.layers),
+        "pooling": list(settings.pooling),
+        "mix": None if mixed is None else {"shares": mixed.shares, "gamma": mixed.gamma},
+        "features": inputs["train"].shape[1],
+        "training_examples": len(data.train),
+        "truncated_tokens": truncated,
+        "strength": head.strength,
+        "versions": {name: version(name) for name in ("bestiary", "jax", "scikit-learn")},
+    }

@@ -1,0 +1,1 @@
+"""Fine-tuning: one loop over tasks."""

@@ -1,0 +1,45 @@
+"""Evaluate a fine-tuned model on labelled examples.
+
+bestiary evaluate runs/mrpc --data glue/MRPC
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..run_folder import write_json
+from ..sharding import SpreadConfig
+from .prediction import open_run, read_examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Print a fine-tuned model's official metrics on labelled examples, as JSON."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished fine-tuning run."""
+    data: Path
+    """The examples, in the format that the run's task reads: a file, or a folder with the split's file."""
+    split: str = "dev"
+    """Which split of a folder."""
+    out: Path | None = None
+    """Folder for the metrics and for the predictions in the benchmark's format."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+
+
+def main(config: EvaluateConfig) -> int:
+    """`bestiary evaluate`; returns the exit status."""
+    run = open_run(config.run, config.spread)
+    examples = read_examples(run.task, config.data, config.split, labelled=True)
+    features, predicted = run.predict(examples)
+    metrics = {**predicted.means, **run.task.metrics(predicted.kept, features, examples)}
+    results = {"task": run.task.name, "data": str(config.data), "examples": len(examples), "metrics": metrics}
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "results.json", results)
+        run.task.write_predictions(config.out / "predictions", config.split, predicted.kept, features, examples)
+    print(json.dumps(results, indent=2))
+    return 0

@@ -1,0 +1,151 @@
+"""Fine-tune on several tasks of GLUE, with several seeds, and make one table.
+
+    bestiary finetune glue --data glue --tasks cola mrpc stsb rte --seeds 0 1 2 --model FOLDER --out runs/glue
+
+Each run has a folder of its own, `OUT/TASK/seed-N`, and goes on where it was when the same command is given again.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ...data.tasks.glue import FINETUNED, GLUE, has_split
+from ...models.checkpoints.folder import read_config
+from ..errors import RunError
+from ..run_folder import write_json, write_text
+from .loop import FinetuneConfig
+from .tasks.glue import GlueConfig, GlueName, glue_data, glue_task
+from .tasks.glue import main as finetune_one
+
+FROM_MNLI = ("rte", "mrpc", "stsb")  # what starts from a model of MNLI, as in Liu et al. 2019, 5.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueSuiteConfig:
+    """Fine-tune on several tasks of GLUE and write one table of their official metrics on the development sets."""
+
+    data: Path
+    """The folder that holds the tasks' folders: CoLA, SST-2, MRPC, ..."""
+    tasks: tuple[GlueName, ...] = ()
+    """Which tasks, in this order. None: all of them that are there to train on."""
+    seeds: tuple[int, ...] = (0,)
+    """A run for each, instead of --seed; the table shows their means."""
+    from_mnli: bool = False
+    """Start rte, mrpc and stsb from this suite's own model of mnli, which is trained first."""
+    mnli_model: Path | None = None
+    """Start rte, mrpc and stsb from this checkpoint folder, a model of MNLI."""
+    diagnostic: str | None = None
+    """The diagnostic set, for mnli."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        if self.from_mnli and self.mnli_model is not None:
+            raise RunError("--from-mnli trains a model of MNLI, --mnli-model names one: give one of them.")
+        if not self.seeds:
+            raise RunError("--seeds: expected at least one.")
+
+
+def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
+    """The runs, in order.
+
+    Raises:
+        RunError: nothing to train on, or no mnli to start from.
+    """
+    tasks = list(config.tasks or (name for name in FINETUNED if _trainable(name, config.data)))
+    if not tasks:
+        raise RunError(f"{config.data}: none of GLUE's tasks has a training file here.")
+    if config.from_mnli and "mnli" not in tasks:
+        raise RunError("--from-mnli: mnli is not among the tasks. Add it, or name a model of it with --mnli-model.")
+    tasks.sort(key=lambda name: name != "mnli" if config.from_mnli else 0)
+    return [
+        GlueConfig(
+            task=task,  # type: ignore[arg-type]
+            data=str(config.data),
+            diagnostic=config.diagnostic if task == "mnli" else None,
+            run=dataclasses.replace(
+                config.run, model=_start(config, task, seed), seed=seed, out=config.run.out / task / f"seed-{seed}"
+            ),
+        )
+        for task in tasks
+        for seed in config.seeds
+    ]
+
+
+def _trainable(name: str, data: Path) -> bool:
+    return (data / GLUE[name].folder).is_dir() and has_split(GLUE[name], data, "train")
+
+
+def _start(config: GlueSuiteConfig, task: str, seed: int) -> Path:
+    if task not in FROM_MNLI:
+        return config.run.model
+    if config.from_mnli:
+        return config.run.out / "mnli" / f"seed-{seed}" / "model"
+    return config.mnli_model or config.run.model
+
+
+def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
+    """Read every task's data and every model's config.json, so that nothing bad shows up after hours.
+
+    Args:
+        runs: in order.
+        to_come: models that the runs themselves make.
+
+    Raises:
+        DataError: with file and line. FileNotFoundError, ConfigError: no checkpoint folder.
+    """
+    for run in {run.task: run for run in runs}.values():
+        glue_data(glue_task(run.task, run.run.max_length), run.data, run.diagnostic)
+    for model in {run.run.model for run in runs} - to_come:
+        read_config(model)
+
+
+def main(config: GlueSuiteConfig) -> int:
+    """`bestiary finetune glue`; returns the exit status."""
+    runs = planned(config)
+    check(runs, {run.run.out / "model" for run in runs})
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        print(f"--- {run.task}, seed {run.run.seed}")
+        status = finetune_one(run)
+        results = run.run.out / "results.json"
+        if status or not results.is_file():
+            return status
+        found.setdefault(run.task, []).append(json.loads(results.read_text()))
+    rows = [row for task, results in found.items() for row in table_rows(task, results)]
+    scores = [statistics.fmean(task_score(task, result) for result in results) for task, results in found.items()]
+    table = "\n".join([
+        f"| task | metric | mean of {len(config.seeds)} | each |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        f"| all | mean of the tasks' scores | {statistics.fmean(scores):.4f} | |",
+        "",
+    ])  # fmt: skip
+    write_text(config.run.out / "table.md", table)
+    write_json(config.run.out / "results.json", {"score": statistics.fmean(scores), "tasks": found})
+    print(table, end="")
+    return 0
+
+
+def table_rows(task: str, results: list[dict[str, Any]]) -> list[str]:
+    """A line for each of a task's official metrics on each of its development sets."""
+    rows = []
+    for split in results[0]["metrics"]:
+        names = GLUE["ax" if split == "ax" else task].metrics
+        name = task if len(results[0]["metrics"]) == 1 else f"{task} {split}"
+        for metric in names:
+            values = [result["metrics"][split][metric] for result in results]
+            each = " ".join(f"{value:.4f}" for value in values)
+            rows.append(f"| {name} | {metric} | {statistics.fmean(values):.4f} | {each} |")
+    return rows
+
+
+def task_score(task: str, result: dict[str, Any]) -> float:
+    """A task's part of GLUE's score: the mean over its development sets that are there, of which MNLI has two."""
+    metrics = result["metrics"]
+    return statistics.fmean(metrics[split]["score"] for split in GLUE[task].evaluation if split in metrics)

@@ -1,0 +1,66 @@
+"""What a fine-tuned model says of new examples.
+
+bestiary predict runs/mrpc --text "The cat sat." --text-pair "A cat was sitting."
+bestiary predict runs/squad --question "Who?" --context "It was him."
+bestiary predict runs/mrpc --input glue/MRPC/test.tsv --out predictions
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..errors import RunError
+from ..sharding import SpreadConfig
+from .prediction import open_run, read_examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Print what a fine-tuned model says, a JSON object an example."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished fine-tuning run."""
+    text: tuple[str, ...] = ()
+    """Texts to classify, rate or tag."""
+    text_pair: tuple[str, ...] = ()
+    """The second texts of pairs, as many."""
+    question: tuple[str, ...] = ()
+    """Questions to answer."""
+    context: tuple[str, ...] = ()
+    """Where their answers are looked for: one for each question, or one for all."""
+    endings: tuple[str, ...] = ()
+    """Choices of how --text goes on."""
+    input: Path | None = None
+    """Examples in the format that the run's task reads, instead of texts."""
+    split: str = "test"
+    """Which split, where --input is a folder."""
+    out: Path | None = None
+    """Folder for predictions in the benchmark's format."""
+    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (not self.words()):
+            raise RunError("Give either texts (--text, or --question and --context) or --input FILE.")
+
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """The texts that were given."""
+        named = {name: getattr(self, name) for name in ("text", "text_pair", "question", "context", "endings")}
+        return {name: texts for name, texts in named.items() if texts}
+
+
+def main(config: PredictConfig) -> int:
+    """`bestiary predict`; returns the exit status."""
+    run = open_run(config.run, config.spread)
+    if config.input is None:
+        examples = run.task.from_words(config.words())
+    else:
+        examples = read_examples(run.task, config.input, config.split, labelled=False)
+    features, predicted = run.predict(examples)
+    if config.out is not None:
+        run.task.write_predictions(config.out, config.split, predicted.kept, features, examples)
+    for said in run.task.show(predicted.kept, features, examples):
+        print(json.dumps(said, ensure_ascii=False))
+    return 0

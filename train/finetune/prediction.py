@@ -1,0 +1,126 @@
+"""What a fine-tuned model says of features: shared by evaluation while training, `evaluate` and `predict`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ...data.batches import Features, prediction_batches
+from ...data.errors import DataError
+from ...models import load
+from ..errors import RunError
+from ..loop import Stop
+from ..metrics import Meter, Sums
+from ..sharding import Replicas, Spread, SpreadConfig, logical_specs, start_spread
+from .tasks.task import Kept, Task, gather_kept, make_task
+
+LONGEST_ROW = 512  # tokens of a packed row: longer ones cost more attention and save no padding
+
+
+class Predicted(NamedTuple):
+    """Of all features."""
+
+    kept: Kept  # on the host, in the features' order
+    means: dict[str, float]  # of the task's losses; they mean nothing where there are no labels
+
+
+def row_limit(config: Any) -> int:
+    """Tokens of the longest row that a model takes."""
+    return min(config.positions, LONGEST_ROW)
+
+
+class Predictor:
+    """Runs a model over features, in rows of few shapes: what was compiled serves every later call.
+
+    Args:
+        task: what is kept.
+        model: the model.
+        pad_id: the token that fills up.
+        spread: the devices.
+        specs: the parameters' logical PartitionSpecs.
+    """
+
+    def __init__(self, task: Task, model: Any, pad_id: int, spread: Spread, specs: Any):
+        self._pad_id, self._spread, self._longest = pad_id, spread, row_limit(model.config)
+
+        def step(params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> tuple[Kept, Sums]:
+            batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
+            outputs = task.forward(model, params, batch, deterministic=True)
+            return replicas.gather(task.keep(outputs, batch)), replicas.sum(task.loss(outputs, batch))
+
+        self._step = spread.evaluate(step, specs)
+
+    def __call__(self, params: Any, features: Features, stop: Stop | None = None) -> Predicted | None:
+        """Predict; None if it was stopped half-way.
+
+        Args:
+            params: in the form that the step takes (`Spread.enter`).
+            features: at least one.
+            stop: asked after every batch.
+        """
+        meter, parts = Meter(), []
+        divisor = self._spread.divisor()
+        index, count = self._spread.share(divisor)
+        for placed in prediction_batches(features, pad_id=self._pad_id, positions=self._longest, divisor=divisor):
+            share = len(placed.features) // count
+            mine = {name: values[index * share : (index + 1) * share] for name, values in placed.batch.items()}
+            kept, sums = self._spread.fetch(self._step(params, self._spread.put(mine)))
+            meter.add(sums)
+            parts.append((kept, placed))
+            if stop is not None and stop.signal is not None and jax.process_count() == 1:
+                return None
+        return Predicted(gather_kept(parts, features), meter.means())
+
+
+class FinetunedRun(NamedTuple):
+    """A finished run, ready to predict."""
+
+    task: Task
+    tokenizer: Any
+    predictor: Predictor
+    params: Any
+
+    def predict(self, examples: Sequence[Any]) -> tuple[Features, Predicted]:
+        """Encode and predict examples."""
+        features = self.task.encode(self.tokenizer, examples)
+        predicted = self.predictor(self.params, features)
+        assert predicted is not None
+        return features, predicted
+
+
+def open_run(folder: Path, config: SpreadConfig, **changes: Any) -> FinetunedRun:
+    """The model and the task of a run folder; `changes` are those of `models.load`.
+
+    Raises:
+        RunError: the folder is not that of a finished fine-tuning run.
+    """
+    path = folder / "task.json"
+    if not path.is_file() or not (folder / "model" / "config.json").is_file():
+        raise RunError(f"{folder}: not the folder of a finished fine-tuning run (no task.json and model/ in it).")
+    task = make_task(json.loads(path.read_text()), str(path))
+    spread = start_spread(config)
+    loaded = load(folder / "model", **changes)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    specs = logical_specs(jax.eval_shape(lambda: loaded.model.init(jax.random.key(0), ids))["params"])
+    predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, spread, specs)
+    shapes = spread.abstract(lambda: nn.unbox(loaded.model.init(jax.random.key(0), ids))["params"], specs)
+    params = jax.tree.map(place, shapes, loaded.params)
+    return FinetunedRun(task, loaded.tokenizer, predictor, spread.enter(params))
+
+
+def place(like: Any, host: np.ndarray) -> jax.Array:
+    """An array of the host, on the devices as `like` is."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(host)[index])
+
+
+def read_examples(task: Task, path: Path, split: str, *, labelled: bool) -> list[Any]:
+    """`task.read`, with an error for a file that holds nothing."""
+    examples = task.read(path, split, labelled=labelled)
+    if not examples:
+        raise DataError(f"{path}: no examples in it.")
+    return examples

@@ -1,0 +1,1 @@
+"""The fine-tuning tasks: how each is read, encoded, scored and shown."""

@@ -1,0 +1,200 @@
+"""Fine-tune on multiple choice, SWAG and CODAH: a score for each ending from its [CLS] (Devlin et al. 2018, 4.4).
+
+bestiary finetune swag --data swag/ --model FOLDER --out runs/swag
+bestiary finetune codah --data codah/full_data.tsv --fold 0 --model FOLDER --out runs/codah
+bestiary predict runs/swag --text "She opens the door." --endings "She leaves." "It sings." "He." "They swim."
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ....data.batches import Features, encode_texts, pack_features
+from ....data.errors import DataError
+from ....data.tasks.multiple_choice import CHOICES, FOLDS, Choice, read_codah, read_swag, split_fold
+from ....data.tokenizers.tokenizer import Tokenizer
+from ....models.heads import prediction_sums
+from ...errors import RunError
+from ...metrics import Sums
+from ...run_folder import write_text
+from ..loop import FinetuneConfig, finetune
+from .task import Arrays, Kept, PlainTask, TaskData, apply_segments
+
+# Files of a split in a folder, by what the distributors call them.
+SWAG_FILES = {"train": ("train.csv",), "dev": ("val.csv",), "test": ("test.csv",)}
+CODAH_FILES = {"train": ("train.tsv",), "dev": ("dev.tsv", "val.tsv"), "test": ("test.tsv",)}
+
+
+@dataclass(frozen=True)
+class ChoiceTask(PlainTask):
+    """The right one of four endings; `name` is swag or codah."""
+
+    name: str
+    max_length: int
+
+    @property
+    def head(self) -> str:
+        return "choice"
+
+    @property
+    def best(self) -> str:
+        return "accuracy"
+
+    def model_changes(self) -> dict[str, Any]:
+        return {}
+
+    def read(self, path: Path, split: str, *, labelled: bool) -> list[Choice]:
+        if path.is_dir():
+            path = split_file(path, self.name, split)
+        return (read_swag if self.name == "swag" else read_codah)(path, labelled=labelled)
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Choice]) -> Features:
+        pairs = [pair for example in examples for pair in example.pairs]
+        encoded = encode_texts(tokenizer, [a for a, _ in pairs], [b for _, b in pairs], self.max_length)
+        labels = np.array([example.label or 0 for example in examples], np.int32)
+        return pack_features(
+            encoded.ids,
+            encoded.types,
+            example=np.repeat(np.arange(len(examples)), CHOICES),
+            segment_fields={"labels": np.repeat(labels, CHOICES)},
+            unit_size=CHOICES,
+            truncated=encoded.truncated,
+        )
+
+    def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> jax.Array:
+        """[B, X], a score for each segment; the choices of a question stand next to each other."""
+        return apply_segments(model, params, batch, **kwargs)
+
+    def weight(self, batch: Arrays) -> jax.Array:
+        return batch["segment_weights"].sum() / CHOICES
+
+    def loss(self, outputs: jax.Array, batch: Arrays) -> Sums:
+        scores = outputs.reshape(outputs.shape[0], -1, CHOICES)
+        sums = prediction_sums(scores, batch["labels"][:, ::CHOICES], batch["segment_weights"][:, ::CHOICES])
+        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+
+    def keep(self, outputs: jax.Array, batch: Arrays) -> Kept:
+        return Kept(segment={"scores": outputs.astype(jnp.float32)})
+
+    def scores(self, kept: Kept) -> np.ndarray:
+        """[questions, choices] float32."""
+        return kept.segment["scores"].reshape(-1, CHOICES)
+
+    def metrics(self, kept: Kept, features: Features, examples: Sequence[Choice]) -> dict[str, float]:
+        labels = np.array([example.label for example in examples])
+        return {"accuracy": float((self.scores(kept).argmax(axis=-1) == labels).mean())}
+
+    def write_predictions(
+        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Choice]
+    ) -> None:
+        """SPLIT.csv with a column `pred`, the chosen ending's number from 0, a question a row in the file's order."""
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = self.scores(kept).argmax(axis=-1)
+        write_text(folder / f"{split}.csv", "".join(f"{line}\n" for line in ("pred", *chosen.tolist())))
+
+    def from_words(self, words: Mapping[str, Sequence[str]]) -> list[Choice]:
+        texts, endings = words.get("text", ()), words.get("endings", ())
+        if not texts or len(endings) != CHOICES * len(texts) or set(words) - {"text", "endings"}:
+            raise RunError(
+                f"{self.name}: give --text, and {CHOICES} --endings for each; found {len(texts)} texts and "
+                f"{len(endings)} endings."
+            )
+        return [
+            Choice(
+                str(number),
+                tuple((text, ending) for ending in endings[CHOICES * number : CHOICES * (number + 1)]),
+                None,
+                "the command line",
+            )
+            for number, text in enumerate(texts)
+        ]
+
+    def show(self, kept: Kept, features: Features, examples: Sequence[Choice]) -> list[dict[str, Any]]:
+        scores = self.scores(kept).astype(np.float64)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return [
+            {"id": example.key, "choice": int(some.argmax()), "ending": example.pairs[int(some.argmax())][1],
+             "probabilities": some.tolist()}
+            for example, some in zip(examples, shares, strict=True)
+        ]  # fmt: skip
+
+
+def split_file(folder: Path, name: str, split: str) -> Path:
+    """A split's file in a folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    names = (SWAG_FILES if name == "swag" else CODAH_FILES).get(split, ())
+    for candidate in names:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise DataError(f"{folder}: no file for the split {split!r} of {name}; expected {' or '.join(names) or 'none'}.")
+
+
+# --- bestiary finetune swag, codah ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwagConfig:
+    """Fine-tune an encoder to choose how a scene goes on, on SWAG's official CSV files."""
+
+    data: Path
+    """Folder with train.csv and val.csv, and test.csv where that is to be predicted; or the file to train on."""
+    eval_data: Path | None = None
+    """The file to evaluate on, where --data is a file."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        if self.data.is_file() and self.eval_data is None:
+            raise RunError(f"--data {self.data} is a file: give the one to evaluate on with --eval-data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodahConfig:
+    """Fine-tune an encoder on CODAH, by one fold of its five-fold cross-validation."""
+
+    data: Path
+    """The data set's full_data.tsv, of which a fold is held out; or a folder with train.tsv, dev.tsv and test.tsv."""
+    fold: int = 0
+    """Which fifth of full_data.tsv is held out."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fold < FOLDS:
+            raise RunError(f"--fold is {self.fold}; it must be from 0 to {FOLDS - 1}.")
+
+
+def swag_data(task: ChoiceTask, config: SwagConfig) -> TaskData:
+    """The splits that are there."""
+    train = task.read(config.data, "train", labelled=True)
+    dev = task.read(config.eval_data or config.data, "dev", labelled=True)
+    test = {}
+    if config.data.is_dir() and (config.data / "test.csv").is_file():
+        test = {"test": task.read(config.data, "test", labelled=False)}
+    return TaskData(train, {"dev": dev}, test)
+
+
+def codah_data(task: ChoiceTask, config: CodahConfig) -> TaskData:
+    """A fold, or the splits of a folder."""
+    if config.data.is_dir():
+        splits = {split: task.read(config.data, split, labelled=True) for split in ("train", "dev", "test")}
+        return TaskData(splits["train"], {"dev": splits["dev"], "test": splits["test"]})
+    train, dev = split_fold(task.read(config.data, "full", labelled=True), config.fold)
+    return TaskData(train, {"dev": dev})
+
+
+def main(config: SwagConfig | CodahConfig) -> int:
+    """`bestiary finetune swag` and `codah`; returns the exit status."""
+    if isinstance(config, SwagConfig):
+        swag = ChoiceTask("swag", config.run.max_length)
+        return finetune(config, config.run, swag, lambda: swag_data(swag, config))
+    codah = ChoiceTask("codah", config.run.max_length)
+    return finetune(config, config.run, codah, lambda: codah_data(codah, config))

@@ -1,0 +1,121 @@
+"""Fine-tune on a task of GLUE (Wang et al. 2018).
+
+    bestiary finetune mrpc --data glue/MRPC --model FOLDER --epochs 3 --seed 0 --out runs/mrpc
+
+Started from a model of MNLI, `--model runs/mnli/model`, rte, mrpc and stsb become better (Liu et al. 2019, 5.1): its
+encoder is taken, and the classifier drawn anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from ....data.batches import Features
+from ....data.tasks.glue import GLUE, has_labels, has_split, read_glue
+from ....data.tasks.tables import TextExample
+from ...errors import RunError
+from ..loop import FinetuneConfig, finetune
+from .scores import metric
+from .task import Kept, TaskData
+from .text import TextTask, write_submission
+
+
+@dataclass(frozen=True)
+class GlueTextTask(TextTask):
+    """A task of GLUE; `name` is its name there."""
+
+    def read(self, path: Path, split: str, *, labelled: bool) -> list[TextExample]:
+        """As `Task.read`; "dev" and "test" are MNLI's matched ones, and "ax" is the diagnostic set."""
+        task = GLUE[self.name]
+        if split == "ax":
+            return read_glue(GLUE["ax"], path, "test", labelled=labelled).examples
+        split = {"dev": task.evaluation[0], "test": task.test[0]}.get(split, split)
+        return read_glue(task, path, split, labelled=labelled).examples
+
+    def metrics(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
+        values = super().metrics(kept, features, examples)
+        if self.name == "mnli":  # the diagnostic set's official metric
+            labels = np.array([example.label for example in examples])
+            values["matthews"] = metric("matthews", self.predicted(kept), labels)
+        return values
+
+    def answers(self, kept: Kept) -> list[str]:
+        if self.labels is None:  # ratings go from 0 to 5
+            return [f"{value:.3f}" for value in np.clip(self.predicted(kept), 0, 5)]
+        return super().answers(kept)
+
+    def write_predictions(
+        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[TextExample]
+    ) -> None:
+        """`MRPC.tsv`, `MNLI-m.tsv`, ... for test splits; below `dev/` for those with labels."""
+        stem = GLUE["ax" if split.startswith("ax") else self.name].submission
+        stem += {"matched": "-m", "mismatched": "-mm"}.get(split.rpartition("_")[2], "")
+        folder = folder if split.startswith(("test", "ax")) else folder / "dev"
+        write_submission(folder / f"{stem}.tsv", examples, self.answers(kept))
+
+
+def glue_task(name: str, max_length: int) -> GlueTextTask:
+    """A task of GLUE."""
+    task = GLUE[name]
+    return GlueTextTask(name, max_length, task.labels, task.label_names, task.metrics, task.second is not None)
+
+
+# --- bestiary finetune TASK -------------------------------------------------------------------------------------------
+
+GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueConfig:
+    """Fine-tune an encoder on a task of GLUE.
+
+    The run folder holds the official metrics in results.json and, where the test split is there, the file that GLUE's
+    server takes in predictions/. Other kinds of tasks are commands of their own; `bestiary --help` lists them.
+    """
+
+    task: tyro.conf.Positional[GlueName]
+    """Which task."""
+    data: str
+    """The task's folder of official TSV files, the folder that holds all of GLUE's, a prepared tensorflow-datasets
+    folder, or tfds:glue/NAME."""
+    diagnostic: str | None = None
+    """For mnli: the diagnostic set (its file or folder), predicted at the end, and scored where it has labels."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        if self.diagnostic is not None and self.task != "mnli":
+            raise RunError("--diagnostic goes with mnli: the diagnostic set has its classes.")
+
+
+def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> TaskData:
+    """The splits of a task that are there: training and development, and test where there is one."""
+    source = GLUE[task.name]
+    train = read_glue(source, data, "train", labelled=True)
+    evaluation = {
+        split: read_glue(source, data, split, labelled=True).examples
+        for split in source.evaluation
+        if split == source.evaluation[0] or has_split(source, data, split)
+    }
+    prediction = {
+        split: read_glue(source, data, split, labelled=False).examples
+        for split in source.test
+        if has_split(source, data, split)
+    }
+    if diagnostic is not None:
+        labelled = has_labels(GLUE["ax"], diagnostic, "test")
+        some = evaluation if labelled else prediction
+        some["ax"] = read_glue(GLUE["ax"], diagnostic, "test", labelled=labelled).examples
+    notes = (
+        [f"{train.cut_rows} rows of {source.folder} are cut short in the file and left out"] if train.cut_rows else []
+    )
+    return TaskData(train.examples, evaluation, prediction, notes)
+
+
+def main(config: GlueConfig) -> int:
+    """`bestiary finetune TASK`; returns the exit status."""
+    task = glue_task(config.task, config.run.max_length)
+    return finetune(config, config.run, task, lambda: glue_data(task, config.data, config.diagnostic))

@@ -1,0 +1,54 @@
+"""The benchmarks' official metrics, computed by scikit-learn and SciPy.
+
+A correlation with predictions (or labels) that are all the same is not defined; it counts as 0, as in a model that has
+learnt nothing, and so does an F1 without a single positive.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ....data.tasks.glue import GLUE
+
+
+def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """One metric of n examples.
+
+    Args:
+        name: accuracy, f1 (of class 1), macro_f1, matthews, pearson, spearman or mean_squared_error.
+        predictions: [n], classes (int) or values (float).
+        labels: [n], the same.
+    """
+    from scipy import stats
+    from sklearn import metrics
+
+    undefined: Any = {"zero_division": 0.0}
+    match name:
+        case "accuracy":
+            return float(metrics.accuracy_score(labels, predictions))
+        case "f1":
+            return float(metrics.f1_score(labels, predictions, **undefined))
+        case "macro_f1":
+            return float(metrics.f1_score(labels, predictions, average="macro", **undefined))
+        case "matthews":
+            return float(metrics.matthews_corrcoef(labels, predictions))
+        case "mean_squared_error":
+            return float(metrics.mean_squared_error(labels, predictions))
+        case "pearson" | "spearman":
+            if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+                return 0.0
+            correlation: Any = stats.pearsonr if name == "pearson" else stats.spearmanr
+            return float(correlation(labels, predictions).statistic)
+    raise ValueError(f"no metric {name!r}")
+
+
+def scored(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Several metrics, and `score`, their mean, which is how GLUE ranks a task with two."""
+    values = {name: metric(name, predictions, labels) for name in names}
+    return {**values, "score": sum(values.values()) / len(values)}
+
+
+def glue_metrics(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The official metrics of a task of GLUE, and their mean as `score`; arguments as in `metric`."""
+    return scored(GLUE[task].metrics, predictions, labels)

@@ -1,0 +1,311 @@
+"""Fine-tune on questions whose answers are spans of a text: SQuAD 1.1 and 2.0 (Devlin et al. 2018, 4.2 and 4.3).
+
+    bestiary finetune squad --data squad/train-v1.1.json --eval-data squad/dev-v1.1.json --model FOLDER --out runs/squad
+    bestiary predict runs/squad --question "Who wrote it?" --context "It was written by Ada."
+
+A file with `is_impossible` is of version 2.0: its questions may have no answer, and how much must speak for that is
+chosen on the evaluation data and kept with the model.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ....data.batches import Features, pack_features
+from ....data.errors import DataError
+from ....data.tasks.squad import Question, Windows, make_windows, read_squad
+from ....data.tokenizers.tokenizer import Tokenizer
+from ....models.heads import PredictionSums, prediction_sums
+from ...errors import RunError
+from ...metrics import Sums
+from ...run_folder import write_text
+from ..loop import FinetuneConfig, finetune, hold_out
+from .squad_answers import Answers, find_answers
+from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
+from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens
+
+NOWHERE = -1e30  # logit of what is not of the segment; its exponential is 0, and unlike infinity it makes no NaN
+
+
+@dataclass(frozen=True)
+class SquadFeatures(Features):
+    """Windows as features; the feature's example is its question."""
+
+    windows: Windows = field(default_factory=Windows)
+
+
+@dataclass(frozen=True)
+class SquadTask(PlainTask):
+    """Spans as answers; the flags of the same names explain the settings."""
+
+    name: str
+    max_length: int
+    doc_stride: int
+    max_question: int
+    max_answer_length: int
+    n_best: int
+    null_threshold: float | None
+    skip_bad_answers: bool
+
+    @property
+    def head(self) -> str:
+        return "span"
+
+    @property
+    def best(self) -> str:
+        return "f1"
+
+    def model_changes(self) -> dict[str, Any]:
+        return {}
+
+    def read(self, path: Path, split: str, *, labelled: bool) -> list[Question]:
+        return read_questions(self, path, split, labelled=labelled)[0]
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Question]) -> SquadFeatures:
+        windows = make_windows(
+            tokenizer,
+            examples,
+            max_length=self.max_length,
+            doc_stride=self.doc_stride,
+            max_question=self.max_question,
+        )
+        types = [
+            (np.arange(len(ids)) >= start).astype(np.int32)
+            for ids, start in zip(windows.ids, windows.context_starts, strict=True)
+        ]
+        packed = pack_features(
+            windows.ids,
+            types,
+            example=windows.question,
+            segment_fields={
+                "start_positions": np.array(windows.first, np.int32),
+                "end_positions": np.array(windows.last, np.int32),
+            },
+            truncated=windows.cut_tokens,
+        )
+        fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
+        if windows.unheld:
+            fields["note"] = f"{len(windows.unheld):,} answers that no window holds"
+        return SquadFeatures(**fields, windows=windows)
+
+    def check(self, features: Features, examples: Sequence[Question]) -> None:
+        """Refuse answers that no window holds, unless bad answers may be passed over."""
+        assert isinstance(features, SquadFeatures)
+        unheld = features.windows.unheld
+        if not unheld or self.skip_bad_answers:
+            return
+        question = examples[unheld[0]]
+        text = question.answers[0].text
+        shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
+        raise DataError(
+            f"{len(unheld):,} of {len(examples):,} questions to train on have an answer that no window holds, as "
+            f'question "{question.key}": {shown}, {len(text):,} characters. Raise --max-length (it is '
+            f"{self.max_length}), lower --doc-stride (it is {self.doc_stride}), or pass --skip-bad-answers: their "
+            "windows are then learnt as without an answer."
+        )
+
+    def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+        return apply_tokens(model, params, batch, **kwargs)
+
+    def weight(self, batch: Arrays) -> jax.Array:
+        return batch["segment_weights"].sum()
+
+    def loss(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Sums:
+        """Cross-entropy of the first and of the last token, each over the tokens of its own window; their mean."""
+        slots = jnp.arange(1, batch["cls_positions"].shape[1] + 1)
+        own = batch["segment_ids"][:, None, :] == slots[None, :, None]
+
+        def sums(logits: jax.Array, offsets: jax.Array) -> PredictionSums:
+            logits = jnp.where(own, logits.astype(jnp.float32)[:, None, :], NOWHERE)
+            return prediction_sums(logits, batch["cls_positions"] + offsets, batch["segment_weights"])
+
+        start, end = sums(outputs[0], batch["start_positions"]), sums(outputs[1], batch["end_positions"])
+        return {
+            "loss": ((start.loss + end.loss) / 2, start.weight),
+            "position_accuracy": ((start.correct + end.correct) / 2, start.weight),
+        }
+
+    def keep(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Kept:
+        return Kept(token={"start": outputs[0].astype(jnp.float32), "end": outputs[1].astype(jnp.float32)})
+
+    def answers(self, kept: Kept, features: Features, examples: Sequence[Question]) -> list[Answers]:
+        """What is found for each question."""
+        assert isinstance(features, SquadFeatures)
+        return find_answers(
+            examples,
+            features.windows,
+            kept.token["start"],
+            kept.token["end"],
+            features.starts,
+            n_best=self.n_best,
+            max_answer_length=self.max_answer_length,
+        )
+
+    def threshold(self, answers: Sequence[Answers], questions: Sequence[Question]) -> float | None:
+        """Above which odds a question is taken to have no answer; None where all have one.
+
+        Questions of version 2.0 that are told the answers of choose it, unless it was chosen before.
+        """
+        if all(question.impossible is None for question in questions):
+            told = any(question.answers for question in questions)
+            return None if told else self.null_threshold
+        if self.null_threshold is not None:
+            return self.null_threshold
+        texts = {question.key: found.text for question, found in zip(questions, answers, strict=True)}
+        odds = {question.key: found.null_odds for question, found in zip(questions, answers, strict=True)}
+        return choose_threshold(questions, texts, odds)
+
+    def metrics(self, kept: Kept, features: Features, examples: Sequence[Question]) -> dict[str, float]:
+        """`exact_match` and `f1` of version 1.1; or the official ones of 2.0, and the threshold they are taken at."""
+        answers = self.answers(kept, features, examples)
+        texts = {question.key: found.text for question, found in zip(examples, answers, strict=True)}
+        threshold = self.threshold(answers, examples)
+        if threshold is None:
+            return metrics_v1(examples, texts)
+        odds = {question.key: found.null_odds for question, found in zip(examples, answers, strict=True)}
+        return {**metrics_v2(examples, texts, odds, threshold), "null_threshold": threshold}
+
+    def settled(self, metrics: Mapping[str, float]) -> "SquadTask":
+        """With the threshold that was chosen."""
+        return dataclasses.replace(self, null_threshold=metrics.get("null_threshold", self.null_threshold))
+
+    def write_predictions(
+        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Question]
+    ) -> None:
+        """`predictions.json`, `nbest_predictions.json` and, for 2.0, `null_odds.json`, by the questions' ids."""
+        answers = self.answers(kept, features, examples)
+        threshold = self.threshold(answers, examples)
+        folder = folder / split
+        folder.mkdir(parents=True, exist_ok=True)
+        by_key = {question.key: found for question, found in zip(examples, answers, strict=True)}
+        write_answers(folder / "predictions.json", {k: final_text(found, threshold) for k, found in by_key.items()})
+        nbest = {key: found.ranked(null=threshold is not None) for key, found in by_key.items()}
+        write_answers(folder / "nbest_predictions.json", nbest)
+        if threshold is not None:
+            write_answers(folder / "null_odds.json", {key: found.null_odds for key, found in by_key.items()})
+
+    def from_words(self, words: Mapping[str, Sequence[str]]) -> list[Question]:
+        questions, contexts = words.get("question", ()), words.get("context", ())
+        if not questions or len(contexts) not in (1, len(questions)) or set(words) - {"question", "context"}:
+            raise RunError(
+                f"squad: give --question, and one --context for all or one for each; found {len(questions)} questions "
+                f"and {len(contexts)} contexts."
+            )
+        contexts = list(contexts) * (len(questions) if len(contexts) == 1 else 1)
+        return [Question(str(number), *pair) for number, pair in enumerate(zip(questions, contexts, strict=True))]
+
+    def show(self, kept: Kept, features: Features, examples: Sequence[Question]) -> list[dict[str, Any]]:
+        answers = self.answers(kept, features, examples)
+        threshold = self.threshold(answers, examples)
+        shown = []
+        for question, found in zip(examples, answers, strict=True):
+            text = final_text(found, threshold)
+            ranked = found.ranked(null=threshold is not None)
+            share = next((option["probability"] for option in ranked if option["text"] == text), None)
+            start = found.spans[0].start if text else None
+            shown.append({
+                "id": question.key, "question": question.question, "answer": text, "probability": share, "start": start
+            })  # fmt: skip
+        return shown
+
+
+def final_text(found: Answers, threshold: float | None) -> str:
+    """The best span's text, or "" where the odds for no answer are above the threshold."""
+    return "" if threshold is not None and found.null_odds > threshold else found.text
+
+
+def write_answers(path: Path, value: Any) -> None:
+    """JSON by id, in any script as it is."""
+    write_text(path, json.dumps(value, indent=4, ensure_ascii=False) + "\n")
+
+
+def read_questions(task: SquadTask, path: Path, split: str, *, labelled: bool = True) -> tuple[list[Question], int]:
+    """(the questions of a file or of a folder's split, how many were left out); a training split's answers are checked.
+
+    Raises:
+        DataError: as `read_squad` does, or a folder without one file `SPLIT-v*.json`.
+    """
+    if path.is_dir():
+        files = sorted(path.glob(f"{split}-v*.json"))
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none"
+            raise DataError(f"{path}: expected one file {split}-v1.1.json or {split}-v2.0.json, found {found}.")
+        path = files[0]
+    check = labelled and split == "train"
+    return read_squad(path, labelled=labelled, check_answers=check, skip_bad_answers=task.skip_bad_answers)
+
+
+# --- bestiary finetune squad ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquadConfig:
+    """Fine-tune an encoder to answer questions by a span of a text, on SQuAD 1.1 or 2.0.
+
+    The run folder holds the official exact match and F1 in results.json; predictions/ has the files that the official
+    scripts take: predictions.json, nbest_predictions.json and, for 2.0, null_odds.json.
+    """
+
+    data: Path
+    """Questions to train on, in SQuAD's JSON format."""
+    eval_data: Path
+    """Questions to evaluate on."""
+    eval_examples: int = 0
+    """Evaluate on so many questions, always the same ones; 0: all."""
+    test_data: Path | None = None
+    """Questions to predict at the end; answers are not needed."""
+    doc_stride: int = 128
+    """Tokens from one window of a long context to the next one's start."""
+    max_question: int = 64
+    """Tokens of a question; what is beyond is cut off."""
+    max_answer_length: int = 30
+    """Tokens of an answer, at most."""
+    n_best: int = 20
+    """Answers of a question that nbest_predictions.json lists."""
+    null_threshold: float | None = None
+    """For version 2.0: a question has no answer where the score for that is so much above the best span's. None: the
+    value with the best F1 on the evaluation data."""
+    skip_bad_answers: bool = False
+    """Instead of ending: leave out questions to train on whose answer is not in their context where the file says, and
+    take the windows of those whose answer none of them holds as without one."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: FinetuneConfig(model=tyro.MISSING, out=tyro.MISSING, max_length=384, epochs=2.0)
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("eval_examples", 0), ("max_answer_length", 1), ("n_best", 1)):
+            if getattr(self, name) < least:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}.")
+
+
+def main(config: SquadConfig) -> int:
+    """`bestiary finetune squad`; returns the exit status."""
+    task = SquadTask(
+        "squad",
+        config.run.max_length,
+        config.doc_stride,
+        config.max_question,
+        config.max_answer_length,
+        config.n_best,
+        config.null_threshold,
+        config.skip_bad_answers,
+    )
+
+    def data() -> TaskData:
+        train, skipped = read_questions(task, config.data, "train")
+        dev = task.read(config.eval_data, "dev", labelled=True)
+        if 0 < config.eval_examples < len(dev):
+            dev = hold_out(dev, config.eval_examples / len(dev), seed=0)[1]
+        test = {} if config.test_data is None else {"test": task.read(config.test_data, "test", labelled=False)}
+        notes = [f"{skipped:,} questions left out: their answer is not in their context"] if skipped else []
+        return TaskData(train, {"dev": dev}, test, notes)
+
+    return finetune(config, config.run, task, data)

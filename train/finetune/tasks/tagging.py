@@ -1,0 +1,350 @@
+"""Fine-tune on tags of words: entities (Devlin et al. 2018, 5.3) and parts of speech.
+
+    bestiary finetune ner --data wnut17 --model FOLDER --crf --out runs/ner
+    bestiary finetune pos --data ud_ewt --model FOLDER --out runs/pos
+    bestiary predict runs/ner --text "Ada Lovelace lived in London ."
+
+A word's tag sits on its first subword; its other subwords have none. With --crf the tags of a sentence are scored as a
+chain (models/crf.py), else each by itself. Entities are scored by seqeval, as conlleval counts them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ....data.batches import Features, pack_features
+from ....data.errors import DataError
+from ....data.tasks.tagging import (
+    PartOfSpeech,
+    Scheme,
+    Sentence,
+    TaggedFile,
+    check_tags,
+    read_conll,
+    read_conllu,
+    tag_set,
+    tokenise_words,
+)
+from ....data.tokenizers.tokenizer import Tokenizer
+from ....models.crf import CrfWeights, constrained, decode, log_likelihood
+from ....models.heads import prediction_sums
+from ...errors import RunError
+from ...metrics import Sums
+from ...run_folder import write_text
+from ..loop import FinetuneConfig, finetune
+from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens
+
+SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
+SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}
+
+
+class Tagged(NamedTuple):
+    """What a tagger says of a batch."""
+
+    logits: jax.Array  # [B, L, C]
+    crf: CrfWeights | None
+
+
+@dataclass(frozen=True)
+class TaggedFeatures(Features):
+    """Sentences as features, or stretches of words of long ones; the feature's example is its sentence."""
+
+    first: np.ndarray = field(default_factory=lambda: np.zeros(0, np.bool_))
+    """[T] the token is a word's first"""
+
+
+@dataclass(frozen=True)
+class TaggingTask(PlainTask):
+    """Tags of words; `name` is ner or pos, and the flags of the same names explain the other settings."""
+
+    name: str
+    max_length: int
+    labels: tuple[str, ...]
+    crf: bool
+    crf_rate: float
+    legal: bool
+    scheme: Scheme
+    repair: bool
+    word_column: int
+    tag_column: int
+    column: PartOfSpeech
+
+    @property
+    def head(self) -> str:
+        return "crf" if self.crf else "tokens"
+
+    @property
+    def best(self) -> str:
+        return "f1" if self.name == "ner" else "accuracy"
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {"crf": self.crf_rate} if self.crf else {}
+
+    def model_changes(self) -> dict[str, Any]:
+        return {"num_labels": len(self.labels), "label_names": self.labels}
+
+    def read(self, path: Path, split: str, *, labelled: bool) -> list[Sentence]:
+        sentences = self.read_file(path, split, labelled=labelled).sentences
+        if self.labels:
+            check_tags(sentences, self.labels)
+        return sentences
+
+    def read_file(self, path: Path, split: str, *, labelled: bool) -> TaggedFile:
+        """As `read`, with any tags, and with how many of them were repaired."""
+        path = split_file(path, split, SUFFIXES[self.name])
+        if self.name == "pos":
+            return read_conllu(path, column=self.column, labelled=labelled)
+        return read_conll(
+            path,
+            scheme=self.scheme,
+            repair=self.repair,
+            word_column=self.word_column,
+            tag_column=self.tag_column,
+            labelled=labelled,
+        )
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Sentence]) -> TaggedFeatures:
+        pieces = tokenise_words(tokenizer, examples, max_length=self.max_length)
+        number = {label: index for index, label in enumerate(self.labels)}
+        first = np.concatenate(pieces.first)
+        labels = np.zeros(len(first), np.int32)
+        labels[first] = [number[t] for s in examples for t in s.tags or [self.labels[0]] * len(s.words)]
+        if self.legal:  # a piece may begin inside of an entity, but a chain may not
+            begins = np.cumsum([0, *map(len, pieces.ids[:-1])]) + 1
+            labels[begins] = [number["B" + self.labels[n][1:]] if n else n for n in labels[begins]]
+        packed = pack_features(
+            pieces.ids,
+            [np.zeros(len(ids), np.int32) for ids in pieces.ids],
+            example=pieces.sentence,
+            truncated=pieces.truncated,
+        )
+        fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
+        fields["token_fields"] = {"labels": labels, "label_weights": first.astype(np.float32)}
+        if pieces.split:
+            fields["note"] = f"{pieces.split:,} sentences in several pieces"
+        return TaggedFeatures(**fields, first=first)
+
+    def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Tagged:
+        weights = None
+        if self.crf:
+            weights = CrfWeights(**params["crf"])
+            weights = constrained(weights, self.labels) if self.legal else weights
+        return Tagged(apply_tokens(model, params, batch, **kwargs), weights)
+
+    def weight(self, batch: Arrays) -> jax.Array:
+        return batch["label_weights"].sum()
+
+    def loss(self, outputs: Tagged, batch: Arrays) -> Sums:
+        """Cross-entropy of each word's tag, or of each sentence's chain of tags; its mean is over words either way."""
+        sums = prediction_sums(outputs.logits, batch["labels"], batch["label_weights"])
+        if outputs.crf is None:
+            return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+        tagged = batch["label_weights"] > 0
+        chains = log_likelihood(outputs.crf, outputs.logits, batch["labels"], batch["segment_ids"], tagged)
+        return {"loss": (-chains.sum(), sums.weight)}
+
+    def keep(self, outputs: Tagged, batch: Arrays) -> Kept:
+        if outputs.crf is None:
+            tags = outputs.logits.argmax(axis=-1).astype(jnp.int32)
+        else:
+            tags = decode(outputs.crf, outputs.logits, batch["segment_ids"], batch["label_weights"] > 0)
+        return Kept(token={"tags": tags})
+
+    def tags(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> list[list[str]]:
+        """The predicted tags of each sentence's words."""
+        assert isinstance(features, TaggedFeatures)
+        words = iter(kept.token["tags"][features.first].tolist())
+        return [[self.labels[next(words)] for _ in sentence.words] for sentence in examples]
+
+    def metrics(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> dict[str, float]:
+        """Accuracy of the words' tags; of entities also precision, recall and F1, all together and by kind."""
+        predicted = self.tags(kept, features, examples)
+        wanted = [list(sentence.tags or ()) for sentence in examples]
+        right = sum(
+            a == b for mine, told in zip(predicted, wanted, strict=True) for a, b in zip(mine, told, strict=True)
+        )
+        accuracy = right / sum(map(len, wanted))
+        return (
+            {**entity_scores(wanted, predicted), "accuracy": accuracy} if self.name == "ner" else {"accuracy": accuracy}
+        )
+
+    def write_predictions(
+        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Sentence]
+    ) -> None:
+        """SPLIT.conll: word, its tag where it is told, and the predicted one, between tabs (`conlleval -d '\\t'`)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = []
+        for sentence, tags in zip(examples, self.tags(kept, features, examples), strict=True):
+            columns = (sentence.words, *([sentence.tags] if sentence.tags else []), tags)
+            blocks.append("".join("\t".join(row) + "\n" for row in zip(*columns, strict=True)))
+        write_text(folder / f"{split}.conll", "\n".join(blocks))
+
+    def from_words(self, words: Mapping[str, Sequence[str]]) -> list[Sentence]:
+        texts = words.get("text", ())
+        if not texts or set(words) - {"text"}:
+            raise RunError(f"{self.name}: give --text, its words separated by spaces.")
+        empty = [number for number, text in enumerate(texts, 1) if not text.split()]
+        if empty:
+            raise RunError(f"{self.name}: --text number {empty[0]} has no words.")
+        split = [tuple(text.split()) for text in texts]
+        return [Sentence(some, None, "the command line", tuple(range(1, len(some) + 1))) for some in split]
+
+    def show(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> list[dict[str, Any]]:
+        return [
+            {"words": list(sentence.words), "tags": tags}
+            for sentence, tags in zip(examples, self.tags(kept, features, examples), strict=True)
+        ]
+
+
+def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities by seqeval, as conlleval counts: all together, and F1 by kind."""
+    from seqeval.metrics import classification_report
+
+    if all(tag == "O" for tags in (*wanted, *predicted) for tag in tags):  # seqeval would take the mean of nothing
+        return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    nothing: Any = 0  # where nothing is found or there is nothing to find; annotated as text there
+    report: Any = classification_report(wanted, predicted, output_dict=True, zero_division=nothing)
+    together = report["micro avg"]
+    scores = {
+        name: float(together[f"{name}-score" if name == "f1" else name]) for name in ("precision", "recall", "f1")
+    }
+    kinds = {kind: values for kind, values in report.items() if not kind.endswith(" avg")}
+    return scores | {f"f1_{kind}": float(values["f1-score"]) for kind, values in kinds.items()}
+
+
+def files_of(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a split in a folder.
+
+    A file belongs to a split where a part of its name between dots, hyphens and underscores is the split's, as in
+    train.conll, eng.testa, en_ewt-ud-dev.conllu.
+    """
+    names = SPLIT_NAMES.get(split, (split,))
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and (file.suffix in suffixes or file.suffix[1:] in names)
+        and not set(names).isdisjoint(file.name.replace("-", ".").replace("_", ".").split("."))
+    ]
+
+
+def split_file(path: Path, split: str, suffixes: Sequence[str]) -> Path:
+    """A split's file: the path itself, or the one file of a folder that is called so.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    if not path.is_dir():
+        return path
+    found = files_of(path, split, suffixes)
+    if len(found) != 1:
+        there = ", ".join(file.name for file in found) or "none"
+        names = SPLIT_NAMES.get(split, (split,))
+        raise DataError(
+            f"{path}: expected one file of the split {split!r} ({' or '.join(names)} in its name, ending in "
+            f"{', '.join(suffixes)}), found {there}."
+        )
+    return found[0]
+
+
+# --- bestiary finetune ner, pos ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NerConfig:
+    """Fine-tune an encoder to find entities, from CoNLL columns in IOB2 or IOB1.
+
+    results.json holds precision, recall and F1 of whole entities; predictions/ has the words with their tags.
+    """
+
+    data: Path
+    """Folder with a file for each split: train, dev and, to be evaluated at the end, test; or the file to train on."""
+    eval_data: Path | None = None
+    """The file to evaluate on, where --data is a file."""
+    scheme: Scheme = "iob2"
+    """What the files' tags are in. In iob2 every entity begins with B-; in iob1 only one right after another."""
+    repair: bool = False
+    """Read an I- tag that goes on with nothing as B-, and count it, instead of ending."""
+    word_column: int = 0
+    """Column of the words, from 0; -1 is the last."""
+    tag_column: int = -1
+    """Column of the tags."""
+    crf: bool = False
+    """Score a sentence's tags as a chain, by a conditional random field."""
+    crf_rate: float = 100.0
+    """Learning rate of the CRF's scores, in times that of the model: they are few, and start from nothing."""
+    legal: bool = True
+    """With --crf: give no probability to tags that IOB2 does not allow, as I- after O."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        _check_data(self.data, self.eval_data)
+        if self.crf_rate <= 0:
+            raise RunError(f"--crf-rate is {self.crf_rate}; it must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosConfig:
+    """Fine-tune an encoder to tell parts of speech, from CoNLL-U files (Universal Dependencies)."""
+
+    data: Path
+    """Folder with a file for each split: train, dev and, to be evaluated at the end, test; or the file to train on."""
+    eval_data: Path | None = None
+    """The file to evaluate on, where --data is a file."""
+    column: PartOfSpeech = "upos"
+    """upos, the universal tags, or xpos, the language's own."""
+    crf: bool = False
+    """Score a sentence's tags as a chain, by a conditional random field."""
+    crf_rate: float = 100.0
+    """Learning rate of the CRF's scores, in times that of the model: they are few, and start from nothing."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        _check_data(self.data, self.eval_data)
+        if self.crf_rate <= 0:
+            raise RunError(f"--crf-rate is {self.crf_rate}; it must be above 0.")
+
+
+def _check_data(data: Path, eval_data: Path | None) -> None:
+    if data.is_file() and eval_data is None:
+        raise RunError(f"--data {data} is a file: give the one to evaluate on with --eval-data.")
+
+
+def main(config: NerConfig | PosConfig) -> int:
+    """`bestiary finetune ner` and `pos`; returns the exit status."""
+    entities = isinstance(config, NerConfig)
+    task = TaggingTask(
+        "ner" if entities else "pos",
+        config.run.max_length,
+        (),
+        config.crf,
+        config.crf_rate,
+        entities and config.legal,
+        config.scheme if entities else "iob2",
+        entities and config.repair,
+        config.word_column if entities else 0,
+        config.tag_column if entities else -1,
+        "upos" if entities else config.column,
+    )
+    # The tags to tell apart are those of the training file, which is therefore read first.
+    train, repaired = task.read_file(config.data, "train", labelled=True)
+    labels = tag_set(train, entities=entities)
+    if len(labels) < 2:
+        raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to tell apart.")
+    task = dataclasses.replace(task, labels=labels)
+
+    def data() -> TaskData:
+        evaluation = {"dev": task.read(config.eval_data or config.data, "dev", labelled=True)}
+        if config.data.is_dir() and files_of(config.data, "test", SUFFIXES[task.name]):
+            evaluation["test"] = task.read(config.data, "test", labelled=True)
+        return TaskData(train, evaluation, {}, [f"{repaired:,} tags repaired"] if repaired else [])
+
+    return finetune(config, config.run, task, data)

@@ -1,0 +1,136 @@
+"""Tasks with a class, or a value, for each text or pair of texts: what GLUE and tables of one's own have in common."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ....data.batches import Features, encode_texts, pack_features
+from ....data.tasks.tables import TextExample
+from ....data.tokenizers.tokenizer import Tokenizer
+from ....models.heads import prediction_sums, regression_loss
+from ...errors import RunError
+from ...metrics import Sums
+from ...run_folder import write_text
+from .scores import scored
+from .task import Arrays, Kept, PlainTask, apply_segments
+
+
+@dataclass(frozen=True)
+class TextTask(PlainTask):
+    """What GLUE and tables of one's own have in common: a class, or a value, for each text or pair of texts."""
+
+    name: str
+    max_length: int
+    labels: tuple[str, ...] | None
+    """the classes as the data writes them, in the order of their numbers; None for regression"""
+    label_names: tuple[str, ...] | None
+    """the classes' names for people, which config.json keeps"""
+    metric_names: tuple[str, ...]
+    """official metrics; their mean is the score"""
+    pairs: bool
+    """whether an example is a pair of texts"""
+
+    @property
+    def head(self) -> str:
+        return "classification"
+
+    @property
+    def best(self) -> str:
+        return "score"
+
+    def model_changes(self) -> dict[str, Any]:
+        if self.label_names is None:
+            return {"num_labels": 1, "label_names": None, "problem_type": "regression"}
+        return {
+            "num_labels": len(self.label_names),
+            "label_names": self.label_names,
+            "problem_type": "single_label_classification",
+        }
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[TextExample]) -> Features:
+        second = [example.second or "" for example in examples] if self.pairs else None
+        encoded = encode_texts(tokenizer, [example.first for example in examples], second, self.max_length)
+        labels = [example.label or 0 for example in examples]
+        dtype = np.float32 if self.labels is None else np.int32
+        return pack_features(
+            encoded.ids,
+            encoded.types,
+            segment_fields={"labels": np.array(labels, dtype)},
+            truncated=encoded.truncated,
+        )
+
+    def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> jax.Array:
+        return apply_segments(model, params, batch, **kwargs)
+
+    def weight(self, batch: Arrays) -> jax.Array:
+        return batch["segment_weights"].sum()
+
+    def loss(self, outputs: jax.Array, batch: Arrays) -> Sums:
+        labels, weights = batch["labels"], batch["segment_weights"]
+        if self.labels is None:
+            total = regression_loss(outputs, labels[..., None], weights)
+            return {"loss": (total.total, total.weight)}
+        sums = prediction_sums(outputs, labels, weights)
+        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+
+    def keep(self, outputs: jax.Array, batch: Arrays) -> Kept:
+        return Kept(segment={"logits": outputs.astype(jnp.float32)})
+
+    def predicted(self, kept: Kept) -> np.ndarray:
+        """[F] int64 classes, or float32 values."""
+        logits = kept.segment["logits"]
+        return logits[:, 0] if self.labels is None else logits.argmax(axis=-1)
+
+    def metrics(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
+        return scored(self.metric_names, self.predicted(kept), np.array([example.label for example in examples]))
+
+    def answers(self, kept: Kept) -> list[str]:
+        """What is predicted of each example, as the data would write it."""
+        predicted = self.predicted(kept)
+        if self.labels is None:
+            return [f"{value:.3f}" for value in predicted]
+        return [self.labels[number] for number in predicted]
+
+    def write_predictions(
+        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[TextExample]
+    ) -> None:
+        write_submission(folder / f"{split}.tsv", examples, self.answers(kept))
+
+    def from_words(self, words: Mapping[str, Sequence[str]]) -> list[TextExample]:
+        first, second = words.get("text", ()), words.get("text_pair", ())
+        if not first or len(second) != (len(first) if self.pairs else 0):
+            needed = "as many --text-pair as --text" if self.pairs else "--text, and no --text-pair"
+            raise RunError(f"{self.name}: give {needed}; found {len(first)} --text and {len(second)} --text-pair.")
+        pairs: Sequence[str | None] = second if self.pairs else [None] * len(first)
+        return [
+            TextExample(text, pair, None, str(number), "the command line")
+            for number, (text, pair) in enumerate(zip(first, pairs, strict=True))
+        ]
+
+    def show(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> list[dict[str, Any]]:
+        if self.label_names is None:
+            return [{"value": float(value)} for value in self.predicted(kept)]
+        logits = kept.segment["logits"].astype(np.float64)
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return [
+            {
+                "label": self.label_names[int(row.argmax())],
+                "probabilities": {
+                    name: round(float(share), 6) for name, share in zip(self.label_names, row, strict=True)
+                },
+            }
+            for row in shares
+        ]
+
+
+def write_submission(path: Path, examples: Sequence[TextExample], answers: Sequence[str]) -> None:
+    """GLUE's format: `index` and `prediction`, tab between them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = (f"{example.key}\t{answer}\n" for example, answer in zip(examples, answers, strict=True))
+    write_text(path, "index\tprediction\n" + "".join(rows))

@@ -1,0 +1,76 @@
+"""A released checkpoint's own settings of decoding: generation_config.json, under the reference implementation's names.
+
+With them a released translator gives what the reference's `generate` gives for it. Lengths are the reference's, which
+count the start token.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from ...models.checkpoints.config import read_object
+from ..errors import RunError
+from .config import DecodeConfig
+
+FILE = "generation_config.json"
+TOKENS = ("decoder_start_token_id", "eos_token_id", "forced_eos_token_id")
+"""The special tokens that the model's config has too; this file's count."""
+STOPPING: dict[bool | str, Literal["no", "yes", "never"]] = {False: "no", True: "yes", "never": "never"}
+SAME = {
+    "num_beams": "beam",
+    "num_return_sequences": "n_best",
+    "length_penalty": "length_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+}
+NUMBERS = (*SAME, "max_length", "max_new_tokens", "min_length", "min_new_tokens")
+READ = {*NUMBERS, *TOKENS, "early_stopping", "bad_words_ids", "suppress_tokens", "renormalize_logits"}
+NO_MATTER = {
+    *("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate"),
+    *("bos_token_id", "pad_token_id"),
+    *("temperature", "top_k", "top_p"),  # as long as nothing is drawn
+}
+REFERENCE_LENGTH = 20
+"""max_length where the file gives none."""
+
+
+def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
+    """A checkpoint folder's generation_config.json: how to decode, and special tokens for the model's config.
+
+    Raises:
+        RunError: no such file, or what it asks for is not implemented; all of that is named. ConfigError: not JSON.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise RunError(f"{folder}: no {FILE} there; give flags instead.")
+    given = {key: value for key, value in read_object(path).items() if value is not None}
+    tokens = {key: given[key] for key in TOKENS if key in given}
+    unknown = {key: value for key, value in given.items() if key not in READ | NO_MATTER and value is not False}
+    unknown |= {key: value for key, value in tokens.items() if not isinstance(value, int)}  # several ends, say
+    if any(len(words) != 1 for words in given.get("bad_words_ids", [])):
+        unknown["bad_words_ids"] = given["bad_words_ids"]
+    if given.get("early_stopping", False) not in STOPPING:
+        unknown["early_stopping"] = given["early_stopping"]
+    wrong = [f"{key}: {given[key]!r} is no number" for key in NUMBERS if not isinstance(given.get(key, 0), int | float)]
+    if wrong:
+        raise RunError("\n  ".join([f"{path}:", *wrong]))
+    if unknown:
+        asked = (f"{key}: {json.dumps(value)}" for key, value in sorted(unknown.items()))
+        raise RunError("\n  ".join([f"{path}: unknown or not implemented:", *asked]))
+    try:
+        return _decode_config(given), tokens
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
+
+
+def _decode_config(given: dict[str, Any]) -> DecodeConfig:
+    most, least = given.get("max_length", REFERENCE_LENGTH) - 1, max(0, given.get("min_length", 0) - 1)
+    same: dict[str, Any] = {name: given[key] for key, name in SAME.items() if key in given}
+    return DecodeConfig(
+        max_length=given.get("max_new_tokens", most),
+        min_length=given.get("min_new_tokens", least),
+        early_stopping=STOPPING[given.get("early_stopping", False)],
+        suppressed=(*(word for (word,) in given.get("bad_words_ids", [])), *given.get("suppress_tokens", [])),
+        renormalise=given.get("renormalize_logits", False) and given.get("num_beams", 1) > 1,
+        **same,
+    )

@@ -1,0 +1,1 @@
+"""Pretraining: one loop, one file an objective."""

@@ -1,0 +1,71 @@
+"""What a pretrained model fills in, for people to read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...data import Tokenizer
+from ...models.bert import BertForPreTraining
+
+LONGEST = 40  # tokens shown of a text
+EVERY = 9  # one whole word in about so many tokens is hidden
+
+
+def fill_in(
+    model: BertForPreTraining, params: Any, tokenizer: Tokenizer, rows: dict[str, np.ndarray], count: int = 4
+) -> list[str]:
+    """Hide whole words of held-out text and let the model fill them in.
+
+    Args:
+        model, params: the model and its parameters.
+        tokenizer: its tokenizer.
+        rows: a batch of held-out rows; the first example of each is used.
+        count: how many texts, at most.
+
+    Returns:
+        For each text, a line with [hidden → the model's guess, its probability] and `ok` where the guess is right.
+    """
+    texts = [row[segments == 1] for row, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)]
+    texts = [np.append(text[: LONGEST - 1], tokenizer.sep_id) for text in texts if len(text) >= 12][:count]
+    if not texts:
+        return []
+    ids = np.full((len(texts), LONGEST), tokenizer.pad_id, np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text
+    # A word to hide is one token that is neither special nor continued nor punctuation.
+    alone = ~tokenizer.special[ids] & ~tokenizer.continuation[ids]
+    alone[:, :-1] &= ~tokenizer.continuation[ids[:, 1:]]
+    alone &= np.vectorize(lambda token: tokenizer.tokens[token].isalnum())(ids)
+    hidden = np.zeros_like(alone)
+    for row, candidates in zip(hidden, alone, strict=True):
+        last = -EVERY // 2
+        for place in np.flatnonzero(candidates):
+            if place - last >= EVERY:
+                row[place], last = True, place
+    masked = np.where(hidden, tokenizer.mask_id, ids)
+
+    @jax.jit
+    def guess(params: Any, ids: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        predicted: Any = model.apply({"params": params}, ids, segments)
+        logits = predicted.mlm_logits
+        probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+        return probabilities.max(-1), probabilities.argmax(-1)
+
+    sure, guessed = jax.device_get(guess(params, masked, (ids != tokenizer.pad_id).astype(np.int32)))
+    lines = []
+    for row in range(len(ids)):
+        words: list[str] = []
+        for place in np.flatnonzero(~tokenizer.special[ids[row]]):
+            token = tokenizer.tokens[ids[row, place]]
+            if hidden[row, place]:
+                found = tokenizer.tokens[guessed[row, place]]
+                mark = "ok" if found == token else f"for {token}"
+                words.append(f"[{found} {sure[row, place]:.0%}, {mark}]")
+            elif tokenizer.continuation[ids[row, place]] and words:
+                words[-1] += token.removeprefix("##")
+            else:
+                words.append(token)
+        lines.append(" ".join(words))
+    return lines

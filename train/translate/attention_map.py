@@ -1,0 +1,116 @@
+"""Draw what each word of a translation attended to in its source: one HTML file that needs nothing else."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...models.incremental import cross_attention_maps
+from ...models.transformer import TransformerConfig
+from ..errors import RunError
+from ..run_folder import write_text
+from .run import Translator
+
+MOST = 20  # sentences that are drawn
+
+STYLE = """
+body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; }
+h2 { font-size: 16px; margin: 2em 0 .3em; } h3 { font-size: 13px; font-weight: 600; margin: .8em 0 .2em; }
+section { display: flex; flex-wrap: wrap; gap: 1.5em; }
+table { border-collapse: collapse; font-size: 12px; }
+th { font-weight: 400; padding: 1px 4px; text-align: right; white-space: nowrap; }
+thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 1px; }
+td { width: 20px; height: 20px; border: 1px solid #eee; }
+"""
+
+
+def to_draw(config: TransformerConfig, layers: Sequence[int], heads: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The layers and heads that are meant, from 1: no layers stand for the last one, no heads for all.
+
+    Raises:
+        RunError: the model has no such layer or head.
+    """
+    layers = check("layer", layers, config.decoder_layers) or [config.decoder_layers]
+    return layers, check("head", heads, config.decoder_heads) or list(range(1, config.decoder_heads + 1))
+
+
+def draw_attention(
+    path: Path, translator: Translator, lines: Sequence[str], layers: Sequence[int], heads: Sequence[int]
+) -> int:
+    """Translate the first lines and draw the decoder's attention to their sources.
+
+    Args:
+        path: HTML file to write.
+        translator: the model.
+        lines: the sentences; the first `MOST` of those with text are drawn.
+        layers, heads: from 1; no layers stand for the last one, no heads for the mean of all and each.
+
+    Returns:
+        how many sentences were drawn.
+
+    Raises:
+        RunError: the model has no such layer or head, or a line is too long to be translated in one part.
+    """
+    model, tokenizer = translator.model, translator.tokenizer
+    config = model.config
+    layers, chosen = to_draw(config, layers, heads)
+    parts = []
+    drawn = [line for line in lines if line.strip()][:MOST]
+    for line in drawn:
+        source = [*tokenizer.encode_source([line])[0], tokenizer.source.eos_id]
+        if len(source) > translator.longest:
+            raise RunError(f"{len(source)} tokens, and the model takes {translator.longest}: too long to draw.")
+        [[found, *_]] = translator.generator([source])
+        target = [config.decoder_start_token_id, *found.tokens]
+        maps = jax.device_get(attention_of(model, translator.generator.prepared, source, target))
+        columns = tokenizer.source.pieces(source)
+        rows = tokenizer.target.pieces([*found.tokens, config.eos_token_id])
+        parts.append(f"<h2>{html.escape(line.strip())} → {html.escape(tokenizer.decode(found.tokens))}</h2>")
+        for layer in layers:
+            pictures = [("mean of all heads", maps[layer - 1].mean(axis=0))] if not heads else []
+            pictures += [(f"head {head}", maps[layer - 1, head - 1]) for head in chosen]
+            parts.append("<section>")
+            parts += [
+                f"<div><h3>layer {layer}, {name}</h3>{table(picture, columns, rows)}</div>"
+                for name, picture in pictures
+            ]
+            parts.append("</section>")
+    title = "Cross-attention"
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+    said = "<p>Rows are pieces of the translation, columns of the source; the darker, the more of the row's 1.</p>"
+    write_text(path, "\n".join([head, said, *parts]) + "\n")
+    return len(drawn)
+
+
+def attention_of(model: Any, prepared: Any, source: Sequence[int], target: Sequence[int]) -> Any:
+    """[N, H, T, S] float32, padded to a power of two inside so that few programs are compiled."""
+    rows = [np.asarray(ids, np.int32) for ids in (source, target)]
+    widths = [1 << max(4, (len(ids) - 1).bit_length()) for ids in rows]
+    padded = [jnp.asarray(np.pad(ids, (0, width - len(ids)))[None]) for ids, width in zip(rows, widths, strict=True)]
+    segments = jnp.asarray(np.arange(widths[0]) < len(source), jnp.int32)[None]
+    maps = cross_attention_maps(model, prepared, padded[0], padded[1], segments)
+    return maps[:, 0, :, : len(target), : len(source)]
+
+
+def check(what: str, asked: Sequence[int], count: int) -> list[int]:
+    """The numbers that were asked for; RunError for one that there is not."""
+    for number in asked:
+        if not 1 <= number <= count:
+            raise RunError(f"--{what}s {number}: the decoder has {what}s 1 to {count}.")
+    return list(asked)
+
+
+def table(weights: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> str:
+    """A table with a coloured cell for each weight, which it shows when pointed at."""
+    head = "".join(f"<th>{html.escape(piece)}</th>" for piece in columns)
+    body = []
+    for piece, row in zip(rows, weights, strict=True):
+        cells = "".join(
+            f'<td style="background:rgba(20,80,160,{weight:.3f})" title="{weight:.3f}"></td>' for weight in row.tolist()
+        )
+        body.append(f"<tr><th>{html.escape(piece)}</th>{cells}</tr>")
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"

@@ -1,0 +1,574 @@
+"""Train a translator: the Transformer of Vaswani et al. 2017, from parallel text to a checkpoint folder.
+
+    bestiary translate train                            English-German dates, durations, amounts and quantities, minutes
+    bestiary translate train --source train.en.gz --target train.de.gz --dev val.en.gz val.de.gz \
+        --preset transformer-tiny --out runs/ende
+
+Several pairs share a row, on both sides (data/translation.py). Label smoothing, Adam (0.9, 0.98) and the inverse
+square root of the step are the paper's (5.3, 5.4); what else there is - sampled pieces, R-Drop, a mean of checkpoints,
+a running mean, an early end by the dev set's BLEU - is off unless it is asked for.
+
+A run starts from, in this order: (1) its own newest whole checkpoint, (2) the checkpoint named by --resume-from,
+(3) the weights named by --init-from, (4) scratch.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...data.corpus.parallel import Pair, ParallelText
+from ...data.rows.translation import PairStore, TranslationRows, build_pairs, describe_pairs
+from ...data.stream import evaluation_batches, training_batches
+from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, train_subwords
+from ...models import load, save
+from ...models.heads import SmoothedSums
+from ...models.marian import Marian, MarianConfig, from_transformer
+from ...models.transformer import Transformer, TransformerConfig
+from ..errors import RunError
+from ..finetune.loop import read_params, write_params
+from ..generate.config import DecodeConfig
+from ..learner import (
+    Learner,
+    Start,
+    compute_dtype,
+    count_parameters,
+    describe_dtype,
+    exit_status,
+    gradient_step,
+    kept_params,
+    learn,
+    make_learner,
+    on_host,
+)
+from ..loop import Best, Fitted, Stop, TrainState
+from ..metrics import Meter, Sums
+from ..optim import schedule, warmup_steps
+from ..pretrain.loop import user_cache_folder
+from ..progress import Progress, duration
+from ..run_folder import RunFolder
+from ..sharding import Replicas, Spread, start_spread
+from .config import FREE, TranslateConfig
+from .run import Translation, Translator, check_vocabulary, longest_output
+from .score import Scores, deciding, translation_scores
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """The pairs of a run, before they are tokenised."""
+
+    train: Callable[[], Iterable[Pair]]  # anew at each call
+    dev: list[Pair]
+    fingerprint: str  # of the training pairs
+    described: str
+    notes: Callable[[], list[str]]  # what was met in the training text, once it was read
+
+
+def read_texts(config: TranslateConfig) -> Texts:
+    """The training and the dev pairs. Only the dev pairs are read yet, where they have files of their own."""
+    options: dict[str, Any] = dict(fields=config.fields, languages=config.languages, encoding=config.encoding)
+    given = (config.source, config.target) if config.source is not None else (config.pairs,)
+    if given == (None,):
+        from ...data.corpus.phrases import phrase_pairs
+
+        dev = phrase_pairs("held-out", config.languages)[: config.dev_pairs]
+        train = phrase_pairs("train", config.languages)
+        return Texts(lambda: train, dev, fingerprint(train), "embedded phrases", list)
+    options["empty"] = "drop"
+    text = ParallelText([str(path) for path in given if path is not None], **options)
+    described = str(text)
+    if config.dev:
+        options |= {"empty": "keep", "split": "validation"}
+        dev = list(ParallelText(config.dev, **options))
+        return Texts(lambda: text, dev, text.fingerprint, described, lambda: list(text.findings))
+    counted = sum(1 for _ in text)
+
+    def held_out(pair: Pair) -> bool:
+        digest = hashlib.blake2b(pair.source.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < config.dev_pairs / counted * 2**64
+
+    dev = [pair for pair in text if held_out(pair)]
+    if not 0 < len(dev) < counted:
+        raise RunError(
+            f"{text}: {counted} pairs are too few to hold {config.dev_pairs} out. Give fewer --dev-pairs, or --dev."
+        )
+    return Texts(
+        lambda: (pair for pair in text if not held_out(pair)),
+        dev,
+        f"{text.fingerprint} without {config.dev_pairs}",
+        described,
+        lambda: list(text.findings),
+    )
+
+
+def fingerprint(pairs: Iterable[Pair]) -> str:
+    """A hash of what pairs say."""
+    return hashlib.sha256(repr([(pair.source, pair.target) for pair in pairs]).encode()).hexdigest()
+
+
+class Data(NamedTuple):
+    """The tokenised text of a run."""
+
+    tokenizer: PairTokenizer
+    train: PairStore
+    dev: list[Pair]
+    dev_store: PairStore
+
+
+def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
+    """Tokenizer and tokenised pairs, made where they are missing."""
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("data_prepared")
+    root = (config.cache or user_cache_folder()) / "translation"
+    texts = read_texts(config)
+
+    def show(report: Any) -> None:
+        progress.update(str(report))
+
+    form = TextForm(config.languages, config.lowercase, config.moses)
+    if config.tokenizer is not None:
+        tokenizer = load_subwords(config.tokenizer, form)
+    else:
+        tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
+    store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
+    train = store(texts.train, fingerprint=texts.fingerprint, as_text=bool(config.sample_subwords), notes=texts.notes)
+    kept = [pair for pair in texts.dev if pair.source and pair.target]
+    dev_store = store(lambda: kept, fingerprint=fingerprint(texts.dev))
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data_prepared")
+    for line in (*describe_pairs(train, texts.described), *describe_pairs(dev_store, "dev")):
+        progress.line(line)
+    return Data(tokenizer, train, texts.dev, dev_store)
+
+
+def trained_tokenizer(
+    config: TranslateConfig, texts: Texts, form: TextForm, root: Path, progress: Progress
+) -> PairTokenizer:
+    """The tokenizer of this text; trained if it is not there yet."""
+    split_digits = config.subwords != "word-bpe" if config.split_digits is None else config.split_digits
+    key = f"{config.subwords} {config.vocab_size} {config.joint} {split_digits} {form} {texts.fingerprint}"
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        progress.line(f"learning {config.vocab_size:,} pieces ({config.subwords})")
+        trained = train_subwords(
+            config.subwords,
+            lambda: (form.prepare(pair.source, target=False) for pair in texts.train()),
+            lambda: (form.prepare(pair.target, target=True) for pair in texts.train()),
+            vocab_size=config.vocab_size,
+            joint=config.joint,
+            form=form,
+            split_digits=split_digits,
+        )
+        unfinished = root / f"{folder.name}.{os.getpid()}"
+        trained.save(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has just made the same one
+                raise
+            shutil.rmtree(unfinished)
+    return load_subwords(folder)
+
+
+def make_rows(
+    config: TranslateConfig, data: Data, start_id: int, progress: Progress, *, dev: bool = False
+) -> TranslationRows:
+    """The rows that are trained on, or the dev set's.
+
+    Raises:
+        RunError: pairs are longer than a row, and --too-long refuses them.
+    """
+    rows = TranslationRows(
+        data.dev_store if dev else data.train,
+        data.tokenizer,
+        source_length=config.row_tokens,
+        target_length=config.row_tokens,
+        start_id=start_id,
+        seed=config.seed,
+        sampling=0.0 if dev else config.sample_subwords,
+    )
+    too_long = rows.statistics().too_long
+    if too_long and dev:
+        progress.line(
+            f"dev: {too_long:,} {'pair is' if too_long == 1 else 'pairs are'} too long for a row: not in the dev loss, "
+            "long sources translated in parts"
+        )
+    if too_long and config.too_long == "refuse":
+        raise RunError(
+            f"{too_long:,} {'dev ' if dev else ''}pairs are longer than a row of {config.row_tokens} tokens: raise "
+            "--row-tokens, or leave them out with --too-long drop."
+        )
+    return rows
+
+
+# --- model and optimiser ----------------------------------------------------------------------------------------------
+
+
+def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> TransformerConfig:
+    """The model's configuration: a preset, or that of the checkpoint it starts from.
+
+    Raises:
+        RunError: the vocabularies do not fit.
+    """
+    run: dict[str, Any] = dict(
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        dtype=compute_dtype(config.dtype),
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        attention_implementation=config.attention,
+    )
+    if config.init_from is not None:
+        found = load(config.init_from).config
+        if not isinstance(found, TransformerConfig):
+            raise RunError(f"{config.init_from}: a {type(found).__name__}; expected a translator's checkpoint.")
+        check_vocabulary(found, tokenizer, str(config.init_from))
+        return dataclasses.replace(found, **run)
+    source, target = tokenizer.source, tokenizer.target
+    sizes: dict[str, Any] = dict(
+        vocab_size=source.size,
+        target_vocab_size=None if tokenizer.joint else target.size,
+        tying=config.tying or ("all" if tokenizer.joint else "decoder"),
+        positions=max(512, config.row_tokens),
+        pre_norm=config.pre_norm,
+        pad_token_id=target.pad_id,
+        eos_token_id=target.eos_id,
+        bos_token_id=target.bos_id,
+        decoder_start_token_id=target.eos_id if target.bos_id is None else target.bos_id,
+    )
+    try:
+        return TransformerConfig.preset(config.preset, **sizes, **run)
+    except (ValueError, KeyError) as error:
+        raise RunError(str(error)) from None
+
+
+def make_model(config: TranslateConfig, architecture: TransformerConfig) -> tuple[Transformer, Learner]:
+    """The model and how it is trained; nothing is computed yet."""
+    model = Marian(architecture) if isinstance(architecture, MarianConfig) else Transformer(architecture)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    learner = make_learner(
+        lambda key: model.init(key, ids)["params"],
+        optim=config.optim,
+        rate=schedule(config.optim, [(config.steps, None)]),
+        seed=config.seed,
+        trains=lambda names: "final_logits_bias" not in names,  # Marian's, which is only read and written
+    )
+    return model, learner
+
+
+def released(model: Transformer, params: Any) -> tuple[Transformer, Any]:
+    """The same function as a Marian model, which the reference implementation loads, where it can be one."""
+    c = model.config
+    if isinstance(model, Marian) or c.pre_norm or c.table_width != c.width:
+        return model, params
+    return from_transformer(model, params)
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+INPUTS = (
+    "input_ids", "segment_ids", "position_ids", "decoder_input_ids", "decoder_segment_ids", "decoder_position_ids",
+)  # fmt: skip
+
+
+def smoothed_sums(
+    model: Transformer, params: Any, batch: dict[str, jax.Array], *dropout: jax.Array, **kwargs: Any
+) -> SmoothedSums:
+    """The losses of a batch, summed: of a pass for each key of `dropout`, or of one without."""
+    passes = [
+        model.apply(
+            {"params": params},
+            *(batch[name] for name in INPUTS),
+            rows=batch["rows"],
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+            method="output_states",
+        )
+        for key in dropout or (None,)
+    ]
+    found: Any = model.apply(
+        {"params": params}, passes, batch["labels"], batch["label_weights"], method="loss", **kwargs
+    )
+    return found
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    replicas: Replicas,
+    *,
+    model: Transformer,
+    learner: Learner,
+    smoothing: float,
+    r_drop: float,
+    accumulate: int,
+) -> tuple[TrainState, Sums]:
+    """One update: the mean smoothed loss over the batch's target tokens."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
+    tokens = replicas.sum((batch["segment_ids"] > 0).sum())
+    targets = replicas.sum(batch["label_weights"].sum())
+    weight = jnp.maximum(targets, 1.0)
+    keys = [jax.random.fold_in(key, number) for number in (0, 1)] if r_drop else [key]
+
+    def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        sums = smoothed_sums(model, params, part, *keys, label_smoothing=smoothing, r_drop=r_drop)
+        return sums.loss / weight, sums
+
+    state, sums, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate)
+    one = jnp.float32(1)
+    metrics = {
+        "loss": (sums.loss, sums.weight),
+        "nll": (sums.nll, sums.weight),
+        "accuracy": (sums.correct, sums.weight),
+        "gradient_norm": (norm, one),
+        "target_tokens": (targets, one),
+        "source_tokens": (tokens.astype(jnp.float32), one),
+    }
+    return state, {**metrics, "divergence": (sums.divergence, targets)} if r_drop else metrics
+
+
+def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, model: Transformer) -> Sums:
+    """Sums over held-out rows."""
+    batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
+    sums = replicas.sum(smoothed_sums(model, params, batch))
+    return {"nll": (sums.nll, sums.weight), "accuracy": (sums.correct, sums.weight)}
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """The dev set's loss, and its BLEU when it is translated.
+
+    Every process translates the whole set, on one of its devices: a source that is longer than a row in parts, as
+    `translate score` does, an empty one to nothing.
+    """
+
+    def __init__(
+        self,
+        config: TranslateConfig,
+        data: Data,
+        model: Transformer,
+        learner: Learner,
+        spread: Spread,
+        keep: "Means",
+        progress: Progress,
+    ):
+        self._tokenizer, self._spread, self._keep, self._optim = data.tokenizer, spread, keep, config.optim
+        rows = make_rows(config, data, model.config.decoder_start_token_id, progress, dev=True)
+        index, count = spread.share(config.rows)
+        self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
+        self._step = spread.evaluate(partial(evaluation_step, model=model), learner.specs)
+        self._references = [pair.target for pair in data.dev]
+        self._sources = [pair.source for pair in data.dev]
+        longest = max(len(ids) + 1 for ids in data.tokenizer.encode_source(self._sources))
+        self._row_tokens = config.row_tokens
+        self._most = longest_output(model.config, min(longest, config.row_tokens))
+        self._model, self._beam = model, config.dev_beam
+        self._translators: dict[int, Translator] = {}
+        self.deciding = deciding(data.tokenizer.form)
+
+    def translate(self, params: Any, beam: int) -> list[Translation]:
+        """The dev set's translations by parameters on the host."""
+        if beam in self._translators:
+            self._translators[beam] = self._translators[beam].with_params(params)
+        else:
+            decode = DecodeConfig(beam=beam, max_length=self._most)
+            self._translators[beam] = Translator(self._model, params, self._tokenizer, decode, longest=self._row_tokens)
+        return [found[0] for found in self._translators[beam].translate(self._sources)]
+
+    def scores(self, translations: Sequence[Translation]) -> Scores:
+        """Scores of the dev set's translations."""
+        return translation_scores(translations, self._references, self._tokenizer.form)
+
+    def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
+        running = kept_params(state, self._optim)
+        meter = Meter()
+        for batch in self.batches():
+            meter.add(self._spread.fetch(self._step(running, self._spread.put(batch))))
+            if stop.signal is not None and jax.process_count() == 1:
+                return None
+        params = on_host(self._spread.leave(running))
+        scores = self.scores(self.translate(params, self._beam)).values
+        if stop.signal is not None and jax.process_count() == 1:
+            return None
+        self._keep(int(on_host(self._spread.leave(state.step))), params, scores[self.deciding])
+        return {**meter.means(), **scores}
+
+
+class Means:
+    """The weights of evaluations, kept for their mean: `weights/STEP_BLEU.safetensors` in the run folder."""
+
+    def __init__(self, folder: Path, config: TranslateConfig):
+        self._folder, self._count, self._of = folder / "weights", config.average, config.average_of
+
+    def __call__(self, step: int, params: Any, bleu: float) -> None:
+        """Keep an evaluation's weights, and no more than are needed."""
+        if not self._count or jax.process_index() > 0:
+            return
+        self._folder.mkdir(exist_ok=True)
+        for path in self._files():
+            if self._step(path) >= step:  # of a start that came further than its last checkpoint
+                path.unlink()
+        write_params(self._folder / f"{step}_{bleu:.6f}.safetensors", params)
+        for path in self._files()[: -self._count]:
+            path.unlink()
+
+    def mean(self) -> tuple[Any, list[int]]:
+        """The mean of the weights, and the steps that it is taken over; (None, []) where none were kept."""
+        files = self._files()
+        total: Any = None
+        for path in files:
+            params = jax.tree.map(lambda leaf: leaf.astype(np.float64), read_params(path))
+            total = params if total is None else jax.tree.map(np.add, total, params)
+        if total is None:
+            return None, []
+        mean = jax.tree.map(lambda leaf: (leaf / len(files)).astype(np.float32), total)
+        return mean, sorted(map(self._step, files))
+
+    @staticmethod
+    def _step(path: Path) -> int:
+        return int(path.stem.split("_")[0])
+
+    def _files(self) -> list[Path]:
+        """The worst first."""
+        files = [path for path in self._folder.glob("*.safetensors") if re.fullmatch(r"\d+_[\d.]+", path.stem)]
+        if self._of == "last":
+            return sorted(files, key=self._step)
+        return sorted(files, key=lambda path: (float(path.stem.split("_")[1]), self._step(path)))
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def describe(
+    config: TranslateConfig, rows: TranslationRows, model: TransformerConfig, params: Any, progress: Progress
+) -> None:
+    """Say what is about to be done, and what the data came to."""
+    progress.line(f"an epoch: {rows.statistics()}; {rows.statistics().rows / config.rows:,.1f} updates")
+    devices = jax.devices()
+    progress.line(
+        f"model: {model.encoder_layers}+{model.decoder_layers} layers, {model.width} wide, vocabulary "
+        f"{model.vocab_size:,}, {count_parameters(params):,} parameters, computed in {describe_dtype(model.dtype)}, on "
+        f"{len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
+    )
+
+
+def results(
+    config: TranslateConfig,
+    data: Data,
+    fitted: Fitted,
+    held_out: Mapping[str, float | str],
+    means: list[int],
+    parameters: int,
+) -> dict[str, Any]:
+    """The content of results.json."""
+    return {
+        "task": "translate",
+        "steps": fitted.step,
+        "seed": config.seed,
+        "parameters": parameters,
+        "held_out": dict(held_out),
+        "best": None if fitted.best is None else {"step": fitted.best[0], "bleu": fitted.best[1]},
+        "mean_of_steps": means,
+        "target_tokens": fitted.totals["target_tokens"],
+        "seconds_in_steps": fitted.seconds,
+        "target_tokens_per_second": fitted.rate("target_tokens"),
+        "text": dataclasses.asdict(data.train.counts),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax", "sacrebleu")},
+    }
+
+
+def translate(config: TranslateConfig, stop: Stop) -> int:
+    """Train; returns the exit status."""
+    started = time.perf_counter()
+    spread = start_spread(config.spread)
+    main_process = jax.process_index() == 0
+    progress = Progress(shown=main_process)
+    if config.rows % config.accumulate:
+        raise RunError(f"A batch of {config.rows} rows cannot be computed in {config.accumulate} parts.")
+    spread.share(config.rows // config.accumulate)
+    run = RunFolder(config.out, config, FREE)
+    if run.finished:
+        progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
+        return 0
+    data = prepare_data(config, progress)
+    architecture = model_config(config, data.tokenizer)
+    model, learner = make_model(config, architecture)
+    rows = make_rows(config, data, architecture.decoder_start_token_id, progress)
+    describe(config, rows, architecture, spread.abstract(learner.make, learner.specs).params, progress)
+    means = Means(config.out, config)
+    evaluate = Evaluation(config, data, model, learner, spread, means, progress)
+    index, count = spread.share(config.rows)
+    best_file = config.out / "best.safetensors"
+
+    def keep_best(_: int, state: TrainState) -> None:
+        params = on_host(spread.leave(kept_params(state, config.optim)))
+        if main_process:
+            write_params(best_file, params)
+
+    init = config.init_from
+    fitted = learn(
+        run=run,
+        loop=config.loop,
+        learner=learner,
+        spread=spread,
+        step=partial(
+            train_step,
+            model=model,
+            learner=learner,
+            smoothing=config.label_smoothing,
+            r_drop=config.r_drop,
+            accumulate=config.accumulate,
+        ),
+        steps=config.steps,
+        batches=training_batches(rows, batch_rows=config.rows, host_index=index, host_count=count),
+        evaluate=evaluate,
+        start=Start(config.resume_from, init and (lambda: load(init).params), f"the weights of {init}"),
+        show=("loss", "nll", "accuracy"),
+        counts={"target_tokens": "target tokens/s"},
+        progress=progress,
+        stop=stop,
+        best=Best(evaluate.deciding, True, config.patience, keep_best, warmup_steps(config.optim, config.steps)),
+    )
+    if fitted.stopped is not None:
+        return exit_status(fitted)
+    last = on_host(kept_params(fitted.state, config.optim))  # by all processes together
+    if main_process:  # it alone wrote the other weights
+        params, over = means.mean()
+        if params is None:
+            params = read_params(best_file) if config.patience else last
+        save(config.out / "model", *released(model, params), data.tokenizer.with_longest(config.row_tokens))
+        translations = evaluate.translate(params, config.final_beam)
+        found = evaluate.scores(translations)
+        progress.line(f"dev, beam {config.final_beam}: {found}")
+        run.finish(results(config, data, fitted, found.values | found.signatures, over, count_parameters(params)))
+        for pair, translation in list(zip(data.dev, translations, strict=True))[:5]:
+            mark = "ok" if translation.text == pair.target else f"for {pair.target}"
+            progress.line(f"  {pair.source} → {translation.text} ({mark})")
+        progress.line(f"done in {duration(time.perf_counter() - started)}; the model is in {config.out / 'model'}")
+    run.close()
+    return 0
+
+
+def main(config: TranslateConfig) -> int:
+    """`bestiary translate train`; returns the exit status."""
+    with Stop() as stop:
+        return translate(config, stop)

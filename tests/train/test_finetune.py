@@ -19,12 +19,13 @@ from bestiary.data.batches import TrainingBatches, assemble, pack_batch
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.train.cli import main
-from bestiary.train.finetune import loop as finetune
+from bestiary.train.finetune.config import FinetuneConfig
 from bestiary.train.finetune.glue_suite import GlueSuiteConfig, planned, task_score
-from bestiary.train.finetune.loop import FinetuneConfig, layer_rates
+from bestiary.train.finetune.model import layer_rates, load_model
 from bestiary.train.finetune.prediction import Predictor
 from bestiary.train.finetune.tasks.glue import GlueConfig, glue_task
 from bestiary.train.finetune.tasks.scores import glue_metrics, metric
+from bestiary.train.progress import Progress
 from bestiary.train.sharding import SpreadConfig, logical_specs, start_spread
 
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "dull")
@@ -428,11 +429,11 @@ def test_another_tasks_head_is_not_taken_over(finetuned):
     """Of a model with as many classes, but others, the encoder and the pooler are taken, and of its own task all."""
     task = glue_task("rte", 32)
     config = FinetuneConfig(model=finetuned / "model", out=Path("runs/x"))
-    loaded = finetune.load_model(config, task, finetune.Progress(shown=False))
+    loaded = load_model(config, task, Progress(shown=False))
     before = models.load(finetuned / "model").params
     assert np.array_equal(loaded.params["encoder"]["pooler"]["kernel"], before["encoder"]["pooler"]["kernel"])
     assert not np.array_equal(loaded.params["classifier"]["kernel"], before["classifier"]["kernel"])
-    same = finetune.load_model(config, glue_task("sst2", 32), finetune.Progress(shown=False))
+    same = load_model(config, glue_task("sst2", 32), Progress(shown=False))
     assert np.array_equal(same.params["classifier"]["kernel"], before["classifier"]["kernel"])
 
 

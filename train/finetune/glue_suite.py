@@ -19,7 +19,7 @@ from ...data.tasks.glue import FINETUNED, GLUE, has_split
 from ...models.checkpoints.folder import read_config
 from ..errors import RunError
 from ..run_folder import write_json, write_text
-from .loop import FinetuneConfig
+from .config import FinetuneConfig
 from .tasks.glue import GlueConfig, GlueName, glue_data, glue_task
 from .tasks.glue import main as finetune_one
 

@@ -10,281 +10,45 @@ the weights of --model, whose head is drawn anew where it is not the task's.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import tyro
-from flax import linen as nn
 from jax.experimental import multihost_utils
-from safetensors.numpy import load_file, save_file
 
 from ...data.batches import Features, Shapes, TrainingBatches, batches_in_epoch, plan_shapes
 from ...data.packing import RandomStream
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models import save
-from ...models.checkpoints.config import read_labels
-from ...models.checkpoints.folder import Loaded, load_with_report, read_config
-from ...models.checkpoints.tables import flatten
+from ...models.checkpoints.folder import Loaded
 from ..errors import RunError
 from ..learner import (
     Learner,
     Names,
     Start,
-    compute_dtype,
     count_parameters,
     describe_dtype,
     exit_status,
     gradient_step,
     kept_params,
     learn,
-    make_learner,
     on_host,
 )
-from ..loop import Best, Fitted, LoopConfig, Stop, TrainState
+from ..loop import Best, Fitted, Stop, TrainState
 from ..metrics import Sums
-from ..optim import OptimConfig, schedule
+from ..optim import OptimConfig
 from ..progress import Progress, duration
 from ..run_folder import RunFolder, write_json
-from ..sharding import Replicas, SpreadConfig, start_spread
-from .adapt import AdaptConfig, AdaptedModel, adaptation
+from ..sharding import Replicas, start_spread
+from ..weights import read_params, write_params
+from .adapt import AdaptedModel, adaptation
+from .config import FREE, FinetuneConfig
+from .model import boxed_shapes, layer_counts, load_model, make_optimiser, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
 from .tasks.task import Task, TaskData, settings
-
-# --- config -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """What all tasks are fine-tuned with."""
-
-    model: Path
-    """Checkpoint folder to start from (config.json, model.safetensors, tokenizer files); with another head than the
-    task's, its encoder is taken."""
-    epochs: float = 3.0
-    """Times that the training examples are gone through."""
-    steps: int = 0
-    """Updates, instead of --epochs."""
-    batch_size: int = 32
-    """Examples of an update."""
-    accumulate: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory; the numbers stay the same."""
-    max_length: int = 128
-    """Tokens of an example, at most; what is longer is cut."""
-    train_examples: int = 0
-    """Train on so many examples, drawn by the seed; 0: all."""
-    seed: int = 0
-    """Of the new head, the order of the examples and dropout."""
-    dropout: float | None = None
-    """Share of hidden values and of attention probabilities that is dropped. None: what the checkpoint says."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What is computed in; parameters are float32 always. auto: bfloat16 on an accelerator, float32 on a CPU."""
-    remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
-    scan_layers: bool | None = None
-    """Compile one layer and loop over it; off writes all layers out: same numbers and faster steps, longer compilation.
-    None: models of up to 8 layers are written out."""
-    attention: str | None = None
-    """Backend of the attention kernel; None takes the fastest that supports the call."""
-    freeze_layers: int = 0
-    """The embeddings and so many of the lowest layers stay as they are."""
-    layer_decay: float = 1.0
-    """Each layer's learning rate is that of the layer above it times this; pooler and head have the full rate."""
-    adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
-    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)
-    )
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
-    evaluate_epochs: float = 1.0
-    """Epochs between evaluations, where --evaluate-every is 0."""
-    patience: int = 0
-    """End after so many evaluations in turn that are no better than the best; 0: never before the last step."""
-    take: Literal["last", "best"] | None = None
-    """Which weights the run leaves behind: the last, or those of the best evaluation. None: best with --patience."""
-
-    out: Path
-    """Run folder. A run that was stopped goes on when the same command is given again."""
-    resume_from: Path | None = None
-    """Run folder, or one step of its checkpoints, that a new run goes on from, with optimiser and data position."""
-    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
-
-    def __post_init__(self) -> None:
-        least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "steps": 0, "train_examples": 0, "patience": 0}
-        for name, value in {**least, "freeze_layers": 0}.items():
-            if getattr(self, name) < value:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {value}.")
-        if not (self.steps or self.epochs > 0):
-            raise RunError(f"--epochs is {self.epochs}; it must be above 0.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise RunError(f"--dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if not 0 < self.layer_decay <= 1:
-            raise RunError(f"--layer-decay is {self.layer_decay}; it must be above 0 and at most 1.")
-        if not self.evaluate_epochs > 0:
-            raise RunError(f"--evaluate-epochs is {self.evaluate_epochs}; it must be above 0.")
-
-
-# Settings that change neither the numbers of a run nor what it leaves behind: they may differ when it is started again.
-FREE_HERE = (
-    "out",
-    "remat",
-    "scan_layers",
-    "loop.keep",
-    "loop.checkpoint_every",
-    *(f"spread.{f.name}" for f in dataclasses.fields(SpreadConfig)),
-)
-FREE = frozenset(f"run.{name}" for name in FREE_HERE)
-
-
-# --- model and optimiser ----------------------------------------------------------------------------------------------
-
-
-def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded:
-    """The checkpoint with the task's head.
-
-    Raises:
-        CheckpointError: another family, or tensors that do not fit. RunError: no tokenizer in the folder.
-    """
-    changes = task.model_changes()
-    drop = {} if config.dropout is None else {"dropout": config.dropout, "attention_dropout": config.dropout}
-    run = dict(
-        dtype=compute_dtype(config.dtype),
-        remat=config.remat,
-        attention_implementation=config.attention,
-    )
-    loaded, report = load_with_report(config.model, head=task.head, seed=config.seed, **run, **drop, **changes)
-    scan = loaded.config.layers > WRITTEN_OUT if config.scan_layers is None else config.scan_layers
-    shaped = dataclasses.replace(loaded.config, scan_layers=scan)
-    loaded = loaded._replace(config=shaped, model=loaded.model.clone(config=shaped))
-    if task.max_length > loaded.config.positions:
-        raise RunError(f"--max-length is {task.max_length}, beyond the model's {loaded.config.positions} positions.")
-    new = list(report.initialised)
-    names = changes.get("label_names")
-    held = read_labels(read_config(config.model))[1]
-    if names is not None and names != held and not any(name.startswith(HEADS) for name in new):
-        loaded = loaded._replace(params={**loaded.params, **new_head(loaded.model, config.seed)})
-        new.append(f"the head, whose classes are {', '.join(held or ['not named'])}")
-    if new:
-        progress.line(f"drawn anew, not from {config.model}: {', '.join(new)}")
-    return loaded
-
-
-WRITTEN_OUT = 8  # layers, up to which a compiler sees all of them
-HEADS = ("classifier",)  # what the stored names of a head's parameters begin with
-
-
-def new_head(model: Any, seed: int) -> dict[str, Any]:
-    """Everything but a model's encoder, drawn anew."""
-
-    def draw(key: jax.Array) -> dict[str, Any]:
-        params = nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))["params"]
-        return {name: part for name, part in params.items() if name != "encoder"}
-
-    return jax.device_get(jax.jit(draw)(jax.random.key(seed)))
-
-
-def make_optimiser(
-    config: FinetuneConfig, task: Task, loaded: Loaded, steps: int, chosen: Callable[[Names], bool] | None = None
-) -> Learner:
-    """The optimiser, with the layers' and the task's learning rates; nothing is computed yet.
-
-    Args:
-        config, task: of the run.
-        loaded: the model.
-        steps: of the run.
-        chosen: names along the way to a parameter -> whether it may train; None: all may.
-    """
-    boxed = boxed_shapes(loaded.model)
-    trains, scales = layer_rates(config, layer_counts(boxed))
-    return make_learner(
-        # The weights come from the checkpoint: drawing others first would only take time to compile.
-        lambda _: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed),
-        optim=config.optim,
-        rate=schedule(config.optim, [(steps, None)]),
-        seed=config.seed,
-        trains=_both(trains, chosen),
-        scales=task_rates(task, scales),
-    )
-
-
-def _both(
-    first: Callable[[Names], bool] | None, second: Callable[[Names], bool] | None
-) -> Callable[[Names], bool] | None:
-    if first is None or second is None:
-        return first or second
-    return lambda names: first(names) and second(names)
-
-
-def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[Names], Any] | None:
-    """What learning rates are multiplied by, with the task's own factors."""
-    if not task.rates:
-        return scales
-    return lambda names: jnp.float32(task.rates.get(names[0], 1.0)) * (1.0 if scales is None else scales(names))
-
-
-def boxed_shapes(model: Any) -> Any:
-    """Shapes of a model's parameters in their boxes of logical axis names."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
-
-
-def layer_counts(boxed: Any) -> dict[Names, tuple[int, int]]:
-    """Names along the way to each parameter that is stacked for all layers -> (number of layers, its axes)."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)):
-        if leaf.names[:1] == ("layers",):
-            found[tuple(str(part.key) for part in path)] = (leaf.value.shape[0], leaf.value.ndim)
-    return found
-
-
-def layer_rates(
-    config: FinetuneConfig, layers: dict[Names, tuple[int, int]]
-) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
-    """Which parameters train at all, and what their learning rates are multiplied by.
-
-    Layer i of N (from 0) has --layer-decay to the power N - i, the embeddings N + 1, everything else 0. Layers that are
-    stacked in one array and of which only some are frozen stay in the optimiser, with a rate of zero.
-
-    Raises:
-        RunError: more layers are to be frozen than there are.
-    """
-    if not config.freeze_layers and config.layer_decay == 1.0:
-        return None, None
-    count = max((number for number, _ in layers.values()), default=0)
-    if config.freeze_layers > count:
-        raise RunError(f"--freeze-layers {config.freeze_layers}: the model has {count} layers.")
-
-    def trains(names: Names) -> bool:
-        if not config.freeze_layers:
-            return True
-        return "embeddings" not in names and not (names in layers and config.freeze_layers == layers[names][0])
-
-    def scales(names: Names) -> Any:
-        if names in layers:
-            number, axes = layers[names]
-            depth = np.arange(number)
-            factors = np.where(depth < config.freeze_layers, 0.0, config.layer_decay ** (number - depth))
-            return jnp.asarray(factors.reshape(-1, *[1] * (axes - 1)), jnp.float32)
-        return jnp.float32(config.layer_decay ** (count + 1) if "embeddings" in names else 1.0)
-
-    return trains, scales
-
-
-def without_frozen_gradients(params: Any, layers: Mapping[Names, tuple[int, int]], frozen: int) -> Any:
-    """The same parameters, of whose lowest `frozen` layers no gradient is taken: none enters the gradient's norm."""
-    if not frozen:
-        return params
-
-    def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if tuple(str(part.key) for part in path) not in layers:
-            return leaf
-        return jnp.concatenate([jax.lax.stop_gradient(leaf[:frozen]), leaf[frozen:]])
-
-    return jax.tree_util.tree_map_with_path(cut, params)
-
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
@@ -551,25 +315,6 @@ def describe(
         f"{describe_dtype(loaded.config.dtype)}, on {len(devices)} x {devices[0].device_kind} "
         f"(--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
     )
-
-
-def write_params(path: Path, params: Any) -> None:
-    """Keep a tree of parameters, atomically."""
-    partial = path.with_name(f"{path.name}.partial")
-    save_file({"/".join(names): np.ascontiguousarray(leaf) for names, leaf in flatten(params)}, partial)
-    partial.replace(path)
-
-
-def read_params(path: Path) -> Any:
-    """The tree that `write_params` kept."""
-    tree: dict[str, Any] = {}
-    for name, leaf in load_file(path).items():
-        *above, last = name.split("/")
-        branch = tree
-        for part in above:
-            branch = branch.setdefault(part, {})
-        branch[last] = leaf
-    return tree
 
 
 def results(

@@ -37,7 +37,6 @@ from ...models.heads import SmoothedSums
 from ...models.marian import Marian, MarianConfig, from_transformer
 from ...models.transformer import Transformer, TransformerConfig
 from ..errors import RunError
-from ..finetune.loop import read_params, write_params
 from ..generate.config import DecodeConfig
 from ..learner import (
     Learner,
@@ -59,6 +58,7 @@ from ..pretrain.loop import user_cache_folder
 from ..progress import Progress, duration
 from ..run_folder import RunFolder
 from ..sharding import Replicas, Spread, start_spread
+from ..weights import read_params, write_params
 from .config import FREE, TranslateConfig
 from .run import Translation, Translator, check_vocabulary, longest_output
 from .score import Scores, deciding, translation_scores

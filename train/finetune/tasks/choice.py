@@ -23,7 +23,8 @@ from ....models.heads import prediction_sums
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
-from ..loop import FinetuneConfig, finetune
+from ..config import FinetuneConfig
+from ..loop import finetune
 from .task import Arrays, Kept, PlainTask, TaskData, apply_segments
 
 # Files of a split in a folder, by what the distributors call them.

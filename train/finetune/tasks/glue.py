@@ -18,7 +18,8 @@ from ....data.batches import Features
 from ....data.tasks.glue import GLUE, has_labels, has_split, read_glue
 from ....data.tasks.tables import TextExample
 from ...errors import RunError
-from ..loop import FinetuneConfig, finetune
+from ..config import FinetuneConfig
+from ..loop import finetune
 from .scores import metric
 from .task import Kept, TaskData
 from .text import TextTask, write_submission

@@ -27,7 +27,8 @@ from ....models.heads import PredictionSums, prediction_sums
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
-from ..loop import FinetuneConfig, finetune, hold_out
+from ..config import FinetuneConfig
+from ..loop import finetune, hold_out
 from .squad_answers import Answers, find_answers
 from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
 from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens

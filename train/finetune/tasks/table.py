@@ -11,7 +11,8 @@ import tyro
 
 from ....data.tasks.tables import TextExample, read_labels, read_texts
 from ...errors import RunError
-from ..loop import FinetuneConfig, finetune, hold_out
+from ..config import FinetuneConfig
+from ..loop import finetune, hold_out
 from .task import TaskData
 from .text import TextTask
 

@@ -38,7 +38,8 @@ from ....models.heads import prediction_sums
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
-from ..loop import FinetuneConfig, finetune
+from ..config import FinetuneConfig
+from ..loop import finetune
 from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}

@@ -24,7 +24,7 @@ from jax.nn.initializers import Initializer
 from .checkpoints.config import Extra, read_fields, read_labels, write_fields, write_labels
 from .checkpoints.tables import Architecture, Entry, Table, linear_entries, norm_entries, same
 from .crf import Crf, crf_entries
-from .heads import MaskedLanguageModelHead, gather_positions
+from .heads import MaskedLanguageModelHead
 from .layers import (
     ACTIVATIONS,
     Attention,
@@ -34,6 +34,7 @@ from .layers import (
     LayerNorm,
     Linear,
     Segments,
+    gather_positions,
     row_numbers,
     run_layers,
     segments_at,

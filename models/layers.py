@@ -57,6 +57,11 @@ def segments_at(segment_ids: Segments, positions: Array) -> Segments:
     return jnp.take_along_axis(queries, positions, axis=1), queries if keys is None else keys
 
 
+def gather_positions(hidden: Array, positions: Array) -> Array:
+    """hidden [B, L, E] at positions [B, P] int -> [B, P, E]. A position that is not in 0..L-1 gives NaN."""
+    return jnp.take_along_axis(hidden, positions[:, :, None], axis=1, mode="fill")
+
+
 @jax.custom_jvp
 def gelu_exact(x: Array) -> Array:
     """x·Φ(x) by the error function (Hendrycks and Gimpel 2016), computed in float32."""

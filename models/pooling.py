@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .heads import gather_positions
+from .layers import gather_positions
 
 COMBINATIONS = ("sum", "mean", "concat")
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len")

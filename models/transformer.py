@@ -26,7 +26,6 @@ from jax import Array
 
 from .checkpoints.config import ConfigError, Extra, read_fields, write_fields
 from .checkpoints.tables import Architecture, Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
-from .heads import SmoothedSums, projected_sums
 from .incremental import Slots, Steps
 from .layers import (
     ACTIVATIONS,
@@ -44,6 +43,7 @@ from .layers import (
     sinusoids,
     split_segments,
 )
+from .losses import SmoothedSums, projected_sums
 
 NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
 
@@ -449,7 +449,7 @@ class Transformer(nn.Module):
 
         Args:
             passes: one or two [B, T, width of the table], by `output_states`; two with dropout of their own for R-Drop.
-            labels: [B, T] int32, the target; `heads.IGNORED_LABEL` counts for nothing.
+            labels: [B, T] int32, the target; `losses.IGNORED_LABEL` counts for nothing.
             label_weights: [B, T], or None for ones.
             label_smoothing: share of the probability that is spread over all words.
             r_drop: weight of the divergence between two passes.

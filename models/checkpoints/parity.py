@@ -32,7 +32,7 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from .. import bert, heads
+from .. import bert, losses
 from ..layers import reference_segments
 from .folder import Loaded, Tensors, family_of, load, read_config, save
 from .tables import CheckpointError, Params
@@ -241,8 +241,8 @@ def _finish(inputs: Inputs, outputs: Outputs, loss: Array | None) -> Outputs:
     return outputs if loss is None else {**outputs, "loss": loss}
 
 
-def _mean(sums: heads.WeightedSum) -> Array:
-    return sums.total / sums.weight
+def _mean(sums: Mapping[str, losses.WeightedSum]) -> Array:
+    return sums["loss"].total / sums["loss"].weight
 
 
 def _bert_model(model: Any, params: Params, inputs: Inputs) -> Outputs:
@@ -283,8 +283,8 @@ def _bert_pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
     labels, nsp_labels = inputs.pop("labels", None), inputs.pop("next_sentence_label", None)
     loss = None
     if labels is not None and nsp_labels is not None:
-        loss = _mean(heads.masked_language_model_loss(logits.mlm_logits, labels))
-        loss += _mean(heads.classification_loss(logits.nsp_logits, nsp_labels))
+        loss = _mean(losses.class_losses(logits.mlm_logits, labels))
+        loss += _mean(losses.class_losses(logits.nsp_logits, nsp_labels))
     outputs = {"prediction_logits": logits.mlm_logits, "seq_relationship_logits": logits.nsp_logits}
     return _finish(inputs, outputs, loss)
 
@@ -293,15 +293,13 @@ def _bert_classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
     """Masked words and tokens: cross-entropy of every position's logits."""
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
-    return _finish(
-        inputs, {"logits": logits}, None if labels is None else _mean(heads.classification_loss(logits, labels))
-    )
+    return _finish(inputs, {"logits": logits}, None if labels is None else _mean(losses.class_losses(logits, labels)))
 
 
 def _bert_sequence(model: Any, params: Params, inputs: Inputs) -> Outputs:
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
-    loss = None if labels is None else _mean(heads.sequence_loss(model.config.problem_type, logits, labels))
+    loss = None if labels is None else _mean(losses.sequence_losses(model.config.problem_type, logits, labels))
     return _finish(inputs, {"logits": logits}, loss)
 
 
@@ -310,8 +308,8 @@ def _bert_span(model: Any, params: Params, inputs: Inputs) -> Outputs:
     starts, ends = inputs.pop("start_positions", None), inputs.pop("end_positions", None)
     loss = None
     if starts is not None and ends is not None:
-        start, end = heads.span_loss(start_logits, end_logits, starts, ends)
-        loss = (_mean(start) + _mean(end)) / 2
+        start, end = losses.span_sums(start_logits, end_logits, starts[:, None], ends[:, None])
+        loss = (start.loss / start.weight + end.loss / end.weight) / 2
     return _finish(inputs, {"start_logits": start_logits, "end_logits": end_logits}, loss)
 
 
@@ -320,7 +318,7 @@ def _bert_choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
     batch, choices, _ = inputs["input_ids"].shape
     flat = {name: value.reshape(batch * choices, -1) for name, value in inputs.items()}
     logits = _call(model, params, flat).reshape(batch, choices)
-    loss = None if labels is None else _mean(heads.classification_loss(logits, labels))
+    loss = None if labels is None else _mean(losses.class_losses(logits, labels))
     return _finish(flat, {"logits": logits}, loss)
 
 
@@ -337,7 +335,7 @@ def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
     mask, decoder_mask = (inputs.pop(name, None) for name in ("attention_mask", "decoder_attention_mask"))
     segments, decoder_segments = (None if m is None else reference_segments(m) for m in (mask, decoder_mask))
     logits = model.apply({"params": params}, inputs.pop("input_ids"), segments, None, decoder_ids, decoder_segments)
-    loss = None if labels is None else _mean(heads.classification_loss(logits, labels))
+    loss = None if labels is None else _mean(losses.class_losses(logits, labels))
     return _finish(inputs, {"logits": logits}, loss)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models import bert, heads, layers
+from bestiary.models import bert, layers, losses
 
 SMALL = bert.BertConfig(vocab_size=61, width=16, layers=2, heads=2, feed_forward=24, positions=12)
 MODEL = bert.BertForPreTraining(SMALL)
@@ -92,8 +92,8 @@ def trained(config: bert.BertConfig) -> tuple[jax.Array, Any]:
 
     def loss(tree: Any) -> jax.Array:
         logits = model.apply({"params": tree}, IDS, deterministic=False, rngs={"dropout": jax.random.key(1)})
-        nsp = heads.classification_loss(logits.nsp_logits, jnp.zeros(4, jnp.int32))
-        return heads.masked_language_model_loss(logits.mlm_logits, IDS).total / IDS.size + nsp.total
+        nsp = losses.class_losses(logits.nsp_logits, jnp.zeros(4, jnp.int32))["loss"]
+        return losses.class_losses(logits.mlm_logits, IDS)["loss"].total / IDS.size + nsp.total
 
     return jax.jit(jax.value_and_grad(loss))(params())
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models import heads, layers
+from bestiary.models import layers, losses
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.parity import ParityConfig, check, describe
 from bestiary.models.incremental import cross_attention_maps
@@ -126,7 +126,7 @@ def test_the_stack_is_the_same_in_all_forms() -> None:
 
 
 def test_the_loss_is_that_of_the_logits() -> None:
-    labels = jnp.where(TARGET % 5 == 0, heads.IGNORED_LABEL, TARGET)
+    labels = jnp.where(TARGET % 5 == 0, losses.IGNORED_LABEL, TARGET)
     arguments = (SOURCE, None, None, TARGET, None, None)
     states = run("biased", *arguments, method="output_states")
     found = run("biased", [states], labels, label_smoothing=0.1, method="loss")
@@ -156,7 +156,7 @@ def test_dropout_is_where_the_paper_has_it() -> None:
 
 def sums_by_definition(passes: Any, labels: Any, weights: Any, smoothing: float, r_drop: float = 0.0) -> Any:
     """Of logits: cross-entropy with the mixed distribution, and Liang et al. 2021, equations 2 to 4."""
-    weights = jnp.where(labels == heads.IGNORED_LABEL, 0, weights)
+    weights = jnp.where(labels == losses.IGNORED_LABEL, 0, weights)
     right = jax.nn.one_hot(labels, passes[0].shape[-1])
     loss = nll = correct = divergence = jnp.float32(0)
     logs = [jax.nn.log_softmax(logits) for logits in passes]
@@ -168,19 +168,19 @@ def sums_by_definition(passes: Any, labels: Any, weights: Any, smoothing: float,
     for log_p in logs:
         for log_q in logs:
             divergence += 0.5 * ((jnp.exp(log_p) * (log_p - log_q)).sum(-1) * weights).sum()
-    return heads.SmoothedSums(loss + r_drop * divergence, nll, correct, divergence, len(logs) * weights.sum())
+    return losses.SmoothedSums(loss + r_drop * divergence, nll, correct, divergence, len(logs) * weights.sum())
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_loss_in_chunks_is_that_of_all_logits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(heads.CHUNK_LOGITS, "cpu", count * 2 * 3 * 37)  # two columns of the three rows at a time
-    labels = jnp.where(TARGET % 5 == 0, heads.IGNORED_LABEL, TARGET)
+    monkeypatch.setitem(losses.CHUNK_LOGITS, "cpu", count * 2 * 3 * 37)  # two columns of the three rows at a time
+    labels = jnp.where(TARGET % 5 == 0, losses.IGNORED_LABEL, TARGET)
     weights = jax.random.uniform(jax.random.key(0), labels.shape)
     passes = tuple(jax.random.normal(jax.random.key(1), (count, *labels.shape, 16)) / 2)
     bias = jax.random.normal(jax.random.key(2), (37,))
 
     def chunked(passes: Any, kernel: Any) -> Any:
-        sums = heads.projected_sums(passes, kernel, labels, weights, 0.1, bias, 0.7)
+        sums = losses.projected_sums(passes, kernel, labels, weights, 0.1, bias, 0.7)
         return 3 * sums.loss, sums
 
     def whole(passes: Any, kernel: Any) -> Any:

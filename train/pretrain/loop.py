@@ -40,7 +40,7 @@ from ...data import (
 from ...data.corpus.fingerprint import corpus_fingerprint
 from ...models import load, save
 from ...models.bert import PRESETS, BertConfig, BertForPreTraining
-from ...models.heads import PredictionSums, prediction_sums
+from ...models.losses import PredictionSums, prediction_sums
 from ..errors import RunError
 from ..learner import (
     Learner,

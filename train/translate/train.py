@@ -33,7 +33,7 @@ from ...data.rows.translation import PairStore, TranslationRows, build_pairs, de
 from ...data.stream import evaluation_batches, training_batches
 from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, train_subwords
 from ...models import load, save
-from ...models.heads import SmoothedSums
+from ...models.losses import SmoothedSums
 from ...models.marian import Marian, MarianConfig, from_transformer
 from ...models.transformer import Transformer, TransformerConfig
 from ..errors import RunError

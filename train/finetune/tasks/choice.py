@@ -19,7 +19,7 @@ from ....data.batches import Features, encode_texts, pack_features
 from ....data.errors import DataError
 from ....data.tasks.multiple_choice import CHOICES, FOLDS, Choice, read_codah, read_swag, split_fold
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.heads import prediction_sums
+from ....models.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
@@ -77,8 +77,7 @@ class ChoiceTask(PlainTask):
 
     def loss(self, outputs: jax.Array, batch: Arrays) -> Sums:
         scores = outputs.reshape(outputs.shape[0], -1, CHOICES)
-        sums = prediction_sums(scores, batch["labels"][:, ::CHOICES], batch["segment_weights"][:, ::CHOICES])
-        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+        return {**class_losses(scores, batch["labels"][:, ::CHOICES], batch["segment_weights"][:, ::CHOICES])}
 
     def keep(self, outputs: jax.Array, batch: Arrays) -> Kept:
         return Kept(segment={"scores": outputs.astype(jnp.float32)})

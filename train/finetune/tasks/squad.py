@@ -23,7 +23,7 @@ from ....data.batches import Features, pack_features
 from ....data.errors import DataError
 from ....data.tasks.squad import Question, Windows, make_windows, read_squad
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.heads import PredictionSums, prediction_sums
+from ....models.losses import span_sums
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
@@ -32,8 +32,6 @@ from ..loop import finetune, hold_out
 from .squad_answers import Answers, find_answers
 from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
 from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens
-
-NOWHERE = -1e30  # logit of what is not of the segment; its exponential is 0, and unlike infinity it makes no NaN
 
 
 @dataclass(frozen=True)
@@ -123,12 +121,8 @@ class SquadTask(PlainTask):
         """Cross-entropy of the first and of the last token, each over the tokens of its own window; their mean."""
         slots = jnp.arange(1, batch["cls_positions"].shape[1] + 1)
         own = batch["segment_ids"][:, None, :] == slots[None, :, None]
-
-        def sums(logits: jax.Array, offsets: jax.Array) -> PredictionSums:
-            logits = jnp.where(own, logits.astype(jnp.float32)[:, None, :], NOWHERE)
-            return prediction_sums(logits, batch["cls_positions"] + offsets, batch["segment_weights"])
-
-        start, end = sums(outputs[0], batch["start_positions"]), sums(outputs[1], batch["end_positions"])
+        starts, ends = (batch["cls_positions"] + batch[f"{side}_positions"] for side in ("start", "end"))
+        start, end = span_sums(*outputs, starts, ends, batch["segment_weights"], own)
         return {
             "loss": ((start.loss + end.loss) / 2, start.weight),
             "position_accuracy": ((start.correct + end.correct) / 2, start.weight),

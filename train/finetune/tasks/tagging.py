@@ -34,7 +34,7 @@ from ....data.tasks.tagging import (
 )
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.crf import CrfWeights, constrained, decode, log_likelihood
-from ....models.heads import prediction_sums
+from ....models.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
@@ -145,12 +145,11 @@ class TaggingTask(PlainTask):
 
     def loss(self, outputs: Tagged, batch: Arrays) -> Sums:
         """Cross-entropy of each word's tag, or of each sentence's chain of tags; its mean is over words either way."""
-        sums = prediction_sums(outputs.logits, batch["labels"], batch["label_weights"])
         if outputs.crf is None:
-            return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+            return {**class_losses(outputs.logits, batch["labels"], batch["label_weights"])}
         tagged = batch["label_weights"] > 0
         chains = log_likelihood(outputs.crf, outputs.logits, batch["labels"], batch["segment_ids"], tagged)
-        return {"loss": (-chains.sum(), sums.weight)}
+        return {"loss": (-chains.sum(), batch["label_weights"].sum())}
 
     def keep(self, outputs: Tagged, batch: Arrays) -> Kept:
         if outputs.crf is None:

@@ -12,7 +12,7 @@ import numpy as np
 from ....data.batches import Features, encode_texts, pack_features
 from ....data.tasks.tables import TextExample
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.heads import prediction_sums, regression_loss
+from ....models.losses import sequence_losses
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
@@ -71,12 +71,8 @@ class TextTask(PlainTask):
         return batch["segment_weights"].sum()
 
     def loss(self, outputs: jax.Array, batch: Arrays) -> Sums:
-        labels, weights = batch["labels"], batch["segment_weights"]
-        if self.labels is None:
-            total = regression_loss(outputs, labels[..., None], weights)
-            return {"loss": (total.total, total.weight)}
-        sums = prediction_sums(outputs, labels, weights)
-        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+        problem_type = "regression" if self.labels is None else "single_label_classification"
+        return {**sequence_losses(problem_type, outputs, batch["labels"], batch["segment_weights"])}
 
     def keep(self, outputs: jax.Array, batch: Arrays) -> Kept:
         return Kept(segment={"logits": outputs.astype(jnp.float32)})

@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from typing import Annotated, Any
 
 import tyro
 
@@ -145,10 +146,7 @@ def _guarded(words: tuple[str, ...], module: str, config: str, arguments: list[s
     try:
         prepare_cpu()
         command = import_module(module, __package__)
-        options = getattr(command, config)
-        defaults = getattr(options, "defaults", None)  # of one whose defaults depend on what is given
-        given = {} if defaults is None else {"default": defaults(arguments)}
-        return command.main(tyro.cli(options, args=arguments, prog=" ".join(("bestiary", *words)), **given))
+        return command.main(_parse(getattr(command, config), arguments, " ".join(("bestiary", *words))))
     except KeyboardInterrupt:
         print("\nbestiary: interrupted", file=sys.stderr)
         return 130
@@ -167,3 +165,22 @@ def _guarded(words: tuple[str, ...], module: str, config: str, arguments: list[s
         )
         print(f"bestiary: {error}{hint}", file=sys.stderr)
         return 1
+
+
+def _parse(options: Any, arguments: list[str], name: str) -> Any:
+    """Parse a command's arguments into its config dataclass.
+
+    A flag that does not exist ends the process with status 2. What the config itself refuses is raised.
+    """
+    if hasattr(options, "check_arguments"):  # refuses what cannot be seen from the parsed values
+        options.check_arguments(arguments)
+
+    # To tyro, a ValueError of a class is a mistake on the command line; one of a function is left to the caller.
+    def config(config: Any) -> Any:
+        return config
+
+    config.__annotations__ = {"config": Annotated[options, tyro.conf.arg(name="")]}
+    config.__doc__ = options.__doc__
+    if hasattr(options, "defaults"):  # which depend on the flags that are given
+        config.__defaults__ = (options.defaults(arguments),)
+    return tyro.cli(config, args=arguments, prog=name)

@@ -177,7 +177,7 @@ def log_probabilities() -> np.ndarray:
 def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """In any order, many or one; and once all sizes were met, nothing more is compiled."""
     small_sizes(monkeypatch, FEWEST_ROWS=1)
-    generate = of_chain(beam=2, max_length=12, n_best=2, early_stopping="never")
+    generate = of_chain(beam=2, max_length=12, n_best=2, early_stopping="exhaustive")
     draw = np.random.default_rng(0)
     texts = [[2] * n for n in range(1, 10)]
     prefixes = [draw.integers(2, WORDS, 1 + n % 3).tolist() for n in range(9)]
@@ -222,7 +222,7 @@ class Rememberer(Chain):
     ("cores", "named"),
     [
         (1, {}),
-        (1, {"beam": 3, "early_stopping": "never"}),
+        (1, {"beam": 3, "early_stopping": "exhaustive"}),
         (3, {"beam": 4, "diverse_groups": 2, "no_repeat_ngram": 2}),
         (3, {"sample": True, "n_best": 2}),
     ],
@@ -294,7 +294,7 @@ def test_penalties_by_their_formulas() -> None:
     scored.sort(key=lambda pair: -pair[0])
     (found,) = of_chain(
         beam=300, max_length=4, length_penalty=0.8, length_penalty_form="gnmt", coverage_penalty=0.3, n_best=5,
-        early_stopping="never",
+        early_stopping="exhaustive",
     )([[2, 3, 4]])  # fmt: skip
     assert [h.tokens for h in found] == [text for _, text in scored[:5]]
     np.testing.assert_allclose([h.score for h in found], [score for score, _ in scored[:5]], rtol=1e-5)

@@ -28,9 +28,10 @@ from bestiary.train.learner import kept_params
 from bestiary.train.loop import LoopConfig, Stop, TrainState
 from bestiary.train.optim import OptimConfig, running_mean, schedule
 from bestiary.train.translate.config import TranslateConfig
-from bestiary.train.translate.run import Lines, RunConfig, Translator, open_translator
-from bestiary.train.translate.score import corpus_scores
+from bestiary.train.translate.run import Lines, RunConfig
+from bestiary.train.translate.score import bleu_language, corpus_scores
 from bestiary.train.translate.train import Means, translate
+from bestiary.train.translate.translator import Translator, open_translator
 
 NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 MAIN = "from bestiary.train.cli import main; raise SystemExit(main())"
@@ -302,11 +303,11 @@ def test_long_lines_are_parted_or_refused(trained: Path):
         decode = DecodeConfig(beam=1, max_length=16)
         translator = open_translator(trained, decode, rows=4, longest=limit, too_long=too_long)  # pyright: ignore
         if too_long == "refuse":
-            with pytest.raises(RunError, match=r"line 1: .* and 12 are taken"):
+            with pytest.raises(RunError, match=r"line 1: .* at most 12 are taken"):
                 translator.translate([line])
             answers = translator.answers(["one two", "three", line, "four"])
             assert len([next(answers), next(answers)]) == 2
-            with pytest.raises(RunError, match=r"line 3: .* and 12 are taken"):
+            with pytest.raises(RunError, match=r"line 3: .* at most 12 are taken"):
                 next(answers)
             continue
         parts = translator._parts(line.strip(), 1)
@@ -420,6 +421,34 @@ def test_scores_are_sacrebleus_and_multi_bleus():
         assert "hyp_len=14, ref_len=16" in found.details["tokenised_bleu"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hypothesis", "h", "--beam", "5"], "--hypothesis is translated already: leave --beam out"),
+        (["--hypothesis", "h", "--no-sample"], "leave --sample out"),
+        (["--hypothesis", "h", "--batch=64"], "leave --batch out"),
+        (["--hypothesis", "h", "--language", "zz"], "--language zz: expected an ISO 639-1 code"),
+        (["--model", "m", "--source", "s", "--language", "de"], "--language is for --hypothesis"),
+        (["--model", "m", "--source", "s", "--generation-config", "--max_length", "256"], "leave --max-length out"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    """Also where a flag repeats its default."""
+    assert cli(["translate", "score", "--reference", "r", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_chinese_is_scored_by_characters():
+    references = ["狗在草地上奔跑。", "一个男人在沙发上睡觉。"]
+    translations = ["狗在草地上跑。", "一个男人睡在沙发上。"]
+    found = corpus_scores(translations, references, TextForm(("en", "zh")))
+    assert "tok:zh" in found.signatures["bleu_signature"]
+    assert found.values["bleu"] > 30 > corpus_scores(translations, references, TextForm()).values["bleu"]
+    assert [bleu_language(name) for name in ("zh_TW", "zho_Hans", "cmn", "de")] == ["zh", "zh", "zh", "de"]
+    with pytest.raises(RunError, match=r"pip install 'sacrebleu\[ja\]'"):
+        bleu_language("ja")
+
+
 def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_path: Path):
     (tmp_path / "short.de").write_text("eins\n")
     with pytest.raises(ValueError, match=r"400 lines .* 1:"):
@@ -451,6 +480,9 @@ def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_p
         (["--beam", "0"], "beam: expected at least 1, found 0"),
         (["--n-best", "3"], "n_best: expected at most beam"),
         (["--sample", "--beam", "2"], "beam must be 1"),
+        (["--coverage-penalty", "0.2"], "coverage_penalty and early_stopping are of beam search"),
+        (["--seed", "3"], "nothing is random without sample"),
+        (["--generation-config"], "--generation-config replaces the flags of decoding: leave --beam out"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]):

@@ -31,8 +31,8 @@ from ..progress import Progress
 from ..run_folder import write_json
 from ..sharding import SpreadConfig, start_spread
 from ..translate.config import TranslateConfig
-from ..translate.run import Translator, open_translator
 from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
+from ..translate.translator import Translator, open_translator
 
 
 @dataclass(frozen=True)

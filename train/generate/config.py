@@ -1,6 +1,7 @@
 """The options of decoding, which are fields of the commands that generate text."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import RunError
@@ -11,46 +12,46 @@ class DecodeConfig:
     """How text is generated."""
 
     beam: int = 1
-    """hypotheses kept for each sentence; 1 takes the most probable token each time"""
+    """Beam size: hypotheses kept for each sentence. 1: greedy search."""
     max_length: int = 128
-    """most tokens of an output, its end among them"""
+    """Most tokens of an output, its end token included."""
     min_length: int = 0
-    """fewest tokens of an output, its end not among them"""
+    """Fewest tokens of an output, its end token not included."""
     length_penalty: float = 1.0
-    """exponent of the length that a hypothesis's log probability is divided by; 0 for none"""
+    """Exponent of the length that a hypothesis's log probability is divided by; 0 for none."""
     length_penalty_form: Literal["reference", "gnmt"] = "reference"
-    """reference: length^p; gnmt: ((5 + length) / 6)^p (Wu et al. 2016, eq. 14)"""
+    """How the length counts. reference: length^p; gnmt: ((5 + length) / 6)^p (Wu et al. 2016, eq. 14)."""
     coverage_penalty: float = 0.0
-    """weight of the sum over source tokens of log(min(attention received, 1)), added to a finished hypothesis's score
-    (Wu et al. 2016, eq. 14); the attention is the last layer's, the mean of its heads"""
+    """Weight of the sum over source tokens of log(min(attention received, 1)), added to a finished hypothesis's score
+    (Wu et al. 2016, eq. 14); the attention is the last layer's, averaged over its heads."""
     n_best: int = 1
-    """hypotheses given for each sentence; with sampling, independent ones"""
-    early_stopping: Literal["no", "yes", "never"] = "no"
-    """when a sentence is finished. no: no running hypothesis would beat the worst finished one at its present length;
-    yes: as soon as there are as many finished ones as beams; never: none can beat it at any length"""
+    """Hypotheses returned for each sentence; with sampling, independent samples."""
+    early_stopping: Literal["heuristic", "first", "exhaustive"] = "heuristic"
+    """With beams, when to stop. heuristic: when no live beam can beat the worst finished hypothesis at the current
+    length; first: once `beam` hypotheses are finished; exhaustive: when no live beam can win at any length."""
     diverse_groups: int = 1
-    """groups that the beams are divided into, each searching what the ones before it did not choose (Vijayakumar et al.
-    2016)"""
+    """Groups that the beams are divided into; each avoids the tokens that the groups before it chose (Vijayakumar et
+    al. 2016)."""
     diversity_penalty: float = 0.5
-    """what a token loses for each time that a group before has chosen it at this step"""
+    """With groups: subtracted from a token's score for each time that an earlier group chose it at this step."""
     sample: bool = False
-    """draw tokens instead of taking the most probable; takes beam 1"""
+    """Sample tokens instead of taking the most probable one; needs beam 1."""
     temperature: float = 1.0
-    """what logits are divided by before drawing"""
+    """When sampling: what logits are divided by."""
     top_k: int = 0
-    """draw from this many most probable tokens; 0 for all"""
+    """When sampling: choose among the K most probable tokens; 0 for all."""
     top_p: float = 1.0
-    """draw from the fewest tokens that hold this share of the probability (Holtzman et al. 2019)"""
+    """When sampling: choose among the fewest tokens that together have this probability (Holtzman et al. 2019)."""
     seed: int = 0
-    """of drawing; a sentence's draws depend on this and its number alone"""
+    """Random seed of sampling; a sentence's samples depend on this and on its number alone."""
     repetition_penalty: float = 1.0
-    """divides positive scores of tokens that are there already, and multiplies negative ones (Keskar et al. 2019)"""
+    """Divides the positive logits of tokens that occur already, and multiplies negative ones (Keskar et al. 2019)."""
     no_repeat_ngram: int = 0
-    """length of token sequences that may occur only once; 0 for no limit"""
+    """Length of n-grams that may occur only once in an output; 0 for no limit."""
     suppressed: tuple[int, ...] = ()
-    """tokens that are never generated"""
+    """Ids of tokens that are never generated."""
     renormalise: bool = False
-    """with beams: share out among the others what tokens that may not come would have had, before beams are compared"""
+    """With beams: renormalise the probabilities of the tokens that are allowed, before beams are compared."""
 
     def __post_init__(self) -> None:
         self._at_least(1, "beam", "max_length", "n_best", "diverse_groups")
@@ -64,13 +65,19 @@ class DecodeConfig:
         if self.beam % self.diverse_groups:
             raise RunError(f"diverse_groups: expected a divisor of beam {self.beam}, found {self.diverse_groups}")
         if self.sample and self.beam > 1:
-            raise RunError("sample: draws independent outputs, so beam must be 1 (--beam 1); n_best says how many")
+            raise RunError("sample: samples are independent, so beam must be 1 (--beam 1); n_best says how many")
         if not self.sample and self.n_best > self.beam:
             raise RunError(f"n_best: expected at most beam {self.beam}, found {self.n_best}")
         if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise RunError("temperature, top_k and top_p change what is drawn; they need sample")
-        if self.renormalise and not self.searches:
-            raise RunError("renormalise: changes what beams are compared by, so beam must be above 1")
+            raise RunError("temperature, top_k and top_p change what is sampled; they need sample")
+        if not self.sample and self.seed:
+            raise RunError("seed: nothing is random without sample")
+        if not self.searches and (self.renormalise or self.coverage_penalty or self.early_stopping != "heuristic"):
+            raise RunError(
+                "renormalise, coverage_penalty and early_stopping are of beam search; they need beam above 1"
+            )
+        if self.diverse_groups == 1 and self.diversity_penalty != DecodeConfig.diversity_penalty:
+            raise RunError("diversity_penalty: is between groups of beams; it needs diverse_groups above 1")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -79,10 +86,23 @@ class DecodeConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether this is beam search; else chains of tokens that know nothing of each other."""
+        """Whether this is beam search; else hypotheses are independent of each other."""
         return self.beam > 1
 
     @property
     def width(self) -> int:
-        """Hypotheses of a sentence that are computed at a time, K."""
+        """Hypotheses of a sentence that are computed together, K."""
         return self.beam if self.searches else self.n_best
+
+
+def refuse_decoding_flags(given: Collection[str], reason: str) -> None:
+    """Raise RunError if a command line gives flags of decoding that would be ignored.
+
+    Args:
+        given: names of the flags that are given, with underscores.
+        reason: why they would be ignored.
+    """
+    names = [field.name for field in fields(DecodeConfig)]
+    for name in names:
+        if name in given or f"no_{name}" in given:
+            raise RunError(f"{reason}: leave --{name.replace('_', '-')} out.")

@@ -15,7 +15,11 @@ from .config import DecodeConfig
 FILE = "generation_config.json"
 TOKENS = ("decoder_start_token_id", "eos_token_id", "forced_eos_token_id")
 """The special tokens that the model's config has too; this file's count."""
-STOPPING: dict[bool | str, Literal["no", "yes", "never"]] = {False: "no", True: "yes", "never": "never"}
+STOPPING: dict[bool | str, Literal["heuristic", "first", "exhaustive"]] = {
+    False: "heuristic",
+    True: "first",
+    "never": "exhaustive",
+}
 SAME = {
     "num_beams": "beam",
     "num_return_sequences": "n_best",
@@ -66,11 +70,12 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
 def _decode_config(given: dict[str, Any]) -> DecodeConfig:
     most, least = given.get("max_length", REFERENCE_LENGTH) - 1, max(0, given.get("min_length", 0) - 1)
     same: dict[str, Any] = {name: given[key] for key, name in SAME.items() if key in given}
+    searches = given.get("num_beams", 1) > 1
     return DecodeConfig(
         max_length=given.get("max_new_tokens", most),
         min_length=given.get("min_new_tokens", least),
-        early_stopping=STOPPING[given.get("early_stopping", False)],
+        early_stopping=STOPPING[given.get("early_stopping", False) if searches else False],
         suppressed=(*(word for (word,) in given.get("bad_words_ids", [])), *given.get("suppress_tokens", [])),
-        renormalise=given.get("renormalize_logits", False) and given.get("num_beams", 1) > 1,
+        renormalise=given.get("renormalize_logits", False) and searches,
         **same,
     )

@@ -417,11 +417,13 @@ class Searcher:
         merged = Ended(*(jnp.take_along_axis(x, best, axis=1) for x in both))
 
         # May what is running still become better than the worst that has ended?
-        longest = jnp.int32(c.max_length) if c.early_stopping == "never" and c.length_penalty > 0 else moment.length
+        longest = (
+            jnp.int32(c.max_length) if c.early_stopping == "exhaustive" and c.length_penalty > 0 else moment.length
+        )
         possible = running[:, :1] / jnp.broadcast_to(self._penalty(longest), moment.length.shape)[:, None]
         worst = jnp.where(merged.valid, merged.scores.min(axis=1, keepdims=True), LOW)
         still = open_ & (possible > worst).any(axis=1) & ~final[:, 0]
-        if c.early_stopping == "yes":
+        if c.early_stopping == "first":
             still &= ~merged.valid.all(axis=1)
 
         given = moment.given[:, None] >= 0

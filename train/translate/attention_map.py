@@ -1,4 +1,4 @@
-"""Draw what each word of a translation attended to in its source: one HTML file that needs nothing else."""
+"""Draw which source tokens each token of a translation attended to: one HTML file that needs nothing else."""
 
 import html
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from ...models.incremental import cross_attention_maps
 from ...models.transformer import TransformerConfig
 from ..errors import RunError
 from ..run_folder import write_text
-from .run import Translator
+from .translator import Translation, Translator
 
-MOST = 20  # sentences that are drawn
+MOST = 20  # translations that are drawn
 
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; }
@@ -29,7 +29,7 @@ td { width: 20px; height: 20px; border: 1px solid #eee; }
 
 
 def to_draw(config: TransformerConfig, layers: Sequence[int], heads: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The layers and heads that are meant, from 1: no layers stand for the last one, no heads for all.
+    """The numbers of the layers and heads to draw, from 1: by default the last layer, and all heads.
 
     Raises:
         RunError: the model has no such layer or head.
@@ -39,55 +39,66 @@ def to_draw(config: TransformerConfig, layers: Sequence[int], heads: Sequence[in
 
 
 def draw_attention(
-    path: Path, translator: Translator, lines: Sequence[str], layers: Sequence[int], heads: Sequence[int]
-) -> int:
-    """Translate the first lines and draw the decoder's attention to their sources.
+    path: Path,
+    translator: Translator,
+    translations: Sequence[Translation],
+    layers: Sequence[int],
+    heads: Sequence[int],
+) -> None:
+    """Draw the decoder's attention to the sources of translations; a line that was translated in parts has several.
 
     Args:
         path: HTML file to write.
-        translator: the model.
-        lines: the sentences; the first `MOST` of those with text are drawn.
-        layers, heads: from 1; no layers stand for the last one, no heads for the mean of all and each.
-
-    Returns:
-        how many sentences were drawn.
+        translator: what made the translations.
+        translations: the first `MOST` are drawn.
+        layers: from 1; the last one if none is named.
+        heads: from 1; all heads and their mean if none is named.
 
     Raises:
-        RunError: the model has no such layer or head, or a line is too long to be translated in one part.
+        RunError: the model has no such layer or head.
     """
     model, tokenizer = translator.model, translator.tokenizer
     config = model.config
     layers, chosen = to_draw(config, layers, heads)
-    parts = []
-    drawn = [line for line in lines if line.strip()][:MOST]
-    for line in drawn:
-        source = [*tokenizer.encode_source([line])[0], tokenizer.source.eos_id]
-        if len(source) > translator.longest:
-            raise RunError(f"{len(source)} tokens, and the model takes {translator.longest}: too long to draw.")
-        [[found, *_]] = translator.generator([source])
-        target = [config.decoder_start_token_id, *found.tokens]
-        maps = jax.device_get(attention_of(model, translator.generator.prepared, source, target))
+    html_parts = []
+    for source, target in (part for translation in translations[:MOST] for part in translation.parts):
+        decoder_input = [config.decoder_start_token_id, *target]
+        maps = jax.device_get(attention_of(model, translator.generator.prepared, source, decoder_input))
         columns = tokenizer.source.pieces(source)
-        rows = tokenizer.target.pieces([*found.tokens, config.eos_token_id])
-        parts.append(f"<h2>{html.escape(line.strip())} → {html.escape(tokenizer.decode(found.tokens))}</h2>")
+        rows = tokenizer.target.pieces([*target, config.eos_token_id])
+        title = f"{tokenizer.source.decode(source)} → {tokenizer.decode(target)}"
+        html_parts.append(f"<h2>{html.escape(title)}</h2>")
         for layer in layers:
             pictures = [("mean of all heads", maps[layer - 1].mean(axis=0))] if not heads else []
             pictures += [(f"head {head}", maps[layer - 1, head - 1]) for head in chosen]
-            parts.append("<section>")
-            parts += [
+            html_parts.append("<section>")
+            html_parts += [
                 f"<div><h3>layer {layer}, {name}</h3>{table(picture, columns, rows)}</div>"
                 for name, picture in pictures
             ]
-            parts.append("</section>")
+            html_parts.append("</section>")
     title = "Cross-attention"
     head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-    said = "<p>Rows are pieces of the translation, columns of the source; the darker, the more of the row's 1.</p>"
-    write_text(path, "\n".join([head, said, *parts]) + "\n")
-    return len(drawn)
+    caption = (
+        "<p>Rows are tokens of the translation, columns tokens of the source. Each row sums to 1; darker is more.</p>"
+    )
+    write_text(path, "\n".join([head, caption, *html_parts]) + "\n")
 
 
 def attention_of(model: Any, prepared: Any, source: Sequence[int], target: Sequence[int]) -> Any:
-    """[N, H, T, S] float32, padded to a power of two inside so that few programs are compiled."""
+    """The decoder's attention to one source.
+
+    Lengths are padded to a power of two inside, so that few programs are compiled.
+
+    Args:
+        model: the model.
+        prepared: its parameters, prepared by its steps.
+        source: S token ids, with the end token.
+        target: T token ids, from the start token on.
+
+    Returns:
+        [N, H, T, S] float32: of each layer and head.
+    """
     rows = [np.asarray(ids, np.int32) for ids in (source, target)]
     widths = [1 << max(4, (len(ids) - 1).bit_length()) for ids in rows]
     padded = [jnp.asarray(np.pad(ids, (0, width - len(ids)))[None]) for ids, width in zip(rows, widths, strict=True)]
@@ -97,7 +108,7 @@ def attention_of(model: Any, prepared: Any, source: Sequence[int], target: Seque
 
 
 def check(what: str, asked: Sequence[int], count: int) -> list[int]:
-    """The numbers that were asked for; RunError for one that there is not."""
+    """The numbers asked for; RunError for one that is not from 1 to `count`."""
     for number in asked:
         if not 1 <= number <= count:
             raise RunError(f"--{what}s {number}: the decoder has {what}s 1 to {count}.")
@@ -105,7 +116,7 @@ def check(what: str, asked: Sequence[int], count: int) -> list[int]:
 
 
 def table(weights: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> str:
-    """A table with a coloured cell for each weight, which it shows when pointed at."""
+    """An HTML table with a coloured cell for each weight [rows, columns], whose tooltip is the number."""
     head = "".join(f"<th>{html.escape(piece)}</th>" for piece in columns)
     body = []
     for piece, row in zip(rows, weights, strict=True):

@@ -3,12 +3,14 @@
     bestiary translate score --model runs/ende --source test.en.gz --reference test.de.gz
     bestiary translate score --hypothesis translation.txt --reference test.de.gz
 
-`bleu` and `chrf` are what to report: sacreBLEU (Post 2018) splits words itself, so they compare between systems.
-`tokenised_bleu` is multi-bleu.perl's, of words as the Moses scripts split them, and `tokenised_bleu_lowercase` the same
-with -lc. They compare only where both sides were prepared so, as with the figures of papers that quote them.
+`bleu` and `chrf` are what to report: sacreBLEU (Post 2018) splits the words itself, by the rules for the target
+language, so the figures of different systems can be compared. `tokenised_bleu` is multi-bleu.perl's, over words as the
+Moses scripts split them, and `tokenised_bleu_lowercase` the same with -lc. Compare them only with figures for text that
+was prepared in the same way, as in the papers that quote them.
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +21,15 @@ import tyro
 
 from ...data.corpus.parallel import ParallelText
 from ...data.tokenizers.pairs import TextForm
+from ..arguments import flags
 from ..errors import RunError
-from ..generate.config import DecodeConfig
+from ..generate.config import DecodeConfig, refuse_decoding_flags
 from ..progress import Progress
 from ..run_folder import write_json, write_text
-from .run import DECODE, Translation, chosen, open_translator
+from .translator import DECODE, Translation, open_translator
+
+ISO_639_1 = {"zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "jap": "ja", "kor": "ko"}
+"""Longer codes of the languages that sacreBLEU has a tokenizer for, as released translators name them."""
 
 
 class Scores(NamedTuple):
@@ -39,8 +45,31 @@ class Scores(NamedTuple):
 
 
 def deciding(form: TextForm) -> str:
-    """The figure that decides between two models: one that only writes lower case is not charged for it."""
+    """The figure that model selection goes by: a model that only writes lower case is not penalised for it."""
     return "bleu_lowercase" if form.lowercase else "bleu"
+
+
+def bleu_language(language: str) -> str:
+    """The code by which sacreBLEU chooses its tokenizer, which is another one for Chinese, Japanese and Korean.
+
+    Args:
+        language: ISO 639 code of the text, which a script or a region may follow (zh_TW).
+
+    Raises:
+        RunError: Japanese or Korean, and the dictionary that splits it into words is not installed.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    code = re.split("[-_]", language.lower())[0]
+    code = ISO_639_1.get(code, code)
+    try:
+        BLEU(trg_lang=code)
+    except RuntimeError:
+        raise RunError(
+            f"BLEU for language {language!r} needs MeCab to split words, which is not installed: "
+            f"pip install 'sacrebleu[{code}]'."
+        ) from None
+    return code
 
 
 def corpus_scores(
@@ -52,15 +81,20 @@ def corpus_scores(
     """Score translations against one reference each.
 
     Args:
-        translations, references: running text.
-        form: the languages, the second of which this is, and whether translations are in lower case, as the references
-            then are for the tokenised BLEU.
-        prepared: the translations as a model wrote them, in Moses' words already; None: they are split as references.
+        translations: detokenised text.
+        references: detokenised text, one for each translation.
+        form: its second language is that of the text. If it lower-cases, so are the references for the tokenised BLEU.
+        prepared: the translations as the model wrote them, already split into words; None: they are split here, as the
+            references are.
+
+    Raises:
+        RunError: the language is Japanese or Korean, and what splits it into words is not installed.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    cased, lower, chrf = BLEU(), BLEU(lowercase=True), CHRF()
+    language = bleu_language(form.languages[1])
+    cased, lower, chrf = BLEU(trg_lang=language), BLEU(lowercase=True, trg_lang=language), CHRF()
     lists = list(translations), [list(references)]
     bleu = cased.corpus_score(*lists)
     in_words = replace(form, moses=True)
@@ -90,45 +124,75 @@ def corpus_scores(
 
 
 def translation_scores(translations: Sequence[Translation], references: Sequence[str], form: TextForm) -> Scores:
-    """Score a model's translations, of this form; where it writes Moses' words, these are taken as they are."""
+    """Score a model's translations. If its text form splits words as Moses does, its words are taken as they are."""
     prepared = [found.prepared for found in translations] if form.moses else None
     return corpus_scores([found.text for found in translations], references, form, prepared)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Translate a test set and score it, or score a translation that is there."""
+    """Translate a test set and score it, or score translations that exist already."""
 
     reference: Path
     """File of reference translations, one a line (.gz and .zst too)."""
     model: Path | None = None
     """Run folder or checkpoint folder to translate --source with."""
     source: Path | None = None
-    """File of source sentences, as many as references."""
+    """File of source sentences, as many as there are references."""
     hypothesis: Path | None = None
     """File of translations to score, instead of --model and --source."""
-    language: str = "de"
-    """With --hypothesis: language of the text (ISO 639-1), by which the tokenised BLEU splits words."""
+    language: str | None = None
+    """With --hypothesis: language of the text (ISO 639-1), whose rules split it into words. None: de. For a model, its
+    tokenizer names the language."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
-    """Sentences that are translated together."""
+    """Sentences translated together."""
     longest: int = 0
-    """Tokens that a sentence may have before it is translated in parts; 0: as many as in training."""
+    """Most tokens of a sentence; longer ones are translated in parts. 0: as many as in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in."""
+    """Data type of the computation."""
     generation_config: bool = False
-    """Decode as the checkpoint's generation_config.json says, instead of by flags."""
+    """Decode with the settings in the checkpoint's generation_config.json, instead of the flags of decoding."""
     translations: Path | None = None
-    """File to write the translations to."""
+    """With --model: file to write the translations to."""
     out: Path | None = None
-    """JSON file to write the figures to; they are printed too."""
+    """JSON file to write the figures to; they are also printed."""
 
     def __post_init__(self) -> None:
         if (self.model is None) != (self.source is None) or (self.model is None) == (self.hypothesis is None):
             raise RunError("Give --model and --source, or --hypothesis alone.")
-        chosen(self.decode, self.generation_config)
+        if self.generation_config and self.decode != DECODE:
+            raise RunError("--generation-config replaces the flags of decoding: leave one out.")
+        if self.language is not None:
+            if self.hypothesis is None:
+                raise RunError("--language is for --hypothesis: the language of --model is in its tokenizer.")
+            check_language(self.language)
+
+    @staticmethod
+    def check_arguments(arguments: Sequence[str]) -> None:
+        """Refuse flags that another flag makes meaningless, whatever their values."""
+        given = flags(arguments)
+        if "generation_config" in given:
+            refuse_decoding_flags(given, "--generation-config replaces the flags of decoding")
+        if "hypothesis" in given:
+            refuse_decoding_flags(given, "--hypothesis is translated already")
+            unused = [
+                name for name in ("batch", "longest", "dtype", "generation_config", "translations") if name in given
+            ]
+            if unused:
+                raise RunError(f"--hypothesis is translated already: leave --{unused[0].replace('_', '-')} out.")
+
+
+def check_language(language: str) -> None:
+    """Raise RunError unless this is a language's code that CLDR knows, as `de` or `zh_TW`."""
+    from babel import Locale, UnknownLocaleError
+
+    try:
+        Locale.parse(language)
+    except (UnknownLocaleError, ValueError):
+        raise RunError(f"--language {language}: expected an ISO 639-1 code like de, fr or zh.") from None
 
 
 def main(config: ScoreConfig) -> int:
@@ -138,13 +202,18 @@ def main(config: ScoreConfig) -> int:
     if config.model is None or config.source is None:
         assert config.hypothesis is not None
         references, translations = read_two(config.reference, config.hypothesis, config.encoding)
-        found = corpus_scores(translations, references, TextForm((config.language, config.language)))
+        language = config.language or TextForm().languages[1]
+        found = corpus_scores(translations, references, TextForm((language, language)))
     else:
         sources, references = read_two(config.source, config.reference, config.encoding)
-        decode = chosen(config.decode, config.generation_config)
         translator = open_translator(
-            config.model, decode, rows=config.batch, longest=config.longest, dtype=config.dtype
+            config.model,
+            None if config.generation_config else config.decode,
+            rows=config.batch,
+            longest=config.longest,
+            dtype=config.dtype,
         )
+        bleu_language(translator.tokenizer.form.languages[1])  # what is missing is named before the work
         clock = time.perf_counter()
         translated = [answers[0] for answers in translator.translate(sources)]
         seconds = time.perf_counter() - clock
@@ -167,10 +236,10 @@ def main(config: ScoreConfig) -> int:
 
 
 def read_two(first: Path, second: Path, encoding: str) -> tuple[list[str], list[str]]:
-    """The lines of two files of one length, control characters taken for spaces.
+    """The lines of two files of the same length, with control characters as spaces.
 
     Raises:
-        CorpusError: their numbers of lines differ, or one is not in this encoding.
+        CorpusError: the files differ in their numbers of lines, or one is not in this encoding.
     """
     pairs = list(ParallelText([first, second], encoding=encoding))
     return [pair.source for pair in pairs], [pair.target for pair in pairs]

@@ -60,8 +60,8 @@ from ..run_folder import RunFolder
 from ..sharding import Replicas, Spread, start_spread
 from ..weights import read_params, write_params
 from .config import FREE, TranslateConfig
-from .run import Translation, Translator, check_vocabulary, longest_output
-from .score import Scores, deciding, translation_scores
+from .score import Scores, bleu_language, deciding, translation_scores
+from .translator import Translation, Translator, check_vocabulary, longest_output
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
@@ -509,6 +509,7 @@ def translate(config: TranslateConfig, stop: Stop) -> int:
     if run.finished:
         progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
         return 0
+    bleu_language(config.languages[1])  # what is missing is named before the work
     data = prepare_data(config, progress)
     architecture = model_config(config, data.tokenizer)
     model, learner = make_model(config, architecture)

@@ -1,0 +1,24 @@
+"""A command line before it is parsed: which flags it gives."""
+
+from collections.abc import Sequence
+
+
+def flags(arguments: Sequence[str]) -> dict[str, str]:
+    """Find the flags that a command line gives.
+
+    A parsed config cannot tell a flag that was given its default value from one that was not given. This can: for
+    defaults that depend on another flag, and to refuse a flag that another one makes meaningless.
+
+    Args:
+        arguments: those after the command.
+
+    Returns:
+        the flags' names, with underscores and without their dashes, each with the argument that belongs to it, or
+        stands after it.
+    """
+    found = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument.removeprefix("--").partition("=")
+            found[name.replace("-", "_")] = value if equals else following
+    return found

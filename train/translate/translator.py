@@ -1,0 +1,247 @@
+"""A translator: a trained model with its tokenizer, from lines of text to their translations.
+
+    translator = open_translator(Path("runs/ende"), DecodeConfig(beam=5))
+    [[best, *_], ...] = translator.translate(["A dog runs.", ...])
+
+An empty line stays empty. Control characters count as spaces. A line that is longer than those of the training is
+translated in parts and counted, or refused; nothing is cut.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ...data.corpus.parallel import Findings, clean_line
+from ...data.tokenizers.pairs import PairTokenizer
+from ...models import load
+from ...models.transformer import TransformerConfig
+from ..cpu import run_in_callers, spare_callers
+from ..errors import RunError
+from ..generate.config import DecodeConfig
+from ..generate.generator import Generator, Hypothesis
+from ..generate.released import read_generation_config
+
+TooLong = Literal["split", "refuse"]
+BREAKS = (".!?;:", ",", " ")  # characters that a long line is split after, the preferred ones first
+
+
+class Part(NamedTuple):
+    """What the model read and wrote in one piece: a whole line, unless that was too long."""
+
+    source: list[int]  # token ids, with the end token
+    target: list[int]  # token ids, without the start and the end token
+
+
+class Translation(NamedTuple):
+    """One translation of a line."""
+
+    text: str  # detokenised text
+    prepared: str  # the model's own output: words as its tokenizer splits them
+    score: float  # the search's score, summed over the parts
+    parts: tuple[Part, ...] = ()  # none for an empty line
+
+
+DECODE = DecodeConfig(beam=5, max_length=256)
+"""How the commands decode, unless their flags say otherwise."""
+
+
+def longest_output(model: TransformerConfig, source: int) -> int:
+    """The most tokens that the translation of `source` tokens may have: half as many again, and 16."""
+    return min(model.positions, source * 3 // 2 + 16)
+
+
+def check_vocabulary(model: TransformerConfig, tokenizer: PairTokenizer, where: str) -> None:
+    """Raise RunError unless the tokenizer's vocabularies have the model's sizes."""
+    for side, size, expected in (
+        ("source", tokenizer.source.size, model.vocab_size),
+        ("target", tokenizer.target.size, model.target_words),
+    ):
+        if size != expected:
+            raise RunError(
+                f"{where}: the model has a {side} vocabulary of {expected:,}, the tokenizer one of {size:,}. Give the "
+                "tokenizer that the model was trained with."
+            )
+
+
+def model_folder(folder: Path) -> Path:
+    """The checkpoint folder inside a run folder, or the folder itself if it is no run folder."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def open_translator(
+    folder: Path,
+    decode: DecodeConfig | None,
+    *,
+    rows: int = 64,
+    longest: int = 0,
+    too_long: TooLong = "split",
+    dtype: str | None = None,
+) -> "Translator":
+    """Load a translator, for a process that translates and does nothing else.
+
+    On a CPU this also sets up the process's threads (`cpu.run_in_callers`, `cpu.spare_callers`).
+
+    Args:
+        folder: run folder or checkpoint folder.
+        decode: how to search; None for the settings in the folder's generation_config.json.
+        rows: sentences translated together.
+        longest: as for `Translator`.
+        too_long: as for `Translator`.
+        dtype: what is computed in; None for what the checkpoint's config says.
+
+    Raises:
+        RunError: another kind of model, or a tokenizer that is not this model's.
+    """
+    run_in_callers()
+    folder = model_folder(folder)
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    loaded = load(folder, **changes)
+    if not isinstance(loaded.config, TransformerConfig):
+        raise RunError(f"{folder}: a {type(loaded.config).__name__}; expected a translator's checkpoint.")
+    tokenizer = loaded.tokenizer
+    if not isinstance(tokenizer, PairTokenizer):
+        raise RunError(f"{folder}: no tokenizer for translation there (subwords.json, or source.spm and vocab.json).")
+    check_vocabulary(loaded.config, tokenizer, str(folder))
+    model = loaded.model
+    if decode is None:
+        decode, special = read_generation_config(folder)
+        model = model.clone(config=dataclasses.replace(loaded.config, **special))
+    translator = Translator(model, loaded.params, tokenizer, decode, rows=rows, longest=longest, too_long=too_long)
+    spare_callers()
+    return translator
+
+
+class Translator:
+    """Translates lists of lines.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        decode: how to search. The longest output is cut down to the model's positions.
+        rows: sentences translated together.
+        longest: most source tokens of a line, its end token included; 0 for as many as in training, or the model's
+            positions where the tokenizer does not say.
+        too_long: whether longer lines are split or refused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        tokenizer: PairTokenizer,
+        decode: DecodeConfig,
+        *,
+        rows: int = 64,
+        longest: int = 0,
+        too_long: TooLong = "split",
+    ):
+        self.model, self.tokenizer, self.too_long = model, tokenizer, too_long
+        positions = model.config.positions
+        self.longest = min(positions, longest or tokenizer.longest or positions)
+        self.findings, self.lines, self._sentences = Findings(), 0, 0
+        # Padding is never written, as in the reference's generation settings of Marian.
+        decode = self.decode = dataclasses.replace(
+            decode,
+            max_length=min(decode.max_length, positions),
+            suppressed=(*decode.suppressed, tokenizer.target.pad_id),
+        )
+        self.generator = Generator(model, params, decode, rows=rows)
+
+    def with_params(self, params: Any) -> "Translator":
+        """The same compiled programs with other parameters, as for a model in training. Lines are counted from 0."""
+        other = copy.copy(self)
+        other.generator = self.generator.with_params(params)
+        other.findings, other.lines, other._sentences = Findings(), 0, 0
+        return other
+
+    def translate(self, lines: Iterable[str]) -> list[list[Translation]]:
+        """Translate lines.
+
+        Returns:
+            for each line, in their order, its `n_best` translations, the best first.
+
+        Raises:
+            RunError: a line is too long, and these are refused.
+        """
+        return list(self.answers(lines))
+
+    def answers(self, lines: Iterable[str]) -> Iterator[list[Translation]]:
+        """As `translate`, line by line: if a line is refused, those before it have been answered."""
+        sources: list[list[int]] = []
+        counts: list[int] = []  # parts of each line
+        first, refusal = self.lines + 1, None
+        for line in lines:
+            text, control = clean_line(line)
+            try:
+                parts = self._parts(text, self.lines + 1) if text else []
+            except RunError as error:
+                refusal = error
+                break
+            self.lines += 1
+            if control:
+                self.findings.add("control characters, taken for spaces", self.lines)
+            sources += parts
+            counts.append(len(parts))
+        outputs = iter(zip(sources, self.generator(sources, first=self._sentences), strict=True))
+        self._sentences += len(sources)
+        for number, count in enumerate(counts, first):
+            yield self._join([next(outputs) for _ in range(count)], number)
+        if refusal is not None:
+            raise refusal
+
+    def _encode(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode_source([text])[0], self.tokenizer.source.eos_id]
+
+    def _parts(self, text: str, line: int) -> list[list[int]]:
+        """Source ids of line number `line`, with the end token; several lists if it is too long for one."""
+        ids = self._encode(text)
+        if len(ids) <= self.longest:
+            return [ids]
+        if self.too_long == "refuse":
+            raise RunError(
+                f"line {line}: {len(ids)} tokens; at most {self.longest} are taken. Split it, or use --too-long split."
+            )
+        self.findings.add(f"more than {self.longest} tokens (see --longest), translated in parts", line)
+        return self._split(text, ids)
+
+    def _split(self, text: str, ids: list[int]) -> list[list[int]]:
+        """Split a text, whose ids are these, near its middle until every part fits; between sentences if possible."""
+        if len(ids) <= self.longest or len(text) < 2:
+            return [ids]
+        middle, quarter = len(text) // 2, len(text) // 4
+        for marks in BREAKS:
+            near = [
+                place + 1
+                for place in range(middle - quarter, middle + quarter)
+                if text[place] in marks and (marks == " " or text[place + 1 : place + 2] == " ")
+            ]
+            if near:
+                cut = min(near, key=lambda place: abs(place - middle))
+                break
+        else:
+            cut = middle
+        halves = (text[:cut].strip(), text[cut:].strip())
+        return [part for half in halves if half for part in self._split(half, self._encode(half))]
+
+    def _join(self, outputs: Sequence[tuple[list[int], list[Hypothesis]]], line: int) -> list[Translation]:
+        """The translations of a line from the outputs for its parts: the n-th best is made of the n-th best of each."""
+        if not outputs:
+            return [Translation("", "", 0.0)] * self.decode.n_best  # as many as other lines have
+        sources = [source for source, _ in outputs]
+        if any(len(found[0].tokens) == self.decode.max_length for _, found in outputs):
+            self.findings.add("a translation as long as --max-length allows, probably unfinished", line)
+        result = []
+        for hypotheses in zip(*(found for _, found in outputs), strict=True):
+            targets = [found.tokens for found in hypotheses]
+            result.append(
+                Translation(
+                    text=" ".join(map(self.tokenizer.decode, targets)),
+                    prepared=" ".join(map(self.tokenizer.decode_prepared, targets)),
+                    score=sum(found.score for found in hypotheses),
+                    parts=tuple(map(Part, sources, targets)),
+                )
+            )
+        return result

@@ -19,11 +19,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from .checkpoint import Checkpoints, check_space, restore_from
+from .config import LoopConfig, OptimConfig
 from .cpu import lacks_bfloat16
 from .errors import RunError
-from .loop import Batches, Best, Fitted, LoopConfig, Stop, TrainState, fit
+from .loop import Batches, Best, Fitted, Stop, TrainState, fit
 from .metrics import Sums
-from .optim import OptimConfig, optimizer
+from .optim import optimizer
 from .progress import Progress
 from .run_folder import RunFolder
 from .sharding import Replicas, Spread, logical_specs

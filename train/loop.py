@@ -7,7 +7,6 @@ step was sent off, so that the device does not wait for the host.
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .checkpoint import Checkpoints
+from .config import LoopConfig
 from .errors import RunError
 from .metrics import Meter, finite
 from .progress import Progress, duration
@@ -44,25 +44,6 @@ class Batches(Protocol):
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How often the loop looks up."""
-
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl, each the mean over those steps."""
-    evaluate_every: int = 0
-    """Steps between evaluations on held-out data; 0: at the end only."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; there is always one at the end."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("log_every", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise RunError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
 
 class Best(NamedTuple):

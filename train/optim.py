@@ -5,60 +5,17 @@ al. 2018, A.2; You et al. 2019, 3.3 and the released code). Which one it is foll
 a name in neither list is an error, so that a new kind of parameter cannot be decayed by accident.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .config import OptimConfig
 from .errors import RunError
-
-Decay = Literal["linear", "cosine", "constant", "inverse_sqrt"]
 
 DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
 NOT_DECAYED = frozenset({"bias", "scale", "start", "transitions", "end"})  # the last three are a CRF's scores
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimiser and the learning rate's course."""
-
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2017), or LAMB (You et al. 2019) for batches of thousands of rows."""
-    learning_rate: float = 1e-4
-    """Peak learning rate, reached at the end of the warm-up."""
-    warmup: float = 0.01
-    """Warm-up: a share of the steps if below 1, else a number of steps."""
-    decay: Decay = "linear"
-    """Course after the warm-up, down to zero at the last step; 'constant' stays at the peak, 'inverse_sqrt' falls with
-    the root of the step (Vaswani et al. 2017, 5.3)."""
-    cooldown: float = 0.0
-    """End of the course: the rate comes down to zero in a line on top of its decay, over a share of the steps after the
-    warm-up if below 1, else over a number of steps; 0 for none."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.999
-    """Decay of the second moment."""
-    epsilon: float = 1e-6
-    """Added to the root of the second moment."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    ema: float = 0.0
-    """Decay of a running mean of the parameters, which is then what is evaluated and left behind; 0 keeps none."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("warmup", "cooldown", "weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise RunError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("beta1", "beta2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RunError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
 
 
 def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> optax.Schedule:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..kernels import splitting
+from .config import SpreadConfig
 from .errors import RunError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -305,22 +306,6 @@ class OverPmap:
 
     def fetch(self, sums: Any) -> Any:
         return jax.tree.map(lambda array: np.asarray(array.addressable_shards[0].data)[0], sums)
-
-
-@dataclass(frozen=True)
-class SpreadConfig:
-    """Which devices a run takes, and how."""
-
-    parallel: Literal["mesh", "pmap"] = "mesh"
-    """mesh: jit over a mesh, which can divide the model; pmap: a replica on each device, gradients averaged."""
-    mesh: str = "data=-1"
-    """Devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes those that are left."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes run. Found by itself on TPU pods and under SLURM."""
-    processes: int | None = None
-    """Number of processes."""
-    process: int | None = None
-    """Number of this process, from 0."""
 
 
 def start_spread(config: SpreadConfig) -> Spread:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..corpus.corpus import TFDS_PREFIX, Source, is_tfds, open_tfds
 from ..errors import DataError
@@ -160,7 +160,9 @@ GLUE: dict[str, GlueTask] = {
         ),
     )
 }
-FINETUNED = tuple(name for name in GLUE if name != "ax")  # AX has no training data: an MNLI model is tried on it
+GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+# The tasks with training data: AX has none, and takes a model of MNLI.
+FINETUNED: tuple[GlueName, ...] = get_args(GlueName)
 
 TFDS_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
 FILES = {"ax": ("AX.tsv", "diagnostic.tsv", "diagnostic-full.tsv")}

@@ -15,10 +15,12 @@ from bestiary.models.bert import BertConfig, BertForSequenceClassification
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.lora import LoraError, load_lora, merge_lora
 from bestiary.train.cli import main
+from bestiary.train.config import OptimConfig
 from bestiary.train.errors import RunError
-from bestiary.train.finetune.adapt import AdaptConfig, AdaptedModel, adaptation
+from bestiary.train.finetune.adapt import AdaptedModel, adaptation
+from bestiary.train.finetune.config import AdaptConfig
 from bestiary.train.learner import count_parameters, make_learner
-from bestiary.train.optim import OptimConfig, schedule
+from bestiary.train.optim import schedule
 
 MODEL = BertForSequenceClassification(
     BertConfig(vocab_size=29, width=8, layers=3, heads=2, feed_forward=12, positions=16, num_labels=2)

@@ -19,14 +19,16 @@ from bestiary.data.batches import TrainingBatches, assemble, pack_batch
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.train.cli import main
+from bestiary.train.config import SpreadConfig
+from bestiary.train.finetune.commands.glue import GlueConfig
+from bestiary.train.finetune.commands.glue_suite import GlueSuiteConfig, planned, task_score
 from bestiary.train.finetune.config import FinetuneConfig
-from bestiary.train.finetune.glue_suite import GlueSuiteConfig, planned, task_score
 from bestiary.train.finetune.model import layer_rates, load_model
 from bestiary.train.finetune.prediction import Predictor
-from bestiary.train.finetune.tasks.glue import GlueConfig, glue_task
+from bestiary.train.finetune.tasks.glue import glue_task
 from bestiary.train.finetune.tasks.scores import glue_metrics, metric
 from bestiary.train.progress import Progress
-from bestiary.train.sharding import SpreadConfig, logical_specs, start_spread
+from bestiary.train.sharding import logical_specs, start_spread
 
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "dull")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town")

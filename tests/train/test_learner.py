@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from bestiary.train.checkpoint import Checkpoints, restore_from
+from bestiary.train.config import LoopConfig, OptimConfig, SpreadConfig
 from bestiary.train.errors import RunError
 from bestiary.train.learner import Start, gradient_step, learn, make_learner
-from bestiary.train.loop import Best, LoopConfig, Stop
-from bestiary.train.optim import OptimConfig, schedule
+from bestiary.train.loop import Best, Stop
+from bestiary.train.optim import schedule
 from bestiary.train.progress import Progress
 from bestiary.train.run_folder import RunFolder
-from bestiary.train.sharding import Replicas, SpreadConfig, start_spread
+from bestiary.train.sharding import Replicas, start_spread
 
 STEPS = 8
 OPTIM = OptimConfig(learning_rate=0.1, warmup=0.0, decay="constant", weight_decay=0.0)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bestiary.train.config import OptimConfig
 from bestiary.train.errors import RunError
-from bestiary.train.optim import OptimConfig, decay_mask, optimizer, schedule
+from bestiary.train.optim import decay_mask, optimizer, schedule
 
 
 def tree(rng: np.random.Generator) -> dict:

@@ -22,11 +22,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from bestiary.data.tokenizers.pairs import TextForm
 from bestiary.models.transformer import TransformerConfig
 from bestiary.train.cli import main as cli
+from bestiary.train.config import LoopConfig, OptimConfig
 from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.learner import kept_params
-from bestiary.train.loop import LoopConfig, Stop, TrainState
-from bestiary.train.optim import OptimConfig, running_mean, schedule
+from bestiary.train.loop import Stop, TrainState
+from bestiary.train.optim import running_mean, schedule
 from bestiary.train.translate.config import TranslateConfig
 from bestiary.train.translate.run import Lines, RunConfig
 from bestiary.train.translate.score import bleu_language, corpus_scores

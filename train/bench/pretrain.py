@@ -25,9 +25,9 @@ import numpy as np
 import tyro
 
 from ...models.bert import BertConfig
+from ..config import OptimConfig, SpreadConfig
 from ..learner import count_parameters
 from ..loop import Stop
-from ..optim import OptimConfig
 from ..pretrain.loop import (
     Evaluation,
     PhasedBatches,
@@ -40,7 +40,7 @@ from ..pretrain.loop import (
 )
 from ..progress import Progress
 from ..run_folder import write_json
-from ..sharding import SpreadConfig, start_spread
+from ..sharding import start_spread
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ import tyro
 
 from ...data.reading import read_lines
 from ...data.stream import training_batches
+from ..config import SpreadConfig
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..learner import count_parameters, on_host
 from ..progress import Progress
 from ..run_folder import write_json
-from ..sharding import SpreadConfig, start_spread
+from ..sharding import start_spread
 from ..translate.config import TranslateConfig
 from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
 from ..translate.translator import Translator, open_translator

@@ -28,13 +28,13 @@ import tyro
 from ...data.batches import pack_features
 from ...data.errors import DataError
 from ...data.packing import RandomStream
+from ...data.tasks.glue import GlueName
 from ...data.tasks.tables import TextExample
 from ...models.pooling import mix
 from ..errors import RunError
-from ..finetune.loop import hold_out
-from ..finetune.tasks.glue import GlueName, glue_data, glue_task
+from ..finetune.tasks.glue import glue_data, glue_task
 from ..finetune.tasks.table import table_task
-from ..finetune.tasks.task import Kept, TaskData
+from ..finetune.tasks.task import Kept, TaskData, hold_out
 from ..finetune.tasks.text import TextTask
 from ..pretrain.loop import user_cache_folder
 from ..progress import Progress, duration

@@ -4,7 +4,6 @@ Either way what lies outside of the embeddings and layers trains whole, poolers 
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,37 +14,9 @@ from ...models.checkpoints.folder import family_of_model
 from ...models.checkpoints.tables import Params, flatten
 from ...models.lora import LoraConfig, Target, adapted, add_lora, is_lora, lora_targets, merge_lora, save_lora
 from ..errors import RunError
+from .config import AdaptConfig
 
 Names = tuple[str, ...]  # along the way to a parameter
-
-
-@dataclass(frozen=True)
-class AdaptConfig:
-    """What is trained of a model, if not all of it."""
-
-    lora_rank: int = 0
-    """LoRA: the inner width of the adapters; the model's own weights stay as they are. 0: no adapters."""
-    lora_alpha: float = 16.0
-    """LoRA: what an adapter gives is multiplied by alpha / rank."""
-    lora_dropout: float = 0.0
-    """LoRA: share of an adapter's inputs that is dropped."""
-    lora_targets: tuple[str, ...] = ("query", "value")
-    """LoRA: which linear maps: query, key, value, output, attention, feed-forward, all-linear, the end of a name in the
-    checkpoint (as peft's target_modules), or a regular expression for such a name."""
-    bitfit: bool = False
-    """BitFit: train the biases (and the head) alone."""
-
-    def __post_init__(self) -> None:
-        if self.lora_rank < 0:
-            raise RunError(f"--lora-rank is {self.lora_rank}; it must be at least 1, or 0 for no adapters.")
-        if self.lora_rank and self.bitfit:
-            raise RunError("--lora-rank and --bitfit exclude each other.")
-        if self.lora_rank:
-            self.lora()
-
-    def lora(self) -> LoraConfig:
-        """The adapters' settings; `LoraError` says what is wrong with them."""
-        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)
 
 
 class Adaptation(Protocol):

@@ -1,17 +1,48 @@
-"""What every task is fine-tuned with: the settings that the tasks share."""
+"""What all tasks are fine-tuned with. No JAX here: `--help` is to be quick."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ..config import LoopConfig, OptimConfig, SpreadConfig
 from ..errors import RunError
-from ..loop import LoopConfig
-from ..optim import OptimConfig
-from ..sharding import SpreadConfig
-from .adapt import AdaptConfig
+
+if TYPE_CHECKING:
+    from ...models.lora import LoraConfig
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """What is trained of a model, if not all of it."""
+
+    lora_rank: int = 0
+    """LoRA: the inner width of the adapters; the model's own weights stay as they are. 0: no adapters."""
+    lora_alpha: float = 16.0
+    """LoRA: what an adapter gives is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """LoRA: share of an adapter's inputs that is dropped."""
+    lora_targets: tuple[str, ...] = ("query", "value")
+    """LoRA: which linear maps: query, key, value, output, attention, feed-forward, all-linear, the end of a name in the
+    checkpoint (as peft's target_modules), or a regular expression for such a name."""
+    bitfit: bool = False
+    """BitFit: train the biases (and the head) alone."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise RunError(f"--lora-rank is {self.lora_rank}; it must be at least 1, or 0 for no adapters.")
+        if self.lora_rank and self.bitfit:
+            raise RunError("--lora-rank and --bitfit exclude each other.")
+        if self.lora_rank:
+            self.lora()
+
+    def lora(self) -> "LoraConfig":
+        """The adapters' settings; `LoraError` says what is wrong with them."""
+        from ...models.lora import LoraConfig
+
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from ..config import SpreadConfig
 from ..run_folder import write_json
-from ..sharding import SpreadConfig
 from .prediction import open_run, read_examples
 
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from ...data.batches import Features, Shapes, TrainingBatches, batches_in_epoch, plan_shapes
-from ...data.packing import RandomStream
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models import save
 from ...models.checkpoints.folder import Loaded
+from ..config import OptimConfig
 from ..errors import RunError
 from ..learner import (
     Learner,
@@ -39,7 +39,6 @@ from ..learner import (
 )
 from ..loop import Best, Fitted, Stop, TrainState
 from ..metrics import Sums
-from ..optim import OptimConfig
 from ..progress import Progress, duration
 from ..run_folder import RunFolder, write_json
 from ..sharding import Replicas, start_spread
@@ -48,7 +47,7 @@ from .adapt import AdaptedModel, adaptation
 from .config import FREE, FinetuneConfig
 from .model import boxed_shapes, layer_counts, load_model, make_optimiser, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
-from .tasks.task import Task, TaskData, settings
+from .tasks.task import Task, TaskData, hold_out, settings
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
@@ -96,22 +95,6 @@ class EncodedData:
     train: Features
     evaluation: Mapping[str, tuple[Sequence[Any], Features]]
     prediction: Mapping[str, tuple[Sequence[Any], Features]]
-
-
-def hold_out(examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(what is left, a share drawn by the seed), each in the order of the file and neither of them empty.
-
-    Raises:
-        RunError: there are fewer than two examples.
-    """
-    if len(examples) < 2:
-        raise RunError(f"{len(examples)} example: too few to hold one out. Give a file of its own to evaluate on.")
-    count = min(max(1, round(share * len(examples))), len(examples) - 1)
-    chosen = set(RandomStream(seed, len(examples)).permutation(len(examples))[:count].tolist())
-    return (
-        [example for number, example in enumerate(examples) if number not in chosen],
-        [example for number, example in enumerate(examples) if number in chosen],
-    )
 
 
 def encode_data(

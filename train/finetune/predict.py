@@ -12,8 +12,8 @@ from typing import Annotated
 
 import tyro
 
+from ..config import SpreadConfig
 from ..errors import RunError
-from ..sharding import SpreadConfig
 from .prediction import open_run, read_examples
 
 

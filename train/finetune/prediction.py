@@ -13,11 +13,13 @@ from flax import linen as nn
 from ...data.batches import Features, prediction_batches
 from ...data.errors import DataError
 from ...models import load
+from ..config import SpreadConfig
 from ..errors import RunError
 from ..loop import Stop
 from ..metrics import Meter, Sums
-from ..sharding import Replicas, Spread, SpreadConfig, logical_specs, start_spread
-from .tasks.task import Kept, Task, gather_kept, make_task
+from ..sharding import Replicas, Spread, logical_specs, start_spread
+from .tasks.registry import make_task
+from .tasks.task import Kept, Task, gather_kept
 
 LONGEST_ROW = 512  # tokens of a packed row: longer ones cost more attention and save no padding
 

@@ -41,6 +41,7 @@ from ...data.corpus.fingerprint import corpus_fingerprint
 from ...models import load, save
 from ...models.bert import PRESETS, BertConfig, BertForPreTraining
 from ...models.losses import PredictionSums, prediction_sums
+from ..config import LoopConfig, OptimConfig, SpreadConfig
 from ..errors import RunError
 from ..learner import (
     Learner,
@@ -54,12 +55,12 @@ from ..learner import (
     make_learner,
     on_host,
 )
-from ..loop import Fitted, LoopConfig, Stop, TrainState
+from ..loop import Fitted, Stop, TrainState
 from ..metrics import Meter, Sums
-from ..optim import OptimConfig, check_phases, schedule
+from ..optim import check_phases, schedule
 from ..progress import Progress, duration
 from ..run_folder import RunFolder
-from ..sharding import Replicas, Spread, SpreadConfig, start_spread
+from ..sharding import Replicas, Spread, start_spread
 from .masking import Masking, MaskingKind
 from .samples import fill_in
 

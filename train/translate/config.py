@@ -9,10 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 
+from ..config import LoopConfig, OptimConfig, SpreadConfig
 from ..errors import RunError
-from ..loop import LoopConfig
-from ..optim import OptimConfig
-from ..sharding import SpreadConfig
 
 Subwords = Literal["unigram", "bpe", "word-bpe"]
 

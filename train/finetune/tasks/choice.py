@@ -1,31 +1,23 @@
-"""Fine-tune on multiple choice, SWAG and CODAH: a score for each ending from its [CLS] (Devlin et al. 2018, 4.4).
-
-bestiary finetune swag --data swag/ --model FOLDER --out runs/swag
-bestiary finetune codah --data codah/full_data.tsv --fold 0 --model FOLDER --out runs/codah
-bestiary predict runs/swag --text "She opens the door." --endings "She leaves." "It sings." "He." "They swim."
-"""
+"""Multiple choice, SWAG and CODAH: a score for each ending from its [CLS] (Devlin et al. 2018, 4.4)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from ....data.batches import Features, encode_texts, pack_features
 from ....data.errors import DataError
-from ....data.tasks.multiple_choice import CHOICES, FOLDS, Choice, read_codah, read_swag, split_fold
+from ....data.tasks.multiple_choice import CHOICES, Choice, read_codah, read_swag
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
-from ..config import FinetuneConfig
-from ..loop import finetune
-from .task import Arrays, Kept, PlainTask, TaskData, apply_segments
+from .task import Arrays, Kept, PlainTask, apply_segments
 
 # Files of a split in a folder, by what the distributors call them.
 SWAG_FILES = {"train": ("train.csv",), "dev": ("val.csv",), "test": ("test.csv",)}
@@ -137,64 +129,3 @@ def split_file(folder: Path, name: str, split: str) -> Path:
         if (folder / candidate).is_file():
             return folder / candidate
     raise DataError(f"{folder}: no file for the split {split!r} of {name}; expected {' or '.join(names) or 'none'}.")
-
-
-# --- bestiary finetune swag, codah ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwagConfig:
-    """Fine-tune an encoder to choose how a scene goes on, on SWAG's official CSV files."""
-
-    data: Path
-    """Folder with train.csv and val.csv, and test.csv where that is to be predicted; or the file to train on."""
-    eval_data: Path | None = None
-    """The file to evaluate on, where --data is a file."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-
-    def __post_init__(self) -> None:
-        if self.data.is_file() and self.eval_data is None:
-            raise RunError(f"--data {self.data} is a file: give the one to evaluate on with --eval-data.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodahConfig:
-    """Fine-tune an encoder on CODAH, by one fold of its five-fold cross-validation."""
-
-    data: Path
-    """The data set's full_data.tsv, of which a fold is held out; or a folder with train.tsv, dev.tsv and test.tsv."""
-    fold: int = 0
-    """Which fifth of full_data.tsv is held out."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fold < FOLDS:
-            raise RunError(f"--fold is {self.fold}; it must be from 0 to {FOLDS - 1}.")
-
-
-def swag_data(task: ChoiceTask, config: SwagConfig) -> TaskData:
-    """The splits that are there."""
-    train = task.read(config.data, "train", labelled=True)
-    dev = task.read(config.eval_data or config.data, "dev", labelled=True)
-    test = {}
-    if config.data.is_dir() and (config.data / "test.csv").is_file():
-        test = {"test": task.read(config.data, "test", labelled=False)}
-    return TaskData(train, {"dev": dev}, test)
-
-
-def codah_data(task: ChoiceTask, config: CodahConfig) -> TaskData:
-    """A fold, or the splits of a folder."""
-    if config.data.is_dir():
-        splits = {split: task.read(config.data, split, labelled=True) for split in ("train", "dev", "test")}
-        return TaskData(splits["train"], {"dev": splits["dev"], "test": splits["test"]})
-    train, dev = split_fold(task.read(config.data, "full", labelled=True), config.fold)
-    return TaskData(train, {"dev": dev})
-
-
-def main(config: SwagConfig | CodahConfig) -> int:
-    """`bestiary finetune swag` and `codah`; returns the exit status."""
-    if isinstance(config, SwagConfig):
-        swag = ChoiceTask("swag", config.run.max_length)
-        return finetune(config, config.run, swag, lambda: swag_data(swag, config))
-    codah = ChoiceTask("codah", config.run.max_length)
-    return finetune(config, config.run, codah, lambda: codah_data(codah, config))

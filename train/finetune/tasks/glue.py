@@ -1,25 +1,14 @@
-"""Fine-tune on a task of GLUE (Wang et al. 2018).
-
-    bestiary finetune mrpc --data glue/MRPC --model FOLDER --epochs 3 --seed 0 --out runs/mrpc
-
-Started from a model of MNLI, `--model runs/mnli/model`, rte, mrpc and stsb become better (Liu et al. 2019, 5.1): its
-encoder is taken, and the classifier drawn anew.
-"""
+"""The tasks of GLUE (Wang et al. 2018)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
 from ....data.batches import Features
 from ....data.tasks.glue import GLUE, has_labels, has_split, read_glue
 from ....data.tasks.tables import TextExample
-from ...errors import RunError
-from ..config import FinetuneConfig
-from ..loop import finetune
 from .scores import metric
 from .task import Kept, TaskData
 from .text import TextTask, write_submission
@@ -65,33 +54,6 @@ def glue_task(name: str, max_length: int) -> GlueTextTask:
     return GlueTextTask(name, max_length, task.labels, task.label_names, task.metrics, task.second is not None)
 
 
-# --- bestiary finetune TASK -------------------------------------------------------------------------------------------
-
-GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlueConfig:
-    """Fine-tune an encoder on a task of GLUE.
-
-    The run folder holds the official metrics in results.json and, where the test split is there, the file that GLUE's
-    server takes in predictions/. Other kinds of tasks are commands of their own; `bestiary --help` lists them.
-    """
-
-    task: tyro.conf.Positional[GlueName]
-    """Which task."""
-    data: str
-    """The task's folder of official TSV files, the folder that holds all of GLUE's, a prepared tensorflow-datasets
-    folder, or tfds:glue/NAME."""
-    diagnostic: str | None = None
-    """For mnli: the diagnostic set (its file or folder), predicted at the end, and scored where it has labels."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-
-    def __post_init__(self) -> None:
-        if self.diagnostic is not None and self.task != "mnli":
-            raise RunError("--diagnostic goes with mnli: the diagnostic set has its classes.")
-
-
 def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> TaskData:
     """The splits of a task that are there: training and development, and test where there is one."""
     source = GLUE[task.name]
@@ -114,9 +76,3 @@ def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> T
         [f"{train.cut_rows} rows of {source.folder} are cut short in the file and left out"] if train.cut_rows else []
     )
     return TaskData(train.examples, evaluation, prediction, notes)
-
-
-def main(config: GlueConfig) -> int:
-    """`bestiary finetune TASK`; returns the exit status."""
-    task = glue_task(config.task, config.run.max_length)
-    return finetune(config, config.run, task, lambda: glue_data(task, config.data, config.diagnostic))

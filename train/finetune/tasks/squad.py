@@ -1,7 +1,4 @@
-"""Fine-tune on questions whose answers are spans of a text: SQuAD 1.1 and 2.0 (Devlin et al. 2018, 4.2 and 4.3).
-
-    bestiary finetune squad --data squad/train-v1.1.json --eval-data squad/dev-v1.1.json --model FOLDER --out runs/squad
-    bestiary predict runs/squad --question "Who wrote it?" --context "It was written by Ada."
+"""Questions whose answers are spans of a text: SQuAD 1.1 and 2.0 (Devlin et al. 2018, 4.2 and 4.3).
 
 A file with `is_impossible` is of version 2.0: its questions may have no answer, and how much must speak for that is
 chosen on the evaluation data and kept with the model.
@@ -12,12 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
@@ -27,11 +23,9 @@ from ....models.losses import span_sums
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
-from ..config import FinetuneConfig
-from ..loop import finetune, hold_out
 from .squad_answers import Answers, find_answers
 from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
-from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens
+from .task import Arrays, Kept, PlainTask, apply_tokens
 
 
 @dataclass(frozen=True)
@@ -236,71 +230,3 @@ def read_questions(task: SquadTask, path: Path, split: str, *, labelled: bool = 
         path = files[0]
     check = labelled and split == "train"
     return read_squad(path, labelled=labelled, check_answers=check, skip_bad_answers=task.skip_bad_answers)
-
-
-# --- bestiary finetune squad ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class SquadConfig:
-    """Fine-tune an encoder to answer questions by a span of a text, on SQuAD 1.1 or 2.0.
-
-    The run folder holds the official exact match and F1 in results.json; predictions/ has the files that the official
-    scripts take: predictions.json, nbest_predictions.json and, for 2.0, null_odds.json.
-    """
-
-    data: Path
-    """Questions to train on, in SQuAD's JSON format."""
-    eval_data: Path
-    """Questions to evaluate on."""
-    eval_examples: int = 0
-    """Evaluate on so many questions, always the same ones; 0: all."""
-    test_data: Path | None = None
-    """Questions to predict at the end; answers are not needed."""
-    doc_stride: int = 128
-    """Tokens from one window of a long context to the next one's start."""
-    max_question: int = 64
-    """Tokens of a question; what is beyond is cut off."""
-    max_answer_length: int = 30
-    """Tokens of an answer, at most."""
-    n_best: int = 20
-    """Answers of a question that nbest_predictions.json lists."""
-    null_threshold: float | None = None
-    """For version 2.0: a question has no answer where the score for that is so much above the best span's. None: the
-    value with the best F1 on the evaluation data."""
-    skip_bad_answers: bool = False
-    """Instead of ending: leave out questions to train on whose answer is not in their context where the file says, and
-    take the windows of those whose answer none of them holds as without one."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: FinetuneConfig(model=tyro.MISSING, out=tyro.MISSING, max_length=384, epochs=2.0)
-    )
-
-    def __post_init__(self) -> None:
-        for name, least in (("eval_examples", 0), ("max_answer_length", 1), ("n_best", 1)):
-            if getattr(self, name) < least:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}.")
-
-
-def main(config: SquadConfig) -> int:
-    """`bestiary finetune squad`; returns the exit status."""
-    task = SquadTask(
-        "squad",
-        config.run.max_length,
-        config.doc_stride,
-        config.max_question,
-        config.max_answer_length,
-        config.n_best,
-        config.null_threshold,
-        config.skip_bad_answers,
-    )
-
-    def data() -> TaskData:
-        train, skipped = read_questions(task, config.data, "train")
-        dev = task.read(config.eval_data, "dev", labelled=True)
-        if 0 < config.eval_examples < len(dev):
-            dev = hold_out(dev, config.eval_examples / len(dev), seed=0)[1]
-        test = {} if config.test_data is None else {"test": task.read(config.test_data, "test", labelled=False)}
-        notes = [f"{skipped:,} questions left out: their answer is not in their context"] if skipped else []
-        return TaskData(train, {"dev": dev}, test, notes)
-
-    return finetune(config, config.run, task, data)

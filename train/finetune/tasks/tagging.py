@@ -1,10 +1,6 @@
-"""Fine-tune on tags of words: entities (Devlin et al. 2018, 5.3) and parts of speech.
+"""Tags of words: entities (Devlin et al. 2018, 5.3) and parts of speech.
 
-    bestiary finetune ner --data wnut17 --model FOLDER --crf --out runs/ner
-    bestiary finetune pos --data ud_ewt --model FOLDER --out runs/pos
-    bestiary predict runs/ner --text "Ada Lovelace lived in London ."
-
-A word's tag sits on its first subword; its other subwords have none. With --crf the tags of a sentence are scored as a
+A word's tag sits on its first subword; its other subwords have none. With `crf` the tags of a sentence are scored as a
 chain (models/crf.py), else each by itself. Entities are scored by seqeval, as conlleval counts them.
 """
 
@@ -12,12 +8,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
@@ -29,7 +24,6 @@ from ....data.tasks.tagging import (
     check_tags,
     read_conll,
     read_conllu,
-    tag_set,
     tokenise_words,
 )
 from ....data.tokenizers.tokenizer import Tokenizer
@@ -38,9 +32,7 @@ from ....models.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from ...run_folder import write_text
-from ..config import FinetuneConfig
-from ..loop import finetune
-from .task import Arrays, Kept, PlainTask, TaskData, apply_tokens
+from .task import Arrays, Kept, PlainTask, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}
@@ -253,98 +245,3 @@ def split_file(path: Path, split: str, suffixes: Sequence[str]) -> Path:
             f"{', '.join(suffixes)}), found {there}."
         )
     return found[0]
-
-
-# --- bestiary finetune ner, pos ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class NerConfig:
-    """Fine-tune an encoder to find entities, from CoNLL columns in IOB2 or IOB1.
-
-    results.json holds precision, recall and F1 of whole entities; predictions/ has the words with their tags.
-    """
-
-    data: Path
-    """Folder with a file for each split: train, dev and, to be evaluated at the end, test; or the file to train on."""
-    eval_data: Path | None = None
-    """The file to evaluate on, where --data is a file."""
-    scheme: Scheme = "iob2"
-    """What the files' tags are in. In iob2 every entity begins with B-; in iob1 only one right after another."""
-    repair: bool = False
-    """Read an I- tag that goes on with nothing as B-, and count it, instead of ending."""
-    word_column: int = 0
-    """Column of the words, from 0; -1 is the last."""
-    tag_column: int = -1
-    """Column of the tags."""
-    crf: bool = False
-    """Score a sentence's tags as a chain, by a conditional random field."""
-    crf_rate: float = 100.0
-    """Learning rate of the CRF's scores, in times that of the model: they are few, and start from nothing."""
-    legal: bool = True
-    """With --crf: give no probability to tags that IOB2 does not allow, as I- after O."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-
-    def __post_init__(self) -> None:
-        _check_data(self.data, self.eval_data)
-        if self.crf_rate <= 0:
-            raise RunError(f"--crf-rate is {self.crf_rate}; it must be above 0.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PosConfig:
-    """Fine-tune an encoder to tell parts of speech, from CoNLL-U files (Universal Dependencies)."""
-
-    data: Path
-    """Folder with a file for each split: train, dev and, to be evaluated at the end, test; or the file to train on."""
-    eval_data: Path | None = None
-    """The file to evaluate on, where --data is a file."""
-    column: PartOfSpeech = "upos"
-    """upos, the universal tags, or xpos, the language's own."""
-    crf: bool = False
-    """Score a sentence's tags as a chain, by a conditional random field."""
-    crf_rate: float = 100.0
-    """Learning rate of the CRF's scores, in times that of the model: they are few, and start from nothing."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-
-    def __post_init__(self) -> None:
-        _check_data(self.data, self.eval_data)
-        if self.crf_rate <= 0:
-            raise RunError(f"--crf-rate is {self.crf_rate}; it must be above 0.")
-
-
-def _check_data(data: Path, eval_data: Path | None) -> None:
-    if data.is_file() and eval_data is None:
-        raise RunError(f"--data {data} is a file: give the one to evaluate on with --eval-data.")
-
-
-def main(config: NerConfig | PosConfig) -> int:
-    """`bestiary finetune ner` and `pos`; returns the exit status."""
-    entities = isinstance(config, NerConfig)
-    task = TaggingTask(
-        "ner" if entities else "pos",
-        config.run.max_length,
-        (),
-        config.crf,
-        config.crf_rate,
-        entities and config.legal,
-        config.scheme if entities else "iob2",
-        entities and config.repair,
-        config.word_column if entities else 0,
-        config.tag_column if entities else -1,
-        "upos" if entities else config.column,
-    )
-    # The tags to tell apart are those of the training file, which is therefore read first.
-    train, repaired = task.read_file(config.data, "train", labelled=True)
-    labels = tag_set(train, entities=entities)
-    if len(labels) < 2:
-        raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to tell apart.")
-    task = dataclasses.replace(task, labels=labels)
-
-    def data() -> TaskData:
-        evaluation = {"dev": task.read(config.eval_data or config.data, "dev", labelled=True)}
-        if config.data.is_dir() and files_of(config.data, "test", SUFFIXES[task.name]):
-            evaluation["test"] = task.read(config.data, "test", labelled=True)
-        return TaskData(train, evaluation, {}, [f"{repaired:,} tags repaired"] if repaired else [])
-
-    return finetune(config, config.run, task, data)

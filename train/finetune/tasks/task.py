@@ -1,13 +1,12 @@
 """What a fine-tuning task is: how its data is read and encoded, its loss, what is kept, and the official metrics.
 
 A task is a small frozen dataclass of settings that JSON can hold. A run writes them to `task.json`, and `evaluate` and
-`predict` make the task again from it. Everything else (the loop, packing, checkpoints) is train/finetune.py's, and the
-same for all tasks.
+`predict` make the task again from it. Everything else (the loop, packing, checkpoints) is the same for all tasks:
+train/finetune/loop.py.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from ....data.batches import Features
-from ....data.tasks.glue import FINETUNED
+from ....data.packing import RandomStream
 from ....data.tokenizers.tokenizer import Tokenizer
 from ...errors import RunError
 from ...metrics import Sums
@@ -39,7 +38,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `bestiary finetune NAME`, and in TASKS."""
+        """As in `bestiary finetune NAME`, and in `registry.TASKS`."""
         ...
 
     @property
@@ -150,16 +149,20 @@ class TaskData(NamedTuple):
     notes: Sequence[str] = ()  # what is to be said of the data
 
 
-# A task's name -> its module and class.
-TASKS: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(FINETUNED, (".glue", "GlueTextTask")),
-    "classification": (".table", "TableTask"),
-    "squad": (".squad", "SquadTask"),
-    "swag": (".choice", "ChoiceTask"),
-    "codah": (".choice", "ChoiceTask"),
-    "ner": (".tagging", "TaggingTask"),
-    "pos": (".tagging", "TaggingTask"),
-}
+def hold_out(examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """(what is left, a share drawn by the seed), each in the order of the file and neither of them empty.
+
+    Raises:
+        RunError: there are fewer than two examples.
+    """
+    if len(examples) < 2:
+        raise RunError(f"{len(examples)} example: too few to hold one out. Give a file of its own to evaluate on.")
+    count = min(max(1, round(share * len(examples))), len(examples) - 1)
+    chosen = set(RandomStream(seed, len(examples)).permutation(len(examples))[:count].tolist())
+    return (
+        [example for number, example in enumerate(examples) if number not in chosen],
+        [example for number, example in enumerate(examples) if number in chosen],
+    )
 
 
 def apply_segments(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
@@ -184,24 +187,6 @@ def settings(task: Task) -> dict[str, Any]:
     """A task as the content of task.json."""
     assert dataclasses.is_dataclass(task)
     return dataclasses.asdict(task)  # type: ignore[arg-type]
-
-
-def make_task(stored: Mapping[str, Any], where: str) -> Task:
-    """The task of a task.json.
-
-    Raises:
-        RunError: it names no task of this version.
-    """
-    name = stored.get("name")
-    if name not in TASKS:
-        raise RunError(f"{where}: {name!r} is not a task of this version; known: {', '.join(TASKS)}.")
-    module, cls = TASKS[name]
-    task = getattr(import_module(module, __package__), cls)
-    return task(**{key: _tuples(value) for key, value in stored.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
 def gather_kept(parts: Sequence[tuple[Kept, Any]], features: Features) -> Kept:

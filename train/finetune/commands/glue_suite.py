@@ -15,13 +15,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from ...data.tasks.glue import FINETUNED, GLUE, has_split
-from ...models.checkpoints.folder import read_config
-from ..errors import RunError
-from ..run_folder import write_json, write_text
-from .config import FinetuneConfig
-from .tasks.glue import GlueConfig, GlueName, glue_data, glue_task
-from .tasks.glue import main as finetune_one
+from ....data.tasks.glue import FINETUNED, GLUE, GlueName, has_split
+from ...errors import RunError
+from ...run_folder import write_json, write_text
+from ..config import FinetuneConfig
+from .glue import GlueConfig
+from .glue import main as finetune_one
 
 FROM_MNLI = ("rte", "mrpc", "stsb")  # what starts from a model of MNLI, as in Liu et al. 2019, 5.1
 
@@ -99,6 +98,9 @@ def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
     Raises:
         DataError: with file and line. FileNotFoundError, ConfigError: no checkpoint folder.
     """
+    from ....models.checkpoints.folder import read_config
+    from ..tasks.glue import glue_data, glue_task
+
     for run in {run.task: run for run in runs}.values():
         glue_data(glue_task(run.task, run.run.max_length), run.data, run.diagnostic)
     for model in {run.run.model for run in runs} - to_come:

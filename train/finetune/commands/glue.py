@@ -1,0 +1,47 @@
+"""Fine-tune on a task of GLUE (Wang et al. 2018).
+
+    bestiary finetune mrpc --data glue/MRPC --model FOLDER --epochs 3 --seed 0 --out runs/mrpc
+
+Started from a model of MNLI, `--model runs/mnli/model`, rte, mrpc and stsb become better (Liu et al. 2019, 5.1): its
+encoder is taken, and the classifier drawn anew.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ....data.tasks.glue import GlueName
+from ...errors import RunError
+from ..config import FinetuneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueConfig:
+    """Fine-tune an encoder on a task of GLUE.
+
+    The run folder holds the official metrics in results.json and, where the test split is there, the file that GLUE's
+    server takes in predictions/. Other kinds of tasks are commands of their own; `bestiary --help` lists them.
+    """
+
+    task: tyro.conf.Positional[GlueName]
+    """Which task."""
+    data: str
+    """The task's folder of official TSV files, the folder that holds all of GLUE's, a prepared tensorflow-datasets
+    folder, or tfds:glue/NAME."""
+    diagnostic: str | None = None
+    """For mnli: the diagnostic set (its file or folder), predicted at the end, and scored where it has labels."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        if self.diagnostic is not None and self.task != "mnli":
+            raise RunError("--diagnostic goes with mnli: the diagnostic set has its classes.")
+
+
+def main(config: GlueConfig) -> int:
+    """`bestiary finetune TASK`; returns the exit status."""
+    from ..loop import finetune
+    from ..tasks.glue import glue_data, glue_task
+
+    task = glue_task(config.task, config.run.max_length)
+    return finetune(config, config.run, task, lambda: glue_data(task, config.data, config.diagnostic))

@@ -1,0 +1,83 @@
+"""Fine-tune on questions whose answers are spans of a text: SQuAD 1.1 and 2.0.
+
+bestiary finetune squad --data squad/train-v1.1.json --eval-data squad/dev-v1.1.json --model FOLDER --out runs/squad
+bestiary predict runs/squad --question "Who wrote it?" --context "It was written by Ada."
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ...errors import RunError
+from ..config import FinetuneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquadConfig:
+    """Fine-tune an encoder to answer questions by a span of a text, on SQuAD 1.1 or 2.0.
+
+    The run folder holds the official exact match and F1 in results.json; predictions/ has the files that the official
+    scripts take: predictions.json, nbest_predictions.json and, for 2.0, null_odds.json.
+    """
+
+    data: Path
+    """Questions to train on, in SQuAD's JSON format."""
+    eval_data: Path
+    """Questions to evaluate on."""
+    eval_examples: int = 0
+    """Evaluate on so many questions, always the same ones; 0: all."""
+    test_data: Path | None = None
+    """Questions to predict at the end; answers are not needed."""
+    doc_stride: int = 128
+    """Tokens from one window of a long context to the next one's start."""
+    max_question: int = 64
+    """Tokens of a question; what is beyond is cut off."""
+    max_answer_length: int = 30
+    """Tokens of an answer, at most."""
+    n_best: int = 20
+    """Answers of a question that nbest_predictions.json lists."""
+    null_threshold: float | None = None
+    """For version 2.0: a question has no answer where the score for that is so much above the best span's. None: the
+    value with the best F1 on the evaluation data."""
+    skip_bad_answers: bool = False
+    """Instead of ending: leave out questions to train on whose answer is not in their context where the file says, and
+    take the windows of those whose answer none of them holds as without one."""
+    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: FinetuneConfig(model=tyro.MISSING, out=tyro.MISSING, max_length=384, epochs=2.0)
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("eval_examples", 0), ("max_answer_length", 1), ("n_best", 1)):
+            if getattr(self, name) < least:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}.")
+
+
+def main(config: SquadConfig) -> int:
+    """`bestiary finetune squad`; returns the exit status."""
+    from ..loop import finetune
+    from ..tasks.squad import SquadTask, read_questions
+    from ..tasks.task import TaskData, hold_out
+
+    task = SquadTask(
+        "squad",
+        config.run.max_length,
+        config.doc_stride,
+        config.max_question,
+        config.max_answer_length,
+        config.n_best,
+        config.null_threshold,
+        config.skip_bad_answers,
+    )
+
+    def data() -> TaskData:
+        train, skipped = read_questions(task, config.data, "train")
+        dev = task.read(config.eval_data, "dev", labelled=True)
+        if 0 < config.eval_examples < len(dev):
+            dev = hold_out(dev, config.eval_examples / len(dev), seed=0)[1]
+        test = {} if config.test_data is None else {"test": task.read(config.test_data, "test", labelled=False)}
+        notes = [f"{skipped:,} questions left out: their answer is not in their context"] if skipped else []
+        return TaskData(train, {"dev": dev}, test, notes)
+
+    return finetune(config, config.run, task, data)

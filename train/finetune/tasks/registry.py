@@ -1,0 +1,39 @@
+"""The fine-tuning tasks by name, and the one that a run folder's task.json describes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ....data.tasks.glue import FINETUNED
+from ...errors import RunError
+from .choice import ChoiceTask
+from .glue import GlueTextTask
+from .squad import SquadTask
+from .table import TableTask
+from .tagging import TaggingTask
+from .task import Task
+
+TASKS: dict[str, Callable[..., Task]] = {
+    **dict.fromkeys(FINETUNED, GlueTextTask),
+    "classification": TableTask,
+    "squad": SquadTask,
+    "swag": ChoiceTask,
+    "codah": ChoiceTask,
+    "ner": TaggingTask,
+    "pos": TaggingTask,
+}
+
+
+def make_task(stored: Mapping[str, Any], where: str) -> Task:
+    """The task of a task.json.
+
+    Raises:
+        RunError: it names no task of this version.
+    """
+    name = stored.get("name")
+    if name not in TASKS:
+        raise RunError(f"{where}: {name!r} is not a task of this version; known: {', '.join(TASKS)}.")
+    return TASKS[name](**{key: _tuples(value) for key, value in stored.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

@@ -37,7 +37,6 @@ from .layers import (
     gather_positions,
     row_numbers,
     run_layers,
-    segments_at,
 )
 
 
@@ -235,21 +234,16 @@ class Block(nn.Module):
         segment_ids: Segments,
         rows: Array,
         *,
-        positions: Array | None = None,
         deterministic: bool,
     ) -> Array:
-        """hidden [B, L, E] -> [B, L, E], or [B, X, E] of the tokens at positions [B, X] alone."""
+        """hidden [B, L, E] -> [B, L, E]."""
         c = self.config
         attention = Attention(
             c.width, c.heads, c.attention_dropout, _init(c), c.dtype, c.attention_implementation, name="attention"
         )
         feed_forward = FeedForward(c.feed_forward, c.activation, _init(c), c.dtype, name="feed_forward")
 
-        memory = hidden
-        if positions is not None:
-            hidden = gather_positions(hidden, positions)
-            segment_ids = segments_at(segment_ids, positions)
-        attended = attention(hidden, segment_ids, rows, memory=memory, deterministic=deterministic)
+        attended = attention(hidden, segment_ids, rows, deterministic=deterministic)
         attended = Dropout(c.dropout)(attended, rows, deterministic=deterministic)
         hidden = LayerNorm(c.norm_epsilon, c.dtype, name="attention_norm")(hidden + attended)
         fed = Dropout(c.dropout)(feed_forward(hidden), rows, deterministic=deterministic)

@@ -49,17 +49,17 @@ def split_segments(segment_ids: Segments) -> tuple[Array | None, Array | None]:
     return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
 
 
+def gather_positions(hidden: Array, positions: Array) -> Array:
+    """hidden [B, L, E] at positions [B, P] int -> [B, P, E]. A position that is not in 0..L-1 gives NaN."""
+    return jnp.take_along_axis(hidden, positions[:, :, None], axis=1, mode="fill")
+
+
 def segments_at(segment_ids: Segments, positions: Array) -> Segments:
     """The segments of queries that are at positions [B, X] of their rows, and of all keys."""
     queries, keys = split_segments(segment_ids)
     if queries is None:
         return None if keys is None else (jnp.ones(positions.shape, keys.dtype), keys)
     return jnp.take_along_axis(queries, positions, axis=1), queries if keys is None else keys
-
-
-def gather_positions(hidden: Array, positions: Array) -> Array:
-    """hidden [B, L, E] at positions [B, P] int -> [B, P, E]. A position that is not in 0..L-1 gives NaN."""
-    return jnp.take_along_axis(hidden, positions[:, :, None], axis=1, mode="fill")
 
 
 @jax.custom_jvp
@@ -329,7 +329,14 @@ class Attention(nn.Module):
         self.out = Linear((self.width,), ("heads", "head_dim", "embed"), kernel_init=self.kernel_init, dtype=self.dtype)
 
     def __call__(
-        self, hidden: Array, segment_ids: Segments, rows: Array, *, memory: Array | None = None, deterministic: bool
+        self,
+        hidden: Array,
+        segment_ids: Segments,
+        rows: Array,
+        *,
+        memory: Array | None = None,
+        query_positions: Array | None = None,
+        deterministic: bool,
     ) -> Array:
         """Attend with every token.
 
@@ -338,11 +345,21 @@ class Attention(nn.Module):
             segment_ids: [B, L], or a pair (of the queries, of the keys), or None where everything is one segment.
             rows: [B] uint32, the rows' numbers.
             memory: [B, S, E], what is attended to; None for `hidden` itself.
+            query_positions: int [B, L], which of the memory's tokens those of `hidden` are; `segment_ids` then are of
+                all the memory's tokens. None where `hidden` is the whole row, or another sequence than the memory.
+            deterministic: no dropout.
 
         Returns:
             [B, L, E]
+
+        Raises:
+            NotImplementedError: `query_positions` for attention that depends on the distance of query and key.
         """
         memory = hidden if memory is None else memory
+        if query_positions is not None:
+            if self.causal:
+                raise NotImplementedError("Attention: query_positions with causal attention are not implemented")
+            segment_ids = segments_at(segment_ids, query_positions)
         query_segments, key_segments = split_segments(segment_ids)
         dropping = not deterministic and self.dropout > 0.0
         attended = attention(
@@ -461,26 +478,23 @@ def run_layers(
             lets the compiler fuse over layers. Parameters, numbers and dropout are the same.
         remat: recompute a layer's inner values in the backward pass instead of keeping them.
         every_layer: also return the output of each layer.
-        last_positions: [B, X] int32, the only tokens that the last layer is to compute, which then is called with
-            `positions=last_positions` as well; None for all of them.
+        last_positions: [B, X] int32, the only tokens that the last layer is to compute; None for all of them. The
+            same numbers, but for what dropout draws. The layers must be as `_call_at` says.
 
     Returns:
         (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
     """
     # New parameters are drawn by the whole stack.
-    part = last_positions is not None and not block.is_initializing()
-    if part and every_layer:
+    positions = None if block.is_initializing() else last_positions
+    if positions is not None and every_layer:
         raise ValueError("run_layers: every_layer and last_positions exclude each other")
 
     def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
         hidden = block(hidden, *broadcast, deterministic=deterministic)
         return hidden, hidden if every_layer else None
 
-    def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
-        return block(hidden, *broadcast, positions=last_positions, deterministic=deterministic)
-
     body = nn.remat(layer, prevent_cse=not scan) if remat else layer
-    scanned = count - 1 if part else count
+    scanned = count if positions is None else count - 1
     stacked = nn.scan(
         body,
         variable_axes={"params": 0},
@@ -491,8 +505,11 @@ def run_layers(
         metadata_params={nn.PARTITION_NAME: "layers"},
         check_constancy_invariants=False,  # no variable is shared by the layers, so a second trace would find nothing
     )
-    if not part:
+    if positions is None:
         return stacked(block, hidden, broadcast)
+
+    def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
+        return _call_at(positions, block, hidden, broadcast, deterministic=deterministic)
 
     def of_layers(chosen: Any) -> Callable[[Any], Any]:
         return lambda stack: jax.tree.map(lambda parameter: parameter[chosen], stack)
@@ -500,6 +517,43 @@ def run_layers(
     if scanned:
         hidden, _ = nn.map_variables(stacked, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
     return nn.map_variables(last_layer, "params", of_layers(scanned))(block, hidden, broadcast), None
+
+
+def _call_at(
+    positions: Array, block: nn.Module, hidden: Array, broadcast: tuple[Any, ...], *, deterministic: bool
+) -> Array:
+    """One layer's outputs [B, X, E] at some positions [B, X] of its input [B, L, E], without computing the others.
+
+    The layer need not know: it is called twice. The first call, with all tokens, shows what its self-attention is
+    given (the layer's input, or a norm of it); nothing else of that call is used, and so the compiler drops the rest.
+    The second call, with the tokens at `positions` alone, lets self-attention read what the first one showed.
+
+    Raises:
+        NotImplementedError: a layer that does not have just one self-attention, at its beginning; or whose attention
+            refuses `query_positions`.
+    """
+    shown: list[Array] = []
+
+    def self_attention(kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> bool:
+        called = isinstance(context.module, Attention) and context.method_name == "__call__"
+        return called and kwargs.get("memory") is None
+
+    def show(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if self_attention(kwargs, context):
+            shown.append(args[0])
+        return next_call(*args, **kwargs)
+
+    def read(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if self_attention(kwargs, context):
+            kwargs = {**kwargs, "memory": shown[0], "query_positions": positions}
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(show):
+        block(hidden, *broadcast, deterministic=True)
+    if len(shown) != 1:
+        raise NotImplementedError(f"a layer at some positions: expected one self-attention, found {len(shown)}")
+    with nn.intercept_methods(read):
+        return block(gather_positions(hidden, positions), *broadcast, deterministic=deterministic)
 
 
 def row_numbers(rows: Array | None, input_ids: Array) -> Array:

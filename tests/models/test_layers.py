@@ -1,5 +1,6 @@
 """What the families share: products with gradients of their own, activations, dropout."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +99,26 @@ def test_dropout_follows_the_row_not_its_place() -> None:
     assert (whole[0] != whole[1]).any()
     assert set(np.unique(whole)) == {0.0, 2.0}
     np.testing.assert_array_equal(drop.apply({}, x, rows, deterministic=True), x)
+
+
+def test_only_a_layer_of_one_self_attention_is_computed_at_some_positions() -> None:
+    """What a second self-attention reads depends on what the first one gives at every position."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, hidden: jax.Array, rows: jax.Array, *, deterministic: bool) -> jax.Array:
+            for number in range(2):
+                attention = layers.Attention(8, 2, 0.0, nn.initializers.normal(), name=f"attention_{number}")
+                hidden += attention(hidden, None, rows, deterministic=deterministic)
+            return hidden
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, hidden: jax.Array, positions: jax.Array | None) -> jax.Array:
+            mode = {"count": 2, "scan": True, "remat": False, "deterministic": True}
+            return layers.run_layers(Twice(), hidden, jnp.zeros(1), last_positions=positions, **mode)[0]
+
+    hidden = draw(1, 3, 8)
+    params = Stack().init(jax.random.key(0), hidden, None)
+    with pytest.raises(NotImplementedError, match="expected one self-attention, found 2"):
+        Stack().apply(params, hidden, jnp.array([[0]]))

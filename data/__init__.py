@@ -8,13 +8,12 @@
     tokenizer.py    WordPiece: training, loading, saving
     fingerprint.py  what a corpus is, in one short string
     cache.py        the tokenised corpus, ArrayRecord; cache_build.py makes it, once
-    packing.py      BERT's sentence pairs, planned from lengths alone, several a row
-    pretraining.py  rows by their number
+    packing.py      several examples in a row
+    rows/           rows by their number, planned from lengths alone: one file an objective's rows
     stream.py       the stream of batches (Grain)
     parallel.py     pairs of sentences from two files, TSV, JSON lines and TFDS folders
     subwords.py     pieces for translation: SentencePiece and BPE, trained, sampled, saved
     segmentation.py subword regularisation: a word's segmentations, drawn by number
-    translation.py  pairs as rows of an encoder and a decoder, packed on both sides
     phrases.py      the parallel text that comes along: CLDR's dates, durations, amounts and quantities
     examples.py     fine-tuning's features: batches of a fixed number of them in packed rows of few shapes
     tables_text.py  texts and labels from TSV, CSV and JSON lines with named columns
@@ -43,7 +42,8 @@ if TYPE_CHECKING:
     from .errors import DataError as DataError
     from .packing import Statistics as Statistics
     from .progress import Report as Report
-    from .rows.pretraining import PretrainingDataset as PretrainingDataset
+    from .rows.full_sentences import FullSentenceRows as FullSentenceRows
+    from .rows.sentence_pairs import SentencePairRows as SentencePairRows
     from .store import TokenCache as TokenCache
     from .store import build_cache as build_cache
     from .store import open_cache as open_cache
@@ -67,7 +67,8 @@ _HOME = {
     "CorpusError": "errors",
     "DataError": "errors",
     "Statistics": "packing",
-    "PretrainingDataset": "rows.pretraining",
+    "FullSentenceRows": "rows.full_sentences",
+    "SentencePairRows": "rows.sentence_pairs",
     "Report": "progress",
     "split_sentences": "corpus.sentences",
     "Tokenizer": "tokenizers.tokenizer",

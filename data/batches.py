@@ -22,7 +22,8 @@ import numpy as np
 import tokenizers
 
 from .errors import DataError
-from .packing import RandomStream, pack
+from .packing import pack
+from .random import RandomStream
 from .tokenizers.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]

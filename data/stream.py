@@ -5,47 +5,21 @@ and host h of H takes the h-th of H equal shares. So the number of hosts changes
 iterator's state, a row's position, is the same on all of them: a run may go on with another number of hosts, or with
 another batch size.
 
-Shuffling is part of the plan (pretraining.py), hence no shuffling here; a window's rows are assembled a whole batch
+Shuffling is part of the plan (rows/rows.py), hence no shuffling here; a window's rows are assembled a whole batch
 at a time, which is what makes it fast, hence no batching of rows either.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import grain.experimental
 import numpy as np
 
 from .errors import DataError
-from .rows.pretraining import Batch, Position
-
-
-class Rows(Protocol):
-    """The plan of a window."""
-
-    @property
-    def rows(self) -> int:
-        """How many."""
-        ...
-
-
-class RowSource(Protocol):
-    """Rows that are planned window by window, epoch by epoch: what a stream asks of a data set."""
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for two data sets with the same rows under the same numbers."""
-        ...
-
-    def windows_in_epoch(self, epoch: int) -> int: ...
-    def rows_in_window(self, epoch: int, window: int) -> int: ...
-    def plan(self, epoch: int, window: int) -> Rows: ...
-    def read_tokens(self, plan: Any, rows: np.ndarray | None = None) -> Any: ...
-    def assemble(self, plan: Any, tokens: Any, rows: np.ndarray, first_row: int) -> Batch: ...
-    def padding(self, rows: int) -> Batch: ...
+from .rows.rows import Batch, Position, RowSource, next_window
 
 
 def training_batches(
@@ -182,9 +156,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         data, row = self._of.dataset, at.row + count
         if row < at.window_row + data.rows_in_window(at.epoch, at.window):
             return replace(at, row=row)
-        if at.window + 1 < data.windows_in_epoch(at.epoch):
-            return replace(at, row=row, window=at.window + 1, window_row=row)
-        return Position(row, at.epoch + 1, row, 0, row)
+        return next_window(data, at, row)
 
     def _window(self, at: Position) -> tuple[Any, Any]:
         data = self._of.dataset
@@ -195,7 +167,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
             self._plan, self._tokens = plan, tokens
         return plan, tokens
 
-    def _rows_here(self, at: Position, plan: Rows) -> np.ndarray | None:
+    def _rows_here(self, at: Position, plan: Any) -> np.ndarray | None:
         """This host's rows of a window, from the position on; None for all."""
         if len(self._of.share) == self._of.batch_rows:
             return None

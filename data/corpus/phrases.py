@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from ..errors import DataError
-from ..packing import RandomStream
+from ..random import RandomStream
 from .parallel import Pair
 
 Split = Literal["train", "held-out"]

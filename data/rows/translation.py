@@ -19,8 +19,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -31,14 +29,14 @@ import numpy as np
 
 from ..corpus.parallel import Pair
 from ..errors import DataError
-from ..packing import RandomStream, ranges
+from ..packing import order_by_row, ranges
 from ..progress import ProgressCallback, Reporter
+from ..random import RandomStream
 from ..tokenizers.pairs import PairTokenizer, sample
-from .pretraining import Batch
+from .rows import Batch, WindowedRows
 
 FORMAT_VERSION = 1
 _PAIRS_AT_ONCE = 4096
-_PLANS_KEPT = 2
 _SHUFFLE, _PLAN = 1, 2  # what a random stream is for
 
 
@@ -179,7 +177,8 @@ def pack_pairs(source: np.ndarray, target: np.ndarray, source_capacity: int, tar
     """Best fit on two sides: each pair, the longest first, into the row where it leaves the least room.
 
     Args:
-        source, target: [P] lengths, at most the capacities. source_capacity, target_capacity: positions of a row.
+        source, target: [P] lengths, at most the capacities.
+        source_capacity, target_capacity: positions of a row.
 
     Returns:
         [P] the row of each pair, from 0. No pair is split and none is left out.
@@ -272,7 +271,7 @@ class PairPlan:
         return len(self.row_pairs) - 1
 
 
-class TranslationRows:
+class TranslationRows(WindowedRows[PairPlan]):
     """The rows that a translator is trained on. A batch (B rows, S and L positions of a source and a target row):
 
         input_ids, segment_ids, position_ids                          [B, S] int32   source, </s> after each
@@ -306,6 +305,7 @@ class TranslationRows:
         sampling: float = 0.0,
         window_pairs: int = 100_000,
     ):
+        super().__init__()
         if bool(sampling) != store.as_text:
             raise DataError("Sampling pieces takes a store of texts, and no sampling one of ids.")
         self.store, self.tokenizer, self.start_id = store, tokenizer, start_id
@@ -313,9 +313,6 @@ class TranslationRows:
         self.seed, self.sampling, self.window_pairs = seed, sampling, window_pairs
         self._windows = max(1, round(len(store) / window_pairs))
         self._order: tuple[int, np.ndarray] | None = None
-        self._plans: OrderedDict[tuple[int, int], PairPlan] = OrderedDict()
-        self._statistics: dict[tuple[int, int], PairStatistics] = {}
-        self._lock = threading.RLock()  # a prefetching thread plans too
         if not self.rows_in_window(0, 0):
             raise DataError(
                 f"No pair of sentences fits into rows of {source_length} source and {target_length} target tokens. "
@@ -342,39 +339,13 @@ class TranslationRows:
         """How many windows an epoch has; every epoch as many."""
         return self._windows
 
-    def rows_in_window(self, epoch: int, window: int) -> int:
-        """How many rows; plans the window unless that was done."""
-        found = self._statistics.get((epoch, window))
-        return (self.plan(epoch, window).statistics if found is None else found).rows
-
-    def statistics(self, epoch: int = 0) -> PairStatistics:
-        """What the plan of an epoch makes of its pairs; plans all its windows."""
-        nothing = PairStatistics(self.source_length, self.target_length)
-        for window in range(self._windows):
-            self.rows_in_window(epoch, window)
-            nothing += self._statistics[epoch, window]
-        return nothing
-
-    def plan(self, epoch: int, window: int) -> PairPlan:
-        """The rows of one window. The last few plans are kept."""
-        key = (epoch, window)
-        with self._lock:
-            if key in self._plans:
-                self._plans.move_to_end(key)
-            else:
-                self._plans[key] = self._plan(epoch, window)
-                self._statistics[key] = self._plans[key].statistics
-                while len(self._plans) > _PLANS_KEPT:
-                    self._plans.popitem(last=False)
-            return self._plans[key]
-
     def _window_pairs(self, epoch: int, window: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, RandomStream(self.seed, _SHUFFLE, epoch).permutation(len(self.store)))
         bounds = np.linspace(0, len(self.store), self._windows + 1).astype(np.int64)
         return self._order[1][bounds[window] : bounds[window + 1]]
 
-    def _plan(self, epoch: int, window: int) -> PairPlan:
+    def _make_plan(self, epoch: int, window: int) -> PairPlan:
         pairs = self._window_pairs(epoch, window)
         drawn: list[list[list[int]]] | None = None
         if self.sampling:
@@ -387,13 +358,8 @@ class TranslationRows:
         lengths = lengths[:, kept]
         packed = pack_pairs(lengths[0], lengths[1], self.source_length, self.target_length)
         rows = int(packed.max()) + 1 if len(packed) else 0
-        shuffled = RandomStream(self.seed, _PLAN, epoch, window).permutation(rows)[packed]
-        by_row = np.argsort(shuffled, kind="stable")
-        kept, lengths = kept[by_row], lengths[:, by_row]
-        row_pairs = np.concatenate([[0], np.cumsum(np.bincount(shuffled, minlength=rows))]).astype(np.int64)
-        held = np.diff(row_pairs)
-        starts = np.cumsum(lengths, axis=1) - lengths
-        first = np.repeat(row_pairs[:-1], held)
+        placed = order_by_row(RandomStream(self.seed, _PLAN, epoch, window).permutation(rows)[packed], rows)
+        kept, lengths = kept[placed.examples], lengths[:, placed.examples]
         sampled = None
         if drawn is not None:
             source, target = (
@@ -406,9 +372,9 @@ class TranslationRows:
             window=window,
             pairs=pairs[kept],
             lengths=lengths,
-            column=starts - starts[:, first],
-            slot=np.arange(len(kept)) - first,
-            row_pairs=row_pairs,
+            column=np.stack([placed.columns(side) for side in lengths]),
+            slot=placed.slot,
+            row_pairs=placed.row_examples,
             statistics=PairStatistics(
                 self.source_length,
                 self.target_length,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
-from ..packing import RandomStream
+from ..random import RandomStream
 from ..reading import read_lines, read_text
 
 CHOICES = 4

@@ -6,7 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bestiary.data.packing import Examples, RandomStream, Statistics, _truncated, pack, plan_pairs, plan_singles
+from bestiary.data.packing import Statistics, pack
+from bestiary.data.random import RandomStream
+from bestiary.data.rows.sentence_pairs import Examples, _truncated, plan_pairs, plan_singles
 
 
 def window(documents: int, seed: int, longest: int = 40, sentences: int = 50) -> tuple[np.ndarray, np.ndarray]:

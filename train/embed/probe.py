@@ -27,7 +27,7 @@ import tyro
 
 from ...data.batches import pack_features
 from ...data.errors import DataError
-from ...data.packing import RandomStream
+from ...data.random import RandomStream
 from ...data.tasks.glue import GlueName
 from ...data.tasks.tables import TextExample
 from ...models.pooling import mix

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from ...data import (
     EMBEDDED,
     Corpus,
-    PretrainingDataset,
+    SentencePairRows,
     TokenCache,
     Tokenizer,
     build_cache,
@@ -408,11 +408,12 @@ def user_cache_folder() -> Path:
 
 def dataset(
     config: PretrainConfig, data: Data, length: int, split: Literal["train", "validation"] = "train"
-) -> PretrainingDataset:
+) -> SentencePairRows:
     """Rows of one sequence length: those that are trained on, or those that are held out, alike for every seed."""
     training = split == "train"
-    return PretrainingDataset(
+    return SentencePairRows(
         data.train if training else data.validation,
+        data.tokenizer,
         "all" if config.validation_corpus else split,
         sequence_length=length,
         seed=config.seed if training else 0,
@@ -500,7 +501,7 @@ def describe(config: PretrainConfig, data: Data, architecture: BertConfig, param
         f"{counts.tokens:,} tokens, {counts.unknown_tokens:,} of them unknown"
     )
     for phase in parse_phases(config):
-        progress.line(f"rows of {phase.length}: {dataset(config, data, phase.length).statistics(0)}")
+        progress.line(f"rows of {phase.length}: {dataset(config, data, phase.length).statistics(0, windows=8)}")
     devices = jax.devices()
     progress.line(
         f"model: {architecture.layers} layers, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "

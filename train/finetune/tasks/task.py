@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ....data.batches import Features
-from ....data.packing import RandomStream
+from ....data.random import RandomStream
 from ....data.tokenizers.tokenizer import Tokenizer
 from ...errors import RunError
 from ...metrics import Sums

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, PretrainingDataset, TokenCache
-from bestiary.data.rows.pretraining import Batch, Position
+from bestiary.data import DataError, SentencePairRows, TokenCache, Tokenizer
+from bestiary.data.rows.rows import Batch, Position
 
 FIELDS = {
     "input_ids": np.int32,
@@ -21,7 +21,7 @@ FIELDS = {
 }
 
 
-def epoch_of(dataset: PretrainingDataset, epoch: int = 0) -> Batch:
+def epoch_of(dataset: SentencePairRows, epoch: int = 0) -> Batch:
     """All rows of an epoch, in order."""
     parts, first = [], 0
     for window in range(dataset.windows_in_epoch(epoch)):
@@ -43,9 +43,15 @@ def place(documents: list[list[int]], tokens: list[int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("sequence_length", "window_tokens"), [(64, 8_000_000), (128, 8_000_000), (64, 5_000)])
-def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int):
-    dataset = PretrainingDataset(
-        cache, "train", sequence_length=sequence_length, seed=3, window_tokens=window_tokens, validation_fraction=0.2
+def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int, tokenizer: Tokenizer):
+    dataset = SentencePairRows(
+        cache,
+        tokenizer,
+        "train",
+        sequence_length=sequence_length,
+        seed=3,
+        window_tokens=window_tokens,
+        validation_fraction=0.2,
     )
     assert (dataset.windows_in_epoch(0) > 2) == (window_tokens == 5_000)
     rows = epoch_of(dataset)
@@ -54,7 +60,6 @@ def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int):
     for name, dtype in FIELDS.items():
         width = {"row_ids": 2, "input_ids": sequence_length}.get(name, sequence_length if "_ids" in name else slots)
         assert (rows[name].dtype, rows[name].shape) == (dtype, (count, width)), name
-    info = cache.info
     documents = [np.concatenate(cache.document(number)).tolist() for number in range(cache.counts.documents)]
     train = set(dataset.documents.tolist())
     seen, labels, tokens, matched = Counter(), Counter(), 0, 0
@@ -65,7 +70,7 @@ def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int):
         used = int((segment_ids > 0).sum())
         tokens += used
         assert (np.diff(segment_ids[:used]) >= 0).all()
-        assert (ids[used:] == info.pad_id).all()
+        assert (ids[used:] == tokenizer.pad_id).all()
         assert not rows["position_ids"][row, used:].any()
         assert not rows["token_type_ids"][row, used:].any()
         np.testing.assert_array_equal(rows["next_sentence_weights"][row], np.arange(slots) < examples)
@@ -77,12 +82,12 @@ def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int):
             assert rows["cls_positions"][row, example] == places[0]
             np.testing.assert_array_equal(rows["position_ids"][row, places], np.arange(len(places)))
             own = ids[places].tolist()
-            assert own[0] == info.cls_id
-            middle = own.index(info.sep_id)
+            assert own[0] == tokenizer.cls_id
+            middle = own.index(tokenizer.sep_id)
             first, second = own[1:middle], own[middle + 1 : -1]
-            assert own[-1] == info.sep_id
+            assert own[-1] == tokenizer.sep_id
             assert min(len(first), len(second)) >= 1
-            assert info.sep_id not in second
+            assert tokenizer.sep_id not in second
             assert rows["token_type_ids"][row, places].tolist() == [0] * (middle + 1) + [1] * (len(second) + 1)
             label = int(rows["next_sentence_labels"][row, example])
             labels[label] += 1
@@ -102,25 +107,24 @@ def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int):
     assert matched > 0.8 * sum(labels.values())
     assert max(seen.values()) == 1, "no token is in two first segments"
     assert 0.4 < labels[1] / sum(labels.values()) < 0.75
-    statistics = dataset.statistics(0, windows=None)
+    statistics = dataset.statistics()
     assert (statistics.rows, statistics.tokens) == (count, tokens)
     assert (statistics.examples, statistics.random_examples) == (sum(labels.values()), labels[1])
     assert statistics.source_tokens == dataset.tokens == sum(len(documents[number]) for number in train)
     assert (statistics.documents, statistics.windows) == (len(train), dataset.windows_in_epoch(0))
     assert statistics.dropped_examples == 0
     assert statistics.packing_efficiency == tokens / (count * sequence_length) > 0.9
-    assert dataset.rows_in_epoch(0) == count
-    assert dataset.statistics_so_far() == statistics
+    assert dataset.statistics().rows == count
     assert dataset.statistics(0, windows=1) == dataset.plan(0, 0).statistics
 
 
-def test_rows_without_next_sentences(cache: TokenCache):
-    dataset = PretrainingDataset(cache, "all", sequence_length=64, next_sentence=False)
+def test_rows_without_next_sentences(cache: TokenCache, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, "all", sequence_length=64, next_sentence=False)
     rows = epoch_of(dataset)
     assert not rows["next_sentence_weights"].any()
     assert not rows["token_type_ids"].any()
     ids = rows["input_ids"]
-    special = (ids == cache.info.cls_id) | (ids == cache.info.sep_id)
+    special = (ids == tokenizer.cls_id) | (ids == tokenizer.sep_id)
     content = ids[(rows["segment_ids"] > 0) & ~special]
     everything = np.concatenate(cache.read_records(range(cache.counts.records)))
     np.testing.assert_array_equal(np.sort(content), np.sort(everything))
@@ -131,9 +135,9 @@ def test_rows_without_next_sentences(cache: TokenCache):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_settings_give_the_same_rows(cache: TokenCache):
+def test_the_same_settings_give_the_same_rows(cache: TokenCache, tokenizer: Tokenizer):
     def rows(epoch: int = 0, **options) -> Batch:
-        return epoch_of(PretrainingDataset(cache, sequence_length=64, **{"seed": 1, **options}), epoch)
+        return epoch_of(SentencePairRows(cache, tokenizer, sequence_length=64, **{"seed": 1, **options}), epoch)
 
     original = rows()
     for name, values in rows().items():
@@ -144,15 +148,15 @@ def test_the_same_settings_give_the_same_rows(cache: TokenCache):
         )
 
 
-def test_row_ids_are_never_the_same_twice(cache: TokenCache):
-    dataset = PretrainingDataset(cache, sequence_length=64, window_tokens=5000)
+def test_row_ids_are_never_the_same_twice(cache: TokenCache, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
     ids = [tuple(row) for epoch in range(3) for row in epoch_of(dataset, epoch)["row_ids"].tolist()]
     assert len(set(ids)) == len(ids)
-    assert [row for epoch, row in ids if epoch == 1] == list(range(dataset.rows_in_epoch(1)))
+    assert [row for epoch, row in ids if epoch == 1] == list(range(dataset.statistics(1).rows))
 
 
-def test_copies_come_back_with_their_ids(cache: TokenCache):
-    dataset = PretrainingDataset(cache, sequence_length=64, copies=2, window_tokens=5000)
+def test_copies_come_back_with_their_ids(cache: TokenCache, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, sequence_length=64, copies=2, window_tokens=5000)
     epochs = [epoch_of(dataset, epoch) for epoch in range(4)]
     for name in FIELDS:
         np.testing.assert_array_equal(epochs[0][name], epochs[2][name])
@@ -161,21 +165,21 @@ def test_copies_come_back_with_their_ids(cache: TokenCache):
     assert (epochs[1]["row_ids"][:, 0] == 1).all()
 
 
-def test_a_row_by_its_number(cache: TokenCache):
-    dataset = PretrainingDataset(cache, sequence_length=64, window_tokens=5000)
+def test_a_row_by_its_number(cache: TokenCache, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
     epochs = [epoch_of(dataset, epoch) for epoch in range(2)]
     both = {name: np.concatenate([epoch[name] for epoch in epochs]) for name in FIELDS}
     total = len(both["input_ids"])
-    fresh = PretrainingDataset(cache, sequence_length=64, window_tokens=5000)
+    fresh = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
     for number in (total - 1, 0, 17, len(epochs[0]["input_ids"]) - 1, len(epochs[0]["input_ids"])):
         row = fresh.row(number)
         for name in FIELDS:
             np.testing.assert_array_equal(row[name], both[name][number], err_msg=f"{name} of row {number}")
 
 
-def test_positions_are_found_from_any_earlier_one(cache: TokenCache):
-    dataset = PretrainingDataset(cache, sequence_length=64, window_tokens=5000)
-    positions = [dataset.locate(row) for row in range(0, 3 * dataset.rows_in_epoch(0), 37)]
+def test_positions_are_found_from_any_earlier_one(cache: TokenCache, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
+    positions = [dataset.locate(row) for row in range(0, 3 * dataset.statistics().rows, 37)]
     for before, after in pairwise(positions):
         assert dataset.locate(after.row, start=before) == after
         assert dataset.locate(before.row, start=after) == before
@@ -183,8 +187,8 @@ def test_positions_are_found_from_any_earlier_one(cache: TokenCache):
     assert positions[-1].epoch >= 2
 
 
-def test_only_needed_records_are_read(cache: TokenCache, monkeypatch: pytest.MonkeyPatch):
-    dataset = PretrainingDataset(cache, sequence_length=64)
+def test_only_needed_records_are_read(cache: TokenCache, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, sequence_length=64)
     plan = dataset.plan(0, 0)
     whole = dataset.read_tokens(plan)
     read: list[int] = []
@@ -197,15 +201,15 @@ def test_only_needed_records_are_read(cache: TokenCache, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(values, dataset.assemble(plan, whole, rows, 0)[name])
 
 
-def test_splits_share_no_document(cache: TokenCache):
-    train, held = (PretrainingDataset(cache, split, sequence_length=64) for split in ("train", "validation"))
+def test_splits_share_no_document(cache: TokenCache, tokenizer: Tokenizer):
+    train, held = (SentencePairRows(cache, tokenizer, split, sequence_length=64) for split in ("train", "validation"))
     assert not set(train.documents) & set(held.documents)
     assert len(train.documents) + len(held.documents) == cache.counts.documents
     assert train.fingerprint != held.fingerprint
 
 
-def test_windows_hold_whole_documents_once_each(cache: TokenCache):
-    dataset = PretrainingDataset(cache, sequence_length=64, window_tokens=3000)
+def test_windows_hold_whole_documents_once_each(cache: TokenCache, tokenizer: Tokenizer):
+    dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=3000)
     for epoch in range(2):
         windows = [dataset.plan(epoch, window).documents for window in range(dataset.windows_in_epoch(epoch))]
         assert len(windows) > 5
@@ -227,6 +231,6 @@ def test_windows_hold_whole_documents_once_each(cache: TokenCache):
         ({"validation_fraction": 2.0}, r"A validation fraction of 2\.0"),
     ],
 )
-def test_refusals(cache: TokenCache, options: dict, message: str):
+def test_refusals(cache: TokenCache, options: dict, message: str, tokenizer: Tokenizer):
     with pytest.raises(DataError, match=message):
-        PretrainingDataset(cache, **{"sequence_length": 64, **options})
+        SentencePairRows(cache, tokenizer, **{"sequence_length": 64, **options})

@@ -1,0 +1,48 @@
+"""Random numbers for shuffling and planning that stay the same on every machine and in every version of NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class RandomStream:
+    """Random numbers drawn from a key of integers.
+
+    `Generator`'s methods may change between versions of NumPy; a bit generator's raw output, which is all that is used
+    here, may not.
+    """
+
+    def __init__(self, *key: int):
+        self._bits = np.random.Philox(np.random.SeedSequence(key))
+
+    def words(self, count: int) -> np.ndarray:
+        """[count] uint64."""
+        return self._bits.random_raw(count)
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """[count] float64 in [0, 1)."""
+        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+
+    def permutation(self, count: int) -> np.ndarray:
+        """[count] int64."""
+        return np.argsort(self.words(count), kind="stable")
+
+    def tuples(self, size: int) -> Iterator[list[float]]:
+        """Without end: `size` numbers in [0, 1) at a time."""
+        while True:
+            yield from self.uniforms(1024 * size).reshape(1024, size).tolist()
+
+    def coins(self, counts: np.ndarray) -> np.ndarray:
+        """How many heads in counts[i] tosses; [n] int64. Every toss is a bit: the distribution is exactly binomial."""
+        result = np.zeros(len(counts), np.int64)
+        tossed = np.flatnonzero(counts)
+        if tossed.size:
+            words_each = -(-counts[tossed] // 64)
+            words = self.words(int(words_each.sum()))
+            starts = np.cumsum(words_each) - words_each
+            spare = (words_each * 64 - counts[tossed]).astype(np.uint64)
+            words[starts] >>= spare
+            result[tossed] = np.add.reduceat(np.bitwise_count(words), starts, dtype=np.int64)
+        return result

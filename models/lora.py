@@ -42,9 +42,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..kernels.hash import hash_dropout, row_seeds
-from .checkpoints.folder import family_of_model
 from .checkpoints.tables import LAYER, CheckpointError, Entry, Params, Table, Transposed, flatten, merge
 from .layers import Linear, dropout_seed, matmul, row_numbers
+from .registry import family_of_model
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

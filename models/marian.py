@@ -9,29 +9,38 @@ a checkpoint that the reference implementation loads.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from .checkpoints.config import ConfigError, read_fields, write_fields
-from .checkpoints.tables import Architecture, Params, flatten
-from .transformer import (
-    SHARED_KEYS,
-    Transformer,
-    TransformerConfig,
-    checkpoint_table,
-    is_encoder_parameter,
-    make_config,
-)
+from .checkpoints.config import ConfigError
+from .checkpoints.tables import Params, flatten
+from .transformer import SHARED_KEYS, Transformer, TransformerConfig, make_family
 
-__all__ = ["ARCHITECTURES", "Marian", "MarianConfig", "checkpoint_table", "from_transformer", "is_encoder_parameter"]
+TYING_KEYS = ("share_encoder_decoder_embeddings", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
 class MarianConfig(TransformerConfig):
     """Sizes and settings of a Marian model. The defaults are the reference implementation's."""
+
+    MODEL_TYPE: ClassVar[str] = "marian"
+    KEYS: ClassVar[Mapping[str, str]] = {**SHARED_KEYS, "target_vocab_size": "decoder_vocab_size"}
+    REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "is_encoder_decoder": (True,),
+        "static_position_embeddings": (True,),
+        "normalize_before": (False,),
+        "normalize_embedding": (False,),
+        "add_final_layer_norm": (False,),
+        "extra_pos_embeddings": (0,),
+        "encoder_layerdrop": (0, 0.0),
+        "decoder_layerdrop": (0, 0.0),
+        "quantization_config": (None,),
+    }
+    WRITTEN_ANEW: ClassVar[tuple[str, ...]] = (*TransformerConfig.WRITTEN_ANEW, *TYING_KEYS)
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     vocab_size: int = 58_101
     width: int = 1024
@@ -52,36 +61,17 @@ class MarianConfig(TransformerConfig):
     forced_eos_token_id: int | None = 0
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """The config of a parsed config.json; `ConfigError` names every setting that is not implemented."""
-        fields, extra = read_fields(cls, stored, KEYS, REQUIRED)
-        shared, tied = (stored.get(key, True) for key in ("share_encoder_decoder_embeddings", "tie_word_embeddings"))
+    def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
+        """As `FamilyConfig.from_json`."""
+        shared, tied = (stored.get(key, True) for key in TYING_KEYS)
         if shared and not tied:
             raise ConfigError("config.json:\n  tie_word_embeddings: only true is implemented with shared embeddings")
-        fields["tying"] = "all" if shared else "decoder" if tied else "none"
-        return make_config(cls, fields, tuple((key, text) for key, text in extra if key not in TYING_KEYS))
+        return super().from_json(stored, tying="all" if shared else "decoder" if tied else "none", **more)
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary to write as config.json, without `architectures`, which are the model's to say."""
-        stored = write_fields(self, KEYS) | {"model_type": "marian", "is_encoder_decoder": True}
-        stored |= dict(zip(TYING_KEYS, (self.tying == "all", self.tying != "none"), strict=True))
-        return stored | {"decoder_vocab_size": self.target_words}
-
-
-TYING_KEYS = ("share_encoder_decoder_embeddings", "tie_word_embeddings")
-KEYS = {**SHARED_KEYS, "target_vocab_size": "decoder_vocab_size"}
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("marian",),
-    "is_encoder_decoder": (True,),
-    "static_position_embeddings": (True,),
-    "normalize_before": (False,),
-    "normalize_embedding": (False,),
-    "add_final_layer_norm": (False,),
-    "extra_pos_embeddings": (0,),
-    "encoder_layerdrop": (0, 0.0),
-    "decoder_layerdrop": (0, 0.0),
-    "quantization_config": (None,),
-}
+        """As `FamilyConfig.to_json`."""
+        tying = dict(zip(TYING_KEYS, (self.tying == "all", self.tying != "none"), strict=True))
+        return super().to_json() | tying | {"decoder_vocab_size": self.target_words}
 
 
 class Marian(Transformer):
@@ -136,5 +126,11 @@ def _reordered(path: tuple[str, ...], leaf: np.ndarray, order: np.ndarray) -> np
     return leaf
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (Architecture("MarianMTModel", "translation", Marian),)
-config_from_json: Callable[[Mapping[str, Any]], MarianConfig] = MarianConfig.from_json
+FAMILY = make_family(
+    MarianConfig,
+    "MarianMTModel",
+    Marian,
+    title="Marian",
+    paper="Junczys-Dowmunt et al. 2018",
+    tokenizer="SentencePiece",
+)

@@ -17,15 +17,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checkpoints.config import ConfigError, Extra, read_fields, write_fields
-from .checkpoints.tables import Architecture, Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
+from .checkpoints.tables import Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
+from .family import Architecture, Family, FamilyConfig
 from .incremental import Slots, Steps
 from .layers import (
     ACTIVATIONS,
@@ -48,9 +48,70 @@ from .losses import SmoothedSums, projected_sums
 NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
 
 
+TYINGS = ("all", "decoder", "none")
+SINUSOIDS = ("interleaved", "halves")
+# Under the names that released checkpoints of encoder-decoders have for them, where they have one.
+SHARED_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "d_model",
+    "encoder_layers": "encoder_layers",
+    "decoder_layers": "decoder_layers",
+    "encoder_heads": "encoder_attention_heads",
+    "decoder_heads": "decoder_attention_heads",
+    "encoder_feed_forward": "encoder_ffn_dim",
+    "decoder_feed_forward": "decoder_ffn_dim",
+    "positions": "max_position_embeddings",
+    "activation": "activation_function",
+    "scale_embeddings": "scale_embedding",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "pad_token_id": "pad_token_id",
+    "eos_token_id": "eos_token_id",
+    "bos_token_id": "bos_token_id",
+    "decoder_start_token_id": "decoder_start_token_id",
+    "forced_eos_token_id": "forced_eos_token_id",
+}
+
+
+def _size(layers: int, width: int, heads: int, feed_forward: int, dropout: float, vocab_size: int) -> dict[str, Any]:
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", layers), ("heads", heads), ("feed_forward", feed_forward))
+    }
+    return {"width": width, "dropout": dropout, "vocab_size": vocab_size, **sides}
+
+
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(FamilyConfig):
     """Sizes and settings of a Transformer. The defaults are those of the paper's base model."""
+
+    MODEL_TYPE: ClassVar[str] = "transformer"
+    KEYS: ClassVar[Mapping[str, str]] = {
+        **SHARED_KEYS,
+        "target_vocab_size": "decoder_vocab_size",
+        "embedding_width": "embedding_size",
+        "sinusoids": "sinusoids",
+        "pre_norm": "normalize_before",
+        "tying": "tying",
+        "logits_bias": "final_logits_bias",
+    }
+    REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "is_encoder_decoder": (True,),
+        "activation_function": tuple(ACTIVATIONS),
+        "tying": TYINGS,
+        "sinusoids": SINUSOIDS,
+        "quantization_config": (None,),
+    }
+    WRITTEN_ANEW: ClassVar[tuple[str, ...]] = (*FamilyConfig.WRITTEN_ANEW, "is_encoder_decoder")
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Vaswani et al. 2017, table 3, with the 37,000 shared pieces of English and German (5.1).
+        "transformer-base": _size(6, 512, 8, 2048, 0.1, 37_000),
+        "transformer-big": _size(6, 1024, 16, 4096, 0.3, 37_000),
+        # For Multi30k: Wu et al. 2021, "Good for Misconceived Reasons" (Transformer-Tiny).
+        "transformer-tiny": _size(4, 128, 4, 256, 0.3, 10_000),
+    }
 
     vocab_size: int = 37_000
     """number of word pieces of the source, and of the target too unless it has its own, V"""
@@ -103,23 +164,10 @@ class TransformerConfig:
     forced_eos_token_id: int | None = None
     """the token that decoding ends the longest allowed text with"""
 
-    dtype: str = "float32"
-    """what is computed in, float32 or bfloat16; parameters, norms, softmax and losses stay float32"""
-    scan_layers: bool = True
-    """compile one layer and loop over it; off writes all layers out (same numbers, longer compilation)"""
-    remat: bool = False
-    """recompute each layer's inner values in the backward pass: less memory, about a third more work"""
-    attention_implementation: str | None = None
-    """backend of kernels.attention; None takes the fastest"""
-
-    extra: Extra = ()
-    """what else config.json held, written back with it"""
-    repeated: tuple[str, ...] = ()
-    """tied copies and buffers that the checkpoint held, written back with it"""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        for field, allowed in (("tying", TYINGS), ("sinusoids", SINUSOIDS), ("dtype", ("float32", "bfloat16"))):
+        for field, allowed in (("tying", TYINGS), ("sinusoids", SINUSOIDS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{name}: {field} is one of {', '.join(allowed)}, not {getattr(self, field)!r}")
         for side in ("encoder", "decoder"):
@@ -144,92 +192,14 @@ class TransformerConfig:
         """Size of the embeddings."""
         return self.width if self.embedding_width is None else self.embedding_width
 
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
-        """A size by name, with changes to its fields: `TransformerConfig.preset("transformer-tiny", dropout=0.3)`."""
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name!r} of the Transformer; known: {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """The config of a parsed config.json; `ConfigError` names every setting that is not implemented."""
-        fields, extra = read_fields(cls, stored, KEYS, REQUIRED)
-        return make_config(cls, fields, extra)
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest example on either side."""
+        return self.positions
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary to write as config.json, without `architectures`, which are the model's to say."""
-        return write_fields(self, KEYS) | {"model_type": "transformer", "is_encoder_decoder": True}
-
-
-def make_config(cls: Any, fields: Mapping[str, Any], extra: Extra) -> Any:
-    """A config of what a config.json held, with what does not fit together told as `ConfigError`."""
-    try:
-        return cls(**fields, extra=tuple((key, text) for key, text in extra if key not in WRITTEN_ANEW))
-    except ValueError as error:
-        raise ConfigError(f"config.json:\n  {error}") from None
-
-
-TYINGS = ("all", "decoder", "none")
-SINUSOIDS = ("interleaved", "halves")
-WRITTEN_ANEW = ("model_type", "architectures", "is_encoder_decoder")
-# Under the names that released checkpoints of encoder-decoders have for them, where they have one.
-SHARED_KEYS = {
-    "vocab_size": "vocab_size",
-    "width": "d_model",
-    "encoder_layers": "encoder_layers",
-    "decoder_layers": "decoder_layers",
-    "encoder_heads": "encoder_attention_heads",
-    "decoder_heads": "decoder_attention_heads",
-    "encoder_feed_forward": "encoder_ffn_dim",
-    "decoder_feed_forward": "decoder_ffn_dim",
-    "positions": "max_position_embeddings",
-    "activation": "activation_function",
-    "scale_embeddings": "scale_embedding",
-    "dropout": "dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
-    "pad_token_id": "pad_token_id",
-    "eos_token_id": "eos_token_id",
-    "bos_token_id": "bos_token_id",
-    "decoder_start_token_id": "decoder_start_token_id",
-    "forced_eos_token_id": "forced_eos_token_id",
-}
-KEYS = {
-    **SHARED_KEYS,
-    "target_vocab_size": "decoder_vocab_size",
-    "embedding_width": "embedding_size",
-    "sinusoids": "sinusoids",
-    "pre_norm": "normalize_before",
-    "tying": "tying",
-    "logits_bias": "final_logits_bias",
-}
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("transformer",),
-    "is_encoder_decoder": (True,),
-    "activation_function": tuple(ACTIVATIONS),
-    "tying": TYINGS,
-    "sinusoids": SINUSOIDS,
-    "quantization_config": (None,),
-}
-
-
-def _size(layers: int, width: int, heads: int, feed_forward: int, dropout: float, vocab_size: int) -> dict[str, Any]:
-    sides = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in (("layers", layers), ("heads", heads), ("feed_forward", feed_forward))
-    }
-    return {"width": width, "dropout": dropout, "vocab_size": vocab_size, **sides}
-
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Vaswani et al. 2017, table 3, with the 37,000 shared pieces of English and German (5.1).
-    "transformer-base": _size(6, 512, 8, 2048, 0.1, 37_000),
-    "transformer-big": _size(6, 1024, 16, 4096, 0.3, 37_000),
-    # For Multi30k: Wu et al. 2021, "Good for Misconceived Reasons" (Transformer-Tiny).
-    "transformer-tiny": _size(4, 128, 4, 256, 0.3, 10_000),
-}
+        """As `FamilyConfig.to_json`."""
+        return super().to_json() | {"is_encoder_decoder": True}
 
 
 def _glorot(key: Array, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> Array:
@@ -633,9 +603,8 @@ def _layer_entries(c: TransformerConfig, side: str) -> list[Entry]:
     ]
 
 
-def checkpoint_table(model: nn.Module) -> Table:
-    """The table of one of this file's models, or of its sibling's."""
-    c: TransformerConfig = model.config  # type: ignore[attr-defined]
+def checkpoint_table(c: TransformerConfig) -> Table:
+    """The table of this file's model, or of its sibling's."""
     shared, source, target = (
         "model.shared.weight",
         "model.encoder.embed_tokens.weight",
@@ -677,11 +646,12 @@ def checkpoint_table(model: nn.Module) -> Table:
     )
 
 
-def is_encoder_parameter(path: tuple[str, ...]) -> bool:
-    """Whether every Transformer has this parameter; there is one head, so all of them."""
-    del path
-    return True
+def make_family(config: type[TransformerConfig], name: str, build: type[Transformer], **words: str) -> Family:
+    """The family of this network under some name: one kind of model."""
+    kind = Architecture(name, "translation", build, checkpoint_table)
+    return Family(config=config, architectures=(kind,), one_kind=True, **words)  # type: ignore[arg-type]
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (Architecture("Transformer", "translation", Transformer),)
-config_from_json: Callable[[Mapping[str, Any]], TransformerConfig] = TransformerConfig.from_json
+FAMILY = make_family(
+    TransformerConfig, "Transformer", Transformer, title="Transformer", paper="Vaswani et al. 2017", tokenizer="BPE"
+)

@@ -81,7 +81,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("embed",): (".embed.embed", "EmbedConfig", "vectors of sentences or tokens from a pretrained encoder"),
     ("probe",): (".embed.probe", "ProbeConfig", "train a cheap head on a pretrained encoder's features of a task"),
     ("parity",): (
-        "..models.checkpoints.parity",
+        ".parity",
         "ParityConfig",
         "run fixtures of the reference implementation: errors of outputs, losses and gradients",
     ),

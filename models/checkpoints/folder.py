@@ -9,7 +9,6 @@ encoder only where that is asked for (`head=`), and what is then new or unused i
 """
 
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -27,13 +26,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..family import Architecture, Family, FamilyConfig
+from ..registry import FAMILIES, families, family_named, family_of_model, init_params
 from .config import read_object
-from .tables import Architecture, CheckpointError, Params, Placed, Table, flatten, merge
+from .tables import CheckpointError, Params, Placed, Table, flatten, merge
 
 log = logging.getLogger("bestiary.models")
-
-# model_type of config.json -> the module that holds the family.
-FAMILIES = {"bert": "..bert", "marian": "..marian", "transformer": "..transformer"}
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -128,11 +126,11 @@ def load_with_report(
     """As `load`, with what is new and what is unused given back instead of logged."""
     folder = Path(folder)
     stored = read_config(folder)
-    family = family_of(stored, folder)
-    if head is not None and not any(a.head == head for a in family.ARCHITECTURES):
-        name, known = family.__name__.rpartition(".")[2], ", ".join(dict.fromkeys(a.head for a in family.ARCHITECTURES))
-        raise CheckpointError(f"{folder}: a checkpoint of {name}; head: expected one of {known}, found {head!r}")
-    config = family.config_from_json(stored)
+    family = family_of_folder(stored, folder)
+    if head is not None and head not in family.heads:
+        known = ", ".join(family.heads)
+        raise CheckpointError(f"{folder}: a checkpoint of {family.name}; head: expected one of {known}, found {head!r}")
+    config: Any = family.config.from_json(stored)
     if num_labels is not None and num_labels != config.num_labels:
         changes = {"num_labels": num_labels, "label_names": None, **changes}
     config = dataclasses.replace(config, **changes)
@@ -142,16 +140,16 @@ def load_with_report(
         else:
             architecture = _architecture_for(family, head, config, tensors)
         model = architecture.build(config)
-        table: Table = family.checkpoint_table(model)
+        table = architecture.table(config)
         placed = table.place(tensors.shapes)
         if head is None:
             report = Report((), ())
             _require_all(placed, folder)
         else:
-            placed, report = _take_encoder(family, config, model, table, placed, tensors, folder)
+            placed, report = _take_encoder(family, config, table, placed, tensors, folder)
         params = table.load(placed, tensors.shapes, tensors.read, str(folder))
         config = dataclasses.replace(config, repeated=tuple(placed.repeated.values()))
-    model = model.clone(config=config)
+    model: Any = model.clone(config=config)
     if placed.missing:
         params = merge(params, _initialise(model, table, placed, seed))
     return Loaded(model, params, config, _load_tokenizer(folder)), report
@@ -188,11 +186,11 @@ def save(
         raise ValueError(f"dtype: expected one of {', '.join(STORED_DTYPES)}, found {dtype!r}")
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: exists and is not a checkpoint folder (no config.json); not replaced")
-    family, architecture = family_of_model(model)
+    _, architecture = family_of_model(model)
     config: Any = model.config  # type: ignore[attr-defined]
     tensors = (
         (name, np.ascontiguousarray(tensor.astype(STORED_DTYPES[dtype]) if _is_float(tensor) else tensor))
-        for name, tensor in family.checkpoint_table(model).save(params, config.repeated)
+        for name, tensor in architecture.table(config).save(params, config.repeated)
     )
     stored = config.to_json() | {"architectures": [architecture.name]}
     for key in ("dtype", "torch_dtype"):
@@ -231,31 +229,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def family_of(stored: Mapping[str, Any], folder: Path) -> Any:
-    """The module of the family that a config.json names by `model_type` or, failing that, by `architectures`."""
+def family_of_folder(stored: Mapping[str, Any], folder: Path) -> Family:
+    """The family that a config.json names by `model_type` or, failing that, by `architectures`."""
     name = stored.get("model_type")
     if name is None:
         wanted = _architectures(stored)
-        for family in map(_family, FAMILIES):
-            if any(a.name in wanted for a in family.ARCHITECTURES):
+        for family in families():
+            if any(a.name in wanted for a in family.architectures):
                 return family
         name = ", ".join(wanted) or "a checkpoint without model_type and architectures"
     if name not in FAMILIES:
         raise CheckpointError(f"{folder}: {name} is not a family of this version; known: {', '.join(FAMILIES)}")
-    return _family(name)
-
-
-def _family(name: str) -> Any:
-    return importlib.import_module(FAMILIES[name], __package__)
-
-
-def family_of_model(model: nn.Module) -> tuple[Any, Architecture]:
-    """The module of a model's family, and which of its kinds the model is."""
-    for family in map(_family, FAMILIES):
-        for architecture in family.ARCHITECTURES:
-            if architecture.build is type(model):
-                return family, architecture
-    raise TypeError(f"{type(model).__name__} is not a model of a family of this version; known: {', '.join(FAMILIES)}")
+    return family_named(name)
 
 
 def _architectures(stored: Mapping[str, Any]) -> list[str]:
@@ -264,7 +249,7 @@ def _architectures(stored: Mapping[str, Any]) -> list[str]:
 
 
 def _architecture_held(
-    family: Any, stored: Mapping[str, Any], config: Any, tensors: "Tensors", folder: Path
+    family: Family, stored: Mapping[str, Any], config: FamilyConfig, tensors: "Tensors", folder: Path
 ) -> Architecture:
     """The architecture that has a place for every tensor and a tensor for every place; the one config.json names first.
 
@@ -272,16 +257,16 @@ def _architecture_held(
     pretraining heads.
     """
     named = _architectures(stored)
-    known = [a.name for a in family.ARCHITECTURES]
+    known = [a.name for a in family.architectures]
     if named and not set(named) & set(known):
         raise CheckpointError(
             f"{folder}: {', '.join(named)} is not an architecture of this version; known: "
             f"{', '.join(dict.fromkeys(known))} (head= takes the encoder alone)"
         )
-    first = [a for a in family.ARCHITECTURES if a.name in named]
-    others = [a for a in family.ARCHITECTURES if a.name not in named]
+    first = [a for a in family.architectures if a.name in named]
+    others = [a for a in family.architectures if a.name not in named]
     for group in (first, others):
-        fitting = [a for a in group if _fits(family, a, config, tensors)]
+        fitting = [a for a in group if _fits(a, config, tensors)]
         if len({a.name for a in fitting}) > 1:
             raise CheckpointError(
                 f"{folder}: its tensors fit {', '.join(a.name for a in fitting)}, and config.json names none of them;"
@@ -291,18 +276,18 @@ def _architecture_held(
             if named and group is others:
                 log.warning("%s: called %s, but holds a %s", folder, ", ".join(named), fitting[0].name)
             return fitting[0]
-    return first[0] if first else family.ARCHITECTURES[0]
+    return first[0] if first else family.architectures[0]
 
 
-def _fits(family: Any, architecture: Architecture, config: Any, tensors: "Tensors") -> bool:
-    placed = family.checkpoint_table(architecture.build(config)).place(tensors.shapes)
+def _fits(architecture: Architecture, config: FamilyConfig, tensors: "Tensors") -> bool:
+    placed = architecture.table(config).place(tensors.shapes)
     return not placed.unmapped and not placed.missing
 
 
-def _architecture_for(family: Any, head: str, config: Any, tensors: "Tensors") -> Architecture:
+def _architecture_for(family: Family, head: str, config: FamilyConfig, tensors: "Tensors") -> Architecture:
     """The architecture with this head; where there are several, the one that misses fewest tensors."""
-    candidates = [a for a in family.ARCHITECTURES if a.head == head]
-    return min(candidates, key=lambda a: len(family.checkpoint_table(a.build(config)).place(tensors.shapes).missing))
+    candidates = [a for a in family.architectures if a.head == head]
+    return min(candidates, key=lambda a: len(a.table(config).place(tensors.shapes).missing))
 
 
 def _require_all(placed: Placed, folder: Path) -> None:
@@ -315,10 +300,10 @@ def _require_all(placed: Placed, folder: Path) -> None:
 
 
 def _take_encoder(
-    family: Any, config: Any, model: nn.Module, table: Table, placed: Placed, tensors: "Tensors", folder: Path
+    family: Family, config: FamilyConfig, table: Table, placed: Placed, tensors: "Tensors", folder: Path
 ) -> tuple[Placed, Report]:
     """What of a checkpoint a model with another head can use; its encoder must be there, and all tensors known."""
-    tables = [family.checkpoint_table(a.build(config)) for a in family.ARCHITECTURES]
+    tables = [a.table(config) for a in family.architectures]
     known = {name for t in tables for name in set(tensors.shapes) - set(t.place(tensors.shapes).unmapped)}
     core = {n for e in table.entries if family.is_encoder_parameter(e.path) for n in e.names}
     refitted = [
@@ -344,7 +329,7 @@ def _initialise(model: nn.Module, table: Table, placed: Placed, seed: int) -> Pa
     paths = {entry.path for entry in table.entries if not missing.isdisjoint(entry.names)}
 
     def draw(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
-        params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+        params = nn.unbox(init_params(model, key))
         return {path: leaf for path, leaf in flatten(params) if path in paths}
 
     drawn: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Holding models against the reference implementation's numbers: `bestiary parity FOLDER...`.
+"""Holding models against the reference implementation's numbers, for `bestiary parity FOLDER...`.
 
 A fixture folder is a checkpoint with, beside it, `expected.safetensors` (`input.*`, `output.*`, and `loss` where the
 model defines one) and `grads.safetensors` (the loss's gradients, under the checkpoint's own names), written by the
@@ -13,48 +13,36 @@ padding attend to the tokens, which `layers.reference_segments` does for us.
 Last, the checkpoint is saved again: same names, same bytes.
 """
 
-import dataclasses
-import json
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from .. import bert, losses
-from ..layers import reference_segments
-from .folder import Loaded, Tensors, family_of, load, read_config, save
+from .. import losses
+from ..encoder import Encoded
+from ..heads import encoder_inputs
+from ..layers import Segments, reference_segments, row_numbers
+from ..registry import family_of_model
+from .folder import Loaded, Tensors, load, save
 from .tables import CheckpointError, Params
 
 NOISE = 1e-5
+OUTPUT_TOLERANCE = 1e-5  # largest absolute error of any output, and of the loss
+GRADIENT_TOLERANCE = 1e-4  # largest error of any gradient tensor, as a share of the reference's norm
 
 Inputs = dict[str, Array]
 Outputs = dict[str, Array]
-
-
-@dataclass(frozen=True)
-class ParityConfig:
-    """Compare checkpoints with the reference implementation's stored outputs, losses and gradients."""
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """fixture folders: a checkpoint, expected.safetensors and, where there is a loss, grads.safetensors"""
-    json: bool = False
-    """print one JSON object instead of lines"""
-    output_tolerance: float = 1e-5
-    """largest absolute error of any output, and of the loss"""
-    gradient_tolerance: float = 1e-4
-    """largest relative error of any gradient tensor, as a share of the reference's norm"""
 
 
 @dataclass
@@ -73,41 +61,9 @@ class Report:
     saved_differently: list[str] | None = None  # tensors that were not saved as they were read
 
 
-def main(config: ParityConfig) -> int:
-    """Run the fixtures and print; 0 where all are within tolerance, else 1."""
-    if not config.folders:
-        print("bestiary parity: no folders given", file=sys.stderr)
-        return 2
-    reports = [check(folder, config) for folder in config.folders]
-    passed = all(report.passed for report in reports)
-    if config.json:
-        # Infinity and NaN are no JSON; what is not finite is shown as text.
-        finite = json.loads(json.dumps([dataclasses.asdict(r) for r in reports]), parse_constant=str)
-        tolerances = {"output_tolerance": config.output_tolerance, "gradient_tolerance": config.gradient_tolerance}
-        print(json.dumps({"passed": passed, **tolerances, "folders": finite}, indent=2))
-    else:
-        for report in reports:
-            print("\n".join(describe(report)))
-    return 0 if passed else 1
-
-
-def describe(report: Report) -> list[str]:
-    """A report as lines of text."""
-    verdict = "ok" if report.passed else "FAILED"
-    if report.error is not None:
-        return [f"{report.folder}: {verdict}: {report.error}"]
-    lines = [f"{report.folder}: {verdict} ({report.model})"]
-    lines += [f"  {name:32} {error:.2e}" for name, error in report.outputs.items()]
-    if report.loss is not None:
-        lines.append(f"  {'loss':32} {report.loss:.2e}")
-    if report.gradient is not None:
-        lines.append(f"  {'gradients (relative)':32} {report.gradient:.2e}  {report.gradient_tensor}")
-    saved = "same bytes" if not report.saved_differently else f"DIFFERS: {', '.join(report.saved_differently)}"
-    lines.append(f"  {'saved again':32} {saved}")
-    return lines
-
-
-def check(folder: Path, config: ParityConfig) -> Report:
+def check(
+    folder: Path, output_tolerance: float = OUTPUT_TOLERANCE, gradient_tolerance: float = GRADIENT_TOLERANCE
+) -> Report:
     """Compare one fixture folder; what stops the comparison is in the report's `error`."""
     report = Report(str(folder))
     try:
@@ -115,30 +71,32 @@ def check(folder: Path, config: ParityConfig) -> Report:
     except (OSError, ValueError, TypeError, NotImplementedError, SafetensorError) as error:
         report.error = str(error)
         return report
-    within = [error <= config.output_tolerance for error in report.outputs.values()]
+    within = [error <= output_tolerance for error in report.outputs.values()]
     if report.loss is not None:
-        within.append(report.loss <= config.output_tolerance)
+        within.append(report.loss <= output_tolerance)
     if report.gradient is not None:
-        within.append(report.gradient <= config.gradient_tolerance)
+        within.append(report.gradient <= gradient_tolerance)
     report.passed = all(within) and not report.saved_differently
     return report
 
 
 def run(folder: Path, report: Report) -> None:
     """Fill a report with what a fixture folder shows."""
-    stored = read_config(folder)
-    family = family_of(stored, folder)
     expected = _tensors(folder / "expected.safetensors")
     loaded = load(folder)
-    report.model = type(loaded.model).__name__
-    if report.model not in ADAPTERS:
-        raise CheckpointError(f"{folder}: parity of {report.model} is not known; known: {', '.join(ADAPTERS)}")
-    adapter = ADAPTERS[report.model]
+    architecture = family_of_model(loaded.model)[1]
+    report.model = architecture.name
+    if architecture.head not in ADAPTERS:
+        raise CheckpointError(f"{folder}: parity of {architecture.head} is not known; known: {', '.join(ADAPTERS)}")
+    adapter = ADAPTERS[architecture.head]
     inputs: Inputs = {
         name.removeprefix("input."): jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
         for name, value in expected.items()
         if name.startswith("input.")
     }
+    types = inputs.get("token_type_ids")
+    if types is not None and loaded.config.token_types < 2 and types.any():
+        raise CheckpointError(f"{folder}: token_type_ids, but the model has one sentence kind")
     with jax.default_matmul_precision("highest"):
         outputs, gradient = _evaluate(adapter, loaded.model, "loss" in expected, loaded.params, inputs)
     for name, value in expected.items():
@@ -146,7 +104,7 @@ def run(folder: Path, report: Report) -> None:
             report.outputs[name.removeprefix("output.")] = _difference(name, outputs, value)
     if "loss" in expected:
         report.loss = _difference("output.loss", outputs, expected["loss"].reshape(()))
-        table = family.checkpoint_table(loaded.model)
+        table = architecture.table(loaded.config)
         found = dict(table.save(jax.tree.map(np.asarray, gradient)))
         report.gradients = gradient_errors(found, _tensors(folder / "grads.safetensors"))
         report.gradient_tensor, report.gradient = max(report.gradients.items(), key=_nan_first)
@@ -218,21 +176,19 @@ def _difference(name: str, outputs: Outputs, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max())
 
 
-# What the reference's inputs, outputs and losses are called, model by model.
+# What the reference's inputs, outputs and losses are called, head by head.
 
 
 def _call(model: Any, params: Params, inputs: Inputs, **arguments: Any) -> Any:
-    """Run a BERT on the inputs that all of them share, taking those out of `inputs`."""
-    ids = inputs.pop("input_ids")
+    """Run an encoder, with a head or without, taking the inputs that all of them share out of `inputs`."""
+    batch: dict[str, Any] = {name: inputs.pop(name, None) for name in ("input_ids", "position_ids", "token_type_ids")}
+    batch["segment_ids"] = _segments(inputs)
+    return model.apply({"params": params}, *encoder_inputs(model.config, batch), **arguments)
+
+
+def _segments(inputs: Inputs) -> Segments:
     mask = inputs.pop("attention_mask", None)
-    return model.apply(
-        {"params": params},
-        ids,
-        None if mask is None else reference_segments(mask),
-        inputs.pop("position_ids", None),
-        inputs.pop("token_type_ids", None),
-        **arguments,
-    )
+    return None if mask is None else reference_segments(mask)
 
 
 def _finish(inputs: Inputs, outputs: Outputs, loss: Array | None) -> Outputs:
@@ -245,41 +201,54 @@ def _mean(sums: Mapping[str, losses.WeightedSum]) -> Array:
     return sums["loss"].total / sums["loss"].weight
 
 
-def _bert_model(model: Any, params: Params, inputs: Inputs) -> Outputs:
+def _encoder(model: Any, params: Params, inputs: Inputs) -> Outputs:
     mask = inputs.get("attention_mask")
-    encoded: bert.Encoded = _call(model, params, inputs, every_layer=True)
+    segments = _segments(dict(inputs))
+    encoded: Encoded = _call(model, params, inputs, every_layer=True)
     assert encoded.every_hidden is not None
     outputs = {"last_hidden_state": encoded.hidden}
     if encoded.pooled is not None:
         outputs["pooler_output"] = encoded.pooled
+    block, stack = model.bind({"params": params}).layers.unbind()
+    rows = row_numbers(None, encoded.hidden)
     for i, hidden in enumerate(encoded.every_hidden):
         outputs[f"hidden_states.{i}"] = hidden
-    for i in range(model.config.layers):
-        projections = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]["attention"])
-        outputs[f"attentions.{i}"] = attention_probabilities(projections, encoded.every_hidden[i], mask)
+        if i < model.config.layers:
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+            outputs[f"attentions.{i}"] = attention_probabilities(block, layer, hidden, segments, rows, mask)
     return _finish(inputs, outputs, None)
 
 
-def attention_probabilities(projections: Params, hidden: Array, mask: Array | None) -> Array:
+def attention_probabilities(
+    block: nn.Module, variables: Any, hidden: Array, segments: Segments, rows: Array, mask: Array | None
+) -> Array:
     """What one layer attends to, [B, H, L, L], by the formula: no fast backend ever holds this tensor.
 
     Args:
-        projections: the parameters of one `layers.Attention`.
-        hidden: [B, L, E], the layer's input.
+        block: the layer, whose `attention` is a `layers.Attention`.
+        variables: its own.
+        hidden: [B, L, E], its input.
+        segments: as the layer takes them.
+        rows: [B] uint32.
         mask: [B, L], 1 for the tokens to attend to.
     """
-    query, key = (
-        jnp.einsum("ble,ehd->blhd", hidden, projections[name]["kernel"]) + projections[name]["bias"][None, None]
-        for name in ("query", "key")
-    )
+    seen: Any = block.apply(
+        variables,
+        hidden,
+        segments,
+        rows,
+        deterministic=True,
+        capture_intermediates=lambda module, _: module.name in ("query", "key"),
+    )[1]
+    query, key = (seen["intermediates"]["attention"][name]["__call__"][0] for name in ("query", "key"))
     scores = jnp.einsum("blhd,bshd->bhls", query, key) / math.sqrt(query.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :] != 0, scores, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1)
 
 
-def _bert_pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
-    logits: bert.Pretraining = _call(model, params, inputs)
+def _pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    logits: Any = _call(model, params, inputs)
     labels, nsp_labels = inputs.pop("labels", None), inputs.pop("next_sentence_label", None)
     loss = None
     if labels is not None and nsp_labels is not None:
@@ -289,21 +258,21 @@ def _bert_pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
     return _finish(inputs, outputs, loss)
 
 
-def _bert_classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
+def _classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
     """Masked words and tokens: cross-entropy of every position's logits."""
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
     return _finish(inputs, {"logits": logits}, None if labels is None else _mean(losses.class_losses(logits, labels)))
 
 
-def _bert_sequence(model: Any, params: Params, inputs: Inputs) -> Outputs:
+def _classification(model: Any, params: Params, inputs: Inputs) -> Outputs:
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
     loss = None if labels is None else _mean(losses.sequence_losses(model.config.problem_type, logits, labels))
     return _finish(inputs, {"logits": logits}, loss)
 
 
-def _bert_span(model: Any, params: Params, inputs: Inputs) -> Outputs:
+def _span(model: Any, params: Params, inputs: Inputs) -> Outputs:
     start_logits, end_logits = _call(model, params, inputs)
     starts, ends = inputs.pop("start_positions", None), inputs.pop("end_positions", None)
     loss = None
@@ -313,7 +282,7 @@ def _bert_span(model: Any, params: Params, inputs: Inputs) -> Outputs:
     return _finish(inputs, {"start_logits": start_logits, "end_logits": end_logits}, loss)
 
 
-def _bert_choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
+def _choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
     labels = inputs.pop("labels", None)
     batch, choices, _ = inputs["input_ids"].shape
     flat = {name: value.reshape(batch * choices, -1) for name, value in inputs.items()}
@@ -332,8 +301,9 @@ def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
             raise CheckpointError("expected.safetensors: neither labels nor decoder_input_ids")
         start = jnp.full((labels.shape[0], 1), c.decoder_start_token_id, labels.dtype)
         decoder_ids = jnp.concatenate([start, jnp.where(labels < 0, c.pad_token_id, labels)[:, :-1]], axis=1)
-    mask, decoder_mask = (inputs.pop(name, None) for name in ("attention_mask", "decoder_attention_mask"))
-    segments, decoder_segments = (None if m is None else reference_segments(m) for m in (mask, decoder_mask))
+    segments = _segments(inputs)
+    decoder_mask = inputs.pop("decoder_attention_mask", None)
+    decoder_segments = None if decoder_mask is None else reference_segments(decoder_mask)
     logits = model.apply({"params": params}, inputs.pop("input_ids"), segments, None, decoder_ids, decoder_segments)
     loss = None if labels is None else _mean(losses.class_losses(logits, labels))
     return _finish(inputs, {"logits": logits}, loss)
@@ -341,13 +311,12 @@ def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
 
 Adapter = Callable[[Any, Params, Inputs], Outputs]
 ADAPTERS: dict[str, Adapter] = {
-    "Bert": _bert_model,
-    "BertForPreTraining": _bert_pretraining,
-    "BertForMaskedLM": _bert_classes,
-    "BertForTokenClassification": _bert_classes,
-    "BertForSequenceClassification": _bert_sequence,
-    "BertForQuestionAnswering": _bert_span,
-    "BertForMultipleChoice": _bert_choice,
-    "Marian": _translation,
-    "Transformer": _translation,
+    "encoder": _encoder,
+    "pretraining": _pretraining,
+    "masked_lm": _classes,
+    "tokens": _classes,
+    "classification": _classification,
+    "span": _span,
+    "choice": _choice,
+    "translation": _translation,
 }

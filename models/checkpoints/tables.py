@@ -110,14 +110,6 @@ def norm_entries(name: str, path: tuple[str, ...], width: int, layers: int | Non
     ]
 
 
-class Architecture(NamedTuple):
-    """One kind of model of a family, by the name that config.json has for it."""
-
-    name: str  # in config.json's `architectures`
-    head: str  # what it is for, as callers name it
-    build: Callable[[Any], Any]  # config -> module
-
-
 class Placed(NamedTuple):
     """Where the names of a checkpoint go."""
 

@@ -182,7 +182,7 @@ def test_logits_where_words_are_predicted_are_those_of_all_positions_there() -> 
     everywhere, there = run(MODEL, params(), IDS), run(MODEL, params(), IDS, mlm_positions=places)
     assert there.mlm_logits.shape == (4, 3, 61)
     np.testing.assert_allclose(there.mlm_logits, everywhere.mlm_logits[:, places[0]], atol=1e-6)
-    masked = bert.BertForMaskedLM(SMALL)
+    masked = bert.FAMILY.build("masked_lm", SMALL)
     tree = {"encoder": {k: v for k, v in params()["encoder"].items() if k != "pooler"}, "mlm": params()["mlm"]}
     np.testing.assert_allclose(run(masked, tree, IDS, mlm_positions=places), there.mlm_logits, atol=1e-6)
 

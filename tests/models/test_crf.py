@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models.bert import BertConfig, BertForTokenClassification
+from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.crf import CrfWeights, constrained, decode, legal_steps, log_likelihood
 
 NAMES = ("O", "B-a", "I-a", "B-b", "I-b")
@@ -116,7 +116,7 @@ def test_new_weights_leave_the_linear_head_as_it_is(drawn):
 
 def test_a_checkpoint_keeps_the_transitions(tmp_path):
     config = BertConfig(20, 32, 2, 2, 64, 16, num_labels=C, label_names=NAMES)
-    plain = BertForTokenClassification(config)
+    plain = FAMILY.build("tokens", config)
     ids = jnp.ones((1, 4), jnp.int32)
     params = jax.tree.map(np.asarray, nn.unbox(jax.jit(plain.init)(jax.random.key(0), ids))["params"])
     models.save(tmp_path / "plain", plain, params)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary import models
 from bestiary.models import lora
-from bestiary.models.bert import BertConfig, BertForSequenceClassification
+from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.checkpoints.tables import CheckpointError, flatten
 from bestiary.models.layers import Linear
 from bestiary.models.lora import (
@@ -43,7 +43,7 @@ QUERY = ("encoder", "layers", "attention", "query")
 @lru_cache
 def make(scan: bool = True) -> tuple[Any, Any]:
     """A tiny model and parameters for it."""
-    model = BertForSequenceClassification(BertConfig(**SIZES, scan_layers=scan))
+    model = FAMILY.build("classification", BertConfig(**SIZES, scan_layers=scan))
     return model, drawn(model)
 
 

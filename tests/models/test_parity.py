@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bestiary.models.checkpoints.parity import ParityConfig, Report, check, describe, gradient_errors, main
+from bestiary.models.checkpoints.parity import Report, check, gradient_errors
+from bestiary.train.parity import ParityConfig, describe, main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = (
@@ -23,7 +24,7 @@ NAMES = (
 
 
 def assert_passes(folder: Path) -> Report:
-    report = check(folder, ParityConfig((folder,)))
+    report = check(folder)
     assert report.passed, "\n".join(describe(report))
     return report
 
@@ -94,7 +95,7 @@ def test_nan_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_spoilt_weight_fails(tmp_path: Path) -> None:
     folder = copy(tmp_path)
     spoil(folder / "model.safetensors", "bert.encoder.layer.1.attention.self.key.weight", 0.1)
-    report = check(folder, ParityConfig((folder,)))
+    report = check(folder)
     assert not report.passed
     assert report.gradient is not None
     assert report.gradient > 1e-4
@@ -112,7 +113,7 @@ def test_a_spoilt_weight_fails(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, file: str, message: str) -> None:
     folder = copy(tmp_path)
     (folder / file).unlink()
-    report = check(folder, ParityConfig((folder,)))
+    report = check(folder)
     assert not report.passed
     assert message in (report.error or "")
 

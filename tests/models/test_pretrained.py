@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bestiary import models
-from bestiary.models.bert import Bert, BertConfig, BertForMaskedLM, BertForPreTraining
+from bestiary.models.bert import FAMILY, Bert, BertConfig, BertForPreTraining
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.folder import PROBLEMS_SHOWN, load_with_report
 from bestiary.models.checkpoints.tables import CheckpointError, Reshaped, Transposed, flatten
@@ -190,7 +190,12 @@ def test_narrow_types(tmp_path: Path, dtype: str, kind: Any) -> None:
 def test_a_model_from_scratch_is_saved_and_loaded(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=20, width=8, layers=2, heads=2, feed_forward=8, positions=6, dropout=0.2)
     draw = np.random.default_rng(0).normal
-    for model in (BertForPreTraining(config), BertForMaskedLM(config), Bert(config), Bert(config, pooler=False)):
+    for model in (
+        BertForPreTraining(config),
+        FAMILY.build("masked_lm", config),
+        Bert(config),
+        Bert(config, pooler=False),
+    ):
         params = jax.tree.map(lambda leaf: draw(size=leaf.shape).astype(np.float32), shapes(model))
         models.save(tmp_path / "model", model, params)
         loaded = models.load(tmp_path / "model")

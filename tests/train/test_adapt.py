@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models.bert import BertConfig, BertForSequenceClassification
+from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.lora import LoraError, load_lora, merge_lora
 from bestiary.train.cli import main
@@ -22,8 +22,8 @@ from bestiary.train.finetune.config import AdaptConfig
 from bestiary.train.learner import count_parameters, make_learner
 from bestiary.train.optim import schedule
 
-MODEL = BertForSequenceClassification(
-    BertConfig(vocab_size=29, width=8, layers=3, heads=2, feed_forward=12, positions=16, num_labels=2)
+MODEL = FAMILY.build(
+    "classification", BertConfig(vocab_size=29, width=8, layers=3, heads=2, feed_forward=12, positions=16, num_labels=2)
 )
 IDS = jnp.zeros((1, 4), jnp.int32)
 SHAPES = jax.eval_shape(MODEL.init, jax.random.key(0), IDS)["params"]

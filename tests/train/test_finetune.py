@@ -23,7 +23,7 @@ from bestiary.train.config import SpreadConfig
 from bestiary.train.finetune.commands.glue import GlueConfig
 from bestiary.train.finetune.commands.glue_suite import GlueSuiteConfig, planned, task_score
 from bestiary.train.finetune.config import FinetuneConfig
-from bestiary.train.finetune.model import layer_rates, load_model
+from bestiary.train.finetune.model import Depths, layer_rates, load_model
 from bestiary.train.finetune.prediction import Predictor
 from bestiary.train.finetune.tasks.glue import glue_task
 from bestiary.train.finetune.tasks.scores import glue_metrics, metric
@@ -309,16 +309,20 @@ def test_texts_of_any_length_are_predicted_without_compiling_again(finetuned):
 
 def test_rates_fall_by_one_factor_a_layer(encoder):
     config = FinetuneConfig(model=encoder, out=Path("runs/x"), layer_decay=0.5, freeze_layers=1)
-    layers = {("encoder", "layers", "a", "kernel"): (3, 3), ("encoder", "layers", "a", "bias"): (3, 2)}
-    trains, scales = layer_rates(config, layers)
+    word, head = ("encoder", "embeddings", "word", "embedding"), ("classifier", "kernel")
+    stack = np.array([1, 2, 3]).reshape(3, 1, 1)
+    depths = Depths({word: np.array(0), ("encoder", "layers", "a", "kernel"): stack, head: np.array(4)}, 3)
+    trains, scales = layer_rates(config, depths)
+    assert trains is not None
+    assert scales is not None
     kernel = scales(("encoder", "layers", "a", "kernel"))
     assert kernel.shape == (3, 1, 1)
     assert kernel.ravel().tolist() == [0.0, 0.25, 0.5]
-    assert scales(("encoder", "embeddings", "word", "embedding")) == 0.5**4
-    assert scales(("classifier", "kernel")) == 1
-    assert not trains(("encoder", "embeddings", "word", "embedding"))
+    assert scales(word) == 0.5**4
+    assert scales(head) == 1
+    assert not trains(word)
     assert trains(("encoder", "layers", "a", "kernel"))
-    assert layer_rates(FinetuneConfig(model=encoder, out=Path("runs/x")), layers) == (None, None)
+    assert layer_rates(FinetuneConfig(model=encoder, out=Path("runs/x")), depths) == (None, None)
 
 
 # --- other tasks ------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from jax.sharding import PartitionSpec as P
 from ...data.batches import Features, Placed, assemble, encode_texts, pack_features
 from ...data.packing import pack
 from ...models import load
-from ...models.checkpoints.folder import VOCABULARY_FILES, family_of, read_config
+from ...models.checkpoints.folder import VOCABULARY_FILES, family_of_folder, read_config
 from ...models.checkpoints.sentence_folder import SentenceFolder, read_sentence_folder
+from ...models.heads import encoder_inputs
 from ...models.pooling import POOLINGS, combine, normalize, pool
 from ..errors import RunError
 from ..finetune.tasks.task import Kept, gather_kept
@@ -117,7 +118,7 @@ class Extractor:
     def __init__(self, config: FeatureConfig, *, apart: bool = False):
         folder = read_sentence_folder(config.model) or SentenceFolder(config.model, ("mean",), False, None, False, "")
         stored = read_config(folder.encoder)
-        if not any(kind.head == "encoder" for kind in family_of(stored, folder.encoder).ARCHITECTURES):
+        if "encoder" not in family_of_folder(stored, folder.encoder).heads:
             raise RunError(
                 f"{folder.encoder}: a {stored.get('model_type')} is not an encoder alone; it has no features."
             )
@@ -126,7 +127,7 @@ class Extractor:
             raise RunError(f"{folder.encoder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
         self.settings = _settings(config, folder, model_config, apart)
         self.truncated = 0  # tokens cut off so far
-        self._positions = model_config.positions
+        self._limit = model_config.max_length or ROW_LENGTHS[-1]  # tokens of the longest row
         spread = OverMesh(make_mesh("data=-1"))
         self._spread = spread
         self._params = jax.device_put(params, NamedSharding(spread.mesh, P()))
@@ -138,10 +139,7 @@ class Extractor:
         with jax.default_matmul_precision("highest" if s.dtype == "float32" else "default"):
             encoded = self.model.apply(
                 {"params": params},
-                batch["input_ids"],
-                batch["segment_ids"],
-                batch["position_ids"],
-                batch["token_type_ids"],
+                *encoder_inputs(self.model.config, batch),
                 every_layer=s.layers != (self.model.config.layers,),
             )
         if encoded.every_hidden is None:
@@ -178,7 +176,7 @@ class Extractor:
         return Extracted(vectors, features.starts, features.input_ids)
 
     def _batches(self, features: Features) -> Iterator[Placed]:
-        lengths = sorted({min(length, self._positions) for length in ROW_LENGTHS} | {self._positions})
+        lengths = sorted({min(length, self._limit) for length in ROW_LENGTHS} | {self._limit})
         for shorter, length in zip([0, *lengths], lengths, strict=False):
             mine = np.flatnonzero((features.lengths > shorter) & (features.lengths <= length))
             slots = max(1, length // 4)
@@ -226,7 +224,7 @@ def windows(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: bool) -> Settings:
     layers = parse_layers(config.layers, model.layers)
-    limit = model.positions
+    limit = model.max_length or ROW_LENGTHS[-1]
     length = min(folder.max_length or limit, limit) if config.max_length is None else config.max_length
     if not 3 <= length <= limit:
         raise RunError(f"--max-length {length}: expected 3 to {limit}, the positions of this model.")

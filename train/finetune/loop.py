@@ -27,7 +27,6 @@ from ..config import OptimConfig
 from ..errors import RunError
 from ..learner import (
     Learner,
-    Names,
     Start,
     count_parameters,
     describe_dtype,
@@ -45,7 +44,7 @@ from ..sharding import Replicas, start_spread
 from ..weights import read_params, write_params
 from .adapt import AdaptedModel, adaptation
 from .config import FREE, FinetuneConfig
-from .model import boxed_shapes, layer_counts, load_model, make_optimiser, without_frozen_gradients
+from .model import Depths, load_model, make_optimiser, parameter_depths, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
 from .tasks.task import Task, TaskData, hold_out, settings
 
@@ -60,7 +59,7 @@ def train_step(
     task: Task,
     model: Any,
     learner: Learner,
-    layers: Mapping[Names, tuple[int, int]],
+    depths: Depths,
     frozen: int,
     accumulate: int,
     unit_size: int,
@@ -77,7 +76,7 @@ def train_step(
     weight = jnp.maximum(replicas.sum(task.weight(batch)), 1.0)
 
     def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
-        params = without_frozen_gradients(params, layers, frozen)
+        params = without_frozen_gradients(params, depths, frozen)
         sums = task.loss(task.forward(model, params, part, deterministic=False, rngs={"dropout": dropout}), part)
         return sums["loss"][0] / weight, sums
 
@@ -229,7 +228,7 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
             task=task,
             model=loaded.model,
             learner=learner,
-            layers=layer_counts(boxed_shapes(loaded.model)),
+            depths=parameter_depths(loaded.model),
             frozen=c.freeze_layers,
             accumulate=c.accumulate,
             unit_size=features.unit_size,

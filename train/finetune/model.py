@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ from flax import linen as nn
 
 from ...models.checkpoints.config import read_labels
 from ...models.checkpoints.folder import Loaded, load_with_report, read_config
+from ...models.family import EncoderConfig
+from ...models.heads import is_head_parameter
+from ...models.registry import family_of_model, init_params
 from ..errors import RunError
 from ..learner import Learner, Names, compute_dtype, make_learner
 from ..optim import schedule
 from ..progress import Progress
+from .adapt import AdaptedModel
 from .config import FinetuneConfig
 from .tasks.task import Task
 
@@ -26,39 +30,41 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         CheckpointError: another family, or tensors that do not fit. RunError: no tokenizer in the folder.
     """
     changes = task.model_changes()
-    drop = {} if config.dropout is None else {"dropout": config.dropout, "attention_dropout": config.dropout}
     run = dict(
         dtype=compute_dtype(config.dtype),
         remat=config.remat,
         attention_implementation=config.attention,
     )
-    loaded, report = load_with_report(config.model, head=task.head, seed=config.seed, **run, **drop, **changes)
-    scan = loaded.config.layers > WRITTEN_OUT if config.scan_layers is None else config.scan_layers
-    shaped = dataclasses.replace(loaded.config, scan_layers=scan)
+    loaded, report = load_with_report(config.model, head=task.head, seed=config.seed, **run, **changes)
+    found: EncoderConfig = loaded.config
+    scan = found.layers > WRITTEN_OUT if config.scan_layers is None else config.scan_layers
+    drop = {} if config.dropout is None else found.dropout_fields(config.dropout)
+    shaped: EncoderConfig = dataclasses.replace(found, scan_layers=scan, **drop)
     loaded = loaded._replace(config=shaped, model=loaded.model.clone(config=shaped))
-    if task.max_length > loaded.config.positions:
-        raise RunError(f"--max-length is {task.max_length}, beyond the model's {loaded.config.positions} positions.")
+    if shaped.max_length is not None and task.max_length > shaped.max_length:
+        raise RunError(f"--max-length is {task.max_length}; the model takes at most {shaped.max_length} tokens.")
     new = list(report.initialised)
     names = changes.get("label_names")
     held = read_labels(read_config(config.model))[1]
-    if names is not None and names != held and not any(name.startswith(HEADS) for name in new):
+    table = family_of_model(loaded.model)[0].checkpoint_table(loaded.model)
+    head = {name for entry in table.entries if is_head_parameter(entry.path) for name in entry.names}
+    if names is not None and names != held and head.isdisjoint(new):
         loaded = loaded._replace(params={**loaded.params, **new_head(loaded.model, config.seed)})
         new.append(f"the head, whose classes are {', '.join(held or ['not named'])}")
     if new:
-        progress.line(f"drawn anew, not from {config.model}: {', '.join(new)}")
+        progress.line(f"newly initialised (not in {config.model}): {', '.join(new)}")
     return loaded
 
 
 WRITTEN_OUT = 8  # layers, up to which a compiler sees all of them
-HEADS = ("classifier",)  # what the stored names of a head's parameters begin with
 
 
 def new_head(model: Any, seed: int) -> dict[str, Any]:
-    """Everything but a model's encoder, drawn anew."""
+    """Everything but a model's encoder, newly initialised."""
 
     def draw(key: jax.Array) -> dict[str, Any]:
-        params = nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))["params"]
-        return {name: part for name, part in params.items() if name != "encoder"}
+        params = nn.unbox(init_params(model, key))
+        return {name: part for name, part in params.items() if is_head_parameter((name,))}
 
     return jax.device_get(jax.jit(draw)(jax.random.key(seed)))
 
@@ -75,7 +81,7 @@ def make_optimiser(
         chosen: names along the way to a parameter -> whether it may train; None: all may.
     """
     boxed = boxed_shapes(loaded.model)
-    trains, scales = layer_rates(config, layer_counts(boxed))
+    trains, scales = layer_rates(config, parameter_depths(loaded.model))
     return make_learner(
         # The weights come from the checkpoint: drawing others first would only take time to compile.
         lambda _: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed),
@@ -104,59 +110,65 @@ def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[N
 
 def boxed_shapes(model: Any) -> Any:
     """Shapes of a model's parameters in their boxes of logical axis names."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
-def layer_counts(boxed: Any) -> dict[Names, tuple[int, int]]:
-    """Names along the way to each parameter that is stacked for all layers -> (number of layers, its axes)."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)):
-        if leaf.names[:1] == ("layers",):
-            found[tuple(str(part.key) for part in path)] = (leaf.value.shape[0], leaf.value.ndim)
-    return found
+class Depths(NamedTuple):
+    """How far up a model each parameter stands."""
+
+    of: Mapping[Names, np.ndarray]
+    """names on the way to a parameter -> its depth: 0 below the layers, i in layer i (from 1), `layers` + 1 above them;
+    of layers that are stacked in one array, one for each, shaped [n, 1, 1, ...] to go with it"""
+    layers: int
+
+
+def parameter_depths(model: Any) -> Depths:
+    """The depths of a model's parameters, adapters included."""
+    plain = model.plain if isinstance(model, AdaptedModel) else model
+    modules = family_of_model(plain)[0].depths(plain)
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed_shapes(model)))
+    found = {tuple(str(part.key) for part in path): leaf.ndim for path, leaf in leaves}
+    depths = {names: modules[names[:-1]] for names in found}
+    shaped = {n: d.reshape(-1, *[1] * (found[n] - 1)) if d.ndim else d for n, d in depths.items()}
+    return Depths(shaped, plain.config.layers)
 
 
 def layer_rates(
-    config: FinetuneConfig, layers: dict[Names, tuple[int, int]]
+    config: FinetuneConfig, depths: Depths
 ) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
     """Which parameters train at all, and what their learning rates are multiplied by.
 
-    Layer i of N (from 0) has --layer-decay to the power N - i, the embeddings N + 1, everything else 0. Layers that are
-    stacked in one array and of which only some are frozen stay in the optimiser, with a rate of zero.
+    A parameter at depth d of N layers has --layer-decay to the power N + 1 - d. Layers that are stacked in one array
+    and of which only some are frozen stay in the optimiser, with a rate of zero.
 
     Raises:
         RunError: more layers are to be frozen than there are.
     """
-    if not config.freeze_layers and config.layer_decay == 1.0:
+    frozen = config.freeze_layers
+    if not frozen and config.layer_decay == 1.0:
         return None, None
-    count = max((number for number, _ in layers.values()), default=0)
-    if config.freeze_layers > count:
-        raise RunError(f"--freeze-layers {config.freeze_layers}: the model has {count} layers.")
+    if frozen > depths.layers:
+        raise RunError(f"--freeze-layers {frozen}: the model has {depths.layers} layers.")
 
     def trains(names: Names) -> bool:
-        if not config.freeze_layers:
-            return True
-        return "embeddings" not in names and not (names in layers and config.freeze_layers == layers[names][0])
+        return not frozen or bool((depths.of[names] > frozen).any())
 
     def scales(names: Names) -> Any:
-        if names in layers:
-            number, axes = layers[names]
-            depth = np.arange(number)
-            factors = np.where(depth < config.freeze_layers, 0.0, config.layer_decay ** (number - depth))
-            return jnp.asarray(factors.reshape(-1, *[1] * (axes - 1)), jnp.float32)
-        return jnp.float32(config.layer_decay ** (count + 1) if "embeddings" in names else 1.0)
+        depth = depths.of[names]
+        kept = ~((depth > 0) & (depth <= frozen))
+        return jnp.asarray(np.where(kept, config.layer_decay ** (depths.layers + 1 - depth), 0.0), jnp.float32)
 
     return trains, scales
 
 
-def without_frozen_gradients(params: Any, layers: Mapping[Names, tuple[int, int]], frozen: int) -> Any:
+def without_frozen_gradients(params: Any, depths: Depths, frozen: int) -> Any:
     """The same parameters, of whose lowest `frozen` layers no gradient is taken: none enters the gradient's norm."""
     if not frozen:
         return params
 
     def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if tuple(str(part.key) for part in path) not in layers:
-            return leaf
-        return jnp.concatenate([jax.lax.stop_gradient(leaf[:frozen]), leaf[frozen:]])
+        depth = depths.of[tuple(str(part.key) for part in path)]
+        lowest = int((depth <= frozen).sum()) if depth.ndim else 0
+        return jnp.concatenate([jax.lax.stop_gradient(leaf[:lowest]), leaf[lowest:]]) if lowest else leaf
 
     return jax.tree_util.tree_map_with_path(cut, params)

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from ...data.batches import Features, prediction_batches
 from ...data.errors import DataError
 from ...models import load
+from ...models.registry import init_params
 from ..config import SpreadConfig
 from ..errors import RunError
 from ..loop import Stop
@@ -33,7 +34,7 @@ class Predicted(NamedTuple):
 
 def row_limit(config: Any) -> int:
     """Tokens of the longest row that a model takes."""
-    return min(config.positions, LONGEST_ROW)
+    return min(config.max_length or LONGEST_ROW, LONGEST_ROW)
 
 
 class Predictor:
@@ -107,10 +108,10 @@ def open_run(folder: Path, config: SpreadConfig, **changes: Any) -> FinetunedRun
     task = make_task(json.loads(path.read_text()), str(path))
     spread = start_spread(config)
     loaded = load(folder / "model", **changes)
-    ids = jnp.zeros((1, 8), jnp.int32)
-    specs = logical_specs(jax.eval_shape(lambda: loaded.model.init(jax.random.key(0), ids))["params"])
+    initial = partial(init_params, loaded.model, jax.random.key(0))
+    specs = logical_specs(jax.eval_shape(initial))
     predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, spread, specs)
-    shapes = spread.abstract(lambda: nn.unbox(loaded.model.init(jax.random.key(0), ids))["params"], specs)
+    shapes = spread.abstract(lambda: nn.unbox(initial()), specs)
     params = jax.tree.map(place, shapes, loaded.params)
     return FinetunedRun(task, loaded.tokenizer, predictor, spread.enter(params))
 

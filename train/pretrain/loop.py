@@ -39,7 +39,8 @@ from ...data import (
 )
 from ...data.corpus.fingerprint import corpus_fingerprint
 from ...models import load, save
-from ...models.bert import PRESETS, BertConfig, BertForPreTraining
+from ...models.bert import BertConfig, BertForPreTraining
+from ...models.heads import encoder_inputs
 from ...models.losses import PredictionSums, prediction_sums
 from ..config import LoopConfig, OptimConfig, SpreadConfig
 from ..errors import RunError
@@ -152,8 +153,8 @@ class PretrainConfig:
     spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
 
     def __post_init__(self) -> None:
-        if self.model not in PRESETS:
-            raise RunError(f"--model {self.model}: known are {', '.join(PRESETS)}.")
+        if self.model not in BertConfig.PRESETS:
+            raise RunError(f"--model {self.model}: known are {', '.join(BertConfig.PRESETS)}.")
         if self.phases and (self.sequence_length is not None or self.steps is not None):
             raise RunError("--phases has lengths and steps of its own: leave --sequence-length and --steps out.")
         if not 0 < self.mask_rate <= 1:
@@ -273,10 +274,7 @@ def forward(model: BertForPreTraining, params: Any, batch: dict[str, jax.Array],
     """(MLM, NSP) `PredictionSums` of a masked batch."""
     logits: Any = model.apply(
         {"params": params},
-        batch["input_ids"],
-        batch["segment_ids"],
-        batch["position_ids"],
-        batch["token_type_ids"],
+        *encoder_inputs(model.config, batch),
         mlm_positions=batch["mlm_positions"],
         cls_positions=batch["cls_positions"],
         rows=batch["rows"],

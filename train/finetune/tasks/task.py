@@ -16,6 +16,7 @@ import numpy as np
 from ....data.batches import Features
 from ....data.random import RandomStream
 from ....data.tokenizers.tokenizer import Tokenizer
+from ....models.heads import encoder_inputs
 from ...errors import RunError
 from ...metrics import Sums
 
@@ -174,10 +175,7 @@ def apply_tokens(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
     """The model on packed rows, with one output a token: `[B, L, ...]`."""
     return model.apply(
         {"params": params},
-        batch["input_ids"],
-        batch["segment_ids"],
-        batch["position_ids"],
-        batch["token_type_ids"],
+        *encoder_inputs(model.config, batch),
         rows=batch["rows"],
         **kwargs,
     )

@@ -1,0 +1,60 @@
+"""`bestiary parity FOLDER...`: hold models against the reference implementation's numbers."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..models.checkpoints.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Report, check
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Compare checkpoints with the reference implementation's stored outputs, losses and gradients."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """fixture folders: a checkpoint, expected.safetensors and, where there is a loss, grads.safetensors"""
+    json: bool = False
+    """print one JSON object instead of lines"""
+    output_tolerance: float = OUTPUT_TOLERANCE
+    """largest absolute error of any output, and of the loss"""
+    gradient_tolerance: float = GRADIENT_TOLERANCE
+    """largest relative error of any gradient tensor, as a share of the reference's norm"""
+
+
+def main(config: ParityConfig) -> int:
+    """Run the fixtures and print; 0 where all are within tolerance, else 1."""
+    if not config.folders:
+        print("bestiary parity: no folders given", file=sys.stderr)
+        return 2
+    reports = [check(folder, config.output_tolerance, config.gradient_tolerance) for folder in config.folders]
+    passed = all(report.passed for report in reports)
+    if config.json:
+        # Infinity and NaN are no JSON; what is not finite is shown as text.
+        finite = json.loads(json.dumps([dataclasses.asdict(r) for r in reports]), parse_constant=str)
+        tolerances = {"output_tolerance": config.output_tolerance, "gradient_tolerance": config.gradient_tolerance}
+        print(json.dumps({"passed": passed, **tolerances, "folders": finite}, indent=2))
+    else:
+        for report in reports:
+            print("\n".join(describe(report)))
+    return 0 if passed else 1
+
+
+def describe(report: Report) -> list[str]:
+    """A report as lines of text."""
+    verdict = "ok" if report.passed else "FAILED"
+    if report.error is not None:
+        return [f"{report.folder}: {verdict}: {report.error}"]
+    lines = [f"{report.folder}: {verdict} ({report.model})"]
+    lines += [f"  {name:32} {error:.2e}" for name, error in report.outputs.items()]
+    if report.loss is not None:
+        lines.append(f"  {'loss':32} {report.loss:.2e}")
+    if report.gradient is not None:
+        lines.append(f"  {'gradients (relative)':32} {report.gradient:.2e}  {report.gradient_tensor}")
+    saved = "same bytes" if not report.saved_differently else f"DIFFERS: {', '.join(report.saved_differently)}"
+    lines.append(f"  {'saved again':32} {saved}")
+    return lines

@@ -13,6 +13,7 @@ from .family import Architecture, Family, FamilyConfig
 FAMILIES = {
     "bert": ".bert",
     "marian": ".marian",
+    "roberta": ".roberta",
     "transformer": ".transformer",
 }
 

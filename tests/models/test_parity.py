@@ -20,6 +20,12 @@ NAMES = (
     "bert_tokens",
     "bert_span",
     "bert_choice",
+    "roberta_model",
+    "roberta_mlm",
+    "roberta_classification",
+    "roberta_tokens",
+    "roberta_span",
+    "roberta_choice",
 )
 
 
@@ -33,7 +39,7 @@ def assert_passes(folder: Path) -> Report:
 def test_own_fixtures(name: str) -> None:
     report = assert_passes(FIXTURES / name)
     assert report.outputs
-    if name == "bert_model":
+    if name.endswith("_model"):
         assert {"hidden_states.0", "hidden_states.3", "attentions.0", "attentions.2"} <= set(report.outputs)
     else:
         assert report.loss is not None

@@ -1,0 +1,141 @@
+"""What every family of encoders must do, whichever it is; and what marks RoBERTa among them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from bestiary.models import registry
+from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.checkpoints.tables import flatten
+from bestiary.models.family import EncoderConfig, Family
+from bestiary.models.heads import encoder_inputs, is_head_parameter
+from bestiary.models.lora import linear_maps
+
+ENCODERS = [family for family in registry.families() if "encoder" in family.heads]
+SIZES = dict(vocab_size=61, width=16, layers=3, heads=2, feed_forward=24, positions=16, num_labels=3)
+
+families = pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
+
+
+def small(family: Family, **changes: Any) -> EncoderConfig:
+    config = family.config(**{**SIZES, **changes})
+    assert isinstance(config, EncoderConfig)
+    return config
+
+
+def draw(model: Any) -> Any:
+    return nn.unbox(jax.jit(registry.init_params, static_argnums=0)(model, jax.random.key(0)))
+
+
+@families
+def test_an_example_in_a_packed_row_is_as_it_is_alone(family: Family) -> None:
+    """Two examples and padding in one row: positions start anew, nothing crosses."""
+    config = small(family)
+    model = family.build("classification", config)
+    params = draw(model)
+    ids = jax.random.randint(jax.random.key(1), (1, 9), 5, 61)
+    packed = {
+        "input_ids": ids.at[0, 7:].set(config.pad_token_id or 0),
+        "segment_ids": jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]]),
+        "position_ids": jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]]),
+        "token_type_ids": jnp.zeros((1, 9), jnp.int32),
+    }
+    run = jax.jit(lambda *inputs, **at: model.apply({"params": params}, *inputs, **at))
+    together = run(*encoder_inputs(config, packed), cls_positions=jnp.array([[0, 4]]))
+    alone = [run(*encoder_inputs(config, {"input_ids": ids[:, part]})) for part in (slice(0, 4), slice(4, 7))]
+    np.testing.assert_allclose(together[0], jnp.concatenate(alone), atol=1e-5)
+
+
+@families
+def test_every_parameter_has_a_name_a_depth_and_a_part(family: Family) -> None:
+    for architecture in family.architectures:
+        model = architecture.build(small(family))
+        params = jax.eval_shape(lambda model=model: nn.unbox(registry.init_params(model, jax.random.key(0))))
+        leaves = {path: leaf.shape for path, leaf in flatten(params)}
+        assert leaves == {entry.path: entry.shape for entry in architecture.table(model.config).entries}
+        assert registry.family_of_model(model) == (family, architecture)
+        depths = family.depths(model)
+        for path in leaves:
+            depth = depths[path[:-1]]
+            if "layers" in path:
+                assert depth.tolist() == [1, 2, 3]
+            elif "embeddings" in path:
+                assert depth == 0
+            else:
+                assert depth == 4
+                assert not family.is_encoder_parameter(path)
+                assert "pooler" in path or is_head_parameter(path)
+
+
+@families
+def test_a_config_survives_json(family: Family) -> None:
+    config = small(family, dropout=0.25, problem_type="regression", label_names=("a", "b", "c"))
+    assert type(config).from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="is_decoder"):
+        type(config).from_json(config.to_json() | {"is_decoder": True})
+    with pytest.raises(ConfigError, match="not a multiple of heads"):
+        type(config).from_json(dataclasses.replace(config, width=18, heads=3).to_json() | {config.KEYS["heads"]: 4})
+
+
+@families
+def test_a_row_that_is_too_long_is_refused(family: Family) -> None:
+    config = small(family)
+    assert config.max_length is not None
+    model = family.build("encoder", config)
+    for length, fits in ((config.max_length, True), (config.max_length + 1, False)):
+        ids = jnp.ones((1, length), jnp.int32)
+        if fits:
+            jax.eval_shape(model.init, jax.random.key(0), ids)
+        else:
+            with pytest.raises(ValueError, match=f"the model has {config.max_length} positions"):
+                jax.eval_shape(model.init, jax.random.key(0), ids)
+
+
+@families
+def test_every_linear_map_is_seen_by_adapters(family: Family) -> None:
+    names = {target.path[-1] for target in linear_maps(family.build("classification", small(family)))}
+    assert {"query", "key", "value", "out", "inner", "outer", "classifier"} <= names
+
+
+def test_presets_are_their_families() -> None:
+    found = registry.presets()
+    assert {"bert-base", "roberta-base", "transformer-base"} <= set(found)
+    assert all(name.startswith(family.name) for name, family in found.items())
+
+
+def test_a_family_is_found_by_the_type_of_a_config() -> None:
+    for family in registry.families():
+        assert registry.family_of(family.config()) is family
+    with pytest.raises(TypeError, match="not a model of a family"):
+        registry.family_of_model(nn.Dense(2))
+
+
+# --- RoBERTa ----------------------------------------------------------------------------------------------------------
+
+
+def test_roberta_takes_two_tokens_less_than_it_has_positions() -> None:
+    family = registry.family_named("roberta")
+    config = family.config.preset("roberta-base")
+    assert config.max_length == 512
+    model = family.build("encoder", small(family, token_types=1))
+    params = draw(model)
+    ids = jax.random.randint(jax.random.key(1), (2, 6), 5, 61)
+    told = model.apply({"params": params}, ids, None, jnp.arange(6)[None])
+    np.testing.assert_array_equal(model.apply({"params": params}, ids).hidden, told.hidden)
+    used = jax.grad(lambda p: model.apply({"params": p}, ids).hidden.sum())(params)["embeddings"]["position"]
+    assert np.flatnonzero(np.abs(used["embedding"]).sum(axis=1)).tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_roberta_with_one_sentence_kind_refuses_token_types() -> None:
+    """They would be read outside of the table, and give NaN."""
+    family = registry.family_named("roberta")
+    config = small(family, token_types=1)
+    ids = jnp.ones((1, 4), jnp.int32)
+    assert len(encoder_inputs(config, {"input_ids": ids, "token_type_ids": ids})) == 3
+    with pytest.raises(ValueError, match="one sentence kind"):
+        jax.eval_shape(lambda: family.build("encoder", config).init(jax.random.key(0), ids, None, None, ids))

@@ -12,6 +12,7 @@ from .family import Architecture, Family, FamilyConfig
 # `model_type` of config.json -> the module that holds the family, imported when it is asked for.
 FAMILIES = {
     "bert": ".bert",
+    "distilbert": ".distilbert",
     "marian": ".marian",
     "roberta": ".roberta",
     "transformer": ".transformer",

@@ -26,6 +26,12 @@ NAMES = (
     "roberta_tokens",
     "roberta_span",
     "roberta_choice",
+    "distilbert_model",
+    "distilbert_mlm",
+    "distilbert_classification",
+    "distilbert_tokens",
+    "distilbert_span",
+    "distilbert_choice",
 )
 
 

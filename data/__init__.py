@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from .store import open_cache as open_cache
     from .stream import evaluation_batches as evaluation_batches
     from .stream import training_batches as training_batches
+    from .tokenizers.loading import load_tokenizer as load_tokenizer
     from .tokenizers.tokenizer import Tokenizer as Tokenizer
-    from .tokenizers.tokenizer import load_tokenizer as load_tokenizer
-    from .tokenizers.tokenizer import train_wordpiece as train_wordpiece
+    from .tokenizers.wordpiece import train_wordpiece as train_wordpiece
 
 _HOME = {
     "training_batches": "stream",
@@ -72,8 +72,8 @@ _HOME = {
     "Report": "progress",
     "split_sentences": "corpus.sentences",
     "Tokenizer": "tokenizers.tokenizer",
-    "load_tokenizer": "tokenizers.tokenizer",
-    "train_wordpiece": "tokenizers.tokenizer",
+    "load_tokenizer": "tokenizers.loading",
+    "train_wordpiece": "tokenizers.wordpiece",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -19,12 +19,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from .errors import DataError
 from .packing import pack
 from .random import RandomStream
-from .tokenizers.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -128,35 +126,6 @@ def pack_features(
 
 def _joined(parts: Sequence[Any], dtype: Any) -> np.ndarray:
     return np.concatenate([np.asarray(part, dtype) for part in parts]) if len(parts) else np.zeros(0, dtype or np.int32)
-
-
-class EncodedTexts(NamedTuple):
-    """What `encode_texts` gives: token ids and types of each text or pair, and how many tokens were cut off."""
-
-    ids: list[list[int]]
-    types: list[list[int]]
-    truncated: int
-
-
-def encode_texts(
-    tokenizer: Tokenizer, first: Sequence[str], second: Sequence[str] | None, max_length: int
-) -> EncodedTexts:
-    """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], at most `max_length` tokens.
-
-    What is too long loses tokens at the end, the longer of a pair first, as in the reference implementation.
-    """
-    inputs: Any = list(first) if second is None else list(zip(first, second, strict=True))
-    encoded = tokenizer.backend.encode_batch_fast(inputs, add_special_tokens=True)
-    long = [number for number, encoding in enumerate(encoded) if len(encoding.ids) > max_length]
-    truncated = 0
-    if long:
-        cutting = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-        cutting.enable_truncation(max_length, strategy="longest_first")
-        shorter = cutting.encode_batch_fast([inputs[number] for number in long], add_special_tokens=True)
-        for number, encoding in zip(long, shorter, strict=True):
-            truncated += len(encoded[number].ids) - len(encoding.ids)
-            encoded[number] = encoding
-    return EncodedTexts([e.ids for e in encoded], [e.type_ids for e in encoded], truncated)
 
 
 # --- which units make a batch -----------------------------------------------------------------------------------------

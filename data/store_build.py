@@ -24,11 +24,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, Thr
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 
 from . import store as cache
 from .cores import usable_cores
@@ -103,7 +101,7 @@ def _tokenise(
     report = Reporter("tokenising", "MB", progress)
     done = resumed = 0
     number = -1
-    settings = (tokenizer.backend.to_str(), tokenizer.unk_id, tokenizer.vocab_size, language, str(work))
+    settings = (tokenizer, language, str(work))
     with _workers(processes, settings) as submit:
         running: dict[Future[None], int] = {}
         last_bytes = 0
@@ -196,10 +194,9 @@ def _do(chunk: _Chunk) -> None:
 
 
 class _Worker:
-    def __init__(self, tokenizer: str, unk_id: int, vocab_size: int, language: str, work: str):
-        self.backend = tokenizers.Tokenizer.from_str(tokenizer)
-        self.backend.encode_special_tokens = True  # "[SEP]" in a text is text
-        self.unk_id, self.dtype, self.language, self.work = unk_id, cache.token_dtype(vocab_size), language, Path(work)
+    def __init__(self, tokenizer: Tokenizer, language: str, work: str):
+        self.tokenizer, self.language, self.work = tokenizer, language, Path(work)
+        self.dtype = cache.token_dtype(tokenizer.vocab_size)
 
     def do(self, chunk: _Chunk) -> None:
         """Tokenise one chunk and write its two files."""
@@ -210,9 +207,7 @@ class _Worker:
             for paragraph in document.paragraphs():
                 sentences += split_sentences(paragraph, self.language)
             per_document[number] = len(sentences) - before
-        encoded = self.backend.encode_batch_fast(sentences, add_special_tokens=False)
-        lengths = np.fromiter((len(encoding) for encoding in encoded), np.int64, len(encoded))
-        tokens = np.fromiter(chain.from_iterable(e.ids for e in encoded), self.dtype, int(lengths.sum()))
+        tokens, lengths = self.tokenizer.encode_literally(sentences, self.dtype)
         with _disk_errors(self.work):
             self._write(chunk, tokens, *_sized(lengths, per_document))
 
@@ -261,7 +256,7 @@ class _Worker:
             sentences=len(lengths),
             cut_sentences=cut_sentences,
             tokens=len(tokens),
-            unknown_tokens=int(np.count_nonzero(tokens == self.unk_id)),
+            unknown_tokens=int(np.count_nonzero(tokens == self.tokenizer.special_ids.get("unk", -1))),
             records=len(record_sentences),
         )
         path = self.work / _SHARD.format(chunk.number)

@@ -173,17 +173,20 @@ def _short(text: str) -> str:
 class Windows:
     """W windows, a question's next to each other, and how their tokens lie in the contexts.
 
-    A window is [CLS] question [SEP] part of the context [SEP], of the types 0 ... 0 1 ... 1.
+    A window is the question and part of the context, joined as the tokenizer's family joins a pair: BERT's is
+    [CLS] question [SEP] part of the context [SEP], of the types 0 ... 0 1 ... 1.
     """
 
     ids: list[np.ndarray] = field(default_factory=list)
     """W arrays [length] int32"""
+    types: list[np.ndarray] = field(default_factory=list)
+    """W arrays [length] int32, token types"""
     context_starts: list[int] = field(default_factory=list)
-    """where in the window the context's first token stands; the last [SEP] ends it"""
+    """where in the window the context's first token stands"""
     question: list[int] = field(default_factory=list)
     """number of the question"""
     first: list[int] = field(default_factory=list)
-    """where in the window the answer's first token stands; 0, the [CLS], where the window does not hold it"""
+    """where in the window the answer's first token stands; 0, the window's first, where it does not hold it"""
     last: list[int] = field(default_factory=list)
     """the answer's last token"""
     spans: list[np.ndarray] = field(default_factory=list)
@@ -209,7 +212,7 @@ def make_windows(
     Args:
         tokenizer: of the model.
         questions: the first of a question's answers is the one to learn.
-        max_length: tokens of a window, three special ones and the question included.
+        max_length: tokens of a window, the special ones and the question included.
         doc_stride: tokens from one window's start to the next one's.
         max_question: tokens of a question; what is beyond them is cut off, and counted.
 
@@ -218,7 +221,9 @@ def make_windows(
     """
     if doc_stride < 1:
         raise DataError(f"--doc-stride is {doc_stride}; it must be at least 1.")
-    if not 0 < max_question <= max_length - 4:
+    template = tokenizer.template
+    around = template.cost(pair=True)
+    if not 0 < max_question < max_length - around:
         raise DataError(
             f"Windows of {max_length} tokens with questions of up to {max_question} leave no room for the context: "
             "raise --max-length, or lower --max-question."
@@ -227,27 +232,28 @@ def make_windows(
     numbers: dict[str, int] = {}
     for question in questions:
         numbers.setdefault(question.context, len(numbers))
-    contexts = [_Context(ids, spans) for ids, spans in tokenizer.encode_with_spans(list(numbers))]
+    contexts = [_Context(ids.tolist(), spans) for ids, spans in tokenizer.encode_with_spans(list(numbers))]
     asked = tokenizer.encode_batch([question.question for question in questions])
-    cls, sep = [tokenizer.cls_id], [tokenizer.sep_id]
     for number, (question, words) in enumerate(zip(questions, asked, strict=True)):
         windows.cut_tokens += max(0, len(words) - max_question)
         words = words[:max_question]
         context = contexts[numbers[question.context]]
         answer = context.tokens_of(question.answers[0]) if question.answers else None
-        head = np.array(cls + words + sep, np.int32)
-        parts = context.parts(max_length - len(head) - 1, doc_stride)
+        begin = len(template.before) + len(words) + len(template.between)
+        parts = context.parts(max_length - len(words) - around, doc_stride)
         held = False
         for start, stop in parts:
-            windows.ids.append(np.concatenate([head, context.ids[start:stop], np.array(sep, np.int32)]))
-            windows.context_starts.append(len(head))
+            ids, types = tokenizer.join(words, context.ids[start:stop])
+            windows.ids.append(np.array(ids, np.int32))
+            windows.types.append(np.array(types, np.int32))
+            windows.context_starts.append(begin)
             windows.question.append(number)
             windows.spans.append(context.spans[start:stop])
             windows.best_context.append(_best_context(parts, start, stop))
             inside = answer is not None and start <= answer[0] and answer[1] < stop
             held |= inside
             for places, token in zip((windows.first, windows.last), answer or (0, 0), strict=True):
-                places.append(len(head) + token - start if inside else 0)
+                places.append(begin + token - start if inside else 0)
         if question.answers and not held:
             windows.unheld.append(number)
     return windows
@@ -256,7 +262,7 @@ def make_windows(
 class _Context:
     """A tokenised context."""
 
-    def __init__(self, ids: np.ndarray, spans: np.ndarray):
+    def __init__(self, ids: list[int], spans: np.ndarray):
         self.ids, self.spans = ids, spans
 
     def tokens_of(self, answer: Answer) -> tuple[int, int] | None:

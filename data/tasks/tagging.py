@@ -213,7 +213,8 @@ def check_tags(sentences: Sequence[Sentence], labels: Sequence[str]) -> None:
 class TokenisedSentences(NamedTuple):
     """P pieces: sentences, or stretches of words of sentences that are longer than a row."""
 
-    ids: list[np.ndarray]  # P arrays [T] int32, [CLS] and [SEP] included
+    ids: list[np.ndarray]  # P arrays [T] int32, special tokens included
+    types: list[np.ndarray]  # P arrays [T] int32, token types
     first: list[np.ndarray]  # P arrays [T] bool: the token is a word's first
     sentence: np.ndarray  # [P] int64, the sentence's number
     words: np.ndarray  # [P, 2] int64, the first of its words and the one after its last
@@ -224,14 +225,19 @@ class TokenisedSentences(NamedTuple):
 def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_length: int) -> TokenisedSentences:
     """Tokenise word by word; a sentence of more than `max_length` tokens is cut between words into several pieces.
 
-    A word that the tokenizer gives nothing for (a control character, say) stands as [UNK], so that every word has a
-    first token. A single word that is longer than a piece keeps as many tokens as fit.
+    A word that the tokenizer gives nothing for (a control character, say) stands as the unknown token, so that every
+    word has a first token. A single word that is longer than a piece keeps as many tokens as fit.
+
+    Raises:
+        DataError: a length that leaves no room for a word.
     """
-    room = max_length - 2
+    around = tokenizer.template.cost(pair=False)
+    room = max_length - around
     if room < 1:
-        raise DataError(f"--max-length is {max_length}; it must be at least 3.")
-    encoded = iter(tokenizer.encode_batch([word for sentence in sentences for word in sentence.words]))
-    ids, first, number, words = [], [], [], []
+        raise DataError(f"--max-length is {max_length}; it must be at least {around + 1}.")
+    begin = len(tokenizer.template.before)
+    encoded = iter(tokenizer.encode_words([word for sentence in sentences for word in sentence.words]))
+    ids, types, first, number, words = [], [], [], [], []
     split = truncated = 0
     for s, sentence in enumerate(sentences):
         whole = [next(encoded) or [tokenizer.unk_id] for _ in sentence.words]
@@ -244,12 +250,14 @@ def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_l
             stop = int(np.searchsorted(ends, begun + room, side="right"))
             split += start == 0 and stop < len(pieces)
             part = pieces[start:stop]
-            ids.append(np.array([tokenizer.cls_id, *(i for piece in part for i in piece), tokenizer.sep_id], np.int32))
-            marks = np.zeros(len(ids[-1]), np.bool_)
-            marks[np.concatenate([[0], ends[start : stop - 1] - begun]).astype(np.int64) + 1] = True
+            joined, its_types = tokenizer.join([i for piece in part for i in piece])
+            ids.append(np.array(joined, np.int32))
+            types.append(np.array(its_types, np.int32))
+            marks = np.zeros(len(joined), np.bool_)
+            marks[np.concatenate([[0], ends[start : stop - 1] - begun]).astype(np.int64) + begin] = True
             first.append(marks)
             number.append(s)
             words.append((start, stop))
             start = stop
     ranges = np.array(words, np.int64).reshape(-1, 2)
-    return TokenisedSentences(ids, first, np.array(number, np.int64), ranges, split, truncated)
+    return TokenisedSentences(ids, types, first, np.array(number, np.int64), ranges, split, truncated)

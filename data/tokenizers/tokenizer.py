@@ -1,66 +1,184 @@
-"""WordPiece: training, loading and saving of BERT's tokenizer, by the `tokenizers` library.
+"""What every tokenizer offers, whatever stands behind it: ids, offsets, special tokens, word boundaries, a template.
 
-A tokenizer folder is in the released format, which transformers' AutoTokenizer loads to the same ids:
+The kinds are WordPiece (`wordpiece`) and byte-level BPE (`byte_bpe`); `loading.load_tokenizer` finds out which one a
+folder holds. The `tokenizers` library does the work in all of them, as it does in the reference implementation, so that
+ids and offsets are the same.
 
-    tokenizer.json           the whole tokenizer
-    vocab.txt                a piece a line, its id the line's number from 0
-    tokenizer_config.json    tokenizer_class, do_lower_case, strip_accents, tokenize_chinese_chars, the special tokens
-    special_tokens_map.json  the special tokens by role
+A tokenizer is a function from texts to what a model takes:
 
-Loading takes such a folder, one with `vocab.txt` alone, a `vocab.txt`, or a `tokenizer.json`.
+    tokenizer = load_tokenizer("roberta-folder")
+    batch = tokenizer(["A first text.", "And another one."])  # input_ids, segment_ids, token_type_ids [B, L]
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ..corpus.corpus import Document
 from ..errors import DataError
-from ..progress import ProgressCallback, Reporter
 
-SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-CONTINUATION = "##"
-_LONGEST_WORD = 100  # characters; a longer word is [UNK], as in the released tokenizers
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_NEEDED_FOR = {
+    "bos": "what begins a generated text",
+    "eos": "what ends a generated text",
+    "unk": "what stands for characters and words that it does not know",
+    "sep": "what ends each text of a pair",
+    "cls": "what classification reads a whole text from",
+    "mask": "what hides a token in masked language modelling",
+}
+_COPIES = ("_literal", "_spaced")  # of the backend, with options that pickling it would lose
+
+
+class Encoded(NamedTuple):
+    """Texts, or pairs of texts, with the special tokens around them."""
+
+    ids: list[list[int]]
+    types: list[list[int]]  # token types, as many as ids
+    truncated: int  # how many tokens were cut off
+
+
+@dataclass(frozen=True)
+class Template:
+    """The special tokens that a family puts around a text, `before A after`, or a pair, `before A between B after`.
+
+    Attributes:
+        before, between, after: ids of special tokens.
+        second_type: token type of B and of what comes after it; everything else has type 0.
+    """
+
+    before: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    second_type: int = 0
+
+    def cost(self, pair: bool) -> int:
+        """Special tokens of a text, or of a pair."""
+        return len(self.before) + len(self.between) * pair + len(self.after)
+
+    def join(self, first: Sequence[int], second: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """The ids and token types of a text or a pair whose tokens are given without special ones."""
+        ids = [*self.before, *first]
+        if second is None:
+            ids += self.after
+            return ids, [0] * len(ids)
+        ids += self.between
+        types = [0] * len(ids)
+        ids += second
+        ids += self.after
+        types += [self.second_type] * (len(ids) - len(types))
+        return ids, types
+
+    def cut(self, first: int, second: int | None, most: int) -> tuple[int, int | None]:
+        """How many tokens of a text, or of both texts of a pair, to keep so that all of it has at most `most` tokens.
+
+        The longer text of a pair loses tokens first, as in the reference implementation.
+
+        Raises:
+            DataError: `most` is less than the special tokens alone take.
+        """
+        room = most - self.cost(second is not None)
+        if room < 0:
+            raise DataError(f"A length of {most} tokens is too short: special tokens alone take {most - room} of them.")
+        if second is None or first + second <= room:
+            return min(first, room), second
+        shorter, longer = sorted((first, second))
+        longer = shorter if shorter > room else max(shorter, room - shorter)
+        if shorter + longer > room:
+            shorter, longer = room // 2, room - room // 2
+        return (shorter, longer) if first <= second else (longer, shorter)
 
 
 class Tokenizer:
-    """A WordPiece tokenizer, its special tokens' ids, and what masking needs to know of its vocabulary.
+    """Text to ids and back; the kinds are its subclasses.
 
-    `backend` is the `tokenizers.Tokenizer` that does the work; `lowercase` tells whether the text is lower-cased and
-    stripped of accents first.
+    Args:
+        backend: the `tokenizers.Tokenizer` that does the work. What it would put around a text is not used.
+        template: what this class puts around it instead.
+        special_tokens: the token of each role ("bos", "eos", "unk", "sep", "pad", "cls", "mask") that there is.
+        settings: what is kept for `tokenizer_config.json`, its `tokenizer_class` among it.
+        where: what to call it in an error message.
+
+    Attributes:
+        special_ids: the id of each role that the vocabulary has a token for.
+        pad_id: what fills up rows. No token ever attends to it, so that one without a padding token takes id 0.
+        vocab_size: V.
+
+    Raises:
+        DataError: ids that do not run from 0 without gaps.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, where: str = "the tokenizer"):
-        self.backend = backend
-        self._state = json.loads(backend.to_str())
-        kind = self._state["model"].get("type")
-        if kind != "WordPiece":
-            raise DataError(f"{where}: a {kind} tokenizer; expected WordPiece, as BERT's is.")
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: Template,
+        special_tokens: Mapping[str, str],
+        *,
+        settings: Mapping[str, Any],
+        where: str = "the tokenizer",
+    ):
+        self.backend, self.template, self.settings = backend, template, dict(settings)
         vocabulary = backend.get_vocab()
-        missing = [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]
-        if missing:
-            raise DataError(
-                f"{where}: the vocabulary has no {', '.join(missing)}. Pretraining needs "
-                f"{', '.join(SPECIAL_TOKENS.values())}; take a BERT vocabulary, or train one: bestiary tokenizer train."
-            )
-        ids = [vocabulary[token] for token in SPECIAL_TOKENS.values()]
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
+        self.special_tokens = {role: token for role, token in special_tokens.items() if token in vocabulary}
+        self.special_ids = {role: vocabulary[token] for role, token in self.special_tokens.items()}
+        self.pad_id = self.special_ids.get("pad", 0)
         self.vocab_size = backend.get_vocab_size()
-        highest = max(vocabulary.values())
+        highest = max(vocabulary.values(), default=-1)
         if highest != self.vocab_size - 1:
             raise DataError(
                 f"{where}: {self.vocab_size} pieces, but the highest id is {highest}. Ids must run from 0 without gaps."
             )
+
+    # Special tokens
+
+    def _id(self, role: str) -> int:
+        if role not in self.special_ids:
+            raise DataError(f"The tokenizer has no {role} token, {_NEEDED_FOR[role]}.")
+        return self.special_ids[role]
+
+    @property
+    def bos_id(self) -> int:
+        """Begins a text that is generated. Like all the others, raises DataError where there is none."""
+        return self._id("bos")
+
+    @property
+    def eos_id(self) -> int:
+        """Ends a text that is generated."""
+        return self._id("eos")
+
+    @property
+    def unk_id(self) -> int:
+        """Stands for what the vocabulary cannot spell."""
+        return self._id("unk")
+
+    @property
+    def cls_id(self) -> int:
+        """Begins what is classified."""
+        return self._id("cls")
+
+    @property
+    def sep_id(self) -> int:
+        """Ends a text."""
+        return self._id("sep")
+
+    @property
+    def mask_id(self) -> int:
+        """Stands where a token is hidden."""
+        return self._id("mask")
+
+    # The vocabulary
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        return json.loads(self.backend.to_str())
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -68,19 +186,24 @@ class Tokenizer:
         return [piece for piece, _ in sorted(self.backend.get_vocab().items(), key=lambda pair: pair[1])]
 
     @cached_property
-    def continuation(self) -> np.ndarray:
-        """[V] bool: the piece continues a word (it begins with ##)."""
-        return np.array([piece.startswith(CONTINUATION) and piece != CONTINUATION for piece in self.tokens], np.bool_)
-
-    @cached_property
     def special(self) -> np.ndarray:
-        """[V] bool: the piece stands for no text ([PAD], [UNK], [CLS], [SEP], [MASK]), and is never predicted."""
-        known = set(SPECIAL_TOKENS.values())
+        """[V] bool: the piece stands for no text ([PAD], </s>, <extra_id_0>, ...), and is never predicted."""
+        known = set(self.special_tokens.values())
         known |= {added["content"] for added in self._state["added_tokens"] if added["special"]}
         return np.array([piece in known for piece in self.tokens], np.bool_)
 
+    @cached_property
+    def continuation(self) -> np.ndarray:
+        """[V] bool: the piece goes on with the word of the piece before it."""
+        whole = {added["content"] for added in self._state["added_tokens"]}
+        return np.array([piece not in whole and self._continues(piece) for piece in self.tokens], np.bool_)
+
+    def _continues(self, piece: str) -> bool:
+        raise NotImplementedError
+
     @property
     def lowercase(self) -> bool:
+        """Whether text is lower-cased first."""
         return any(step.get("lowercase") or step.get("type") == "Lowercase" for step in self._normalization)
 
     @property
@@ -90,19 +213,94 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; equal for two tokenizers that give every text the same ids."""
+        """Hexadecimal; equal for two tokenizers that give every text the same ids, special tokens around it aside."""
         parts = {name: self._state.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
+    # Texts to ids
+
+    def __call__(
+        self, first: Sequence[str], second: Sequence[str] | None = None, *, max_length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """What a model takes of texts, or of pairs of texts.
+
+        Args:
+            first: B texts.
+            second: the second text of each pair.
+            max_length: most tokens of a row, special ones included; what is beyond them is cut off.
+
+        Returns:
+            input_ids, segment_ids (1 on the text, 0 on padding) and token_type_ids, [B, L] int32 each.
+        """
+        if isinstance(first, str):
+            raise TypeError("give a list of texts: tokenizer([text])")
+        encoded = self.encode(first, second, max_length)
+        shape = len(encoded.ids), max(map(len, encoded.ids), default=0)
+        batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "token_type_ids")}
+        batch["input_ids"][:] = self.pad_id
+        for row, (ids, types) in enumerate(zip(encoded.ids, encoded.types, strict=True)):
+            batch["input_ids"][row, : len(ids)] = ids
+            batch["segment_ids"][row, : len(ids)] = 1
+            batch["token_type_ids"][row, : len(ids)] = types
+        return batch
+
+    def encode(
+        self, first: Sequence[str], second: Sequence[str] | None = None, max_length: int | None = None
+    ) -> Encoded:
+        """Texts, or pairs of texts, with the family's special tokens, of at most `max_length` tokens.
+
+        What is too long loses tokens at the end, the longer of a pair first, as in the reference implementation.
+
+        Raises:
+            DataError: a length that the special tokens alone exceed.
+        """
+        parts = [self.encode_batch(first)]
+        if second is not None:
+            parts.append(self.encode_batch(second))
+        ids, types, truncated = [], [], 0
+        for some in zip(*parts, strict=True):
+            if max_length is not None:
+                a, b = self.template.cut(len(some[0]), len(some[1]) if len(some) > 1 else None, max_length)
+                whole = sum(map(len, some))
+                some = tuple(part[:size] for part, size in zip(some, (a, b), strict=False))
+                truncated += whole - sum(map(len, some))
+            joined, joined_types = self.join(*some)
+            ids.append(joined)
+            types.append(joined_types)
+        return Encoded(ids, types, truncated)
+
+    def join(self, first: Sequence[int], second: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """Ids and token types of a text or a pair, from tokens without special ones; `template` tells their places."""
+        return self.template.join(first, second)
+
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """The ids of each text. With `add_special_tokens`, [CLS] text [SEP]. Nothing is cut."""
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encoded]
+        """The ids of each text; with `add_special_tokens`, with the family's around it. Nothing is cut.
+
+        A special token that is written in a text becomes that token.
+        """
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encoded]
+        return [self.join(some)[0] for some in ids] if add_special_tokens else ids
+
+    def encode_literally(self, texts: Sequence[str], dtype: Any = np.int32) -> tuple[np.ndarray, np.ndarray]:
+        """Many texts, whose special tokens are text like all the rest ("[SEP]" in a corpus).
+
+        Returns:
+            The tokens of all texts, one after the other, [T] of `dtype`; and how many each has, [N] int64.
+        """
+        encoded = self._literal.encode_batch_fast(texts, add_special_tokens=False)
+        lengths = np.fromiter((len(encoding) for encoding in encoded), np.int64, len(encoded))
+        return np.fromiter(chain.from_iterable(e.ids for e in encoded), dtype, int(lengths.sum())), lengths
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The ids of each word of texts that are split into words already, as it stands after a space."""
+        return [encoding.ids for encoding in self._spaced.encode_batch_fast(words, add_special_tokens=False)]
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The ids of each text, [T] int32, and where they stand in it, [T, 2] int32, without special tokens.
 
-        A span is the token's first character (Unicode code point of the text as given) and the one after its last.
+        A span is the token's first character (Unicode code point of the text as given) and the one after its last,
+        without the space before it; tokens that share a character have it in both spans.
         """
         encoded = self.backend.encode_batch(texts, add_special_tokens=False)
         return [
@@ -111,196 +309,55 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """Text from ids: pieces joined to words, and the space before punctuation taken out."""
+        """Text from ids: pieces joined to words."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def _spaced(self) -> tokenizers.Tokenizer:
+        """The backend for single words."""
+        return self.backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _COPIES}
+
+    # Files
+
     def save(self, folder: str | Path) -> None:
-        """Write the four files of the released format into `folder`, which is made if it is not there."""
+        """Write the files of the released format into `folder`, which is made if it is not there.
+
+        transformers' AutoTokenizer loads them to the same ids.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"), pretty=True)
-        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in self.tokens), encoding="utf-8")
-        roles = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items()}
-        bert = next((step for step in self._normalization if step.get("type") == "BertNormalizer"), {})
-        config = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": self.lowercase,
-            "strip_accents": bert.get("strip_accents"),
-            "tokenize_chinese_chars": bert.get("handle_chinese_chars", True),
-            **roles,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(roles, indent=2) + "\n", encoding="utf-8")
+        self._save_vocabulary(folder)
+        roles = {f"{role}_token": token for role, token in self.special_tokens.items()}
+        _write_json(folder / "tokenizer_config.json", {**self.settings, **roles})
+        _write_json(folder / "special_tokens_map.json", roles)
+
+    def _save_vocabulary(self, folder: Path) -> None:
+        """Write the vocabulary in the kind's own files."""
+        raise NotImplementedError
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or file in the released format.
-
-    `tokenizer.json` is taken where there is one. From `vocab.txt` alone, BERT's normalisation and word splitting are
-    put around it; whether to lower-case is read from `do_lower_case` of `tokenizer_config.json` beside it and,
-    without that file, inferred: a vocabulary with an upper-case letter in a piece is cased.
+def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Refuse a tokenizer with more pieces than a model's embedding table has rows; a padded table is fine.
 
     Raises:
-        DataError: nothing of the kind there, or a vocabulary without one of the special tokens.
+        DataError: it has.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        for name in ("tokenizer.json", "vocab.txt"):
-            if (path / name).is_file():
-                return load_tokenizer(path / name)
-        raise DataError(f"{path}: no tokenizer in this folder. Expected tokenizer.json or vocab.txt.")
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file or folder. Expected a tokenizer's folder or its vocab.txt.")
-    if path.suffix == ".json":
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises the bare class
-            raise DataError(
-                f"{path}: not a tokenizer.json that `tokenizers` {tokenizers.__version__} reads ({error})."
-            ) from error
-        backend.no_padding()
-        backend.no_truncation()
-        return Tokenizer(backend, str(path))
-    vocabulary = _read_vocabulary(path)
-    options = {}
-    if (path.parent / "tokenizer_config.json").is_file():
-        options = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
-    lowercase = options.get("do_lower_case")
-    if lowercase is None:
-        lowercase = not any(piece != piece.lower() and piece not in SPECIAL_TOKENS.values() for piece in vocabulary)
-    backend = _bert(
-        models.WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=_LONGEST_WORD),
-        lowercase=lowercase,
-        strip_accents=options.get("strip_accents"),
-        chinese=options.get("tokenize_chinese_chars", True),
-    )
-    _add_special_tokens(backend, [token for token in SPECIAL_TOKENS.values() if token in vocabulary])
-    return Tokenizer(backend, str(path))
-
-
-def train_wordpiece(
-    documents: Iterable[Document],
-    *,
-    vocab_size: int = 30_522,
-    lowercase: bool = True,
-    min_frequency: int = 2,
-    alphabet_limit: int = 1000,
-    progress: ProgressCallback | None = None,
-) -> Tokenizer:
-    """Learn a WordPiece vocabulary from documents: the same documents always give the same one.
-
-    The pieces are learnt by `tokenizers`' trainer, the one that stands behind the WordPiece vocabularies trained with
-    the Hugging Face libraries: the most frequent pair of pieces is merged, again and again. Ids 0 to 4 are [PAD],
-    [UNK], [CLS], [SEP], [MASK]; single characters follow, then the learnt pieces in the order of their learning.
-
-    Args:
-        documents: read twice (an iterator, which can be read once only, is kept in memory).
-        vocab_size: the most pieces to keep, special tokens included; a small corpus may give fewer.
-        lowercase: lower-case the text and strip accents, as the uncased models do.
-        min_frequency: how often a pair must occur to be merged.
-        alphabet_limit: the most different characters to keep, the most frequent first; words with another are [UNK].
-
-    Raises:
-        DataError: a vocabulary size that does not hold the special tokens and the alphabet.
-    """
-    if iter(documents) is documents:
-        documents = list(documents)
-    backend = _bert(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]), lowercase=lowercase)
-    alphabet = _alphabet(documents, backend, alphabet_limit, Reporter("counting characters", "MB", progress))
-    # The trainer numbers the continuing characters in the order of a hash table, another one each run, and breaks
-    # ties between merges by number. Named as special tokens they have their numbers before it starts, and the outcome
-    # is one and the same.
-    continuing = [f"{CONTINUATION}{character}" for character in alphabet if _continues(character, backend)]
-    given = [*SPECIAL_TOKENS.values(), *alphabet, *continuing]
-    if vocab_size <= len(given):
+    if tokenizer.vocab_size > rows:
         raise DataError(
-            f"A vocabulary of {vocab_size} pieces: too small. The special tokens and the corpus's {len(alphabet)} "
-            f"characters alone take {len(given)}; allow more pieces, or fewer characters."
+            f"{where}: the tokenizer has {tokenizer.vocab_size:,} pieces, and the model's embedding table {rows:,} "
+            "rows. Take the tokenizer that the model was trained with."
         )
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        special_tokens=given,
-        continuing_subword_prefix=CONTINUATION,
-        show_progress=False,
-    )
-    report = Reporter("reading for the vocabulary", "MB", progress)
-    backend.train_from_iterator(_paragraphs(documents, report), trainer)
-    model = models.WordPiece(
-        backend.get_vocab(), unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=_LONGEST_WORD
-    )
-    trained = _bert(model, lowercase=lowercase)
-    _add_special_tokens(trained, list(SPECIAL_TOKENS.values()))
-    return Tokenizer(trained)
 
 
-def _paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator[list[str]]:
-    characters = 0
-    for document in documents:
-        yield document.paragraphs()
-        characters += len(document.text)
-        report(characters / 1e6, None)
-    report(characters / 1e6, None, final=True)
-
-
-def _alphabet(documents: Iterable[Document], backend: tokenizers.Tokenizer, limit: int, report: Reporter) -> list[str]:
-    """The most frequent characters of the normalised text, in the order of their code points."""
-    raw = np.zeros(0x110000, np.int64)
-    for paragraphs in _paragraphs(documents, report):
-        codes = np.frombuffer("".join(paragraphs).encode("utf-32-le", "surrogatepass"), np.uint32)
-        counted = np.bincount(codes)
-        raw[: counted.size] += counted
-    counts: Counter[str] = Counter()
-    for code in np.flatnonzero(raw):
-        # Normalising goes character by character, so that each needs to be normalised once only.
-        for character in backend.normalizer.normalize_str(chr(code)):
-            if not character.isspace():
-                counts[character] += int(raw[code])
-    ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    return sorted(ranked[:limit])
-
-
-def _continues(character: str, backend: tokenizers.Tokenizer) -> bool:
-    """Whether the character can stand inside of a word: punctuation and Chinese characters are words of their own."""
-    return len(backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(f"a{character}a"))) == 1
-
-
-def _read_vocabulary(path: Path) -> dict[str, int]:
-    try:
-        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not a vocabulary: not UTF-8 at byte {error.start}. Expected one piece a line."
-        ) from None
-    vocabulary: dict[str, int] = {}
-    for number, piece in enumerate(pieces):
-        if piece in vocabulary:
-            raise DataError(f"{path}, line {number + 1}: the piece {piece!r} is also on line {vocabulary[piece] + 1}.")
-        vocabulary[piece] = number
-    return vocabulary
-
-
-def _bert(
-    model: models.WordPiece, *, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
-) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=chinese, strip_accents=strip_accents, lowercase=lowercase
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix=CONTINUATION)
-    return backend
-
-
-def _add_special_tokens(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
-    """Make the tokens whole and special, and have [CLS] A [SEP] B [SEP] put around what is encoded."""
-    backend.add_special_tokens(tokens)
-    cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
-    if cls in tokens and sep in tokens:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{cls}:0 $A:0 {sep}:0",
-            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-            special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
-        )
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

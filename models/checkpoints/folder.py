@@ -465,7 +465,7 @@ def _load_tokenizer(folder: Path) -> Any:
         from ...data.tokenizers.pairs import load_subwords
 
         return load_subwords(folder)
-    from ...data.tokenizers.tokenizer import load_tokenizer
+    from ...data.tokenizers.loading import load_tokenizer
 
     return load_tokenizer(folder)
 

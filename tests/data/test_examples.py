@@ -7,7 +7,6 @@ import tokenizers
 from bestiary.data.batches import (
     TrainingBatches,
     assemble,
-    encode_texts,
     epoch_batches,
     pack_batch,
     pack_features,
@@ -40,7 +39,7 @@ def test_long_texts_are_cut_as_the_library_cuts_them(tokenizer):
     reference.enable_truncation(20)
     for pairs in (second, None):
         inputs = first if pairs is None else list(zip(first, pairs, strict=True))
-        found = encode_texts(tokenizer, first, pairs, 20)
+        found = tokenizer.encode(first, pairs, 20)
         expected = reference.encode_batch(inputs)
         assert found.ids == [encoding.ids for encoding in expected]
         assert found.types == [encoding.type_ids for encoding in expected]

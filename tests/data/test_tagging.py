@@ -121,7 +121,7 @@ def test_every_word_has_one_first_token_and_long_sentences_are_cut_between_words
     pieces = tokenise_words(tokenizer, sentences, max_length=2 + 4 * len(wordwise["unaffable"]))
     assert (pieces.split, pieces.truncated) == (1, 0)
     covered: dict[int, list[int]] = {}
-    for ids, first, number, (start, stop) in zip(*pieces[:4], strict=True):
+    for ids, first, number, (start, stop) in zip(pieces.ids, pieces.first, pieces.sentence, pieces.words, strict=True):
         words = sentences[number].words[start:stop]
         covered.setdefault(int(number), []).extend(range(start, stop))
         assert ids.tolist() == [tokenizer.cls_id, *(i for word in words for i in wordwise[word]), tokenizer.sep_id]

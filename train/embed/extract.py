@@ -20,7 +20,7 @@ import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ...data.batches import Features, Placed, assemble, encode_texts, pack_features
+from ...data.batches import Features, Placed, assemble, pack_features
 from ...data.packing import pack
 from ...models import load
 from ...models.checkpoints.folder import VOCABULARY_FILES, family_of_folder, read_config
@@ -161,7 +161,7 @@ class Extractor:
         """The features of texts, or of pairs of texts that the encoder reads together."""
         s = self.settings
         texts = [s.prompt + (text.lower() if s.lowercase else text) for text in texts]
-        ids, types, truncated = encode_texts(self.tokenizer, texts, seconds, s.max_length)
+        ids, types, truncated = self.tokenizer.encode(texts, seconds, s.max_length)
         self.truncated += truncated
         features = pack_features(ids, types)
         parts: list[tuple[Kept, Placed]] = []

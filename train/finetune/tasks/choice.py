@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ....data.batches import Features, encode_texts, pack_features
+from ....data.batches import Features, pack_features
 from ....data.errors import DataError
 from ....data.tasks.multiple_choice import CHOICES, Choice, read_codah, read_swag
 from ....data.tokenizers.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class ChoiceTask(PlainTask):
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Choice]) -> Features:
         pairs = [pair for example in examples for pair in example.pairs]
-        encoded = encode_texts(tokenizer, [a for a, _ in pairs], [b for _, b in pairs], self.max_length)
+        encoded = tokenizer.encode([a for a, _ in pairs], [b for _, b in pairs], self.max_length)
         labels = np.array([example.label or 0 for example in examples], np.int32)
         return pack_features(
             encoded.ids,

@@ -70,13 +70,9 @@ class SquadTask(PlainTask):
             doc_stride=self.doc_stride,
             max_question=self.max_question,
         )
-        types = [
-            (np.arange(len(ids)) >= start).astype(np.int32)
-            for ids, start in zip(windows.ids, windows.context_starts, strict=True)
-        ]
         packed = pack_features(
             windows.ids,
-            types,
+            windows.types,
             example=windows.question,
             segment_fields={
                 "start_positions": np.array(windows.first, np.int32),

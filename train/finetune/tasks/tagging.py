@@ -111,11 +111,11 @@ class TaggingTask(PlainTask):
         labels = np.zeros(len(first), np.int32)
         labels[first] = [number[t] for s in examples for t in s.tags or [self.labels[0]] * len(s.words)]
         if self.legal:  # a piece may begin inside of an entity, but a chain may not
-            begins = np.cumsum([0, *map(len, pieces.ids[:-1])]) + 1
+            begins = np.cumsum([0, *map(len, pieces.ids[:-1])]) + len(tokenizer.template.before)
             labels[begins] = [number["B" + self.labels[n][1:]] if n else n for n in labels[begins]]
         packed = pack_features(
             pieces.ids,
-            [np.zeros(len(ids), np.int32) for ids in pieces.ids],
+            pieces.types,
             example=pieces.sentence,
             truncated=pieces.truncated,
         )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ....data.batches import Features, encode_texts, pack_features
+from ....data.batches import Features, pack_features
 from ....data.tasks.tables import TextExample
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.losses import sequence_losses
@@ -54,7 +54,7 @@ class TextTask(PlainTask):
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[TextExample]) -> Features:
         second = [example.second or "" for example in examples] if self.pairs else None
-        encoded = encode_texts(tokenizer, [example.first for example in examples], second, self.max_length)
+        encoded = tokenizer.encode([example.first for example in examples], second, self.max_length)
         labels = [example.label or 0 for example in examples]
         dtype = np.float32 if self.labels is None else np.int32
         return pack_features(

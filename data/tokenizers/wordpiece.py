@@ -1,0 +1,229 @@
+"""WordPiece (BERT and its relatives): words at spaces and punctuation, then the longest piece first, ##ing goes on.
+
+A folder holds
+
+    tokenizer.json           the whole tokenizer
+    vocab.txt                a piece a line, its id the line's number from 0
+    tokenizer_config.json    tokenizer_class, do_lower_case, strip_accents, tokenize_chinese_chars, the special tokens
+    special_tokens_map.json  the special tokens by role
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ..corpus.corpus import Document
+from ..errors import DataError
+from ..progress import ProgressCallback, Reporter
+from .tokenizer import Template, Tokenizer
+
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+CONTINUATION = "##"
+_LONGEST_WORD = 100  # characters; a longer word is [UNK], as in the released tokenizers
+
+
+class WordPieceTokenizer(Tokenizer):
+    """BERT's: `[CLS] A [SEP] B [SEP]`, of token types 0 and 1.
+
+    Args:
+        backend: a `tokenizers.Tokenizer` with a WordPiece model.
+        special_tokens: by role, all five of BERT's.
+        settings: more entries of tokenizer_config.json.
+        template: what goes around a text, where it is not BERT's.
+        where: what to call it in an error message.
+
+    Raises:
+        DataError: a special token that the vocabulary lacks.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] = SPECIAL_TOKENS,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        template: Template | None = None,
+        where: str = "the tokenizer",
+    ):
+        special_tokens = {**SPECIAL_TOKENS, **special_tokens}
+        missing = [token for token in special_tokens.values() if backend.token_to_id(token) is None]
+        if missing:
+            raise DataError(
+                f"{where}: the vocabulary has no {', '.join(missing)}. Pretraining needs "
+                f"{', '.join(SPECIAL_TOKENS.values())}; take a BERT vocabulary, or train one: bestiary tokenizer train."
+            )
+        if template is None:
+            cls, sep = (backend.token_to_id(special_tokens[role]) for role in ("cls", "sep"))
+            template = Template((cls,), (sep,), (sep,), second_type=1)
+            backend.post_processor = _around(special_tokens["cls"], special_tokens["sep"], backend)
+        super().__init__(backend, template, special_tokens, settings=settings or {}, where=where)
+        bert = next((step for step in self._normalization if step.get("type") == "BertNormalizer"), {})
+        self.settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": self.lowercase,
+            "strip_accents": bert.get("strip_accents"),
+            "tokenize_chinese_chars": bert.get("handle_chinese_chars", True),
+            **self.settings,
+        }
+
+    def _continues(self, piece: str) -> bool:
+        return piece.startswith(CONTINUATION) and piece != CONTINUATION
+
+    def _save_vocabulary(self, folder: Path) -> None:
+        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in self.tokens), encoding="utf-8")
+
+
+def bert_backend(
+    vocabulary: Mapping[str, int],
+    *,
+    lowercase: bool,
+    strip_accents: bool | None = None,
+    chinese: bool = True,
+    unk: str = SPECIAL_TOKENS["unk"],
+) -> tokenizers.Tokenizer:
+    """BERT's tokenizer around a vocabulary: normalised, split at spaces and punctuation, then WordPiece.
+
+    Args:
+        vocabulary: ids of the pieces.
+        lowercase: lower-case the text.
+        strip_accents: None does so where the text is lower-cased.
+        chinese: make every Chinese character a word.
+        unk: the token of words that cannot be spelt.
+    """
+    model = models.WordPiece(dict(vocabulary), unk_token=unk, max_input_chars_per_word=_LONGEST_WORD)
+    return _bert(model, lowercase=lowercase, strip_accents=strip_accents, chinese=chinese)
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """The ids of a vocab.txt: a piece a line, ended by a line feed; blank lines at the end are none.
+
+    Raises:
+        DataError: not UTF-8, or a piece twice; with file and line.
+    """
+    try:
+        pieces = path.read_bytes().decode("utf-8").rstrip("\r\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not a vocabulary: not UTF-8 at byte {error.start}. Expected one piece a line."
+        ) from None
+    vocabulary: dict[str, int] = {}
+    for number, piece in enumerate(pieces):
+        piece = piece.removesuffix("\r")
+        if piece in vocabulary:
+            raise DataError(f"{path}, line {number + 1}: the piece {piece!r} is also on line {vocabulary[piece] + 1}.")
+        vocabulary[piece] = number
+    return vocabulary
+
+
+def train_wordpiece(
+    documents: Iterable[Document],
+    *,
+    vocab_size: int = 30_522,
+    lowercase: bool = True,
+    min_frequency: int = 2,
+    alphabet_limit: int = 1000,
+    progress: ProgressCallback | None = None,
+) -> WordPieceTokenizer:
+    """Learn a WordPiece vocabulary from documents: the same documents always give the same one.
+
+    The pieces are learnt by `tokenizers`' trainer, the one that stands behind the WordPiece vocabularies trained with
+    the Hugging Face libraries: the most frequent pair of pieces is merged, again and again. Ids 0 to 4 are [PAD],
+    [UNK], [CLS], [SEP], [MASK]; single characters follow, then the learnt pieces in the order of their learning.
+
+    Args:
+        documents: read twice (an iterator, which can be read once only, is kept in memory).
+        vocab_size: the most pieces to keep, special tokens included; a small corpus may give fewer.
+        lowercase: lower-case the text and strip accents, as the uncased models do.
+        min_frequency: how often a pair must occur to be merged.
+        alphabet_limit: the most different characters to keep, the most frequent first; words with another are [UNK].
+
+    Raises:
+        DataError: a vocabulary size that does not hold the special tokens and the alphabet.
+    """
+    if iter(documents) is documents:
+        documents = list(documents)
+    backend = _bert(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]), lowercase=lowercase)
+    alphabet = _alphabet(documents, backend, alphabet_limit, Reporter("counting characters", "MB", progress))
+    # The trainer numbers the continuing characters in the order of a hash table, another one each run, and breaks
+    # ties between merges by number. Named as special tokens they have their numbers before it starts, and the outcome
+    # is one and the same.
+    continuing = [f"{CONTINUATION}{character}" for character in alphabet if _continues(character, backend)]
+    given = [*SPECIAL_TOKENS.values(), *alphabet, *continuing]
+    if vocab_size <= len(given):
+        raise DataError(
+            f"A vocabulary of {vocab_size} pieces: too small. The special tokens and the corpus's {len(alphabet)} "
+            f"characters alone take {len(given)}; allow more pieces, or fewer characters."
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=given,
+        continuing_subword_prefix=CONTINUATION,
+        show_progress=False,
+    )
+    report = Reporter("reading for the vocabulary", "MB", progress)
+    backend.train_from_iterator(_paragraphs(documents, report), trainer)
+    trained = bert_backend(backend.get_vocab(), lowercase=lowercase)
+    trained.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    return WordPieceTokenizer(trained)
+
+
+def _paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator[list[str]]:
+    characters = 0
+    for document in documents:
+        yield document.paragraphs()
+        characters += len(document.text)
+        report(characters / 1e6, None)
+    report(characters / 1e6, None, final=True)
+
+
+def _alphabet(documents: Iterable[Document], backend: tokenizers.Tokenizer, limit: int, report: Reporter) -> list[str]:
+    """The most frequent characters of the normalised text, in the order of their code points."""
+    raw = np.zeros(0x110000, np.int64)
+    for paragraphs in _paragraphs(documents, report):
+        codes = np.frombuffer("".join(paragraphs).encode("utf-32-le", "surrogatepass"), np.uint32)
+        counted = np.bincount(codes)
+        raw[: counted.size] += counted
+    counts: Counter[str] = Counter()
+    for code in np.flatnonzero(raw):
+        # Normalising goes character by character, so that each needs to be normalised once only.
+        for character in backend.normalizer.normalize_str(chr(code)):
+            if not character.isspace():
+                counts[character] += int(raw[code])
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    return sorted(ranked[:limit])
+
+
+def _continues(character: str, backend: tokenizers.Tokenizer) -> bool:
+    """Whether the character can stand inside of a word: punctuation and Chinese characters are words of their own."""
+    return len(backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(f"a{character}a"))) == 1
+
+
+def _bert(
+    model: models.WordPiece, *, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
+) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=chinese, strip_accents=strip_accents, lowercase=lowercase
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    return backend
+
+
+def _around(cls: str, sep: str, backend: tokenizers.Tokenizer) -> processors.TemplateProcessing:
+    """The template as tokenizer.json says it."""
+    return processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
+    )

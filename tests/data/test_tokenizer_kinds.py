@@ -1,0 +1,175 @@
+"""Every kind of tokenizer gives the reference implementation's ids, offsets, pairs and words, on odd texts too."""
+
+import json
+import pickle
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bestiary.data import DataError, load_tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
+TEXTS = json.loads((FIXTURES / "texts.json").read_text())
+EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
+NAMES = ["bert-base-uncased", "bert-base-cased", "gpt2", "roberta-base"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_the_reference_implementation(name: str, shared: Path, tmp_path: Path):
+    loaded = load_tokenizer(shared / "data" / "tokenizers" / name)
+    loaded.save(tmp_path)
+    for tokenizer in (loaded, load_tokenizer(tmp_path), pickle.loads(pickle.dumps(loaded))):
+        expected = EXPECTED[name]
+        assert tokenizer.encode_batch(TEXTS, add_special_tokens=True) == expected["ids"]
+        pairs = tokenizer.encode(TEXTS, [*TEXTS[1:], TEXTS[0]])
+        assert pairs.ids == expected["pairs"]
+        if name != "gpt2":  # which has no token types; the reference numbers the texts
+            assert pairs.types == expected["types"]
+        words = [text.split() for text in TEXTS]
+        encoded = iter(tokenizer.encode_words([*chain(*words)]))
+        assert [[i for _ in some for i in next(encoded)] for some in words] == expected["words"]
+        assert tokenizer.fingerprint == loaded.fingerprint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spans_are_those_of_the_reference_implementation(name: str, shared: Path):
+    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / name)
+    for text, (ids, spans), expected in zip(
+        TEXTS, tokenizer.encode_with_spans(TEXTS), EXPECTED[name]["offsets"], strict=True
+    ):
+        assert ids.tolist() == tokenizer.encode_batch([text])[0]
+        for span, (start, stop) in zip(spans.tolist(), expected, strict=True):
+            if name == "gpt2":  # the reference keeps the space before a word in its span
+                assert text[slice(*span)].strip() == text[start:stop].strip()
+            else:
+                assert span == [start, stop], text
+
+
+def test_a_template_is_the_familys(shared: Path):
+    folder = shared / "data" / "tokenizers"
+    roberta, bert, gpt2 = (load_tokenizer(folder / name) for name in ("roberta-base", "bert-base-cased", "gpt2"))
+    assert roberta.join([9, 8], [7]) == ([0, 9, 8, 2, 2, 7, 2], [0] * 7)
+    assert bert.join([9, 8], [7]) == ([101, 9, 8, 102, 7, 102], [0, 0, 0, 0, 1, 1])
+    assert gpt2.join([9, 8]) == ([9, 8], [0, 0])
+    assert [tokenizer.template.cost(pair) for tokenizer in (roberta, bert, gpt2) for pair in (False, True)] == [
+        2, 4, 2, 3, 0, 0,
+    ]  # fmt: skip
+    encoded = roberta.encode(["one two three four"], ["five six"], max_length=8)
+    assert len(encoded.ids[0]) == 8
+    assert encoded.truncated == 2
+    with pytest.raises(DataError, match="A length of 3 tokens is too short: special tokens alone take 4"):
+        roberta.encode(["one"], ["two"], max_length=3)
+
+
+def test_a_missing_special_token_is_named(shared: Path):
+    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / "gpt2")
+    assert tokenizer.special_ids == {"bos": 50256, "eos": 50256, "unk": 50256}
+    with pytest.raises(DataError, match=r"The tokenizer has no mask token, what hides a token"):
+        _ = tokenizer.mask_id
+
+
+def test_words_begin_where_a_space_was(shared: Path):
+    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / "roberta-base")
+    (ids,) = tokenizer.encode_batch([" unaffable, said\nshe"])
+    assert [tokenizer.tokens[i] for i in ids] == ["Ġunaff", "able", ",", "Ġsaid", "Ċ", "she"]
+    assert tokenizer.continuation[ids].tolist() == [False, True, True, False, False, True]
+    assert not tokenizer.continuation[list(tokenizer.special_ids.values())].any()
+    assert np.flatnonzero(tokenizer.special).tolist() == [0, 1, 2, 3, 50264]
+
+
+def test_a_batch_for_a_model(shared: Path):
+    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / "roberta-base")
+    batch = tokenizer(["Hello world", "Hello"])
+    assert batch["input_ids"].tolist() == [[0, 31414, 232, 2], [0, 31414, 2, 1]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
+    assert not batch["token_type_ids"].any()
+
+
+# --- folders that say more than a vocabulary --------------------------------------------------------------------------
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*SPECIAL, "he", "said", "it", "##s", "E", "##1", "[", "]", "He"]
+
+
+def bert_folder(path: Path, **files: dict) -> Path:
+    (path / "vocab.txt").write_text("".join(f"{word}\n" for word in WORDS))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def test_added_tokens_count(tmp_path: Path):
+    folder = bert_folder(tmp_path, added_tokens={"[E1]": 14}, tokenizer_config={"do_lower_case": True})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode_batch(["he said [E1]"]) == [[5, 6, 14]]
+    assert tokenizer.vocab_size == 15
+    described = {"14": {"content": "[E1]", "lstrip": False, "normalized": False, "special": True}}
+    bert_folder(tmp_path, tokenizer_config={"do_lower_case": True, "added_tokens_decoder": described})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode_batch(["he said [E1]"]) == [[5, 6, 14]]
+    assert tokenizer.special[14]
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode_batch(["he said [E1]"]) == [[5, 6, 14]]
+    bert_folder(tmp_path, tokenizer_config={}, added_tokens={"[E1]": 20})
+    with pytest.raises(DataError, match=r"the added token '\[E1\]' is to have the id 20, but the vocabulary gives it"):
+        load_tokenizer(folder)
+
+
+def test_settings_beside_a_whole_tokenizer_win(tmp_path: Path):
+    load_tokenizer(bert_folder(tmp_path, tokenizer_config={"do_lower_case": False})).save(tmp_path / "saved")
+    config = tmp_path / "saved" / "tokenizer_config.json"
+    assert load_tokenizer(tmp_path / "saved").encode_batch(["He"]) == [[13]]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"do_lower_case": True}))
+    assert load_tokenizer(tmp_path / "saved").encode_batch(["He"]) == [[5]]
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        None,
+        {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["[CLS]", 2]},
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {},
+        },
+    ],
+)
+def test_a_template_is_not_left_to_a_broken_file(tmp_path: Path, stated: dict | None):
+    load_tokenizer(bert_folder(tmp_path, tokenizer_config={"do_lower_case": True})).save(tmp_path / "saved")
+    path = tmp_path / "saved" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": stated}))
+    assert load_tokenizer(tmp_path / "saved").encode_batch(["he"], add_special_tokens=True) == [[2, 5, 3]]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "saved" / name).unlink()  # now the file stands for itself
+    if stated is None:
+        assert load_tokenizer(tmp_path / "saved").encode_batch(["he"], add_special_tokens=True) == [[2, 5, 3]]
+    else:
+        with pytest.raises(DataError, match=r"tokenizer\.json: post_processor|not a tokenizer\.json"):
+            load_tokenizer(tmp_path / "saved")
+
+
+def test_an_unknown_class_is_refused(tmp_path: Path):
+    settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    with pytest.raises(DataError, match=r"the tokenizer_class 'BertJapaneseTokenizer' is none that is known here"):
+        load_tokenizer(bert_folder(tmp_path, tokenizer_config=settings))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "1" * 5000, "[" * 100_000])
+def test_settings_that_are_no_object_are_refused(tmp_path: Path, text: str):
+    (bert_folder(tmp_path) / "tokenizer_config.json").write_text(text)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_blank_lines_and_carriage_returns_of_a_vocabulary(tmp_path: Path):
+    (tmp_path / "vocab.txt").write_bytes("\n".join([*SPECIAL, "he\rhe", "said", "", ""]).encode())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.encode_batch(["said"])) == (7, [[6]])
+    (tmp_path / "vocab.txt").write_bytes("\r\n".join([*SPECIAL, "he", "said", ""]).encode())
+    assert load_tokenizer(tmp_path).encode_batch(["said"]) == [[6]]

@@ -5,7 +5,7 @@
     python_docs.py  the corpus that every Python carries: its own documentation
     markup.py       Markdown, WikiText and reStructuredText to plain paragraphs
     sentences.py    paragraphs to sentences
-    tokenizer.py    WordPiece: training, loading, saving
+    tokenizers/     loading.py finds out which: wordpiece.py, byte_bpe.py, sentence_piece.py; pairs.py for translation
     fingerprint.py  what a corpus is, in one short string
     cache.py        the tokenised corpus, ArrayRecord; cache_build.py makes it, once
     packing.py      several examples in a row
@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from .store import open_cache as open_cache
     from .stream import evaluation_batches as evaluation_batches
     from .stream import training_batches as training_batches
+    from .tokenizers.byte_bpe import train_byte_bpe as train_byte_bpe
     from .tokenizers.loading import load_tokenizer as load_tokenizer
+    from .tokenizers.sentence_piece import train_unigram as train_unigram
     from .tokenizers.tokenizer import Tokenizer as Tokenizer
     from .tokenizers.wordpiece import train_wordpiece as train_wordpiece
 
@@ -73,6 +75,8 @@ _HOME = {
     "split_sentences": "corpus.sentences",
     "Tokenizer": "tokenizers.tokenizer",
     "load_tokenizer": "tokenizers.loading",
+    "train_byte_bpe": "tokenizers.byte_bpe",
+    "train_unigram": "tokenizers.sentence_piece",
     "train_wordpiece": "tokenizers.wordpiece",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,15 +1,18 @@
 """Train a tokenizer on a corpus.
 
 bestiary tokenizer train --kind wordpiece --vocab-size 16384 --corpus books/ --out tokenizers/books
+bestiary tokenizer train --kind byte-bpe --corpus books/ --out tokenizers/books-bytes
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Corpus, train_wordpiece
+from ..data import Corpus, train_byte_bpe, train_unigram, train_wordpiece
 from .errors import RunError
 from .progress import Progress
+
+FAMILIES = {"wordpiece": ("bert",), "byte-bpe": ("roberta", "gpt2"), "unigram": ("albert", "t5")}
 
 
 @dataclass(frozen=True)
@@ -20,19 +23,28 @@ class TokenizerConfig:
     """Files or folders of text, Markdown, WikiText or JSON lines (.gz and .zst too), prepared tensorflow-datasets
     folders, or tfds:NAME."""
     out: Path
-    """Folder to write: tokenizer.json, vocab.txt, tokenizer_config.json, special_tokens_map.json."""
-    kind: Literal["wordpiece"] = "wordpiece"
-    """wordpiece: BERT's."""
+    """Folder to write: tokenizer.json, the kind's own files of the vocabulary, tokenizer_config.json and
+    special_tokens_map.json."""
+    kind: Literal["wordpiece", "byte-bpe", "unigram"] = "wordpiece"
+    """wordpiece: BERT's. byte-bpe: RoBERTa's and GPT-2's byte-level BPE. unigram: ALBERT's and T5's SentencePiece."""
+    family: Literal["bert", "roberta", "gpt2", "albert", "t5"] | None = None
+    """Whose special tokens to use, and how the text is normalised; by default bert, roberta or albert, by the kind."""
     vocab_size: int = 16384
-    """Pieces, the special tokens counted in."""
+    """Pieces, the special tokens counted in (T5's 100 sentinels are not)."""
     lowercase: bool = True
-    """Lower-case the text and strip accents first, as the uncased models do."""
+    """Lower-case the text and strip accents first, as the uncased models do; byte-bpe and T5 keep the text as it is."""
     encoding: str = "utf-8"
     """Character encoding of the corpus."""
     text_field: str = "text"
     """Field of JSON lines, or feature of a tensorflow-datasets folder, that holds the text."""
     blank_line: Literal["paragraph", "document"] = "paragraph"
     """What blank lines separate in plain text: paragraphs, or documents with a sentence a line (BERT's own format)."""
+
+    def __post_init__(self) -> None:
+        families = FAMILIES[self.kind]
+        if self.family not in (None, *families):
+            known = " and ".join(families)
+            raise RunError(f"--family {self.family} does not go with --kind {self.kind}, which is of {known}.")
 
 
 def main(config: TokenizerConfig) -> int:
@@ -42,12 +54,14 @@ def main(config: TokenizerConfig) -> int:
     progress = Progress()
     options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
     corpus = Corpus(config.corpus, **options)
-    tokenizer = train_wordpiece(
-        corpus,
-        vocab_size=config.vocab_size,
-        lowercase=config.lowercase,
-        progress=lambda report: progress.update(str(report)),
-    )
+    common: Any = dict(vocab_size=config.vocab_size, progress=lambda report: progress.update(str(report)))
+    family: Any = config.family or FAMILIES[config.kind][0]
+    if config.kind == "wordpiece":
+        tokenizer = train_wordpiece(corpus, lowercase=config.lowercase, **common)
+    elif config.kind == "byte-bpe":
+        tokenizer = train_byte_bpe(corpus, family=family, **common)
+    else:
+        tokenizer = train_unigram(corpus, family=family, lowercase=config.lowercase, **common)
     tokenizer.save(config.out)
     progress.line(f"{config.out}: {tokenizer.vocab_size:,} pieces from {corpus.counts.documents:,} documents")
     return 0

@@ -11,16 +11,19 @@ Radford et al. 2019, 2.2. A folder holds
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from ..corpus.corpus import Document
 from ..errors import DataError
-from .tokenizer import Template, Tokenizer
+from ..progress import ProgressCallback, Reporter
+from .template import Template, roberta_template
+from .tokenizer import Tokenizer, read_paragraphs
 
 ROBERTA_TOKENS = {
     "bos": "<s>",
@@ -31,7 +34,7 @@ ROBERTA_TOKENS = {
     "cls": "<s>",
     "mask": "<mask>",
 }
-GPT2_TOKENS = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
+GPT2_TOKENS = {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"}
 _SPACES = ("Ġ", "Ċ", "ĉ", "č")  # space, line feed, tab and carriage return, as bytes are written
 
 
@@ -87,23 +90,57 @@ def byte_bpe_backend(
     return backend
 
 
-def roberta_template(
-    backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], *, add_prefix_space: bool, where: str
-) -> Template:
-    """`<s> A </s></s> B </s>`, all of token type 0; `backend` is given the same.
+def train_byte_bpe(
+    documents: Iterable[Document],
+    *,
+    vocab_size: int = 50_265,
+    family: Literal["roberta", "gpt2"] = "roberta",
+    min_frequency: int = 2,
+    progress: ProgressCallback | None = None,
+) -> ByteBpeTokenizer:
+    """Learn merges of bytes from documents: the same documents always give the same ones.
+
+    The special tokens come first, the 256 bytes follow, then the merges' outcomes in the order of their learning.
+
+    Args:
+        documents: read once.
+        vocab_size: the most pieces to keep, special tokens included; a small corpus may give fewer.
+        family: roberta, with <s>, <pad>, </s>, <unk> and <mask>, or gpt2, with <|endoftext|>.
+        min_frequency: how often a pair must occur to be merged.
 
     Raises:
-        DataError: the vocabulary has no such tokens.
+        DataError: a vocabulary size that does not hold the special tokens and the bytes.
     """
-    tokens = [special_tokens[role] for role in ("cls", "sep")]
-    cls, sep = (backend.token_to_id(token) for token in tokens)
-    if cls is None or sep is None:
-        missing = ", ".join(token for token in tokens if backend.token_to_id(token) is None)
-        raise DataError(f"{where}: the vocabulary has no {missing}, which RoBERTa puts around every text.")
-    backend.post_processor = processors.RobertaProcessing(
-        (tokens[1], sep), (tokens[0], cls), trim_offsets=True, add_prefix_space=add_prefix_space
+    roberta = family == "roberta"
+    tokens = ROBERTA_TOKENS if roberta else GPT2_TOKENS
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if roberta else ["<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(special) + len(alphabet):
+        raise DataError(
+            f"A vocabulary of {vocab_size} pieces: too small. The special tokens and the {len(alphabet)} bytes alone "
+            f"take {len(special) + len(alphabet)}."
+        )
+    backend = byte_bpe_backend({}, [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=sorted(alphabet),
+        special_tokens=special,
+        show_progress=False,
     )
-    return Template((cls,), (sep, sep), (sep,))
+    report = Reporter("reading for the vocabulary", "MB", progress)
+    backend.train_from_iterator(read_paragraphs(documents, report), trainer)
+    model = json.loads(backend.to_str())["model"]
+    backend = byte_bpe_backend(model["vocab"], [(left, right) for left, right in model["merges"]])
+    settings = {"tokenizer_class": "RobertaTokenizer" if roberta else "GPT2Tokenizer", "add_prefix_space": False}
+    if not roberta:
+        backend.add_special_tokens(special)
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+        return ByteBpeTokenizer(backend, Template(), tokens, settings=settings)
+    # As in the released folder, the mask takes the space before it.
+    backend.add_special_tokens([*special[:-1], AddedToken("<mask>", lstrip=True, special=True)])
+    template = roberta_template(backend, tokens, "the trained tokenizer", add_prefix_space=False)
+    return ByteBpeTokenizer(backend, template, tokens, settings=settings)
 
 
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ tokenizer.json taken as it is.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, models, processors
+from tokenizers import AddedToken, models
 
 from ..errors import DataError
-from .byte_bpe import GPT2_TOKENS, ROBERTA_TOKENS, ByteBpeTokenizer, byte_bpe_backend, roberta_template
-from .tokenizer import ROLES, Template, Tokenizer
+from .byte_bpe import GPT2_TOKENS, ROBERTA_TOKENS, ByteBpeTokenizer, byte_bpe_backend
+from .sentence_piece import (
+    ALBERT_TOKENS,
+    EXTRA_IDS,
+    MODEL_FILES,
+    SPACE,
+    T5_TOKENS,
+    Pieces,
+    SentencePieceModel,
+    SentencePieceTokenizer,
+    albert_backend,
+    extra_ids,
+    parse_model,
+    t5_backend,
+    t5_template,
+)
+from .template import Template, bert_template, read_template, roberta_template, write_template
+from .tokenizer import ROLES, Tokenizer
 from .wordpiece import SPECIAL_TOKENS, WordPieceTokenizer, bert_backend, read_vocabulary
 
 # Names of the reference's classes -> the class here, of which they are aliases in what concerns ids.
@@ -30,11 +47,15 @@ CLASSES = {
     ),
     **dict.fromkeys(("Roberta", "Bart", "Longformer", "LED"), "roberta"),
     "GPT2": "gpt2",
+    "Albert": "albert",
+    "T5": "t5",
 }
 MODEL_TYPES = {
     **dict.fromkeys(("bert", "distilbert", "electra", "mobilebert", "convbert", "squeezebert"), "bert"),
     **dict.fromkeys(("roberta", "bart", "longformer", "led"), "roberta"),
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "gpt2"),
+    "albert": "albert",
+    **dict.fromkeys(("t5", "mt5"), "t5"),
 }
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
 _KEPT = ("model_max_length",)  # settings that are not about ids, and are written again
@@ -89,52 +110,67 @@ class _Folder:
             raise DataError(f"{self.where.parent / 'tokenizer_config.json'}: {name} is {value!r}.")
         return value
 
-    def special_tokens(self, defaults: Mapping[str, str]) -> dict[str, str]:
-        """The token of each role; what the files do not name is the class's own."""
-        found = dict(defaults)
-        # As in the reference, the map of special tokens is asked where the settings do not describe the added tokens.
-        sources = (self.settings,) if "added_tokens_decoder" in self.settings else (self.settings, self.roles)
-        for source in sources:
-            for role in ROLES:
-                if f"{role}_token" in source:
-                    token = source[f"{role}_token"]
-                    content = token.get("content") if isinstance(token, dict) else token
-                    if content is None:
-                        found.pop(role, None)
-                    elif isinstance(content, str):
-                        found[role] = content
-                    else:
-                        raise DataError(f"{self.where.parent}: the {role}_token is {token!r}; expected text.")
-        return found
+    @property
+    def _sources(self) -> tuple[dict[str, Any], ...]:
+        """What names special tokens; as in the reference, their map only where the settings do not describe them."""
+        return (self.settings,) if "added_tokens_decoder" in self.settings else (self.settings, self.roles)
 
-    def added_tokens(self, special: Mapping[str, str]) -> Iterator[tuple[int | None, AddedToken]]:
+    def special_tokens(self, defaults: Mapping[str, str]) -> dict[str, AddedToken]:
+        """The token of each role, in the reference's order; what the files do not name is the class's own."""
+        found: dict[str, Any] = dict(defaults)
+        for source in self._sources:
+            found |= {role: source[f"{role}_token"] for role in ROLES if f"{role}_token" in source}
+        if self.settings.get("split_special_tokens"):
+            raise DataError(f"{self.where.parent}: split_special_tokens is not supported.")
+        missing = [role for role in ("unk", "cls", "sep") if role in defaults and found[role] is None]
+        if missing:
+            raise DataError(f"{self.where.parent}: the {missing[0]}_token is null; expected a token.")
+        return {role: self._token(found[role], role, special=True) for role in ROLES if found.get(role) is not None}
+
+    def extra_special_tokens(self) -> list[AddedToken]:
+        """Special tokens without a role."""
+        found: list[Any] = []
+        for source in self._sources:
+            names = ("extra_special_tokens", "additional_special_tokens")
+            some = next((source[name] for name in names if source.get(name)), [])
+            found += some.values() if isinstance(some, dict) else some if isinstance(some, list) else [some]
+        return [self._token(some, "extra special token", special=True) for some in found]
+
+    def _token(self, said: Any, name: Any, *, special: bool = False) -> AddedToken:
+        """A token that a file names, or describes.
+
+        Raises:
+            DataError: it does neither.
+        """
+        entry = said if isinstance(said, dict) else {"content": said}
+        known = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        options = {key: entry[key] for key in known if key in entry}
+        content = entry.get("content")
+        if not isinstance(content, str) or not all(isinstance(value, bool) for value in options.values()):
+            raise DataError(f"{self.where.parent}: {name}: expected a token, found {said!r}.")
+        return AddedToken(content, **{**options, "special": special or options.get("special", False)})
+
+    def added_tokens(self, special: Mapping[str, AddedToken]) -> Iterator[tuple[int, AddedToken]]:
         """(the id that the files tell, the token) of what stands beside the vocabulary, in the order of ids."""
+        roles = {token.content for token in special.values()}
         if "added_tokens_decoder" in self.settings:
             entries = _object(self.settings["added_tokens_decoder"], f"{self.where.parent}: added_tokens_decoder")
             described = {number: _object(entry, f"added token {number}") for number, entry in entries.items()}
         else:
             described = {
-                number: {"content": token, "normalized": token not in special.values()}
-                | ({"special": True} if token in special.values() else {})
-                for token, number in self.added.items()
+                number: {"content": token, "normalized": token not in roles} for token, number in self.added.items()
             }
             described |= {entry.get("id"): entry for entry in (self.whole or {}).get("added_tokens", ())}
         for number, entry in sorted(((_number(n, self.where), entry) for n, entry in described.items()), key=_first):
-            known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-            options = {name: value for name, value in entry.items() if name in known}
-            content = options.pop("content", None)
-            if not isinstance(content, str) or not all(isinstance(value, bool) for value in options.values()):
-                raise DataError(f"{self.where.parent}: the added token {number} is {entry!r}.")
-            options["special"] = options.get("special", False) or content in special.values()
-            yield number, AddedToken(content, **options)
+            yield number, self._token(entry, f"added token {number}", special=entry.get("content") in roles)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder or file in a released format.
 
     Args:
-        path: a folder with tokenizer.json, vocab.txt, or vocab.json and merges.txt, the first of them that is there;
-            or one of these files.
+        path: a folder with tokenizer.json, vocab.txt, vocab.json and merges.txt, or spiece.model (tokenizer.model,
+            sentencepiece.bpe.model), the first of them that is there; or one of these files.
 
     A vocab.txt without a word on lower-casing (`do_lower_case` of tokenizer_config.json) is taken for a cased one where
     a piece has an upper-case letter.
@@ -145,12 +181,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        names = ("tokenizer.json", "vocab.txt", "vocab.json")
+        names = ("tokenizer.json", "vocab.txt", "vocab.json", *MODEL_FILES)
         file = next((path / name for name in names if (path / name).is_file()), None)
         if file is None:
             raise DataError(
-                f"{path}: no tokenizer in this folder. Expected tokenizer.json, vocab.txt, or vocab.json and "
-                "merges.txt."
+                f"{path}: no tokenizer in this folder. Expected tokenizer.json, vocab.txt, vocab.json and merges.txt, "
+                "or spiece.model."
             )
         path = file
     if not path.is_file():
@@ -159,17 +195,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if folder.whole is not None:
         model = folder.whole.get("model")
         kind = model.get("type") if isinstance(model, dict) else None
-        build = {"bert": _bert, "roberta": _roberta, "gpt2": _gpt2}.get(folder.cls or "", _as_it_is)
-        expected = {_bert: "WordPiece", _roberta: "BPE", _gpt2: "BPE"}.get(build, kind)
+        build = _BUILD[folder.cls] if folder.cls else _as_it_is
+        expected = _MODEL.get(folder.cls or "", kind)
         if kind not in (expected, None):
             raise DataError(f"{path}: a {kind} tokenizer; its class {folder.cls} expects {expected}.")
-    elif path.name == "vocab.json" or path.suffix == ".json":
-        build = {"roberta": _roberta, "gpt2": _gpt2, None: _bytes_of_some_class}.get(folder.cls)
+        return build(folder)
+    if path.suffix == ".json":
+        found = ("roberta", "gpt2")
+    elif path.suffix == ".model":
+        found = ("albert", "t5")
     else:
-        build = {"bert": _bert, None: _bert}.get(folder.cls)
-    if build is None:
-        raise DataError(f"{path}: the files of another tokenizer than its class, {folder.cls}.")
-    return build(folder)
+        found = ("bert",)
+    cls = folder.cls or _class_of_vocabulary(folder, found)
+    if cls not in found:
+        raise DataError(f"{path}: the file of another tokenizer than its class, {cls}.")
+    return _BUILD[cls](folder)
 
 
 def _read_folder(path: Path) -> _Folder:
@@ -207,17 +247,24 @@ def _bert(folder: _Folder) -> Tokenizer:
         lowercase=bool(folder.setting("do_lower_case", said.get("lowercase", True), bool)),
         strip_accents=folder.setting("strip_accents", said.get("strip_accents"), bool),
         chinese=bool(folder.setting("tokenize_chinese_chars", said.get("handle_chinese_chars", True), bool)),
-        unk=special.get("unk", SPECIAL_TOKENS["unk"]),
+        unk=special["unk"].content,
     )
-    _add_tokens(backend, folder, {role: special[role] for role in SPECIAL_TOKENS if role in special})
-    return WordPieceTokenizer(backend, special, settings=_kept(folder), where=str(folder.where))
+    special = _wordpiece_tokens(special, vocabulary)
+    _add_tokens(backend, folder, special)
+    return WordPieceTokenizer(backend, _contents(special), settings=_kept(folder), where=str(folder.where))
+
+
+def _wordpiece_tokens(special: dict[str, AddedToken], vocabulary: Mapping[str, int]) -> dict[str, AddedToken]:
+    """Without those of BERT's own that the vocabulary lacks: they are not added, for no model knows their ids."""
+    own = SPECIAL_TOKENS.items()
+    return {role: t for role, t in special.items() if t.content in vocabulary or (role, t.content) not in own}
 
 
 def _roberta(folder: _Folder) -> Tokenizer:
     special = folder.special_tokens(ROBERTA_TOKENS)
     backend, spaced = _bytes(folder)
     _add_tokens(backend, folder, special)
-    template = roberta_template(backend, special, add_prefix_space=spaced, where=str(folder.where))
+    template = roberta_template(backend, _contents(special), str(folder.where), add_prefix_space=spaced)
     return _byte_bpe(folder, backend, template, special, "RobertaTokenizer", spaced)
 
 
@@ -225,8 +272,12 @@ def _gpt2(folder: _Folder) -> Tokenizer:
     special = folder.special_tokens(GPT2_TOKENS)
     backend, spaced = _bytes(folder)
     _add_tokens(backend, folder, special)
-    template = Template() if folder.whole is None else _template(folder.whole.get("post_processor"), backend, folder)
-    backend.post_processor = _trimming(template, backend)
+    if folder.whole is None and any(folder.settings.get(name) for name in ("add_bos_token", "add_eos_token")):
+        raise DataError(
+            f"{folder.where.parent}: add_bos_token and add_eos_token need a tokenizer.json that says where."
+        )
+    template = Template() if folder.whole is None else _stated(folder, backend)
+    backend.post_processor = write_template(template, backend)
     return _byte_bpe(folder, backend, template, special, "GPT2Tokenizer", spaced)
 
 
@@ -234,7 +285,7 @@ def _bytes(folder: _Folder) -> tuple[tokenizers.Tokenizer, bool]:
     spaced = bool(folder.setting("add_prefix_space", False, bool))
     if folder.whole is not None:
         pairs = _object(folder.whole["model"], f"{folder.where}: model").get("merges", ())
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+        merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
         vocabulary = _vocabulary(folder)
     else:
         file = folder.where.with_name("merges.txt")
@@ -247,21 +298,95 @@ def _bytes(folder: _Folder) -> tuple[tokenizers.Tokenizer, bool]:
         raise DataError(f"{folder.where}: {error}") from None
 
 
-def _bytes_of_some_class(folder: _Folder) -> Tokenizer:
-    vocabulary = _read_object(folder.where)
-    return (_roberta if {"<s>", "</s>", "<mask>"} <= set(vocabulary) else _gpt2)(folder)
+def _albert(folder: _Folder) -> Tokenizer:
+    special = folder.special_tokens(ALBERT_TOKENS)
+    pieces, characters, model = _pieces(folder)
+    options: dict[str, Any] = {
+        "do_lower_case": bool(folder.setting("do_lower_case", True, bool)),
+        "keep_accents": bool(folder.setting("keep_accents", False, bool)),
+        "add_prefix_space": bool(folder.setting("add_prefix_space", True, bool)),
+    }
+    lowercase, keep_accents, spaced = options.values()
+    backend = albert_backend(pieces, characters, lowercase=lowercase, keep_accents=keep_accents, spaced=spaced)
+    _add_tokens(backend, folder, special, model)
+    where = str(folder.where)
+    template = bert_template(backend, ALBERT_TOKENS, where)
+    if folder.whole is not None and folder.whole.get("post_processor") is not None:
+        template = _stated(folder, backend)
+    settings = {"tokenizer_class": "AlbertTokenizer", **options, **_kept(folder)}
+    return SentencePieceTokenizer(
+        backend, template, _contents(special), settings=settings, model=model and model.state, where=where
+    )
+
+
+def _t5(folder: _Folder) -> Tokenizer:
+    special = folder.special_tokens(T5_TOKENS)
+    pieces, characters, model = _pieces(folder)
+    sentinels = extra_ids(int(folder.setting("extra_ids", EXTRA_IDS, int)))
+    backend = t5_backend([*pieces, *sentinels] if model else pieces, characters)
+    _add_tokens(backend, folder, special, model)
+    if not folder.extra_special_tokens():  # which take the sentinels' place in the reference
+        known = backend.get_vocab()
+        backend.add_special_tokens([piece for piece, _ in sentinels if piece in known])
+    template = t5_template(backend, str(folder.where))
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": len(sentinels), **_kept(folder)}
+    return SentencePieceTokenizer(
+        backend, template, _contents(special), settings=settings, model=model and model.state, where=str(folder.where)
+    )
+
+
+def _pieces(folder: _Folder) -> tuple[Pieces, bytes, SentencePieceModel | None]:
+    """(pieces and scores, the compiled table of characters, the SentencePiece model where they are from one)."""
+    if folder.whole is None:
+        model = parse_model(folder.where.read_bytes(), str(folder.where))
+        if not model.unigram:
+            raise DataError(f"{folder.where}: BPE pieces; its class {folder.cls} expects unigram ones.")
+        return model.pieces, model.characters, model
+    try:
+        pieces = [(str(piece), float(score)) for piece, score in folder.whole["model"]["vocab"]]
+        normalizer = folder.whole.get("normalizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        compiled = next((step["precompiled_charsmap"] for step in steps if step.get("type") == "Precompiled"), "")
+        return pieces, base64.b64decode(compiled or ""), None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder.where}: not a unigram tokenizer ({type(error).__name__}: {error}).") from None
+
+
+_BUILD = {"bert": _bert, "roberta": _roberta, "gpt2": _gpt2, "albert": _albert, "t5": _t5}
+_MODEL = {"bert": "WordPiece", "roberta": "BPE", "gpt2": "BPE", "albert": "Unigram", "t5": "Unigram"}
+
+
+def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
+    """The class whose special tokens a vocabulary has, where no file names one.
+
+    Raises:
+        DataError: a SentencePiece model that is neither ALBERT's nor T5's.
+    """
+    if classes == ("roberta", "gpt2"):
+        return "roberta" if {"<s>", "</s>", "<mask>"} <= set(_read_object(folder.where)) else "gpt2"
+    if classes == ("albert", "t5"):
+        first = [piece for piece, _ in _pieces(folder)[0][:5]]
+        if first == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]:
+            return "albert"
+        if first[:3] == ["<pad>", "</s>", "<unk>"]:
+            return "t5"
+        raise DataError(
+            f"{folder.where}: pieces that begin {', '.join(first)} are neither ALBERT's nor T5's. Name the "
+            "tokenizer_class in tokenizer_config.json beside it."
+        )
+    return classes[0]
 
 
 def _byte_bpe(
     folder: _Folder,
     backend: tokenizers.Tokenizer,
     template: Template,
-    special: Mapping[str, str],
+    special: Mapping[str, AddedToken],
     cls: str,
     spaced: bool,
 ) -> ByteBpeTokenizer:
     settings = {"tokenizer_class": cls, "add_prefix_space": spaced, **_kept(folder)}
-    return ByteBpeTokenizer(backend, template, special, settings=settings, where=str(folder.where))
+    return ByteBpeTokenizer(backend, template, _contents(special), settings=settings, where=str(folder.where))
 
 
 def _as_it_is(folder: _Folder) -> Tokenizer:
@@ -273,20 +398,25 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
     kind = folder.whole["model"].get("type") or json.loads(backend.to_str())["model"]["type"]
     where = str(folder.where)
     if kind == "WordPiece":
-        special = folder.special_tokens(SPECIAL_TOKENS)
-        _add_tokens(backend, folder, {role: special[role] for role in SPECIAL_TOKENS if role in special})
-        stated = folder.whole.get("post_processor")
-        template = None if stated is None else _template(stated, backend, folder)
+        special = _wordpiece_tokens(folder.special_tokens(SPECIAL_TOKENS), backend.get_vocab())
+        _add_tokens(backend, folder, special)
+        template = None if folder.whole.get("post_processor") is None else _stated(folder, backend)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)} if template else _kept(folder)
-        return WordPieceTokenizer(backend, special, settings=settings, template=template, where=where)
+        return WordPieceTokenizer(backend, _contents(special), settings=settings, template=template, where=where)
     if kind == "BPE" and '"ByteLevel"' in json.dumps(folder.whole.get("pre_tokenizer")):
         special = folder.special_tokens({})
         _add_tokens(backend, folder, special)
-        template = _template(folder.whole.get("post_processor"), backend, folder)
-        backend.post_processor = _trimming(template, backend)
+        template = _stated(folder, backend)
+        backend.post_processor = write_template(template, backend)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
-        return ByteBpeTokenizer(backend, template, special, settings=settings, where=where)
-    raise DataError(f"{where}: a {kind} tokenizer; expected WordPiece or byte-level BPE.")
+        return ByteBpeTokenizer(backend, template, _contents(special), settings=settings, where=where)
+    if kind == "Unigram" or (kind == "BPE" and SPACE in json.dumps(folder.whole["decoder"], ensure_ascii=False)):
+        special = folder.special_tokens({})
+        _add_tokens(backend, folder, special)
+        template = _stated(folder, backend)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
+        return SentencePieceTokenizer(backend, template, _contents(special), settings=settings, where=where)
+    raise DataError(f"{where}: a {kind} tokenizer; expected WordPiece, byte-level BPE or SentencePiece's pieces.")
 
 
 # Parts
@@ -297,116 +427,44 @@ def _vocabulary(folder: _Folder) -> dict[str, int]:
     return _object(_object(folder.whole.get("model"), f"{folder.where}: model").get("vocab"), f"{folder.where}: vocab")
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, folder: _Folder, special: Mapping[str, str]) -> None:
-    """Give the backend the added tokens that the files name, then the special ones of the vocabulary.
+def _add_tokens(
+    backend: tokenizers.Tokenizer,
+    folder: _Folder,
+    special: Mapping[str, AddedToken],
+    model: SentencePieceModel | None = None,
+) -> None:
+    """Give the backend the added tokens that the files name, then the special ones; what is new gets the next ids.
 
     Raises:
         DataError: a token gets another id than the files tell.
     """
     for number, token in folder.added_tokens(special):
-        if number is not None:
-            found = backend.token_to_id(token.content)
-            gets = backend.get_vocab_size() if found is None else found
-            if gets != number:
-                raise DataError(
-                    f"{folder.where.parent}: the added token {token.content!r} is to have the id {number}, but the "
-                    f"vocabulary gives it {gets}."
-                )
+        found = backend.token_to_id(token.content)
+        gets = backend.get_vocab_size() if found is None else found
+        if gets != number:
+            raise DataError(
+                f"{folder.where.parent}: the added token {token.content!r} is to have the id {number}, but the "
+                f"vocabulary gives it {gets}."
+            )
         backend.add_tokens([token])
-    known = backend.get_vocab()
-    backend.add_special_tokens(list(dict.fromkeys(token for token in special.values() if token in known)))
+    if model is not None:
+        backend.add_tokens(model.added)
+    # To add a token once more would take away what was said of it, such as that the mask takes the space before it.
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in (*special.values(), *folder.extra_special_tokens()):
+        if token.content not in there:
+            backend.add_special_tokens([token])
+            there.add(token.content)
 
 
-def _template(stated: Any, backend: tokenizers.Tokenizer, folder: _Folder) -> Template:
-    """What a tokenizer.json puts around texts.
-
-    Raises:
-        DataError: something that is not of the form `before A after` and `before A between B after`, or has tokens
-            that the vocabulary does not know by these ids.
-    """
-    if stated is None:
-        return Template()
-    where = f"{folder.where}: post_processor"
-    stated = _object(stated, where)
-    kind = stated.get("type")
-    if kind == "Sequence":
-        found = [_template(step, backend, folder) for step in stated.get("processors", ())]
-        return next((template for template in found if template != Template()), Template())
-    if kind == "ByteLevel":
-        return Template()
-    try:
-        if kind in ("BertProcessing", "RobertaProcessing"):
-            (sep_token, sep), (cls_token, cls) = stated["sep"], stated["cls"]
-            named = {cls_token: cls, sep_token: sep}
-            template = Template((cls,), (sep,) if kind == "BertProcessing" else (sep, sep), (sep,))
-            template = Template(*_parts(template), int(kind == "BertProcessing"))
-        elif kind == "TemplateProcessing":
-            template, named = _stated_template(stated)
-        else:
-            raise ValueError(f"of type {kind}")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{where}: expected special tokens before, between and after texts, found {error}.") from None
-    for token, number in named.items():
-        if backend.token_to_id(token) != number:
-            raise DataError(f"{where}: it gives {token!r} the id {number}; the vocabulary has it at "
-                            f"{backend.token_to_id(token)}.")  # fmt: skip
-    return template
+def _contents(special: Mapping[str, AddedToken]) -> dict[str, str]:
+    return {role: token.content for role, token in special.items()}
 
 
-def _parts(template: Template) -> tuple[tuple[int, ...], ...]:
-    return template.before, template.between, template.after
-
-
-def _stated_template(stated: Mapping[str, Any]) -> tuple[Template, dict[str, int]]:
-    """(a TemplateProcessing as a template, the ids of its tokens)."""
-    tokens = stated["special_tokens"]
-    named: dict[str, int] = {}
-
-    def parts(pieces: list[Any], sequences: int) -> tuple[list[list[int]], list[list[int]]]:
-        """(ids, token types) before, between and after the sequences."""
-        ids: list[list[int]] = [[]]
-        types: list[list[int]] = [[]]
-        for piece in pieces:
-            if "Sequence" in piece:
-                if piece["Sequence"]["id"] != "AB"[len(ids) - 1]:
-                    raise ValueError("texts in another order")
-                types[-1].append(piece["Sequence"]["type_id"])
-                ids.append([])
-                types.append([])
-            else:
-                some = tokens[piece["SpecialToken"]["id"]]
-                named.update(zip(some["tokens"], some["ids"], strict=True))
-                ids[-1] += some["ids"]
-                types[-1] += [piece["SpecialToken"]["type_id"]] * len(some["ids"])
-        if len(ids) != sequences + 1:
-            raise ValueError(f"{len(ids) - 1} texts for {sequences}")
-        return ids, types
-
-    (before, after), single_types = parts(stated["single"], 1)
-    (pair_before, between, pair_after), pair_types = parts(stated["pair"], 2)
-    if (before, after) != (pair_before, pair_after):
-        raise ValueError("other tokens around a pair than around a text")
-    second = pair_types[1][-1]  # the second text's own
-    kinds = [any(some) for some in single_types], set(pair_types[0] + pair_types[1][:-1]), set(pair_types[2])
-    if any(kinds[0]) or kinds[1] - {0} or kinds[2] - {second}:
-        raise ValueError("token types that are not 0 up to the second text")
-    return Template(tuple(before), tuple(between), tuple(after), second), named
-
-
-def _trimming(template: Template, backend: tokenizers.Tokenizer) -> Any:
-    """A template for tokenizer.json, after a step that takes the spaces before words out of their spans."""
-    trim = processors.ByteLevel(trim_offsets=True)
-    if template == Template():
-        return trim
-    tokens = {token: number for token, number in backend.get_vocab().items() if number in sum(_parts(template), ())}
-    by_id = {number: token for token, number in tokens.items()}
-    before, between, after = ([by_id[number] for number in part] for part in _parts(template))
-    kind = template.second_type
-    single = [*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)]
-    pair = [*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in between), f"$B:{kind}"]
-    pair += [f"{token}:{kind}" for token in after]
-    around = processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(tokens.items()))
-    return processors.Sequence([trim, around])
+def _stated(folder: _Folder, backend: tokenizers.Tokenizer) -> Template:
+    """What tokenizer.json puts around texts."""
+    assert folder.whole is not None
+    return read_template(folder.whole.get("post_processor"), backend, f"{folder.where}: post_processor")
 
 
 def _kept(folder: _Folder) -> dict[str, Any]:

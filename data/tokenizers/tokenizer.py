@@ -1,8 +1,8 @@
 """What every tokenizer offers, whatever stands behind it: ids, offsets, special tokens, word boundaries, a template.
 
-The kinds are WordPiece (`wordpiece`) and byte-level BPE (`byte_bpe`); `loading.load_tokenizer` finds out which one a
-folder holds. The `tokenizers` library does the work in all of them, as it does in the reference implementation, so that
-ids and offsets are the same.
+The kinds are WordPiece (`wordpiece`), byte-level BPE (`byte_bpe`) and SentencePiece's pieces (`sentence_piece`);
+`loading.load_tokenizer` finds out which one a folder holds. The `tokenizers` library does the work in all of them, as
+it does in the reference implementation, so that ids and offsets are the same.
 
 A tokenizer is a function from texts to what a model takes:
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,8 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
+from tokenizers import models
 
+from ..corpus.corpus import Document
 from ..errors import DataError
+from ..progress import Reporter
+from .template import Template
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _NEEDED_FOR = {
@@ -35,7 +38,7 @@ _NEEDED_FOR = {
     "cls": "what classification reads a whole text from",
     "mask": "what hides a token in masked language modelling",
 }
-_COPIES = ("_literal", "_spaced")  # of the backend, with options that pickling it would lose
+_COPIES = ("_literal", "_spaced")  # of the backend, with options that its JSON does not hold
 
 
 class Encoded(NamedTuple):
@@ -44,57 +47,6 @@ class Encoded(NamedTuple):
     ids: list[list[int]]
     types: list[list[int]]  # token types, as many as ids
     truncated: int  # how many tokens were cut off
-
-
-@dataclass(frozen=True)
-class Template:
-    """The special tokens that a family puts around a text, `before A after`, or a pair, `before A between B after`.
-
-    Attributes:
-        before, between, after: ids of special tokens.
-        second_type: token type of B and of what comes after it; everything else has type 0.
-    """
-
-    before: tuple[int, ...] = ()
-    between: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    second_type: int = 0
-
-    def cost(self, pair: bool) -> int:
-        """Special tokens of a text, or of a pair."""
-        return len(self.before) + len(self.between) * pair + len(self.after)
-
-    def join(self, first: Sequence[int], second: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-        """The ids and token types of a text or a pair whose tokens are given without special ones."""
-        ids = [*self.before, *first]
-        if second is None:
-            ids += self.after
-            return ids, [0] * len(ids)
-        ids += self.between
-        types = [0] * len(ids)
-        ids += second
-        ids += self.after
-        types += [self.second_type] * (len(ids) - len(types))
-        return ids, types
-
-    def cut(self, first: int, second: int | None, most: int) -> tuple[int, int | None]:
-        """How many tokens of a text, or of both texts of a pair, to keep so that all of it has at most `most` tokens.
-
-        The longer text of a pair loses tokens first, as in the reference implementation.
-
-        Raises:
-            DataError: `most` is less than the special tokens alone take.
-        """
-        room = most - self.cost(second is not None)
-        if room < 0:
-            raise DataError(f"A length of {most} tokens is too short: special tokens alone take {most - room} of them.")
-        if second is None or first + second <= room:
-            return min(first, room), second
-        shorter, longer = sorted((first, second))
-        longer = shorter if shorter > room else max(shorter, room - shorter)
-        if shorter + longer > room:
-            shorter, longer = room // 2, room - room // 2
-        return (shorter, longer) if first <= second else (longer, shorter)
 
 
 class Tokenizer:
@@ -314,7 +266,7 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend = _read_backend(self.backend.to_str())
         backend.encode_special_tokens = True
         return backend
 
@@ -324,7 +276,11 @@ class Tokenizer:
         return self.backend
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _COPIES}
+        kept = {name: value for name, value in self.__dict__.items() if name not in _COPIES}
+        return {**kept, "backend": self.backend.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, backend=_read_backend(state["backend"]))
 
     # Files
 
@@ -357,6 +313,26 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
             f"{where}: the tokenizer has {tokenizer.vocab_size:,} pieces, and the model's embedding table {rows:,} "
             "rows. Take the tokenizer that the model was trained with."
         )
+
+
+def _read_backend(text: str) -> tokenizers.Tokenizer:
+    """A backend from its JSON, with scores to the last bit: the library's own reading of numbers rounds them."""
+    backend = tokenizers.Tokenizer.from_str(text)
+    if isinstance(backend.model, models.Unigram):
+        said = json.loads(text)["model"]
+        pieces = [(piece, score) for piece, score in said["vocab"]]
+        backend.model = models.Unigram(pieces, unk_id=said["unk_id"], byte_fallback=said["byte_fallback"])
+    return backend
+
+
+def read_paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator[list[str]]:
+    """The paragraphs of each document, for a trainer; `report` hears of the characters."""
+    characters = 0
+    for document in documents:
+        yield document.paragraphs()
+        characters += len(document.text)
+        report(characters / 1e6, None)
+    report(characters / 1e6, None, final=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -11,18 +11,19 @@ A folder holds
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..corpus.corpus import Document
 from ..errors import DataError
 from ..progress import ProgressCallback, Reporter
-from .tokenizer import Template, Tokenizer
+from .template import Template, bert_template
+from .tokenizer import Tokenizer, read_paragraphs
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 CONTINUATION = "##"
@@ -53,16 +54,14 @@ class WordPieceTokenizer(Tokenizer):
         where: str = "the tokenizer",
     ):
         special_tokens = {**SPECIAL_TOKENS, **special_tokens}
-        missing = [token for token in special_tokens.values() if backend.token_to_id(token) is None]
+        missing = [special_tokens[role] for role in SPECIAL_TOKENS if backend.token_to_id(special_tokens[role]) is None]
         if missing:
             raise DataError(
                 f"{where}: the vocabulary has no {', '.join(missing)}. Pretraining needs "
                 f"{', '.join(SPECIAL_TOKENS.values())}; take a BERT vocabulary, or train one: bestiary tokenizer train."
             )
         if template is None:
-            cls, sep = (backend.token_to_id(special_tokens[role]) for role in ("cls", "sep"))
-            template = Template((cls,), (sep,), (sep,), second_type=1)
-            backend.post_processor = _around(special_tokens["cls"], special_tokens["sep"], backend)
+            template = bert_template(backend, special_tokens, where)
         super().__init__(backend, template, special_tokens, settings=settings or {}, where=where)
         bert = next((step for step in self._normalization if step.get("type") == "BertNormalizer"), {})
         self.settings = {
@@ -171,25 +170,16 @@ def train_wordpiece(
         show_progress=False,
     )
     report = Reporter("reading for the vocabulary", "MB", progress)
-    backend.train_from_iterator(_paragraphs(documents, report), trainer)
+    backend.train_from_iterator(read_paragraphs(documents, report), trainer)
     trained = bert_backend(backend.get_vocab(), lowercase=lowercase)
     trained.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return WordPieceTokenizer(trained)
 
 
-def _paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator[list[str]]:
-    characters = 0
-    for document in documents:
-        yield document.paragraphs()
-        characters += len(document.text)
-        report(characters / 1e6, None)
-    report(characters / 1e6, None, final=True)
-
-
 def _alphabet(documents: Iterable[Document], backend: tokenizers.Tokenizer, limit: int, report: Reporter) -> list[str]:
     """The most frequent characters of the normalised text, in the order of their code points."""
     raw = np.zeros(0x110000, np.int64)
-    for paragraphs in _paragraphs(documents, report):
+    for paragraphs in read_paragraphs(documents, report):
         codes = np.frombuffer("".join(paragraphs).encode("utf-32-le", "surrogatepass"), np.uint32)
         counted = np.bincount(codes)
         raw[: counted.size] += counted
@@ -218,12 +208,3 @@ def _bert(
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix=CONTINUATION)
     return backend
-
-
-def _around(cls: str, sep: str, backend: tokenizers.Tokenizer) -> processors.TemplateProcessing:
-    """The template as tokenizer.json says it."""
-    return processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
-    )

@@ -152,7 +152,8 @@ def test_other_refusals(tmp_path: Path):
         f"{tmp_path}/no: there is no such file or folder. Expected a tokenizer's folder or its vocab.txt."
     )
     assert refusal(tmp_path) == (
-        f"{tmp_path}: no tokenizer in this folder. Expected tokenizer.json, vocab.txt, or vocab.json and merges.txt."
+        f"{tmp_path}: no tokenizer in this folder. Expected tokenizer.json, vocab.txt, vocab.json and merges.txt, or "
+        "spiece.model."
     )
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join([*SPECIAL, "word", "other", "word"]))
@@ -169,7 +170,7 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path):
 
     path = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
-    assert refusal(path) == f"{path}: a BPE tokenizer; expected WordPiece or byte-level BPE."
+    assert refusal(path) == f"{path}: a BPE tokenizer; expected WordPiece, byte-level BPE or SentencePiece's pieces."
 
 
 def test_gaps_between_ids_are_refused(tmp_path: Path):

@@ -8,17 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, load_tokenizer
+from bestiary.data import DataError, embedded_documents, load_tokenizer, train_byte_bpe, train_unigram
+from bestiary.data.tokenizers.tokenizer import check_vocabulary
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 TEXTS = json.loads((FIXTURES / "texts.json").read_text())
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
-NAMES = ["bert-base-uncased", "bert-base-cased", "gpt2", "roberta-base"]
+OWN = ["byte_bpe", "albert", "t5"]
+RELEASED = ["bert-base-uncased", "bert-base-cased", "gpt2", "roberta-base", "t5-base", "albert-base-v2"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ids_are_those_of_the_reference_implementation(name: str, shared: Path, tmp_path: Path):
-    loaded = load_tokenizer(shared / "data" / "tokenizers" / name)
+@pytest.fixture(params=[*OWN, *RELEASED])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(name: str, request: pytest.FixtureRequest) -> Path:
+    return FIXTURES / name if name in OWN else request.getfixturevalue("shared") / "data" / "tokenizers" / name
+
+
+def test_ids_are_those_of_the_reference_implementation(name: str, folder: Path, tmp_path: Path):
+    loaded = load_tokenizer(folder)
     loaded.save(tmp_path)
     for tokenizer in (loaded, load_tokenizer(tmp_path), pickle.loads(pickle.dumps(loaded))):
         expected = EXPECTED[name]
@@ -33,9 +44,8 @@ def test_ids_are_those_of_the_reference_implementation(name: str, shared: Path, 
         assert tokenizer.fingerprint == loaded.fingerprint
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_spans_are_those_of_the_reference_implementation(name: str, shared: Path):
-    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / name)
+def test_spans_are_those_of_the_reference_implementation(name: str, folder: Path):
+    tokenizer = load_tokenizer(folder)
     for text, (ids, spans), expected in zip(
         TEXTS, tokenizer.encode_with_spans(TEXTS), EXPECTED[name]["offsets"], strict=True
     ):
@@ -77,6 +87,11 @@ def test_words_begin_where_a_space_was(shared: Path):
     assert tokenizer.continuation[ids].tolist() == [False, True, True, False, False, True]
     assert not tokenizer.continuation[list(tokenizer.special_ids.values())].any()
     assert np.flatnonzero(tokenizer.special).tolist() == [0, 1, 2, 3, 50264]
+    tokenizer = load_tokenizer(FIXTURES / "albert")
+    ids = tokenizer.encode_batch(["unaffable the"], add_special_tokens=True)[0]
+    starts = [not yes for yes in tokenizer.continuation[ids]]
+    assert sum(starts) == 4  # two words and what stands around them
+    assert tokenizer.tokens[ids[-2]] == "▁the"
 
 
 def test_a_batch_for_a_model(shared: Path):
@@ -152,6 +167,73 @@ def test_a_template_is_not_left_to_a_broken_file(tmp_path: Path, stated: dict | 
     else:
         with pytest.raises(DataError, match=r"tokenizer\.json: post_processor|not a tokenizer\.json"):
             load_tokenizer(tmp_path / "saved")
+
+
+def test_a_mask_takes_the_space_before_it_where_the_file_says_so(tmp_path: Path):
+    load_tokenizer(FIXTURES / "byte_bpe").save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    said = json.loads(path.read_text())
+    next(token for token in said["added_tokens"] if token["content"] == "<mask>")["lstrip"] = True
+    path.write_text(json.dumps(said))
+    (ids,) = load_tokenizer(tmp_path).encode_batch(["the <mask>"])
+    assert [load_tokenizer(tmp_path).tokens[i] for i in ids][-2:] == ["the", "<mask>"]
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused():
+    tokenizer = load_tokenizer(FIXTURES / "byte_bpe")
+    check_vocabulary(tokenizer, 704, "folder")
+    with pytest.raises(
+        DataError, match="folder: the tokenizer has 700 pieces, and the model's embedding table 699 rows"
+    ):
+        check_vocabulary(tokenizer, 699, "folder")
+
+
+def test_a_class_that_does_not_fit_its_files_is_refused(tmp_path: Path):
+    (tmp_path / "spiece.model").write_bytes((FIXTURES / "t5" / "spiece.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(DataError, match=r"spiece\.model: the file of another tokenizer than its class, bert"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(DataError, match=r"spiece\.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+TRAINERS = {
+    "roberta": lambda documents: train_byte_bpe(documents, vocab_size=500),
+    "gpt2": lambda documents: train_byte_bpe(documents, vocab_size=500, family="gpt2"),
+    "albert": lambda documents: train_unigram(documents, vocab_size=400),
+    "albert-cased": lambda documents: train_unigram(documents, vocab_size=400, lowercase=False),
+    "t5": lambda documents: train_unigram(documents, vocab_size=400, family="t5"),
+}
+
+
+@pytest.mark.parametrize("family", TRAINERS)
+def test_training_has_one_outcome_that_is_loaded_as_it_was_saved(family: str, tmp_path: Path):
+    documents = [*embedded_documents()][:40]
+    first, second = (TRAINERS[family](documents) for _ in range(2))
+    assert first.tokens == second.tokens
+    assert first.fingerprint == second.fingerprint
+    first.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.fingerprint, loaded.template, loaded.settings) == (first.fingerprint, first.template, first.settings)
+    assert loaded.encode_batch(TEXTS) == first.encode_batch(TEXTS)
+    assert loaded.special_ids == first.special_ids
+    text = "the file is read"
+    assert loaded.decode(loaded.encode_batch([text])[0]) == text
+
+
+def test_special_tokens_of_trained_vocabularies():
+    documents = [*embedded_documents()][:20]
+    begins = {family: train(documents).tokens[:5] for family, train in TRAINERS.items()}
+    assert begins["roberta"] == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert begins["gpt2"] == ["<|endoftext|>", "!", '"', "#", "$"]
+    assert begins["albert"] == begins["albert-cased"] == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    assert begins["t5"][:3] == ["<pad>", "</s>", "<unk>"]
+    with pytest.raises(DataError, match=r"A vocabulary of 261 pieces: too small.* 256 bytes alone take 261"):
+        train_byte_bpe(documents, vocab_size=261)
 
 
 def test_an_unknown_class_is_refused(tmp_path: Path):

@@ -1,0 +1,265 @@
+"""SentencePiece's unigram and BPE pieces (ALBERT, T5): ▁ is the space before a word.
+
+Kudo and Richardson 2018. A folder holds
+
+    tokenizer.json           the whole tokenizer
+    spiece.model             SentencePiece's own model, where the tokenizer was read from one or trained
+    tokenizer_config.json    tokenizer_class, do_lower_case and keep_accents (ALBERT), extra_ids (T5), special tokens
+    special_tokens_map.json  the special tokens by role
+
+The pieces, their scores and the table of characters come out of the model; the `tokenizers` library cuts texts with
+them, as the reference implementation does, which gives other ids than the `sentencepiece` library in a few places: a
+space before a special token, a digit before a comma in ALBERT's.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from ..corpus.corpus import Document
+from ..errors import DataError
+from ..progress import ProgressCallback, Reporter
+from .template import Template, bert_template, token_ids
+from .tokenizer import Tokenizer, read_paragraphs
+
+SPACE = "▁"
+MODEL_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+ALBERT_TOKENS = {
+    "bos": "[CLS]",
+    "eos": "[SEP]",
+    "unk": "<unk>",
+    "sep": "[SEP]",
+    "pad": "<pad>",
+    "cls": "[CLS]",
+    "mask": "[MASK]",
+}
+T5_TOKENS = {"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+EXTRA_IDS = 100
+_CONTROL, _USER_DEFINED = 3, 4  # types of pieces
+_UNIGRAM, _BPE = 1, 2  # types of models
+
+Pieces = list[tuple[str, float]]
+
+
+class SentencePieceModel(NamedTuple):
+    """What a SentencePiece model file says."""
+
+    pieces: Pieces
+    """each piece and its score, by id"""
+    unk_id: int
+    characters: bytes
+    """the table that normalises characters, compiled; empty for none"""
+    added: list[AddedToken]
+    """pieces that stand for themselves wherever they are written"""
+    unigram: bool
+    """or BPE"""
+    byte_fallback: bool
+    """what no piece spells is written in pieces of a byte each"""
+    state: bytes
+    """the file"""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """SentencePiece's pieces, with the special tokens and the normalisation of a family.
+
+    Args:
+        model: the SentencePiece model, to be saved again; None where there was none.
+        others: of `Tokenizer`.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: Template,
+        special_tokens: Mapping[str, str],
+        *,
+        settings: Mapping[str, Any],
+        model: bytes | None = None,
+        where: str = "the tokenizer",
+    ):
+        super().__init__(backend, template, special_tokens, settings=settings, where=where)
+        self._model = model
+
+    def _continues(self, piece: str) -> bool:
+        return not piece.startswith(SPACE)
+
+    def _save_vocabulary(self, folder: Path) -> None:
+        if self._model is not None:
+            (folder / MODEL_FILES[0]).write_bytes(self._model)
+
+
+def parse_model(state: bytes, where: str) -> SentencePieceModel:
+    """What a SentencePiece model file of these bytes says.
+
+    Raises:
+        DataError: it is none, or of words or characters.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        proto.ParseFromString(state)
+    except DecodeError as error:
+        raise DataError(f"{where}: not a SentencePiece model ({error}).") from None
+    trained = proto.trainer_spec
+    if not proto.pieces or trained.model_type not in (_UNIGRAM, _BPE):
+        raise DataError(f"{where}: not a SentencePiece model of unigram or BPE pieces.")
+    return SentencePieceModel(
+        [(piece.piece, piece.score) for piece in proto.pieces],
+        trained.unk_id,
+        proto.normalizer_spec.precompiled_charsmap,
+        [
+            AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
+            for piece in proto.pieces
+            if piece.type in (_CONTROL, _USER_DEFINED)
+        ],
+        trained.model_type == _UNIGRAM,
+        trained.byte_fallback,
+        state,
+    )
+
+
+def albert_backend(
+    pieces: Pieces, characters: bytes, *, lowercase: bool = True, keep_accents: bool = False, spaced: bool = True
+) -> tokenizers.Tokenizer:
+    """ALBERT's tokenizer around unigram pieces.
+
+    Args:
+        pieces: each piece and its score, by id; the unknown one is 1.
+        characters: a compiled table that normalises characters; empty for none.
+        lowercase: lower-case the text.
+        keep_accents: leave accents on their letters.
+        spaced: begin a text as a word after a space.
+    """
+    steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    if not keep_accents:
+        steps += [normalizers.NFKD(), normalizers.StripAccents()]
+    if lowercase:
+        steps.append(normalizers.Lowercase())
+    if characters:
+        steps.append(normalizers.Precompiled(characters))
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=1, byte_fallback=False))
+    backend.normalizer = normalizers.Sequence(steps)
+    return _split_at_spaces(backend, "always" if spaced else "never")
+
+
+def t5_backend(pieces: Pieces, characters: bytes) -> tokenizers.Tokenizer:
+    """T5's tokenizer around unigram pieces.
+
+    Args:
+        pieces: each piece and its score, by id, <extra_id_0> and so on among them; the unknown one is 2.
+        characters: a compiled table that normalises characters; empty for none.
+    """
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    if characters:
+        backend.normalizer = normalizers.Precompiled(characters)
+    return _split_at_spaces(backend, "always")
+
+
+def t5_template(backend: tokenizers.Tokenizer, where: str) -> Template:
+    """`A </s> B </s>`; `backend` is given the same.
+
+    Raises:
+        DataError: the vocabulary has no such token.
+    """
+    eos = T5_TOKENS["eos"]
+    (number,) = token_ids(backend, (eos,), where)
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", eos], pair=["$A", eos, "$B:0", eos], special_tokens=[(eos, number)]
+    )
+    return Template((), (number,), (number,))
+
+
+def extra_ids(count: int) -> Pieces:
+    """T5's sentinels, which stand after all other pieces, the first one last."""
+    return [(f"<extra_id_{number}>", 0.0) for number in reversed(range(count))]
+
+
+def _split_at_spaces(backend: tokenizers.Tokenizer, prepend: Literal["always", "never"]) -> tokenizers.Tokenizer:
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=prepend)]
+    )
+    backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=prepend)
+    return backend
+
+
+# Training
+
+
+def train_unigram(
+    documents: Iterable[Document],
+    *,
+    vocab_size: int = 30_000,
+    family: Literal["albert", "t5"] = "albert",
+    lowercase: bool = True,
+    progress: ProgressCallback | None = None,
+) -> SentencePieceTokenizer:
+    """Learn unigram pieces from documents (Kudo 2018): the same documents always give the same ones.
+
+    Args:
+        documents: read once.
+        vocab_size: the most pieces to keep, special tokens included but for T5's 100 sentinels, which come on top; a
+            small corpus may give fewer.
+        family: albert, with [CLS], [SEP] and [MASK] for encoders, or t5, with </s> and the sentinels.
+        lowercase: lower-case the text and strip accents, as ALBERT's uncased models do; ALBERT only.
+
+    Raises:
+        DataError: a corpus that has not as many pieces, or more characters than the vocabulary holds.
+    """
+    import sentencepiece
+
+    albert = family == "albert"
+    special: dict[str, Any]
+    if albert:
+        special = dict(pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, control_symbols="[CLS],[SEP],[MASK]")
+    else:
+        special = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    # The text is learnt as it will be cut: normalised by the family's own steps.
+    empty = [("<pad>", 0.0), ("<unk>", 0.0)]
+    normalizer = albert_backend(empty, b"", lowercase=lowercase, keep_accents=not lowercase).normalizer
+    report = Reporter("reading for the vocabulary", "MB", progress)
+
+    def texts() -> Iterator[str]:
+        for paragraphs in read_paragraphs(documents, report):
+            yield from map(normalizer.normalize_str, paragraphs) if albert else paragraphs
+
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts(),
+            model_writer=written,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            character_coverage=0.9995,
+            hard_vocab_limit=False,
+            num_threads=16,  # the sums depend on their number, so that it is a fixed one
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+            **special,
+        )
+    except RuntimeError as error:
+        raise DataError(f"SentencePiece cannot learn {vocab_size} pieces from this text: {error}") from None
+    model = parse_model(written.getvalue(), "the trained model")
+    if albert:
+        backend = albert_backend(model.pieces, model.characters, lowercase=lowercase, keep_accents=not lowercase)
+        tokens, template = ALBERT_TOKENS, bert_template(backend, ALBERT_TOKENS, "the trained model")
+        settings = {
+            "tokenizer_class": "AlbertTokenizer",
+            "do_lower_case": lowercase,
+            "keep_accents": not lowercase,
+            "add_prefix_space": True,
+        }
+    else:
+        backend = t5_backend([*model.pieces, *extra_ids(EXTRA_IDS)], model.characters)
+        tokens, template = T5_TOKENS, t5_template(backend, "the trained model")
+        settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": EXTRA_IDS}
+        backend.add_special_tokens([piece for piece, _ in extra_ids(EXTRA_IDS)])
+    backend.add_special_tokens(list(dict.fromkeys(tokens.values())))
+    return SentencePieceTokenizer(backend, template, tokens, settings=settings, model=model.state)

@@ -1,6 +1,7 @@
 """Attention kernels: one function, one meaning, several backends; its biases; and the hash behind dropout."""
 
-from .attention import BACKENDS, attention
+from .attention import attention
+from .backends import BACKENDS
 from .bias import AlibiBias, Bias, DenseBias, RelativeBias, relative_position_bucket, toeplitz_row
 from .hash import hash_dropout, row_seeds
 from .split import splitting

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from . import backends
 from .bias import RelativeBias
+from .call import Call
 
 # Tokens and rows: short rows, and rows of several blocks; both more work than a chip begins at once, so that the blocks
 # which take several items after one another do so.
@@ -78,20 +80,19 @@ def _inputs(length: int, batch: int) -> dict[str, np.ndarray]:
 
 def _run(name: str, dtype: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Output and gradients, in float32 on the host."""
-    from .attention import attention
 
     def loss(parts: dict[str, Array], segments: Array, cotangent: Array) -> tuple[Array, Array]:
-        out = attention(
-            parts["query"],
-            parts["key"],
-            parts["value"],
+        call = Call.of(
+            query=parts["query"],
+            key=parts["key"],
+            value=parts["value"],
             bias=RelativeBias(parts["table"]),
             query_segment_ids=segments,
             key_segment_ids=segments,
             dropout_rate=0.1,
             dropout_seed=jnp.asarray([1, 2], jnp.uint32),
-            implementation=name,
         )
+        out, _ = backends.BACKENDS[name].run(call)
         return (out.astype(jnp.float32) * cotangent).sum(), out
 
     # Rounded once, so that every precision starts from the same numbers.

@@ -15,8 +15,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .attention import _check, _misfit
 from .bias import AlibiBias, Bias, DenseBias, RelativeBias, toeplitz_row
+from .call import Call, argument_error
 
 
 def attention_weights(
@@ -58,26 +58,25 @@ def attention_weights(
     Raises:
       ValueError: an argument does not fit: its name, shape and what was expected.
     """
-    call = _check(
-        query=jnp.asarray(query),
-        key=jnp.asarray(key),
-        value=jnp.asarray(key),
+    call = Call.of(
+        query=query,
+        key=key,
+        value=key,
         bias=bias,
         causal=causal,
         window=window,
-        query_segment_ids=None if query_segment_ids is None else jnp.asarray(query_segment_ids),
-        key_segment_ids=None if key_segment_ids is None else jnp.asarray(key_segment_ids),
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
         scale=scale,
         softcap=softcap,
-        dropout_rate=0.0,
-        dropout_seed=None,
     )
     rows, length, every_head, _ = call.query.shape
     keys, key_heads = call.key.shape[1:3]
     dtype = jnp.promote_types(call.query.dtype, jnp.float32)
     lse = jnp.asarray(lse)
     if lse.shape != (rows, length, every_head) or lse.dtype != dtype:
-        raise _misfit("lse", lse, f"{dtype} [{rows}, {length}, {every_head}], as attention(return_lse=True) gives it")
+        expected = f"{dtype} [{rows}, {length}, {every_head}], as attention(return_lse=True) gives it"
+        raise argument_error("lse", lse, expected)
     heads, heads_within = _places("heads", heads, every_head)
     queries, queries_within = _places("queries", queries, length)
 
@@ -125,7 +124,7 @@ def _places(name: str, places: Sequence[int] | np.ndarray | Array, count: int) -
     """int32 [n], and which of them are in [0, count); a ValueError where one is known not to be."""
     array = jnp.asarray(places)
     if array.ndim != 1 or array.size == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise _misfit(name, array, f"integers [n] in [0, {count}), at least one")
+        raise argument_error(name, array, f"integers [n] in [0, {count}), at least one")
     within = (array >= 0) & (array < count)
     if not isinstance(array, Tracer) and not within.all():
         outside = [int(place) for place in np.asarray(array) if not 0 <= place < count]

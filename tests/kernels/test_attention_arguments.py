@@ -1,6 +1,5 @@
 """Arguments that do not fit `attention`, and the choice of a backend: all known at trace time, nothing is computed."""
 
-import sys
 import types
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct as Shape
 
-from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention
+from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention, backends
 
 QUERY, KEY, VALUE = (Shape(shape, jnp.float32) for shape in ((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)))
 IDS = Shape((2, 5), jnp.int32), Shape((2, 7), jnp.int32)
@@ -119,9 +118,9 @@ def choices(monkeypatch):
 
         return types.SimpleNamespace(supports=supports, run=run)
 
-    backends = {"fast": backend(1.0, True), "slow": backend(2.0, False)}
-    monkeypatch.setattr(sys.modules["bestiary.kernels.attention"], "BACKENDS", backends)
-    return backends
+    both = {"fast": backend(1.0, True), "slow": backend(2.0, False)}
+    monkeypatch.setattr(backends, "BACKENDS", both)
+    return both
 
 
 def chosen(**options) -> float:

@@ -12,7 +12,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from bestiary.kernels import BACKENDS, AlibiBias, attention, cudnn
-from bestiary.kernels.attention import _check
+from bestiary.kernels.call import Call
 
 B, L, H, K, D = 2, 12, 4, 2, 16
 
@@ -23,11 +23,7 @@ def call(length=L, keys=L, size=D, value_size=None, dtype=jnp.bfloat16, **option
         "key": jnp.ones((B, keys, K, size), dtype),
         "value": jnp.ones((B, keys, K, value_size or size), dtype),
     }
-    defaults = {
-        "bias": None, "causal": False, "window": None, "query_segment_ids": None, "key_segment_ids": None,
-        "scale": None, "softcap": None, "dropout_rate": 0.0, "dropout_seed": None,
-    }  # fmt: skip
-    return _check(**(arrays | defaults | options))
+    return Call.of(**(arrays | options))
 
 
 IDS = jnp.ones((B, L), jnp.int32)
@@ -122,13 +118,7 @@ def test_output_lse_and_both_gradients(monkeypatch, options):
     slope = generator.normal(size=(B, L, H)).astype("float32")
 
     def ours(query, key, value):
-        return cudnn.run(
-            _check(
-                query=query, key=key, value=value, bias=None, causal=options.get("causal", False),
-                window=options.get("window"), query_segment_ids=None, key_segment_ids=None,
-                scale=options.get("scale"), softcap=None, dropout_rate=0.0, dropout_seed=None,
-            )
-        )  # fmt: skip
+        return cudnn.run(Call.of(query=query, key=key, value=value, **options))
 
     reference = functools.partial(attention, return_lse=True, implementation="xla", **options)
 

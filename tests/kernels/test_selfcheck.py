@@ -1,17 +1,13 @@
 """A kernel that has not run on a chip is taken unasked only where it gives the reference's numbers."""
 
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels import attention, selfcheck, xla
-from bestiary.kernels.attention import BACKENDS
-
-choice = importlib.import_module("bestiary.kernels.attention")  # the module: the package has a function of its name
+from bestiary.kernels import BACKENDS, attention, backends, selfcheck, xla
 
 
 class Kernel:
@@ -64,8 +60,8 @@ def offer(monkeypatch):
     monkeypatch.setattr(selfcheck, "_run", compute_once)
 
     def put(kernel):
-        monkeypatch.setattr(choice, "BACKENDS", {"new": kernel, "xla": BACKENDS["xla"]})
-        monkeypatch.setattr(choice, "UNPROVEN", frozenset({"new"}))
+        monkeypatch.setattr(backends, "BACKENDS", {"new": kernel, "xla": BACKENDS["xla"]})
+        monkeypatch.setattr(backends, "UNPROVEN", frozenset({"new"}))
 
     yield put
     selfcheck.agrees.cache_clear()

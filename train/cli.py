@@ -1,108 +1,90 @@
 """The command line. A command's module is imported when it is called: none pays for another's imports."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from .cpu import prepare_cpu
 
-# words of the command -> (module, its config dataclass, what it does). The module's `main(config)` is called.
-COMMANDS: dict[tuple[str, ...], tuple[str, str, str]] = {
-    ("pretrain",): (
-        ".pretrain.loop",
-        "PretrainConfig",
+
+class Command(NamedTuple):
+    """A command: its config dataclass, as `module:name`; what it does; and the module whose `main(config)` runs it.
+
+    --help imports nothing but the config's module, which therefore should import nothing heavy.
+    """
+
+    config: str
+    what: str
+    runs_in: str | None = None
+    """None: the config's module."""
+
+
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("pretrain",): Command(
+        ".pretrain.config:PretrainConfig",
         "pretrain BERT (MLM + NSP); with no arguments, a small one on Python's own documentation",
+        ".pretrain.loop",
     ),
-    ("translate", "train"): (
-        ".translate.train",
-        "TranslateConfig",
+    ("translate", "train"): Command(
+        ".translate.config:TranslateConfig",
         "train a translator; with no arguments, English-German dates, durations, amounts and quantities",
+        ".translate.train",
     ),
-    ("translate", "run"): (".translate.run", "RunConfig", "translate lines as they come; --attention draws maps"),
-    ("translate", "score"): (
-        ".translate.score",
-        "ScoreConfig",
-        "score translations: sacreBLEU's BLEU and chrF, and tokenised BLEU",
+    ("translate", "run"): Command(".translate.run:RunConfig", "translate lines as they come; --attention draws maps"),
+    ("translate", "score"): Command(
+        ".translate.score:ScoreConfig", "score translations: sacreBLEU's BLEU and chrF, and tokenised BLEU"
     ),
-    ("tokenizer", "train"): (".tokenizer", "TokenizerConfig", "train a tokenizer on a corpus"),
-    ("finetune",): (
-        ".finetune.commands.glue",
-        "GlueConfig",
-        "fine-tune on a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, ...",
+    ("tokenizer", "train"): Command(".tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
+    ("finetune",): Command(
+        ".finetune.commands.glue:GlueConfig", "fine-tune on a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, ..."
     ),
-    ("finetune", "glue"): (
-        ".finetune.commands.glue_suite",
-        "GlueSuiteConfig",
-        "fine-tune on several tasks of GLUE, and make one table",
+    ("finetune", "glue"): Command(
+        ".finetune.commands.glue_suite:GlueSuiteConfig", "fine-tune on several tasks of GLUE, and make one table"
     ),
-    ("finetune", "classification"): (
-        ".finetune.commands.table",
-        "TableConfig",
+    ("finetune", "classification"): Command(
+        ".finetune.commands.table:TableConfig",
         "fine-tune on a table of your own: classes or numbers of texts or pairs of texts",
     ),
-    ("finetune", "squad"): (
-        ".finetune.commands.squad",
-        "SquadConfig",
-        "fine-tune on questions answered by a span: SQuAD 1.1 and 2.0",
+    ("finetune", "squad"): Command(
+        ".finetune.commands.squad:SquadConfig", "fine-tune on questions answered by a span: SQuAD 1.1 and 2.0"
     ),
-    ("finetune", "swag"): (
-        ".finetune.commands.choice",
-        "SwagConfig",
-        "fine-tune on multiple choice: SWAG",
+    ("finetune", "swag"): Command(".finetune.commands.choice:SwagConfig", "fine-tune on multiple choice: SWAG"),
+    ("finetune", "codah"): Command(".finetune.commands.choice:CodahConfig", "fine-tune on multiple choice: CODAH"),
+    ("finetune", "ner"): Command(
+        ".finetune.commands.tagging:NerConfig", "fine-tune on entities in CoNLL columns, with a CRF by --crf"
     ),
-    ("finetune", "codah"): (
-        ".finetune.commands.choice",
-        "CodahConfig",
-        "fine-tune on multiple choice: CODAH",
+    ("finetune", "pos"): Command(".finetune.commands.tagging:PosConfig", "fine-tune on parts of speech in CoNLL-U"),
+    ("evaluate",): Command(
+        ".finetune.evaluate:EvaluateConfig", "a fine-tuned model's official metrics on labelled examples"
     ),
-    ("finetune", "ner"): (
-        ".finetune.commands.tagging",
-        "NerConfig",
-        "fine-tune on entities in CoNLL columns, with a CRF by --crf",
+    ("predict",): Command(".finetune.predict:PredictConfig", "what a fine-tuned model says of new examples"),
+    ("embed",): Command(
+        ".embed.config:EmbedConfig", "vectors of sentences or tokens from a pretrained encoder", ".embed.embed"
     ),
-    ("finetune", "pos"): (
-        ".finetune.commands.tagging",
-        "PosConfig",
-        "fine-tune on parts of speech in CoNLL-U",
+    ("probe",): Command(
+        ".embed.config:ProbeConfig", "train a cheap head on a pretrained encoder's features of a task", ".embed.probe"
     ),
-    ("evaluate",): (
-        ".finetune.evaluate",
-        "EvaluateConfig",
-        "a fine-tuned model's official metrics on labelled examples",
-    ),
-    ("predict",): (
-        ".finetune.predict",
-        "PredictConfig",
-        "what a fine-tuned model says of new examples",
-    ),
-    ("embed",): (".embed.embed", "EmbedConfig", "vectors of sentences or tokens from a pretrained encoder"),
-    ("probe",): (".embed.probe", "ProbeConfig", "train a cheap head on a pretrained encoder's features of a task"),
-    ("parity",): (
-        ".parity",
-        "ParityConfig",
+    ("parity",): Command(
+        ".parity:ParityConfig",
         "run fixtures of the reference implementation: errors of outputs, losses and gradients",
     ),
-    ("bench", "pretrain"): (
-        ".bench.pretrain",
-        "BenchConfig",
+    ("bench", "pretrain"): Command(
+        ".bench.pretrain:BenchConfig",
         "measure pretraining: real tokens/s, loss, share of the matmul rate, data pipeline",
     ),
-    ("bench", "translate"): (
-        ".bench.translate",
-        "BenchConfig",
-        "measure translation: target tokens/s of training, sentences/s of decoding",
+    ("bench", "translate"): Command(
+        ".bench.translate:BenchConfig", "measure translation: target tokens/s of training, sentences/s of decoding"
     ),
-    ("bench", "attention"): (
-        "..kernels.bench.attention",
-        "BenchConfig",
+    ("bench", "attention"): Command(
+        "..kernels.bench.attention:BenchConfig",
         "measure attention beside whatever is installed, or --tune its block sizes",
     ),
-    ("bench", "layers"): (
-        "..kernels.bench.layers",
-        "LayersConfig",
+    ("bench", "layers"): Command(
+        "..kernels.bench.layers:LayersConfig",
         "measure self-attention, recurrent and convolutional layers over the row's length",
     ),
 }
@@ -115,7 +97,7 @@ USAGE = (
 def usage() -> str:
     """The list of commands."""
     width = max(len(" ".join(words)) for words in COMMANDS)
-    rows = (f"  {' '.join(words):<{width}}  {what}" for words, (_, _, what) in COMMANDS.items())
+    rows = (f"  {' '.join(words):<{width}}  {command.what}" for words, command in COMMANDS.items())
     return USAGE.format(commands="\n".join(rows))
 
 
@@ -129,24 +111,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bestiary {version('bestiary')}")
         return 0
     longest_first = sorted(COMMANDS.items(), key=lambda command: -len(command[0]))
-    for words, (module, config, _) in longest_first:
+    for words, command in longest_first:
         if tuple(arguments[: len(words)]) == words:
-            return _guarded(words, module, config, arguments[len(words) :])
+            return _guarded(words, command, arguments[len(words) :])
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))
     parts = [" ".join(words) for words in COMMANDS if words[:-1] == (asked,)]
     if parts:
         print(f"bestiary: {asked!r} is one of {', '.join(parts)}: see --help after these.", file=sys.stderr)
         return 2
-    print(f"bestiary: there is no command {asked!r}.\n\n{usage()}", end="", file=sys.stderr)
+    near = get_close_matches(asked, [" ".join(words) for words in COMMANDS], n=1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    print(f"bestiary: there is no command {asked!r}.{meant}\n\n{usage()}", end="", file=sys.stderr)
     return 2
 
 
-def _guarded(words: tuple[str, ...], module: str, config: str, arguments: list[str]) -> int:
+def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> int:
     """Print the project's own errors and the file system's as one message; let any other show where it came from."""
     try:
         prepare_cpu()
-        command = import_module(module, __package__)
-        return command.main(_parse(getattr(command, config), arguments, " ".join(("bestiary", *words))))
+        module, _, name = command.config.partition(":")
+        config = _parse(getattr(import_module(module, __package__), name), arguments, " ".join(("bestiary", *words)))
+        return import_module(command.runs_in or module, __package__).main(config)
     except KeyboardInterrupt:
         print("\nbestiary: interrupted", file=sys.stderr)
         return 130

@@ -160,12 +160,3 @@ def scale_by_layer_trust_ratio(stacked: Any) -> optax.GradientTransformation:
         return jax.tree.map(one, updates, params, stacked, decay_mask(params)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def check_phases(phases: list[tuple[int, float | None]]) -> None:
-    """Raise RunError unless every phase has at least one step and a positive learning rate."""
-    for number, (steps, peak) in enumerate(phases, 1):
-        if steps < 1:
-            raise RunError(f"Phase {number} has {steps} steps; it needs at least one.")
-        if peak is not None and not peak > 0:
-            raise RunError(f"Phase {number} has learning rate {peak}; it must be above 0.")

@@ -17,8 +17,9 @@ from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.sentence_folder import read_sentence_folder
 from bestiary.models.pooling import combine, mix, normalize
 from bestiary.train.cli import main
+from bestiary.train.embed.config import FeatureConfig
 from bestiary.train.embed.embed import ArrayFile
-from bestiary.train.embed.extract import Extractor, FeatureConfig, parse_layers, parse_pooling, windows
+from bestiary.train.embed.extract import Extractor, parse_layers, parse_pooling, windows
 from bestiary.train.errors import RunError
 
 FIXTURES = Path(__file__).parent.parent / "models" / "fixtures"

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from bestiary.train.pretrain.masking import UNIT_LENGTHS, Masking, MaskingKind, prediction_slots
+from bestiary.train.pretrain.config import MaskingKind
+from bestiary.train.pretrain.masking import UNIT_LENGTHS, Masking, prediction_slots
 
 VOCAB, MASK, FIRST_WORD, FIRST_CONTINUATION = 1000, 4, 5, 600
 ROWS, LENGTH = 48, 128

@@ -11,7 +11,8 @@ import pytest
 from bestiary import models
 from bestiary.models.bert import BertConfig
 from bestiary.train.cli import main
-from bestiary.train.pretrain.loop import PretrainConfig, make_model, parse_phases, train_step
+from bestiary.train.pretrain.config import PretrainConfig, parse_phases
+from bestiary.train.pretrain.loop import make_model, train_step
 from bestiary.train.pretrain.masking import Masking
 from bestiary.train.sharding import Replicas
 

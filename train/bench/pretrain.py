@@ -28,10 +28,10 @@ from ...models.bert import BertConfig
 from ..config import OptimConfig, SpreadConfig
 from ..learner import count_parameters
 from ..loop import Stop
+from ..pretrain.config import PretrainConfig
 from ..pretrain.loop import (
     Evaluation,
     PhasedBatches,
-    PretrainConfig,
     make_masking,
     make_model,
     model_config,

@@ -12,7 +12,6 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,31 +19,9 @@ import numpy as np
 
 from ...data.errors import DataError
 from ...data.reading import read_lines
-from ..errors import RunError
 from ..progress import Progress
-from .extract import Extractor, FeatureConfig, windows
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedConfig(FeatureConfig):
-    """Turn texts, one a line, into vectors: one a line, in the lines' order, as float32 in NumPy's format.
-
-    With --pooling token, an .npz file: vectors [tokens, width], starts [lines + 1] (where each line's tokens begin) and
-    input_ids [tokens]. The text is streamed: files larger than the memory are fine.
-    """
-
-    input: Path | None = None
-    """Text file (.gz and .zst too). None: standard input."""
-    out: Path | None = None
-    """File to write, .npy or .npz. None: standard output."""
-
-    def __post_init__(self) -> None:
-        if self.out is not None and self.out.suffix not in (".npy", ".npz"):
-            raise RunError(f"--out {self.out}: expected a name that ends in .npy or .npz.")
-        if self.out is not None and self.out.suffix == ".npy" and self.pooling == "token":
-            raise RunError(f"--out {self.out}: vectors of tokens need an .npz file, which says where each line begins.")
-        if self.out is None and sys.stdout.isatty():
-            raise RunError("Vectors are no text: give --out FILE, or send the output into a file.")
+from .config import EmbedConfig
+from .extract import Extractor, windows
 
 
 class ArrayFile:

@@ -8,15 +8,13 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,6 +28,7 @@ from ...models.pooling import POOLINGS, combine, normalize, pool
 from ..errors import RunError
 from ..finetune.tasks.task import Kept, gather_kept
 from ..sharding import OverMesh, Replicas, make_mesh
+from .config import FeatureConfig
 
 ROW_LENGTHS = (64, 128, 256, 512)
 """Tokens of a row; a text goes into the shortest that holds it."""
@@ -39,46 +38,6 @@ FEW = 8
 """Where no more than this part of a batch is left, a batch of that size is taken: each row length has two programs."""
 WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 1 << 18
 """What is sorted and packed together, at most: bounds the memory of a stream."""
-
-
-def _yes_or_no(words: list[str]) -> bool:
-    return not words or words[0] == "yes"
-
-
-YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="[yes|no]",
-    instance_from_str=_yes_or_no,
-    is_instance=lambda value: value is None or isinstance(value, bool),
-    str_from_instance=lambda value: ["as the folder says" if value is None else "yes" if value else "no"],
-    choices=("yes", "no"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
-    """Which features."""
-
-    model: Path
-    """Checkpoint folder of an encoder, or a sentence-transformers folder, whose pooling, normalisation and length are
-    then the defaults."""
-    layers: str = "-1"
-    """Layers whose hidden states are taken, by numbers with commas: 0 is the embeddings, 1 the first layer, -1 the
-    last; `all` for every one."""
-    combine: Literal["sum", "mean", "concat"] = "mean"
-    """How several layers become one."""
-    pooling: str | None = None
-    """What a text's vector is made of: cls (its first token), mean, max or mean_sqrt_len (over its tokens), several
-    with commas side by side; or token: no pooling. None: what the folder says, else mean."""
-    normalize: Annotated[bool | None, YES_OR_NO] = None
-    """Divide each vector by its length. Default: what the folder says; tokens' vectors stay as they are."""
-    max_length: int | None = None
-    """Tokens of a text, special ones included; what is longer is cut. None: what the folder says, else what the model
-    takes."""
-    prompt: str | None = None
-    """Put before every text. None: what the folder says."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the encoder is computed in."""
 
 
 class Settings(NamedTuple):

@@ -15,23 +15,19 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from ...data.batches import pack_features
 from ...data.errors import DataError
 from ...data.random import RandomStream
-from ...data.tasks.glue import GlueName
 from ...data.tasks.tables import TextExample
 from ...models.pooling import mix
-from ..errors import RunError
 from ..finetune.tasks.glue import glue_data, glue_task
 from ..finetune.tasks.table import table_task
 from ..finetune.tasks.task import Kept, TaskData, hold_out
@@ -39,7 +35,8 @@ from ..finetune.tasks.text import TextTask
 from ..pretrain.loop import user_cache_folder
 from ..progress import Progress, duration
 from ..run_folder import RunFolder, write_json
-from .extract import Extractor, FeatureConfig, Settings, windows
+from .config import FeatureConfig, ProbeConfig
+from .extract import Extractor, Settings, windows
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Inverse regularisation strengths that are tried for a classifier (scikit-learn's C)."""
@@ -47,58 +44,6 @@ PENALTIES = tuple(10.0**power for power in range(-2, 7))
 """Penalties that are tried for ridge regression (scikit-learn's alpha)."""
 TRIED_EXAMPLES = 4000
 """Training examples that a classifier's strength is chosen on, at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Train logistic or ridge regression on an encoder's features of a task, and give its official metrics."""
-
-    task: GlueName | None = None
-    """A task of GLUE. None: --data is a table."""
-    data: str
-    """With --task: the task's folder, as `bestiary finetune` takes it. Else training examples: .tsv, .csv or .jsonl
-    with named columns."""
-    dev: Path | None = None
-    """A table to evaluate on. None: a share of the training examples is held out."""
-    dev_fraction: float = 0.1
-    """Share that is held out of a table where there is no --dev."""
-    text: str = "sentence"
-    """Column of the text, or of a pair's first text."""
-    text_pair: str | None = None
-    """Column of a pair's second text."""
-    label: str = "label"
-    """Column of the label."""
-    labels: tuple[str, ...] = ()
-    """The label set. None: every label of the training file."""
-    regression: bool = False
-    """The labels are numbers to be predicted as such."""
-    pairs: Literal["apart", "together"] = "apart"
-    """Of two texts: apart, |u - v| and u · v of their vectors u and v (Conneau and Kiela 2018); together, the vector of
-    both, read by the encoder at once."""
-    mix: bool = False
-    """Learn how much of each of --layers (all of them, unless they are named) is taken, with a softmax and a factor
-    (Peters et al. 2018), instead of --combine."""
-    strength: float | None = None
-    """Inverse strength of the regularisation. None: chosen by cross-validation on the training examples."""
-    train_examples: int = 0
-    """Train on so many examples, drawn by the seed; 0: all."""
-    seed: int = 0
-    """Of what is drawn."""
-    features: Annotated[FeatureConfig, tyro.conf.arg(name="")]
-    cache: Path | None = None
-    """Folder for features, which later probes share. None: bestiary/ in the user's cache folder."""
-    out: Path = Path("runs/probe")
-    """Folder for results.json, head.npz and predictions/."""
-
-    def __post_init__(self) -> None:
-        if self.strength is not None and not self.strength > 0:
-            raise RunError(f"--strength is {self.strength}; it must be above 0.")
-        if self.features.pooling == "token":
-            raise RunError("--pooling token: a probe needs one vector a text; choose cls, mean or max.")
-        if self.regression and self.labels:
-            raise RunError("--regression predicts numbers: leave --labels out.")
-        if self.train_examples < 0:
-            raise RunError(f"--train-examples is {self.train_examples}; it must not be negative.")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

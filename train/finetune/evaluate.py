@@ -11,8 +11,6 @@ from typing import Annotated
 import tyro
 
 from ..config import SpreadConfig
-from ..run_folder import write_json
-from .prediction import open_run, read_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,10 @@ class EvaluateConfig:
 
 def main(config: EvaluateConfig) -> int:
     """`bestiary evaluate`; returns the exit status."""
+    # Imported here, since they need JAX, for which --help need not wait.
+    from ..run_folder import write_json
+    from .prediction import open_run, read_examples
+
     run = open_run(config.run, config.spread)
     examples = read_examples(run.task, config.data, config.split, labelled=True)
     features, predicted = run.predict(examples)

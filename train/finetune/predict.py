@@ -14,7 +14,6 @@ import tyro
 
 from ..config import SpreadConfig
 from ..errors import RunError
-from .prediction import open_run, read_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,8 @@ class PredictConfig:
 
 def main(config: PredictConfig) -> int:
     """`bestiary predict`; returns the exit status."""
+    from .prediction import open_run, read_examples  # here, since they need JAX, for which --help need not wait
+
     run = open_run(config.run, config.spread)
     if config.input is None:
         examples = run.task.from_words(config.words())

@@ -14,13 +14,13 @@ the special tokens. Units are drawn in random order until the budget is full:
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-MaskingKind = Literal["token", "word", "ngram", "span"]
+from .config import MaskingKind
 
 # Probability of a unit of 1, 2, ... whole words.
 UNIT_LENGTHS: dict[str, np.ndarray] = {

@@ -11,8 +11,13 @@ import tyro
 
 from ..config import LoopConfig, OptimConfig, SpreadConfig
 from ..errors import RunError
+from ..generate.config import DecodeConfig
 
 Subwords = Literal["unigram", "bpe", "word-bpe"]
+TooLong = Literal["split", "refuse"]
+
+DECODE = DecodeConfig(beam=5, max_length=256)
+"""How the commands decode, unless their flags say otherwise."""
 
 
 @dataclass(frozen=True)

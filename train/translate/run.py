@@ -13,9 +13,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
-import jax
 import tyro
 
 from ..arguments import flags
@@ -23,8 +22,10 @@ from ..cpu import return_freed_memory
 from ..errors import RunError
 from ..generate.config import DecodeConfig, refuse_decoding_flags
 from ..progress import Progress
-from .attention_map import MOST, draw_attention, to_draw
-from .translator import DECODE, TooLong, Translation, open_translator
+from .config import DECODE, TooLong
+
+if TYPE_CHECKING:
+    from .translator import Translation
 
 WAIT_SECONDS = 0.05  # for more lines, once there is one
 
@@ -124,6 +125,11 @@ class Lines:
 
 def main(config: RunConfig) -> int:
     """`bestiary translate run`; returns the exit status."""
+    import jax  # here, so that --help need not wait for it
+
+    from .attention_map import MOST, draw_attention, to_draw
+    from .translator import open_translator
+
     progress = Progress()
     translator = open_translator(
         config.model,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -25,8 +25,10 @@ from ..arguments import flags
 from ..errors import RunError
 from ..generate.config import DecodeConfig, refuse_decoding_flags
 from ..progress import Progress
-from ..run_folder import write_json, write_text
-from .translator import DECODE, Translation, open_translator
+from .config import DECODE
+
+if TYPE_CHECKING:
+    from .translator import Translation
 
 ISO_639_1 = {"zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "jap": "ja", "kor": "ko"}
 """Longer codes of the languages that sacreBLEU has a tokenizer for, as released translators name them."""
@@ -123,7 +125,7 @@ def corpus_scores(
     return Scores(values, signatures, details)
 
 
-def translation_scores(translations: Sequence[Translation], references: Sequence[str], form: TextForm) -> Scores:
+def translation_scores(translations: "Sequence[Translation]", references: Sequence[str], form: TextForm) -> Scores:
     """Score a model's translations. If its text form splits words as Moses does, its words are taken as they are."""
     prepared = [found.prepared for found in translations] if form.moses else None
     return corpus_scores([found.text for found in translations], references, form, prepared)
@@ -197,6 +199,10 @@ def check_language(language: str) -> None:
 
 def main(config: ScoreConfig) -> int:
     """`bestiary translate score`; returns the exit status."""
+    # Imported here, since they need JAX, for which --help need not wait.
+    from ..run_folder import write_json, write_text
+    from .translator import open_translator
+
     progress = Progress()
     result: dict[str, Any] = {"task": "translate score"}
     if config.model is None or config.source is None:

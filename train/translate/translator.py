@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ...data.corpus.parallel import Findings, clean_line
 from ...data.tokenizers.pairs import PairTokenizer
@@ -22,8 +22,8 @@ from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..generate.generator import Generator, Hypothesis
 from ..generate.released import read_generation_config
+from .config import TooLong
 
-TooLong = Literal["split", "refuse"]
 BREAKS = (".!?;:", ",", " ")  # characters that a long line is split after, the preferred ones first
 
 
@@ -41,10 +41,6 @@ class Translation(NamedTuple):
     prepared: str  # the model's own output: words as its tokenizer splits them
     score: float  # the search's score, summed over the parts
     parts: tuple[Part, ...] = ()  # none for an empty line
-
-
-DECODE = DecodeConfig(beam=5, max_length=256)
-"""How the commands decode, unless their flags say otherwise."""
 
 
 def longest_output(model: TransformerConfig, source: int) -> int:

@@ -17,7 +17,6 @@ import tyro
 
 from ....data.tasks.glue import FINETUNED, GLUE, GlueName, has_split
 from ...errors import RunError
-from ...run_folder import write_json, write_text
 from ..config import FinetuneConfig
 from .glue import GlueConfig
 from .glue import main as finetune_one
@@ -109,6 +108,8 @@ def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
 
 def main(config: GlueSuiteConfig) -> int:
     """`bestiary finetune glue`; returns the exit status."""
+    from ...run_folder import write_json, write_text
+
     runs = planned(config)
     check(runs, {run.run.out / "model" for run in runs})
     found: dict[str, list[dict[str, Any]]] = {}

@@ -1,7 +1,7 @@
-"""Decoding one token at a time: what `train.decode` needs of an encoder-decoder whose decoder is a stack of layers.
+"""Reading one token at a time, as generation does (`train.generate`): an encoder-decoder with a stack of layers.
 
-The encoder's output becomes keys and values of every decoder layer once; each step then reads one token of every beam,
-with a cache of the keys and values of those before.
+The encoder's output becomes keys and values of every decoder layer once. Each step then reads one token of every beam,
+with a cache of the keys and values of the tokens before.
 """
 
 from dataclasses import dataclass
@@ -39,10 +39,10 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Steps:
-    """A model as `train.decode` uses it, each row's keys and values shared by its beams.
+class IncrementalEncoderDecoder:
+    """An encoder-decoder as generation uses it (`train.generate.batch.IncrementalModel`).
 
-    All are pure functions; all but `prepare` can be traced.
+    The beams of a sentence share a row of the cache. All methods are pure functions; all but `prepare` can be traced.
     """
 
     model: Any  # with the methods encode, embed_step and last_scores
@@ -50,8 +50,38 @@ class Steps:
 
     @property
     def config(self) -> Any:
-        """The model's, with the special tokens that decoding starts and ends with."""
+        """The model's."""
         return self.model.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of target tokens."""
+        return self.config.target_words
+
+    @property
+    def positions(self) -> int:
+        """Most tokens of a source or of an output."""
+        return self.config.positions
+
+    @property
+    def reads_sources(self) -> bool:
+        """Always: there is an encoder."""
+        return True
+
+    @property
+    def start_id(self) -> int:
+        """The token that every output starts from."""
+        return self.config.decoder_start_token_id
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an output."""
+        return self.config.eos_token_id
+
+    @property
+    def forced_eos_id(self) -> int | None:
+        """The token that the longest outputs have to end with; None for any."""
+        return self.config.forced_eos_token_id
 
     def prepare(self, params: Params) -> Prepared:
         """Take the stacked layers apart, once and not in each step. It looks at values: it cannot be traced."""
@@ -130,7 +160,7 @@ def cross_attention_maps(
     """What each token of the decoder's input attends to in the source.
 
     Args:
-        prepared: by the model's steps.
+        prepared: parameters, by `prepare`.
         input_ids: [B, S] int32.
         decoder_input_ids: [B, T] int32, the start token and then the target.
         segment_ids: [B, S] int32, 1 for tokens and 0 for padding; None for no padding.
@@ -138,7 +168,7 @@ def cross_attention_maps(
     Returns:
         [N, B, H, T, S] float32, probabilities of every layer and head; those of t are for predicting token t + 1.
     """
-    steps = model.steps()
+    steps = model.incremental()
     memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)
     rows, length = decoder_input_ids.shape
 

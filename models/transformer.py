@@ -26,7 +26,7 @@ from jax import Array
 
 from .checkpoints.tables import Entry, Reshaped, Table, Transposed, linear_entries, norm_entries, same
 from .family import Architecture, Family, FamilyConfig
-from .incremental import Slots, Steps
+from .incremental import IncrementalEncoderDecoder, Slots
 from .layers import (
     ACTIVATIONS,
     Attention,
@@ -290,7 +290,11 @@ class DecoderBlock(nn.Module):
         places: Array,
         mask: Array,
     ) -> tuple[Array, Slots, Array]:
-        """The layer for one token of each beam, as `Steps.step`; also the attention to the encoder [B, H, K, S]."""
+        """The layer for one token of each beam, as `IncrementalEncoderDecoder.step` needs it.
+
+        Returns:
+            (hidden [B, K, E], the cache, the attention to the encoder [B, H, K, S])
+        """
 
         def attend(x: Array) -> Array:
             nonlocal cache
@@ -508,9 +512,9 @@ class Transformer(nn.Module):
         )
 
     @nn.nowrap
-    def steps(self) -> Steps:
-        """What `train.decode` decodes with."""
-        return Steps(self, DecoderBlock(self.config, parent=None))
+    def incremental(self) -> IncrementalEncoderDecoder:
+        """The model as generation reads tokens with it, one at a time."""
+        return IncrementalEncoderDecoder(self, DecoderBlock(self.config, parent=None))
 
     def _decoder_input(self, input_ids: Array, decoder_input_ids: Array | None) -> Array:
         if decoder_input_ids is not None:

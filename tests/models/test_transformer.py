@@ -226,7 +226,7 @@ def test_one_token_at_a_time() -> None:
     """Steps with a cache give the logits of the whole sequence; attention sums to one and leaves padding out."""
     name = "none"
     mask = (jnp.arange(9)[None] < jnp.array([9, 6, 1])[:, None]).astype(jnp.int32)
-    steps = model(name).steps()
+    steps = model(name).incremental()
     slots = np.arange(14)
 
     @jax.jit

@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 from bestiary import models
 from bestiary.models.checkpoints.parity import ParityConfig, check, describe
 from bestiary.train.errors import RunError
-from bestiary.train.generate import generator as decode
+from bestiary.train.generate import generator as generator_module
+from bestiary.train.generate import scheduler
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.generate.generator import Generator
+from bestiary.train.generate.logits import continuations
 from bestiary.train.generate.released import read_generation_config
-from bestiary.train.generate.search import continuations
+from bestiary.train.generate.scheduler import Sizes
 from bestiary.train.translate.attention_map import attention_of
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
@@ -66,9 +68,9 @@ def test_sequences_and_scores_are_the_references(case: dict[str, Any], tmp_path:
 
 def small_sizes(monkeypatch: pytest.MonkeyPatch, **more: int) -> None:
     """Fewer slots than are needed, so that they must become more, and lengths that differ."""
-    sizes = {"FIRST_SLOTS": 4, "FIRST_STEPS": 2, "TOKEN_SLOTS": 0, "FEWEST_ROWS": 2, "FEWEST_TOKENS": 4}
+    sizes = {"FIRST_SLOTS": 4, "FIRST_STEPS": 2, "SLOTS_PER_TOKEN": 0, "FEWEST_ROWS": 2, "FEWEST_TOKENS": 4}
     for name, value in (sizes | more).items():
-        monkeypatch.setattr(Generator, name, value)
+        monkeypatch.setattr(Sizes, name, value)
 
 
 def counted(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch | None = None) -> list[None]:
@@ -86,7 +88,7 @@ def counted(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch | None = None
 def test_a_cache_that_grows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     small_sizes(monkeypatch, FIRST_SLOTS=8)
     generate = Generator(loaded().model, loaded().params, DecodeConfig(beam=4, max_length=10), rows=2)
-    widened = counted(generate._searcher, "widen")
+    widened = counted(generate.programs, "widen")
     found = generate(sources())
     assert widened
     assert [h.tokens for (h,) in found] == [row[0][1 : row[0].index(2)] for row in CASES[0]["sequences"]]
@@ -116,7 +118,7 @@ def test_attention_is_drawn_of_a_model_whose_logits_have_a_bias() -> None:
     params = {**loaded().params, "final_logits_bias": np.ones_like(loaded().params["final_logits_bias"])}
     source = sources()[0]
     model = loaded().model
-    maps = attention_of(model, model.steps().prepare(params), source, [5, 6, 7])
+    maps = attention_of(model, model.incremental().prepare(params), source, [5, 6, 7])
     assert maps.shape[2:] == (3, len(source))
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
 
@@ -127,21 +129,17 @@ WORDS, END = 6, 1
 
 
 @dataclass(frozen=True)
-class ChainConfig:
-    decoder_start_token_id: int = 0
-    eos_token_id: int = END
-    forced_eos_token_id: int | None = None
-    positions: int = 32
-    target_words: int = WORDS
-
-
-@dataclass(frozen=True)
 class Chain:
     """Logits from a table [V, V] of the last token; attention from another, [V, S]."""
 
-    config: ChainConfig = ChainConfig()
+    vocabulary: int = WORDS
+    positions: int | None = 32
+    reads_sources: bool = True
+    start_id: int | None = 0
+    eos_id: int = END
+    forced_eos_id: int | None = None
 
-    def steps(self) -> "Chain":
+    def incremental(self) -> "Chain":
         return self
 
     def prepare(self, params: Any) -> Any:
@@ -230,7 +228,7 @@ class Rememberer(Chain):
 def test_many_sentences_at_many_ages_are_as_one_alone(
     cores: int, named: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots that become more, sentences that leave for another pool, rows that are filled again, and threads."""
+    """Slots that become more, sentences that start again in a smaller batch, rows that are refilled, and threads."""
     draw = np.random.default_rng(2)
     params = {name: draw.normal(size=(count, 8)).astype(np.float32) for name, count in (("words", 6), ("places", 32))}
     params["often"] = 2 * np.eye(WORDS, dtype=np.float32)[None, None, END]
@@ -242,10 +240,11 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
     ]
     assert len({len(row[0].tokens) for row in expected}) > 8
-    small_sizes(monkeypatch, FEWEST_ROWS=1, LANE_ROWS=4)
-    monkeypatch.setattr(decode, "usable_cores", lambda: cores)
+    small_sizes(monkeypatch, FEWEST_ROWS=1)
+    monkeypatch.setattr(Generator, "ROWS_PER_THREAD", 4)
+    monkeypatch.setattr(generator_module, "usable_cores", lambda: cores)
     generate = Generator(Rememberer(), params, config, rows=12)
-    widened, left = counted(generate._searcher, "widen"), counted(decode.Pool, "_close", monkeypatch)
+    widened, left = counted(generate.programs, "widen"), counted(scheduler.Batch, "_abandon", monkeypatch)
     found = generate(texts, prefixes)
     assert widened
     assert left or config.width == 1  # these all need more slots, together
@@ -254,20 +253,83 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
 
 
+@dataclass(frozen=True)
+class Unconditional(Rememberer):
+    """The same, of an empty source."""
+
+    def start(self, prepared: Any, input_ids: Any, segment_ids: Any) -> Any:
+        return jnp.zeros((len(input_ids), 8))
+
+
+@dataclass(frozen=True)
+class Decoder(Unconditional):
+    """The same without an encoder: it starts from the first token of its prompt, and has no limit."""
+
+    positions: int | None = None
+    reads_sources: bool = False
+    start_id: int | None = None
+
+
+def rememberer_params() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(2)
+    params = {name: draw.normal(size=(count, 8)).astype(np.float32) for name, count in (("words", 6), ("places", 64))}
+    return params | {"often": np.zeros((1, 1, WORDS), np.float32)}
+
+
+def continued(prompt: list[int], count: int) -> list[int]:
+    """A prompt and the most probable tokens after it, from all tokens at a time."""
+    params, tokens = rememberer_params(), list(prompt)
+    while len(tokens) < len(prompt) + count:
+        cache = params["words"][tokens] * params["places"][: len(tokens)]
+        hidden = np.tanh(cache[-1] + 3 * cache.mean(axis=0))
+        tokens.append(int((hidden @ params["words"].T).argmax()))
+        if tokens[-1] == END:
+            return tokens[:-1]
+    return tokens
+
+
+def test_a_decoder_continues_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sources: as an encoder-decoder whose memory says nothing, given the prompt as start token and prefix."""
+    small_sizes(monkeypatch, FEWEST_ROWS=1)
+    draw = np.random.default_rng(4)
+    prompts = [[0, *draw.integers(2, WORDS, n).tolist()] for n in draw.integers(0, 12, 12)]
+    greedy = Generator(Decoder(), rememberer_params(), DecodeConfig(max_length=9), rows=4)
+    assert [h.tokens for (h,) in greedy(prefixes=prompts)] == [continued(prompt, 9) for prompt in prompts]
+    for named in ({"beam": 4, "n_best": 2, "no_repeat_ngram": 3}, {"sample": True, "n_best": 3, "seed": 1}):
+        config = DecodeConfig(max_length=9, **named)
+        found = Generator(Decoder(), rememberer_params(), config, rows=4)(prefixes=prompts)
+        expected = Generator(Unconditional(), rememberer_params(), config, rows=4)(
+            [[2]] * len(prompts), [prompt[1:] for prompt in prompts]
+        )
+        for row, other in zip(found, expected, strict=True):
+            assert [h.tokens for h in row] == [[0, *h.tokens] for h in other]
+            np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
+    assert greedy(prefixes=[]) == []
+    with pytest.raises(RunError, match="prefix 1: expected at least 1 token"):
+        greedy(prefixes=[[2], []])
+    with pytest.raises(RunError, match="prefixes alone"):
+        greedy([[2]])
+    with pytest.raises(RunError, match="generates from sources"):
+        Generator(Chain(), chain(), DecodeConfig(max_length=9), rows=4)(prefixes=[[2]])
+    with pytest.raises(RunError, match="no source"):
+        Generator(Decoder(), chain(), DecodeConfig(beam=2, max_length=9, coverage_penalty=0.1), rows=4)
+
+
 def test_an_error_in_a_thread_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_sizes(monkeypatch, LANE_ROWS=1)
-    monkeypatch.setattr(decode, "usable_cores", lambda: 2)
+    small_sizes(monkeypatch)
+    monkeypatch.setattr(Generator, "ROWS_PER_THREAD", 1)
+    monkeypatch.setattr(generator_module, "usable_cores", lambda: 2)
     generate = of_chain(beam=2, max_length=5)
     searched = []
 
-    def search(pool: Any) -> list[int]:
-        searched.append(pool)
+    def search(batch: Any) -> list[int]:
+        searched.append(batch)
         if len(searched) == 1:
             raise MemoryError("no room")
-        assert pool._task.cancelled.wait(timeout=60)
+        assert batch._request.cancelled.wait(timeout=60)
         return []
 
-    monkeypatch.setattr(decode.Pool, "search", search)
+    monkeypatch.setattr(scheduler.Batch, "search", search)
     with pytest.raises(MemoryError, match="no room"):
         generate([[2] * n for n in range(1, 33)])
     assert len(searched) <= 2  # of two threads, which have four lengths each

@@ -1,1 +1,1 @@
-"""Decoding: greedy, beam search, sampling."""
+"""Generating text: greedy search, beam search, sampling."""

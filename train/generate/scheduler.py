@@ -1,0 +1,236 @@
+"""Which sentences are searched together: the host's side of a search.
+
+`search_sentences` takes sentences in order of their lengths and forms batches. A batch advances on the device until
+enough of its sentences are finished; then their outputs are collected, and others take their rows. What is compiled
+depends on a few sizes, to which lengths and counts are rounded up, never on the sentences.
+"""
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from .batch import BatchState, Programs, Sources
+from .search import NOTHING, Finished
+
+
+class Hypothesis(NamedTuple):
+    """One output."""
+
+    tokens: list[int]  # without the start token and the end token
+    score: float  # log probability of the generated tokens (a prefix is not counted), with the penalties
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that programs are compiled for.
+
+    Each takes seconds to compile, so there are few: rows and slots go in steps of four, tokens in steps of two.
+
+    Attributes:
+        rows: how many sentences a batch may have, the most first.
+        positions: the most tokens that the model reads; None for no limit.
+    """
+
+    FIRST_SLOTS: ClassVar[int] = 64  # slots of a sentence at first; more if these are for less than
+    FIRST_STEPS: ClassVar[int] = 16  # so many steps of all its beams, or if it has less than
+    SLOTS_PER_TOKEN: ClassVar[int] = 2  # so many for each token of the source
+    FEWEST_ROWS: ClassVar[int] = 4
+    FEWEST_TOKENS: ClassVar[int] = 32
+
+    rows: tuple[int, ...]
+    positions: int | None
+
+    @classmethod
+    def up_to(cls, rows: int, positions: int | None) -> "Sizes":
+        """Sizes of batches of at most `rows` sentences."""
+        counts = [rows]
+        while counts[-1] // 4 >= cls.FEWEST_ROWS:
+            counts.append(counts[-1] // 4)
+        return cls(tuple(counts), positions)
+
+    def tokens(self, length: int) -> int:
+        """A number of tokens, rounded up; 0 stays 0."""
+        if not length:
+            return 0
+        rounded = max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length())
+        return rounded if self.positions is None else min(self.positions, rounded)
+
+    def slots(self, width: int, source_length: int, max_tokens: int, *, more: bool) -> list[int]:
+        """Slots of a sentence, at first and whenever it needs more; as many as it can ever need at last."""
+        first = max(self.FIRST_SLOTS, self.FIRST_STEPS * width, self.SLOTS_PER_TOKEN * source_length)
+        most = max_tokens * width
+        slots = [min(most, 4 * first if more else first)]
+        while slots[-1] < most:
+            slots.append(min(most, 4 * slots[-1]))
+        return slots
+
+
+class Request(NamedTuple):
+    """What is to be generated, and what has been."""
+
+    sources: Sequence[Sequence[int]]  # all empty for a model without sources
+    starts: Sequence[int]  # the token that each output starts from
+    prefixes: Sequence[Sequence[int]]  # the tokens that follow it
+    first: int  # the first sentence's number
+    prefix_length: int  # of the longest prefix, rounded up
+    max_tokens: int  # of the longest output, its prefix included, rounded up
+    found: dict[int, list[Hypothesis]]
+    cancelled: threading.Event
+
+
+def search_sentences(programs: Programs, prepared: Any, sizes: Sizes, request: Request, order: Sequence[int]) -> None:
+    """Fill the request's `found` for some of its sentences.
+
+    Args:
+        programs: the compiled programs.
+        prepared: the model's parameters.
+        sizes: to choose among.
+        request: of which sentences.
+        order: the sentences, the longest source first.
+    """
+    waiting, postponed = list(order), list[int]()
+    while waiting and not request.cancelled.is_set():
+        length = sizes.tokens(len(request.sources[waiting[0]]))
+        alike = sum(sizes.tokens(len(request.sources[i])) == length for i in waiting)
+        rows = min((size for size in sizes.rows if size >= alike), default=sizes.rows[0])
+        # If the sentences of this length leave rows free, shorter ones take them.
+        refill = Batch.refill(rows)
+        count = max(rows, -(-alike // refill) * refill)
+        postponed += Batch(programs, prepared, sizes, request, waiting[:count], rows, length).search()
+        waiting = waiting[count:]
+    if postponed and not request.cancelled.is_set():
+        # They start again in one batch of few rows, in which padding to the longest source costs little.
+        longest = sizes.tokens(len(request.sources[order[0]]))
+        Batch(programs, prepared, sizes, request, postponed, sizes.rows[-1], longest, more_slots=True).search()
+
+
+class Batch:
+    """Sentences that are searched together, some at a time.
+
+    Args:
+        programs: the compiled programs.
+        prepared: the model's parameters.
+        sizes: to choose among.
+        request: what the sentences are part of.
+        waiting: which of the request's sentences.
+        rows: how many are searched at a time.
+        length: tokens of the longest source, rounded up.
+        more_slots: whether these sentences are known to need many.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        prepared: Any,
+        sizes: Sizes,
+        request: Request,
+        waiting: list[int],
+        rows: int,
+        length: int,
+        *,
+        more_slots: bool = False,
+    ) -> None:
+        self._programs, self._prepared, self._request, self._waiting = programs, prepared, request, waiting
+        self._length = length
+        self._slots = sizes.slots(programs.config.width, length, request.max_tokens, more=more_slots)
+        self._may_postpone = rows > sizes.rows[-1]
+        self._numbers = np.full(rows, -1, np.int32)  # which sentence each row holds
+        self._started = np.zeros(rows, np.int32)  # the step at which each was admitted
+        self._step = 0
+
+    @staticmethod
+    def refill(rows: int) -> int:
+        """How many rows of a batch are filled at a time."""
+        return max(1, rows // 4)
+
+    def search(self) -> list[int]:
+        """Fill the request's `found`, and return the sentences that a smaller batch has to start again.
+
+        These few need more slots than they have, which all rows here would have to be given.
+        """
+        programs, request, postponed = self._programs, self._request, list[int]()
+        rows = len(self._numbers)
+        refill = self.refill(rows)
+        sources, state = programs.empty(
+            self._prepared, rows, self._length, request.prefix_length, request.max_tokens, self._slots[0]
+        )
+        while (self._waiting or (self._numbers >= 0).any()) and not request.cancelled.is_set():
+            free = np.flatnonzero(self._numbers < 0)
+            while self._waiting and len(free) >= refill:
+                sources, state = self._admit(sources, state, free[:refill])
+                free = free[refill:]
+            # While others wait, rows are refilled some at a time; the last sentences end where they are.
+            enough = np.int32(rows - refill if self._waiting else 0)
+            numbers = np.where(self._numbers < 0, -1, self._numbers + request.first)
+            state = programs.advance(self._prepared, sources, state, numbers, enough)
+            hypotheses = state.rows.hypotheses
+            step, history, active, *found = jax.device_get(
+                (state.step, state.history, hypotheses.active, hypotheses.finished, state.tokens, state.parents)
+            )
+            self._step = int(step)
+            self._collect(np.flatnonzero(~active.any(axis=1) & (self._numbers >= 0)), *found)
+            needed = np.where(self._numbers < 0, 0, history.any(axis=1).sum(axis=1) + programs.config.width)
+            short = np.flatnonzero(needed > history.shape[2])
+            if 0 < len(short) <= refill and self._may_postpone:
+                postponed += self._numbers[short].tolist()
+                state = self._abandon(state, active, short)
+            elif len(short):
+                state = programs.widen(state, next(slots for slots in self._slots if slots >= needed.max()))
+        return postponed
+
+    def _admit(self, sources: Sources, state: BatchState, places: np.ndarray) -> tuple[Sources, BatchState]:
+        """Admit as many waiting sentences as there are places."""
+        count = len(places)
+        admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._numbers[places[: len(admitted)]] = admitted
+        self._started[places[: len(admitted)]] = self._step
+        request = self._request
+        ids = _padded([request.sources[i] for i in admitted], count, self._length)
+        start = _padded([[request.starts[i]] for i in admitted], count, 1)[:, 0]
+        prefix = _padded([request.prefixes[i] for i in admitted], count, request.prefix_length)
+        rows = np.where(np.arange(count) < len(admitted), places, len(self._numbers)).astype(np.int32)
+        return self._programs.admit(self._prepared, sources, state, np.int32(self._step), ids, start, prefix, rows)
+
+    def _abandon(self, state: BatchState, active: np.ndarray, rows: np.ndarray) -> BatchState:
+        """Free rows whose sentences are not finished."""
+        self._numbers[rows] = -1
+        active = active.copy()
+        active[rows] = False
+        hypotheses = state.rows.hypotheses._replace(active=jax.device_put(active))
+        return state._replace(rows=state.rows._replace(hypotheses=hypotheses))
+
+    def _collect(self, rows: np.ndarray, best: Finished, tokens: np.ndarray, parents: np.ndarray) -> None:
+        """Follow the finished hypotheses of `rows` back to their beginnings, and free the rows."""
+        config, eos_id = self._programs.config, self._programs.model.eos_id
+        for row in rows:
+            order = range(config.n_best)
+            if config.diverse_groups > 1:
+                order = np.argsort(-best.scores[row], kind="stable")[: config.n_best]
+            hypotheses = []
+            for i in order:
+                if not best.scores[row, i] > NOTHING:
+                    break
+                output, parent = [int(best.tokens[row, i])], best.parents[row, i]
+                for age in range(best.steps[row, i] - 1, -1, -1):
+                    slot = (self._started[row] + age) % len(tokens)
+                    output.append(int(tokens[slot, row, parent]))
+                    parent = parents[slot, row, parent]
+                if output[0] == eos_id:
+                    output = output[1:]
+                hypotheses.append(Hypothesis(output[::-1], float(best.scores[row, i])))
+            # The rules may forbid every word.
+            self._request.found[int(self._numbers[row])] = hypotheses or [Hypothesis([], -math.inf)]
+        self._numbers[rows] = -1
+
+
+def _padded(lists: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
+    """[rows, length] int32, -1 where there is no token."""
+    array = np.full((rows, length), -1, np.int32)
+    for row, tokens in zip(array, lists, strict=False):
+        row[: len(tokens)] = tokens
+    return array

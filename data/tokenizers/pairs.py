@@ -146,6 +146,10 @@ class PairTokenizer:
         """Whether both sides have one vocabulary."""
         return self.source is self.target or self.source.vocabulary == self.target.vocabulary
 
+    def language_code(self, text: str) -> str:
+        """The code at the start of a source text that every part of it needs; empty if there is none."""
+        return language_code(text) if self.kind == "marian" else ""
+
     def encode_source(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of source texts, without special ones."""
         return self.source.encode([self.form.prepare(text, target=False) for text in texts])
@@ -292,7 +296,10 @@ class SentencePieceSide:
 
 
 class MarianSide:
-    """One side of a released Marian folder: pieces by SentencePiece, ids by a vocabulary file."""
+    """One side of a released Marian folder: pieces by SentencePiece, ids by a vocabulary file.
+
+    A language code at the start of a text, as `>>fra<<`, is one token. Decoded text has no unknown tokens.
+    """
 
     def __init__(self, model: bytes, vocabulary: dict[str, int], where: str):
         self._pieces = SentencePieceSide(model, where)
@@ -307,11 +314,15 @@ class MarianSide:
         self.state = model + json.dumps(vocabulary, sort_keys=True).encode()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._ids(text) for text in self._pieces.processor.encode(list(texts), out_type=str)]
+        codes = [language_code(text) for text in texts]
+        rests = [text[len(code) :] for text, code in zip(texts, codes, strict=True)]
+        pieces = self._pieces.processor.encode(rests, out_type=str)
+        return [self._ids([code, *rest] if code else rest) for code, rest in zip(codes, pieces, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = (self._tokens.get(int(i), UNK) for i in ids if int(i) not in (self.pad_id, self.eos_id))
-        return "".join(kept).replace(SPACE, " ").strip()
+        special = (self.pad_id, self.eos_id, self.unk_id)
+        kept = [self._tokens[i] for i in map(int, ids) if i in self._tokens and i not in special]
+        return self._pieces.processor.decode_pieces(kept).replace(SPACE, " ").strip()  # joins the bytes of a character
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self._tokens.get(int(i), UNK) for i in ids]
@@ -320,6 +331,8 @@ class MarianSide:
         return self._pieces.words(text)
 
     def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
+        if language_code(word.removeprefix(SPACE)):
+            return self.encode([word.removeprefix(SPACE)])[0]
         return self._ids(map(self._pieces.processor.id_to_piece, self._pieces.draw(word, number, amount, key)))
 
     def save(self, path: Path) -> None:
@@ -327,6 +340,12 @@ class MarianSide:
 
     def _ids(self, pieces: Iterable[str]) -> list[int]:
         return [self.vocabulary.get(piece, self.unk_id) for piece in pieces]
+
+
+def language_code(text: str) -> str:
+    """The code at the start of a Marian model's source text that names the language to translate to, or nothing."""
+    end = text.find("<<")
+    return text[: end + 2] if text.startswith(">>") and end >= 0 else ""
 
 
 class WordBpeSide:

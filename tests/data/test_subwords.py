@@ -1,5 +1,7 @@
 """Subword tokenizers: what they give, that it is the same each time, and what sampling draws."""
 
+import io
+import json
 import math
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from bestiary.data.errors import DataError
 from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, sample, train_subwords
@@ -140,8 +143,6 @@ def test_errors(tmp_path: Path):
 
 
 def test_a_marian_folder_takes_its_ids_from_the_vocabulary(tmp_path: Path):
-    import json
-
     joint = train("bpe")
     processor = joint.source.processor  # pyright: ignore
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
@@ -157,3 +158,38 @@ def test_a_marian_folder_takes_its_ids_from_the_vocabulary(tmp_path: Path):
     marian.save(tmp_path / "again")
     assert load_subwords(tmp_path / "again").fingerprint == marian.fingerprint
     assert sample(marian.source, SOURCE[:1], 0.0, seed=0, epoch=0, indexes=[0], role=0) == [ids]
+
+
+def test_a_marian_folder_knows_language_codes_bytes_and_unknown_tokens(tmp_path: Path):
+    """As transformers' MarianTokenizer, which gave these texts and tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SOURCE * 9),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [processor.id_to_piece(i) for i in range(3, processor.get_piece_size())]
+    vocabulary = {piece: number for number, piece in enumerate(["</s>", "<unk>", *pieces, ">>fra<<", "<pad>"])}
+    for name in ("source.spm", "target.spm"):
+        (tmp_path / name).write_bytes(model.getvalue())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    marian = load_subwords(tmp_path)
+
+    whole, plain, unknown, later = marian.encode_source([
+        ">>fra<< the red dog", "the red dog", ">>deu<< the red dog", "the >>fra<<"
+    ])  # fmt: skip
+    assert whole == [vocabulary[">>fra<<"], *plain]
+    assert unknown == [vocabulary["<unk>"], *plain]
+    assert vocabulary[">>fra<<"] not in later
+    assert [marian.language_code(text) for text in (">>fra<< a", "a >>fra<<", ">>fra")] == [">>fra<<", "", ""]
+    assert sample(marian.source, [">>fra<< the red dog"], 0.0, seed=0, epoch=0, indexes=[0], role=0) == [whole]
+
+    (euro,) = marian.encode_target(["the 5€"])
+    assert vocabulary["<0xE2>"] in euro
+    assert marian.decode(euro) == "the 5€"
+    assert marian.decode([vocabulary["<unk>"], *plain, vocabulary["<unk>"], vocabulary["</s>"]]) == "the red dog"

@@ -204,7 +204,12 @@ class Translator:
         return self._split(text, ids)
 
     def _split(self, text: str, ids: list[int]) -> list[list[int]]:
-        """Split a text, whose ids are these, near its middle until every part fits; between sentences if possible."""
+        """Split a text, whose ids are these, near its middle until every part fits; between sentences if possible.
+
+        Every part begins with the text's language code, if it has one.
+        """
+        code = self.tokenizer.language_code(text)
+        text = text[len(code) :].strip()
         if len(ids) <= self.longest or len(text) < 2:
             return [ids]
         middle, quarter = len(text) // 2, len(text) // 4
@@ -219,8 +224,8 @@ class Translator:
                 break
         else:
             cut = middle
-        halves = (text[:cut].strip(), text[cut:].strip())
-        return [part for half in halves if half for part in self._split(half, self._encode(half))]
+        halves = [f"{code} {half.strip()}".strip() for half in (text[:cut], text[cut:]) if half.strip()]
+        return [part for half in halves for part in self._split(half, self._encode(half))]
 
     def _join(self, outputs: Sequence[tuple[list[int], list[Hypothesis]]], line: int) -> list[Translation]:
         """The translations of a line from the outputs for its parts: the n-th best is made of the n-th best of each."""

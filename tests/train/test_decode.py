@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bestiary import models
-from bestiary.models.checkpoints.parity import ParityConfig, check, describe
+from bestiary.models.checkpoints.parity import check
 from bestiary.train.errors import RunError
 from bestiary.train.generate import generator as generator_module
 from bestiary.train.generate import scheduler
@@ -23,6 +23,7 @@ from bestiary.train.generate.generator import Generator
 from bestiary.train.generate.logits import continuations
 from bestiary.train.generate.released import read_generation_config
 from bestiary.train.generate.scheduler import Sizes
+from bestiary.train.parity import describe
 from bestiary.train.translate.attention_map import attention_of
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
@@ -97,7 +98,7 @@ def test_a_cache_that_grows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_shared_fixture(shared: Path) -> None:
     folder = shared / "parity" / "marian_translation"
-    report = check(folder, ParityConfig((folder,)))
+    report = check(folder)
     assert report.passed, "\n".join(describe(report))
     expected = load_file(folder / "expected.safetensors")
     settings = json.loads((folder / "generate.json").read_text())

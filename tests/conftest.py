@@ -1,16 +1,28 @@
 """What every test runs under: eight CPU devices, strict ranks, warnings as errors."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from bestiary.data.cores import usable_cores
 
 # Must be in the environment before JAX is first imported, and must also reach the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Most of a test's time is XLA's. What it compiles for CPUs without its slow passes answers the same questions, in two
+# thirds of the time; `optimised` is for tests of exact numbers.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core that this process may use; none for one core, and for tests that are named one by one."""
+    named = all("::" in argument for argument in config.args)
+    return 0 if named or usable_cores() == 1 else usable_cores()
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +38,18 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name}/ beside the checkout (real data and reference fixtures)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """Compile as for users, here and in the processes that tests start: for exact numbers and compilers' reports."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+        jax.clear_caches()

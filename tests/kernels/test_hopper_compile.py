@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 ALL = {"bias": "row", "segments": True, "rate": 0.1}
 # Name: what differs from 2 x 512 tokens, 4 heads of 64, no extras.
 CASES: dict[str, dict[str, Any]] = {

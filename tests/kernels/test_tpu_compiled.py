@@ -20,6 +20,8 @@ from bestiary.kernels.tpu import backend as tpu
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: nothing can be compiled for a TPU")
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 # Nothing runs on a chip here, so other processes with the compiler loaded do no harm.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 from bestiary.models.checkpoints.parity import Report, check, gradient_errors
 from bestiary.train.parity import ParityConfig, describe, main
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = (
     "bert_pretraining",

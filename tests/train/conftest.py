@@ -32,6 +32,7 @@ class Workshop:
     """Runs `bestiary pretrain` on the small corpus, with a compilation cache so that each program is compiled once."""
 
     folder: Path
+    compiled: Path
 
     def arguments(self, out: Path, *more: str, **settings: str | None) -> list[str]:
         """The command's words; `settings` replace the usual flags, None leaves one out."""
@@ -47,7 +48,7 @@ class Workshop:
         environment = {
             **os.environ,
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "-c", MAIN, *arguments]
@@ -70,7 +71,9 @@ class Workshop:
 def workshop(tmp_path_factory) -> Workshop:
     folder = tmp_path_factory.mktemp("workshop")
     write_corpus(folder / "corpus")
-    return Workshop(folder)
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Workshop(folder, session / "compiled")  # of all workers
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,7 @@ def dense_from_toeplitz(row: Array, queries: int, keys: int) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def dense_bias(bias: Bias, queries: int, keys: int) -> Array:

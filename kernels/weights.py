@@ -72,7 +72,7 @@ def attention_weights(
     )
     rows, length, every_head, _ = call.query.shape
     keys, key_heads = call.key.shape[1:3]
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    dtype = np.promote_types(call.query.dtype, np.float32)
     lse = jnp.asarray(lse)
     if lse.shape != (rows, length, every_head) or lse.dtype != dtype:
         expected = f"{dtype} [{rows}, {length}, {every_head}], as attention(return_lse=True) gives it"

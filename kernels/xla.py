@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .bias import dense_bias
@@ -240,7 +241,7 @@ def _kept(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | 
 
 
 def _accumulator(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return np.promote_types(x.dtype, np.float32)
 
 
 def _product(dimensions: str, x: Array, y: Array) -> Array:

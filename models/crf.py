@@ -173,7 +173,7 @@ def _best(scores: Array) -> Array:
 
 
 def _widened(emissions: Array, weights: CrfWeights) -> tuple[Array, CrfWeights]:
-    dtype = jnp.promote_types(jnp.asarray(emissions).dtype, jnp.float32)
+    dtype = np.promote_types(jnp.asarray(emissions).dtype, np.float32)
     return jnp.asarray(emissions, dtype), CrfWeights(*(jnp.asarray(weight, dtype) for weight in weights))
 
 

@@ -78,7 +78,7 @@ def prediction_sums(logits: Array, labels: Array, weights: Array | None = None) 
     """
     labels, weights = _counted(labels, weights)
     losses, hits = cross_entropy(logits, labels)
-    return PredictionSums((losses * weights).sum(), (hits * weights).sum(), weights.sum())
+    return PredictionSums((losses * weights).sum(), jnp.where(hits, weights, 0.0).sum(), weights.sum())
 
 
 def _counted(labels: Array, weights: Array | None) -> tuple[Array, Array]:

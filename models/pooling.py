@@ -9,7 +9,6 @@ from jax import Array
 
 from .layers import gather_positions
 
-COMBINATIONS = ("sum", "mean", "concat")
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len")
 
 

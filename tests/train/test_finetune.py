@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from bestiary import models
 from bestiary.data import load_tokenizer
 from bestiary.data.batches import TrainingBatches, assemble, pack_batch
+from bestiary.data.tasks.glue import GLUE
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.train.cli import main
@@ -26,7 +27,7 @@ from bestiary.train.finetune.config import FinetuneConfig
 from bestiary.train.finetune.model import Depths, layer_rates, load_model
 from bestiary.train.finetune.prediction import Predictor
 from bestiary.train.finetune.tasks.glue import glue_task
-from bestiary.train.finetune.tasks.scores import glue_metrics, metric
+from bestiary.train.finetune.tasks.scores import metric, scored
 from bestiary.train.progress import Progress
 from bestiary.train.sharding import logical_specs, start_spread
 
@@ -451,14 +452,14 @@ def test_metrics_by_their_formulas():
     labels, found = draw.integers(0, 2, 200), draw.integers(0, 2, 200)
     both, neither = ((labels == 1) & (found == 1)).sum(), ((labels == 0) & (found == 0)).sum()
     wrong, missed = ((labels == 0) & (found == 1)).sum(), ((labels == 1) & (found == 0)).sum()
-    scores = glue_metrics("mrpc", found, labels)
+    scores = scored(GLUE["mrpc"].metrics, found, labels)
     assert scores["accuracy"] == pytest.approx((both + neither) / 200)
     assert scores["f1"] == pytest.approx(2 * both / (2 * both + wrong + missed))
     assert scores["score"] == pytest.approx((scores["accuracy"] + scores["f1"]) / 2)
     root = math.sqrt(float((both + wrong) * (both + missed)) * float((neither + wrong) * (neither + missed)))
     assert metric("matthews", found, labels) == pytest.approx((both * neither - wrong * missed) / root)
     values, targets = draw.normal(size=50), draw.normal(size=50).round(1)
-    scores = glue_metrics("stsb", values, targets)
+    scores = scored(GLUE["stsb"].metrics, values, targets)
     assert scores["pearson"] == pytest.approx(np.corrcoef(values, targets)[0, 1])
 
     def ranks(of: np.ndarray) -> np.ndarray:
@@ -469,8 +470,8 @@ def test_metrics_by_their_formulas():
 
 def test_a_model_that_says_always_the_same_scores_zero():
     labels = np.array([0, 1, 1, 0])
-    assert glue_metrics("cola", np.ones(4, int), labels)["score"] == 0
-    assert glue_metrics("stsb", np.full(4, 2.5), labels.astype(float))["score"] == 0
+    assert scored(GLUE["cola"].metrics, np.ones(4, int), labels)["score"] == 0
+    assert scored(GLUE["stsb"].metrics, np.full(4, 2.5), labels.astype(float))["score"] == 0
     assert metric("f1", np.zeros(4, int), labels) == 0
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ....data.tasks.glue import GLUE
-
 
 def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     """One metric of n examples.
@@ -47,8 +45,3 @@ def scored(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) ->
     """Several metrics, and `score`, their mean, which is how GLUE ranks a task with two."""
     values = {name: metric(name, predictions, labels) for name in names}
     return {**values, "score": sum(values.values()) / len(values)}
-
-
-def glue_metrics(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The official metrics of a task of GLUE, and their mean as `score`; arguments as in `metric`."""
-    return scored(GLUE[task].metrics, predictions, labels)

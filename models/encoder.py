@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from .family import EncoderConfig
-from .layers import Linear, Segments, gather_positions, row_numbers, run_layers
+from .layers import Linear, Segments, gather_positions, row_numbers
+from .stack import run_layers
 
 
 class Encoded(NamedTuple):

@@ -299,8 +299,8 @@ class Family:
         count: int = model.config.layers  # type: ignore[attr-defined]
         found: dict[Path, np.ndarray] = {}
         for entry in self.checkpoint_table(model).entries:
-            if entry.layers is not None:
-                depth = np.arange(1, entry.layers + 1)
+            if entry.numbers is not None:
+                depth = np.array(entry.numbers) + 1
             elif _in_encoder(entry.path) in self.below:
                 depth = np.array(0)
             else:

@@ -1,4 +1,4 @@
-"""What the families share: linear maps, embeddings, norms, attention, feed-forward, dropout, the stack of layers.
+"""What the families share: linear maps, embeddings, norms, attention, feed-forward, dropout. Stacks are in stack.py.
 
 Parameters are float32 and carry logical axis names, all of them in `LOGICAL_AXES`; `dtype` is what is computed in.
 Normalisation statistics are always float32.
@@ -20,6 +20,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from ..kernels import attention
+from ..kernels.bias import Bias, RelativeBias
 from ..kernels.hash import hash_dropout, row_seeds
 
 # Every logical axis name that a parameter of this package carries. `train/sharding.py` maps each of them to mesh axes.
@@ -259,18 +260,36 @@ class LayerNorm(nn.Module):
 
     epsilon: float
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         width = inputs.shape[-1]
         scale = self.param("scale", partitioned(nn.initializers.ones_init(), "embed"), (width,), jnp.float32)
-        bias = self.param("bias", partitioned(nn.initializers.zeros_init(), "embed"), (width,), jnp.float32)
         lead = tuple(range(inputs.ndim - 1))
         x = inputs.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * jnp.expand_dims(scale, lead) + jnp.expand_dims(bias, lead)).astype(self.dtype)
+        scaled = centred * jax.lax.rsqrt(variance + self.epsilon) * jnp.expand_dims(scale, lead)
+        if self.use_bias:
+            bias = self.param("bias", partitioned(nn.initializers.zeros_init(), "embed"), (width,), jnp.float32)
+            scaled = scaled + jnp.expand_dims(bias, lead)
+        return scaled.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """scale·x/sqrt(mean(x²) + epsilon) over the last axis (Zhang and Sennrich 2019), in float32, as `dtype`."""
+
+    epsilon: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        width = inputs.shape[-1]
+        scale = self.param("scale", partitioned(nn.initializers.ones_init(), "embed"), (width,), jnp.float32)
+        x = inputs.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (normed * jnp.expand_dims(scale, tuple(range(inputs.ndim - 1)))).astype(self.dtype)
 
 
 def dropout_seed(module: nn.Module) -> Array:
@@ -295,6 +314,50 @@ class Dropout(nn.Module):
         return hash_dropout(inputs, self.rate, row_seeds(dropout_seed(self), rows))
 
 
+def rotate(vectors: Array, position_ids: Array, theta: float) -> Array:
+    """Rotary position embedding (Su et al. 2021, 3.4.2): channels i and i + D/2 turned by position · theta^(-2i/D).
+
+    Args:
+        vectors: [B, L, H, D], queries or keys; D is even.
+        position_ids: int [B or 1, L].
+        theta: base of the frequencies.
+
+    Returns:
+        [B, L, H, D] of the same dtype. Angles and products are float32.
+    """
+    half = vectors.shape[-1] // 2
+    frequencies = jnp.asarray(1.0 / theta ** (np.arange(half, dtype=np.float32) / np.float32(half)))
+    angles = (position_ids[:, :, None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
+    sines, cosines = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(vectors.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cosines - second * sines, second * cosines + first * sines]
+    return jnp.concatenate(turned, axis=-1).astype(vectors.dtype)
+
+
+class RelativePositions(nn.Module):
+    """T5's table of relative position biases (Raffel et al. 2020, 2.1), which all layers of a stack share.
+
+    Attributes:
+        heads: of each layer, H.
+        bidirectional: whether keys after the query have buckets of their own.
+        buckets: number of buckets of distances.
+        max_distance: tokens; from here on all distances share the last bucket.
+    """
+
+    heads: int
+    bidirectional: bool
+    table_init: Initializer
+    buckets: int = 32
+    max_distance: int = 128
+
+    @nn.compact
+    def __call__(self) -> RelativeBias:
+        """The bias to give each layer's `Attention`."""
+        axes = partitioned(self.table_init, "positions", "heads")
+        table = self.param("table", axes, (self.buckets, self.heads), jnp.float32)
+        return RelativeBias(table, self.bidirectional, self.max_distance)
+
+
 class Attention(nn.Module):
     """Attention in `heads` subspaces, with its four projections (Vaswani et al. 2017, 3.2.2).
 
@@ -303,10 +366,16 @@ class Attention(nn.Module):
 
     Attributes:
         width: of queries and output, E.
-        heads: number of heads, H; the head size is E / H.
+        heads: number of heads, H.
         dropout: share of the attention probabilities that is dropped.
         implementation: backend of `kernels.attention`; None takes the fastest.
         causal: whether later tokens are hidden.
+        head_size: D; None for E / H.
+        use_bias: whether the projections of queries, keys and values have a bias.
+        out_bias: whether the output's projection has one.
+        scale: of the scores; None for 1/sqrt(D).
+        window: (left, right), how many tokens are seen before and after the query's own, inclusive; None for all.
+        rotary: base of the rotary position embedding's frequencies; None for no rotation.
     """
 
     width: int
@@ -316,17 +385,22 @@ class Attention(nn.Module):
     dtype: str = "float32"
     implementation: str | None = None
     causal: bool = False
+    head_size: int | None = None
+    use_bias: bool = True
+    out_bias: bool = True
+    scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    rotary: float | None = None
 
     def setup(self) -> None:
-        project = partial(
-            Linear,
-            (self.heads, self.width // self.heads),
-            ("embed", "heads", "head_dim"),
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-        )
+        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
+        project = partial(linear, (self.heads, self._size), ("embed", "heads", "head_dim"), use_bias=self.use_bias)
         self.query, self.key, self.value = project(), project(), project()
-        self.out = Linear((self.width,), ("heads", "head_dim", "embed"), kernel_init=self.kernel_init, dtype=self.dtype)
+        self.out = linear((self.width,), ("heads", "head_dim", "embed"), use_bias=self.out_bias)
+
+    @property
+    def _size(self) -> int:
+        return self.width // self.heads if self.head_size is None else self.head_size
 
     def __call__(
         self,
@@ -335,6 +409,8 @@ class Attention(nn.Module):
         rows: Array,
         *,
         memory: Array | None = None,
+        bias: Bias | None = None,
+        position_ids: Array | None = None,
         query_positions: Array | None = None,
         deterministic: bool,
     ) -> Array:
@@ -345,30 +421,48 @@ class Attention(nn.Module):
             segment_ids: [B, L], or a pair (of the queries, of the keys), or None where everything is one segment.
             rows: [B] uint32, the rows' numbers.
             memory: [B, S, E], what is attended to; None for `hidden` itself.
-            query_positions: int [B, L], which of the memory's tokens those of `hidden` are; `segment_ids` then are of
-                all the memory's tokens. None where `hidden` is the whole row, or another sequence than the memory.
+            bias: what is added to the scores.
+            position_ids: int [B or 1, L], each token's position in its example, by which rotary attention turns it;
+                None counts from 0 along the row.
+            query_positions: int [B, L], which of the memory's tokens those of `hidden` are; `segment_ids` and
+                `position_ids` then are of all the memory's tokens. None where `hidden` is the whole row, or another
+                sequence than the memory.
             deterministic: no dropout.
 
         Returns:
             [B, L, E]
 
         Raises:
-            NotImplementedError: `query_positions` for attention that depends on the distance of query and key.
+            NotImplementedError: rotary attention to another sequence; `query_positions` with causal attention, a window
+                or a bias, all of which go by a query's place in the row.
         """
-        memory = hidden if memory is None else memory
-        if query_positions is not None:
-            if self.causal:
-                raise NotImplementedError("Attention: query_positions with causal attention are not implemented")
-            segment_ids = segments_at(segment_ids, query_positions)
         query_segments, key_segments = split_segments(segment_ids)
+        if query_positions is not None:
+            if self.causal or self.window is not None or bias is not None:
+                raise NotImplementedError("Attention: query_positions with causal, window or bias are not implemented")
+            query_segments, key_segments = split_segments(segments_at(segment_ids, query_positions))
+        elif memory is not None and self.rotary is not None:
+            raise NotImplementedError("Attention: rotary attention to another sequence is not implemented")
+        memory = hidden if memory is None else memory
+        query, key, value = self.query(hidden), self.key(memory), self.value(memory)
+        if self.rotary is not None:
+            if position_ids is None:
+                position_ids = jnp.arange(memory.shape[1])[None]
+            at = position_ids
+            if query_positions is not None:
+                at = jnp.take_along_axis(jnp.broadcast_to(at, memory.shape[:2]), query_positions, axis=1)
+            query, key = rotate(query, at, self.rotary), rotate(key, position_ids, self.rotary)
         dropping = not deterministic and self.dropout > 0.0
         attended = attention(
-            self.query(hidden),
-            self.key(memory),
-            self.value(memory),
+            query,
+            key,
+            value,
+            bias=bias,
             causal=self.causal,
+            window=self.window,
             query_segment_ids=query_segments,
             key_segment_ids=key_segments,
+            scale=self.scale,
             dropout_rate=self.dropout if dropping else 0.0,
             dropout_seed=row_seeds(dropout_seed(self), rows) if dropping else None,
             implementation=self.implementation,
@@ -379,33 +473,51 @@ class Attention(nn.Module):
         """The keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""
         return jnp.moveaxis(self.key(memory), 1, 3), jnp.swapaxes(self.value(memory), 1, 2)
 
-    def write(self, hidden: Array, keys: Array, values: Array, places: Array) -> tuple[Array, Array]:
+    def write(
+        self, hidden: Array, keys: Array, values: Array, places: Array, position_ids: Array | None = None
+    ) -> tuple[Array, Array]:
         """Add the keys and values of one token of each beam to a row's.
 
         Args:
             hidden: [B, K, E], K beams a row.
             keys, values: as from `keys_values`.
             places: int32 [B, K], which of the S each becomes; S for none.
+            position_ids: int [B, K], where each token stands in its text; only rotary attention needs it.
         """
         rows = jnp.arange(len(hidden))[:, None]
+        key = self._turned(self.key(hidden), position_ids)
         return (
-            keys.at[rows, :, :, places].set(self.key(hidden), mode="drop"),
+            keys.at[rows, :, :, places].set(key, mode="drop"),
             values.at[rows, :, places].set(self.value(hidden), mode="drop"),
         )
 
-    def step(self, hidden: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+    def step(
+        self,
+        hidden: Array,
+        keys: Array,
+        values: Array,
+        mask: Array,
+        position_ids: Array | None = None,
+        bias: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Attend with one token of each of a row's beams, which share the row's keys and values.
 
         Args:
             hidden: [B, K, E], K beams a row.
             keys, values: as from `keys_values`.
-            mask: bool [B, 1 or K, S], what each beam attends to. A beam that attends to nothing gets zeros.
+            mask: bool [B, 1 or K, S], what each beam attends to, within the window where there is one. A beam that
+                attends to nothing gets zeros.
+            position_ids: int [B, K], where each token stands in its text; only rotary attention needs it.
+            bias: float32 [1 or B, H, 1 or K, S], what is added to the scores.
 
         Returns:
             ([B, K, E], the probabilities [B, H, K, S] float32)
         """
-        query = self.query(hidden) * jnp.asarray((self.width // self.heads) ** -0.5, self.dtype)
+        scale = self._size**-0.5 if self.scale is None else self.scale
+        query = self._turned(self.query(hidden), position_ids) * jnp.asarray(scale, self.dtype)
         scores = jnp.einsum("bkhd,bhds->bhks", query, keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores = scores + bias
         scores = jnp.where(mask[:, None], scores, -jnp.inf)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
@@ -415,14 +527,27 @@ class Attention(nn.Module):
         attended = jnp.einsum("bhks,bhsd->bhkd", weights.astype(self.dtype), values)
         return self.out(jnp.swapaxes(attended, 1, 2)), weights
 
+    def _turned(self, vectors: Array, position_ids: Array | None) -> Array:
+        """A step's queries or keys [B, K, H, D], rotated where this attention is rotary."""
+        if self.rotary is None:
+            return vectors
+        if position_ids is None:
+            raise ValueError("Attention: position_ids: expected int [B, K] for rotary attention, found None")
+        return rotate(vectors, position_ids, self.rotary)
+
 
 class FeedForward(nn.Module):
     """activation(x·W₁ + b₁)·W₂ + b₂ at every position alone (Vaswani et al. 2017, 3.3).
+
+    Gated (Shazeer 2020, 2): (activation(x·V + c) ⊙ (x·W₁ + b₁))·W₂ + b₂, GEGLU with a GELU and SwiGLU with "silu". The
+    gate V is what the activation is applied to.
 
     Attributes:
         width: the inner width, F.
         activation: a name in `ACTIVATIONS`.
         dropout: share of the inner values that is dropped (not in the paper).
+        gated: whether there is a gate.
+        use_bias: whether the linear maps have one.
     """
 
     width: int
@@ -430,12 +555,19 @@ class FeedForward(nn.Module):
     kernel_init: Initializer
     dtype: str = "float32"
     dropout: float = 0.0
+    gated: bool = False
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, hidden: Array, rows: Array | None = None, *, deterministic: bool = True) -> Array:
         """hidden [..., E] -> [..., E]; rows [B] uint32, needed where inner values are dropped."""
-        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
-        inner = ACTIVATIONS[self.activation](linear((self.width,), ("embed", "mlp"), name="inner")(hidden))
+        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype, use_bias=self.use_bias)
+        activation = ACTIVATIONS[self.activation]
+        inner = linear((self.width,), ("embed", "mlp"), name="inner")(hidden)
+        if self.gated:
+            inner = activation(linear((self.width,), ("embed", "mlp"), name="gate")(hidden)) * inner
+        else:
+            inner = activation(inner)
         if rows is not None:
             inner = Dropout(self.dropout)(inner, rows, deterministic=deterministic)
         return linear((hidden.shape[-1],), ("mlp", "embed"), name="outer")(inner)
@@ -455,105 +587,6 @@ def sinusoids(positions: int, width: int, *, interleaved: bool) -> np.ndarray:
     table = np.empty((positions, width), np.float32)
     table[:, 0::2], table[:, 1::2] = sines, cosines
     return table
-
-
-def run_layers(
-    block: nn.Module,
-    hidden: Array,
-    *broadcast: Any,
-    count: int,
-    scan: bool,
-    remat: bool,
-    deterministic: bool,
-    every_layer: bool = False,
-    last_positions: Array | None = None,
-) -> tuple[Array, Array | None]:
-    """Apply `count` layers of one kind, whose parameters are stacked along a first axis "layers" of size N.
-
-    Args:
-        block: one layer, called as `block(hidden, *broadcast, deterministic=deterministic)`.
-        hidden: [B, L, E], what goes from layer to layer.
-        broadcast: what every layer is given alike.
-        scan: compile one layer and loop over it, so that compile time does not grow with N; else write out all N, which
-            lets the compiler fuse over layers. Parameters, numbers and dropout are the same.
-        remat: recompute a layer's inner values in the backward pass instead of keeping them.
-        every_layer: also return the output of each layer.
-        last_positions: [B, X] int32, the only tokens that the last layer is to compute; None for all of them. The
-            same numbers, but for what dropout draws. The layers must be as `_call_at` says.
-
-    Returns:
-        (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
-    """
-    # New parameters are drawn by the whole stack.
-    positions = None if block.is_initializing() else last_positions
-    if positions is not None and every_layer:
-        raise ValueError("run_layers: every_layer and last_positions exclude each other")
-
-    def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
-        hidden = block(hidden, *broadcast, deterministic=deterministic)
-        return hidden, hidden if every_layer else None
-
-    body = nn.remat(layer, prevent_cse=not scan) if remat else layer
-    scanned = count if positions is None else count - 1
-    stacked = nn.scan(
-        body,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,  # type: ignore[arg-type]  (annotated as int, documented as this)
-        length=scanned,
-        unroll=1 if scan else max(1, scanned),
-        metadata_params={nn.PARTITION_NAME: "layers"},
-        check_constancy_invariants=False,  # no variable is shared by the layers, so a second trace would find nothing
-    )
-    if positions is None:
-        return stacked(block, hidden, broadcast)
-
-    def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
-        return _call_at(positions, block, hidden, broadcast, deterministic=deterministic)
-
-    def of_layers(chosen: Any) -> Callable[[Any], Any]:
-        return lambda stack: jax.tree.map(lambda parameter: parameter[chosen], stack)
-
-    if scanned:
-        hidden, _ = nn.map_variables(stacked, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
-    return nn.map_variables(last_layer, "params", of_layers(scanned))(block, hidden, broadcast), None
-
-
-def _call_at(
-    positions: Array, block: nn.Module, hidden: Array, broadcast: tuple[Any, ...], *, deterministic: bool
-) -> Array:
-    """One layer's outputs [B, X, E] at some positions [B, X] of its input [B, L, E], without computing the others.
-
-    The layer need not know: it is called twice. The first call, with all tokens, shows what its self-attention is
-    given (the layer's input, or a norm of it); nothing else of that call is used, and so the compiler drops the rest.
-    The second call, with the tokens at `positions` alone, lets self-attention read what the first one showed.
-
-    Raises:
-        NotImplementedError: a layer that does not have just one self-attention, at its beginning; or whose attention
-            refuses `query_positions`.
-    """
-    shown: list[Array] = []
-
-    def self_attention(kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> bool:
-        called = isinstance(context.module, Attention) and context.method_name == "__call__"
-        return called and kwargs.get("memory") is None
-
-    def show(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if self_attention(kwargs, context):
-            shown.append(args[0])
-        return next_call(*args, **kwargs)
-
-    def read(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if self_attention(kwargs, context):
-            kwargs = {**kwargs, "memory": shown[0], "query_positions": positions}
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(show):
-        block(hidden, *broadcast, deterministic=True)
-    if len(shown) != 1:
-        raise NotImplementedError(f"a layer at some positions: expected one self-attention, found {len(shown)}")
-    with nn.intercept_methods(read):
-        return block(gather_positions(hidden, positions), *broadcast, deterministic=deterministic)
 
 
 def row_numbers(rows: Array | None, input_ids: Array) -> Array:

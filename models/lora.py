@@ -120,7 +120,7 @@ def linear_maps(model: nn.Module) -> list[Target]:
             entry.name.removesuffix(".weight"),
             entry.transform.inputs,
             entry.transform.outputs,
-            None if entry.layers is None else (True,) * entry.layers,
+            None if entry.numbers is None else (True,) * len(entry.numbers),
         )
         for entry in family.checkpoint_table(model).entries
         if isinstance(entry.transform, Transposed)

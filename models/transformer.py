@@ -39,11 +39,11 @@ from .layers import (
     add_bias,
     partitioned,
     row_numbers,
-    run_layers,
     sinusoids,
     split_segments,
 )
 from .losses import SmoothedSums, projected_sums
+from .stack import run_layers
 
 NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
 

@@ -1,16 +1,30 @@
 """Reversible tables between a model's parameters and the names in a released checkpoint.
 
-A table is a list of entries, one a parameter: the stored name, the path in the parameter tree, and a transform between
-the two layouts. `{layer}` in a stored name stands for 0..N-1; those tensors are stacked along a parameter's first axis.
-The same table reads, writes, and renames gradients, so that reading and then writing gives back the same bytes.
+A table is a list of entries, one for each parameter: the stored name, the path in the parameter tree, and a transform
+between the two layouts. `{layer}` in a stored name stands for the layer's number; those tensors are stacked along the
+parameter's first axis. The same table reads, writes, and renames gradients, so that reading and then writing gives back
+the same bytes.
+
+What released checkpoints do, and how a table says it:
+
+- a linear map stored as PyTorch's Linear [outputs, inputs], or as GPT-2's Conv1D [inputs, outputs]: `Transposed`,
+  `Untransposed`, both of them a `Kernel`;
+- several maps fused into one tensor (query, key and value): entries that share a name (`fused_entries`);
+- a stack of some of the layers, or one of whose layers lacks the tensor: `Entry.layers`;
+- a tensor of one layer alone (T5's relative bias), or one set of tensors for all layers (ALBERT): a name without
+  `{layer}`, `encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight`;
+- copies of tied tensors, constants, and buffers that mean nothing: `Table.tied`, `Table.buffers`, `Table.dropped`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 LAYER = "{layer}"
 Params = Mapping[str, Any]
@@ -49,19 +63,43 @@ class Reshaped:
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """A linear map's weight, stored [outputs, inputs], as a kernel [*inputs, *outputs]."""
+class Kernel(ABC):
+    """A linear map's weight as a kernel [*inputs, *outputs], of `layers.Linear`; how it is stored, subclasses say."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.inputs, *self.outputs)
+
+    @property
+    @abstractmethod
+    def stored_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abstractmethod
+    def output_axis(self) -> int:
+        """The stored tensor's axis of the outputs."""
+
+    @abstractmethod
+    def load(self, stored: np.ndarray) -> np.ndarray: ...
+
+    @abstractmethod
+    def save(self, parameter: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Transposed(Kernel):
+    """A linear map's weight, stored [outputs, inputs] (PyTorch's Linear), as a kernel [*inputs, *outputs]."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         return (math.prod(self.outputs), math.prod(self.inputs))
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.inputs, *self.outputs)
+    def output_axis(self) -> int:
+        return 0
 
     def load(self, stored: np.ndarray) -> np.ndarray:
         return stored.T.reshape(self.shape)
@@ -70,44 +108,143 @@ class Transposed:
         return parameter.reshape(math.prod(self.inputs), math.prod(self.outputs)).T
 
 
+@dataclass(frozen=True)
+class Untransposed(Kernel):
+    """A linear map's weight, stored [inputs, outputs] (GPT-2's Conv1D), as a kernel [*inputs, *outputs]."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return (math.prod(self.inputs), math.prod(self.outputs))
+
+    @property
+    def output_axis(self) -> int:
+        return 1
+
+    def load(self, stored: np.ndarray) -> np.ndarray:
+        return stored.reshape(self.shape)
+
+    def save(self, parameter: np.ndarray) -> np.ndarray:
+        return parameter.reshape(self.stored_shape)
+
+
 def same(*shape: int) -> Reshaped:
     """Stored as it is."""
     return Reshaped(shape, shape)
 
 
+Layers = int | Sequence[int] | None
+
+
 class Entry(NamedTuple):
-    """One parameter: stored as `name`, found in the tree at `path`; `layers` of them where the name holds `{layer}`."""
+    """One parameter, and where a checkpoint holds it.
+
+    Attributes:
+        name: the stored tensor's; `{layer}` in it stands for the number of the layer.
+        path: in the parameter tree.
+        transform: between the stored layout and the parameter's; of one layer where there is a stack, and of this
+            parameter's part where the tensor is fused.
+        layers: None for one tensor. N for a stack of the layers 0 to N - 1 along the parameter's first axis; or the
+            layers' numbers, one for each row of the stack: `range(0, 12, 3)` for every third of twelve.
+        fused: the axis of the stored tensor along which the entries that share this name are laid one after the other,
+            in the table's order; None where the tensor holds this parameter alone.
+        absent: layers of the stack that lack the tensor. Their rows are read as `fill`, and not written, whatever they
+            have become.
+        fill: what the rows of `absent` layers hold.
+    """
 
     name: str
     path: tuple[str, ...]
     transform: Transform
-    layers: int | None = None
+    layers: Layers = None
+    fused: int | None = None
+    absent: tuple[int, ...] = ()
+    fill: float = 0.0
+
+    @property
+    def numbers(self) -> Sequence[int] | None:
+        """The number of the layer in each row of the stack; None where there is no stack."""
+        return range(self.layers) if isinstance(self.layers, int) else self.layers
+
+    @property
+    def rows(self) -> dict[str, int | None]:
+        """Each stored name and its row of the stack, None where there is no stack."""
+        if self.numbers is None:
+            return {self.name: None}
+        return {
+            self.name.replace(LAYER, str(number)): row
+            for row, number in enumerate(self.numbers)
+            if number not in self.absent
+        }
 
     @property
     def names(self) -> list[str]:
-        return [self.name] if self.layers is None else [self.name.replace(LAYER, str(i)) for i in range(self.layers)]
+        """All stored names."""
+        return list(self.rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.transform.shape if self.layers is None else (self.layers, *self.transform.shape)
+        """The parameter's."""
+        return self.transform.shape if self.numbers is None else (len(self.numbers), *self.transform.shape)
 
 
 def linear_entries(
-    name: str, path: tuple[str, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], layers: int | None = None
+    name: str,
+    path: tuple[str, ...],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    layers: Layers = None,
+    *,
+    bias: bool = True,
+    kernel: type[Kernel] = Transposed,
 ) -> list[Entry]:
     """The weight and bias of one linear map, `layers.Linear` at `path`."""
-    return [
-        Entry(f"{name}.weight", (*path, "kernel"), Transposed(inputs, outputs), layers),
-        Entry(f"{name}.bias", (*path, "bias"), Reshaped((math.prod(outputs),), outputs), layers),
-    ]
+    return fused_entries(name, [path], inputs, outputs, layers, bias=bias, kernel=kernel)
 
 
-def norm_entries(name: str, path: tuple[str, ...], width: int, layers: int | None = None) -> list[Entry]:
-    """The gain and bias of one `layers.LayerNorm` at `path`."""
-    return [
-        Entry(f"{name}.weight", (*path, "scale"), same(width), layers),
-        Entry(f"{name}.bias", (*path, "bias"), same(width), layers),
-    ]
+def fused_entries(
+    name: str,
+    paths: Sequence[tuple[str, ...]],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    layers: Layers = None,
+    *,
+    bias: bool = True,
+    kernel: type[Kernel] = Transposed,
+) -> list[Entry]:
+    """The weight and bias of linear maps of the same inputs, whose outputs are stored one map after the other.
+
+    Args:
+        name: of the fused map.
+        paths: of each `layers.Linear` in the tree, in the stored order.
+        inputs, outputs: the axes of each map.
+        layers: as in `Entry`.
+        bias: whether the maps have one.
+        kernel: how the weight is stored.
+    """
+    weight = kernel(inputs, outputs)
+    flat = Reshaped((math.prod(outputs),), outputs)
+    fused = len(paths) > 1
+    entries = []
+    for path in paths:
+        axis = weight.output_axis if fused else None
+        entries.append(Entry(f"{name}.weight", (*path, "kernel"), weight, layers, axis))
+        if bias:
+            entries.append(Entry(f"{name}.bias", (*path, "bias"), flat, layers, 0 if fused else None))
+    return entries
+
+
+def norm_entries(
+    name: str,
+    path: tuple[str, ...],
+    width: int,
+    layers: Layers = None,
+    *,
+    bias: bool = True,
+    absent: tuple[int, ...] = (),
+) -> list[Entry]:
+    """The gain and bias of one `layers.LayerNorm` at `path`, or the gain of an `RMSNorm`; 1, 0 where `absent`."""
+    gain = Entry(f"{name}.weight", (*path, "scale"), same(width), layers, absent=absent, fill=1.0)
+    return [gain, *([Entry(f"{name}.bias", (*path, "bias"), same(width), layers, absent=absent)] if bias else [])]
 
 
 class Placed(NamedTuple):
@@ -129,6 +266,7 @@ class Table:
         renamed: (old ending, new ending) of names that older checkpoints have otherwise.
         tied: name -> the name whose tensor it repeats. Such a copy is read if it is equal, and written where it was.
         buffers: name -> what it must hold. Constants of the implementation that once were stored.
+        dropped: names of tensors that are neither read nor written, such as causal masks.
     """
 
     entries: tuple[Entry, ...]
@@ -136,20 +274,21 @@ class Table:
     renamed: tuple[tuple[str, str], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    dropped: Collection[str] = ()
 
     def place(self, stored_names: Iterable[str]) -> Placed:
         """Match a checkpoint's names against the table's, under any of the accepted forms."""
-        known = {name for entry in self.entries for name in entry.names}
+        known = {*self._parts, *self.tied, *self.buffers, *self.dropped}
         sources: dict[str, str] = {}
         repeated: dict[str, str] = {}
         unmapped: list[str] = []
         for stored in stored_names:
-            name = self._canonical(stored, {*known, *self.tied, *self.buffers})
+            name = self._canonical(stored, known)
             if name is None or name in sources:
                 unmapped.append(stored)
-            elif name in known:
+            elif name in self._parts:
                 sources[name] = stored
-            else:
+            elif name not in self.dropped:
                 repeated[stored] = name
         for stored, name in list(repeated.items()):
             # Of two tied tensors a checkpoint may hold the copy alone.
@@ -161,7 +300,19 @@ class Table:
     @property
     def names(self) -> list[str]:
         """All stored names, in the entries' order."""
-        return [name for entry in self.entries for name in entry.names]
+        return list(self._parts)
+
+    @cached_property
+    def _parts(self) -> Mapping[str, Sequence["_Part"]]:
+        """Stored name -> the parts of parameters that its tensor holds, in their order along it."""
+        parts: dict[str, list[_Part]] = {}
+        for entry in self.entries:
+            for name, row in entry.rows.items():
+                held = parts.setdefault(name, [])
+                if held and (entry.fused is None or held[0].entry.fused != entry.fused):
+                    raise ValueError(f"{name}: of two entries, which are not parts of one tensor along one axis")
+                held.append(_Part(entry, row))
+        return parts
 
     def _canonical(self, stored: str, known: set[str]) -> str | None:
         for old, new in self.renamed:
@@ -199,19 +350,25 @@ class Table:
             raise CheckpointError(
                 "\n  ".join([f"{where}: tensors that do not fit the model of config.json:", *problems])
             )
-        params: dict[str, Any] = {}
-        for entry in self.entries:
-            if missing.isdisjoint(entry.names):
-                parameter = np.empty(entry.shape, np.float32)
-                slots = [parameter] if entry.layers is None else parameter
-                for slot, name in zip(slots, entry.names, strict=True):
-                    slot[...] = entry.transform.load(read(placed.sources[name]))
-                _insert(params, entry.path, parameter)
-        return params
+        params = {
+            entry.path: np.full(entry.shape, entry.fill, np.float32)
+            for entry in self.entries
+            if missing.isdisjoint(entry.names)
+        }
+        for name, parts in self._parts.items():
+            if any(part.entry.path in params for part in parts):
+                for part, piece in zip(parts, _split(parts, read(placed.sources[name])), strict=True):
+                    part.slot(params)[...] = part.entry.transform.load(piece)
+        return unflatten_dict(params)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """The shape in which a tensor of this name is stored."""
-        return next(entry.transform.stored_shape for entry in self.entries if name in entry.names)
+        parts = self._parts[name]
+        axis = parts[0].entry.fused
+        shape = list(parts[0].entry.transform.stored_shape)
+        if axis is not None:
+            shape[axis] = sum(part.entry.transform.stored_shape[axis] for part in parts)
+        return tuple(shape)
 
     def _check_repeated(self, stored: str, name: str, placed: Placed, read: Callable[[str], np.ndarray]) -> str | None:
         if name in self.buffers:
@@ -223,16 +380,15 @@ class Table:
                 return f"{stored}: differs from {original}; only tied weights are supported"
         return None
 
-    def save(self, params: Params, repeated: Iterable[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    def save(self, params: Params, repeated: Sequence[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
         """A parameter tree's tensors by their stored names; `repeated` names tied copies and buffers to write too.
 
         Raises:
             CheckpointError: a parameter that the table does not name, or one missing, or of another shape.
         """
         leaves = dict(flatten(params))
-        problems = [
-            f"{'/'.join(path)}: no stored name" for path in leaves if path not in {e.path for e in self.entries}
-        ]
+        known = {entry.path for entry in self.entries}
+        problems = [f"{'/'.join(path)}: no stored name" for path in leaves if path not in known]
         for entry in self.entries:
             if entry.path not in leaves:
                 problems.append(f"{'/'.join(entry.path)}: missing")
@@ -241,36 +397,43 @@ class Table:
                 problems.append(f"{'/'.join(entry.path)}: expected shape {list(entry.shape)}, found {found}")
         if problems:
             raise CheckpointError("\n  ".join(["parameters that do not fit the model:", *problems]))
-        written: dict[str, np.ndarray] = {}
-        for entry in self.entries:
-            parameter = np.asarray(leaves[entry.path])
-            slots = [parameter] if entry.layers is None else parameter
-            for name, slot in zip(entry.names, slots, strict=True):
-                written[name] = entry.transform.save(slot)
-                yield name, written[name]
+        arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+        originals = {self.tied[name]: np.zeros(0) for name in repeated if name not in self.buffers}
+        for name, parts in self._parts.items():
+            pieces = [part.entry.transform.save(part.slot(arrays)) for part in parts]
+            tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=parts[0].entry.fused)
+            if name in originals:
+                originals[name] = tensor
+            yield name, tensor
         for name in repeated:
-            yield name, self.buffers[name] if name in self.buffers else written[self.tied[name]]
+            yield name, self.buffers[name] if name in self.buffers else originals[self.tied[name]]
 
 
-def flatten(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, (*path, key))
-        else:
-            yield (*path, key), value
+class _Part(NamedTuple):
+    """What one stored tensor, or a part of it, is of a parameter: all of it, or a row of the stack."""
+
+    entry: Entry
+    row: int | None
+
+    def slot(self, arrays: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
+        """The part, as a view, of the parameter among these."""
+        array = arrays[self.entry.path]
+        return array if self.row is None else array[self.row, ...]
 
 
-def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
+def _split(parts: Sequence[_Part], tensor: np.ndarray) -> Sequence[np.ndarray]:
+    axis = parts[0].entry.fused
+    if axis is None:
+        return [tensor]
+    sizes = [part.entry.transform.stored_shape[axis] for part in parts]
+    return np.split(tensor, np.cumsum(sizes)[:-1], axis=axis)
+
+
+def flatten(tree: Params) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """(path, leaf) of nested dictionaries."""
+    return flatten_dict(tree).items()
 
 
 def merge(first: Params, second: Params) -> dict[str, Any]:
     """A tree with the leaves of both; `first` wins."""
-    merged: dict[str, Any] = {}
-    for tree in (second, first):
-        for path, leaf in flatten(tree):
-            _insert(merged, path, leaf)
-    return merged
+    return unflatten_dict({**flatten_dict(second), **flatten_dict(first)})

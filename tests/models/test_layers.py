@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models import layers
+from bestiary.models import layers, stack
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
@@ -116,9 +116,37 @@ def test_only_a_layer_of_one_self_attention_is_computed_at_some_positions() -> N
         @nn.compact
         def __call__(self, hidden: jax.Array, positions: jax.Array | None) -> jax.Array:
             mode = {"count": 2, "scan": True, "remat": False, "deterministic": True}
-            return layers.run_layers(Twice(), hidden, jnp.zeros(1), last_positions=positions, **mode)[0]
+            return stack.run_layers(Twice(), hidden, jnp.zeros(1), last_positions=positions, **mode)[0]
 
     hidden = draw(1, 3, 8)
     params = Stack().init(jax.random.key(0), hidden, None)
     with pytest.raises(NotImplementedError, match="expected one self-attention, found 2"):
         Stack().apply(params, hidden, jnp.array([[0]]))
+
+
+def test_norms() -> None:
+    x, scale = draw(3, 5) + 1, jnp.arange(1.0, 6.0)
+    wide = np.float64(x)
+    rms = layers.RMSNorm(1e-3).apply({"params": {"scale": scale}}, x)
+    expected = np.arange(1, 6) * wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-3)
+    np.testing.assert_allclose(rms, expected, rtol=1e-5)
+    plain = layers.LayerNorm(1e-3, use_bias=False).apply({"params": {"scale": scale}}, x)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    expected = np.arange(1, 6) * centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-3)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
+def test_a_gated_feed_forward(activation: str, use_bias: bool) -> None:
+    module = layers.FeedForward(7, activation, nn.initializers.normal(), gated=True, use_bias=use_bias)
+    x = draw(2, 3, 5)
+    params = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.unbox(module.init(jax.random.key(0), x))["params"])
+    assert set(params) == {"inner", "gate", "outer"}
+    assert all(("bias" in part) == use_bias for part in params.values())
+
+    def linear(name: str, x: jax.Array) -> jax.Array:
+        return x @ params[name]["kernel"] + (params[name]["bias"][None, None] if use_bias else 0.0)
+
+    expected = linear("outer", layers.ACTIVATIONS[activation](linear("gate", x)) * linear("inner", x))
+    np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,234 @@
+"""The stack of N layers that every Transformer is: alike, of several kinds in turn, or one layer N times.
+
+Parameters are stacked along a first axis "layers" of size N, of whichever kind a layer is, so that sharding, layer-wise
+learning rates and checkpoint tables find a layer by its number. Letters for shapes are those of `layers.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .layers import Attention, gather_positions
+
+Kind = Mapping[str, Any]
+
+
+def run_layers(
+    block: nn.Module,
+    hidden: Array,
+    *broadcast: Any,
+    count: int,
+    scan: bool,
+    remat: bool,
+    deterministic: bool,
+    kinds: Sequence[Kind] | None = None,
+    shared: bool = False,
+    every_layer: bool = False,
+    last_positions: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Apply `count` layers, each to what the one before it gave.
+
+    Args:
+        block: one layer, called as `block(hidden, *broadcast, deterministic=deterministic)`.
+        hidden: [B, L, E], what goes from layer to layer.
+        broadcast: what every layer is given alike.
+        count: number of layers, N.
+        scan: compile one layer and loop over it, so that compile time does not grow with N; else write out all N, which
+            lets the compiler fuse over layers. Parameters, numbers and dropout are the same.
+        remat: recompute a layer's inner values in the backward pass instead of keeping them.
+        deterministic: no dropout.
+        kinds: for each layer, the arguments that it alone is called with, such as `{"window": (64, 64)}`; they must be
+            known when tracing. All kinds have the same parameters; new ones are drawn as for the last layer's kind. The
+            scan goes over whole periods of kinds, and what comes before and after them is written out. None where
+            all layers are alike.
+        shared: whether all layers are one, with parameters that are not stacked (ALBERT).
+        every_layer: also return the output of each layer.
+        last_positions: [B, X] int32, the only tokens that the last layer is to compute; None for all of them. The
+            same numbers, but for what dropout draws. The layers must be as `_call_at` says.
+
+    Returns:
+        (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
+
+    Raises:
+        ValueError: arguments that exclude each other, or another number of kinds than of layers.
+    """
+    # New parameters are drawn by the whole stack.
+    positions = None if block.is_initializing() else last_positions
+    if positions is not None and every_layer:
+        raise ValueError("run_layers: every_layer and last_positions exclude each other")
+    if kinds is not None:
+        if shared:
+            raise ValueError("run_layers: kinds and shared exclude each other")
+        if len(kinds) != count:
+            raise ValueError(f"run_layers: expected {count} kinds, one for each layer, found {len(kinds)}")
+        if not block.is_initializing():
+            mode = {"scan": scan, "remat": remat, "deterministic": deterministic}
+            return _run_kinds(block, hidden, broadcast, kinds, every_layer, positions, **mode)
+    if shared and block.is_initializing():
+        return block(hidden, *broadcast, deterministic=deterministic), None
+    drawn = {} if kinds is None else kinds[-1]
+
+    def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
+        hidden = block(hidden, *broadcast, **drawn, deterministic=deterministic)
+        return hidden, hidden if every_layer else None
+
+    body = nn.remat(layer, prevent_cse=not scan) if remat else layer
+    scanned = count if positions is None else count - 1
+    stacked = nn.scan(
+        body,
+        variable_axes={} if shared else {"params": 0},
+        variable_broadcast="params" if shared else False,
+        split_rngs={"params": not shared, "dropout": True},
+        in_axes=nn.broadcast,  # type: ignore[arg-type]  (annotated as int, documented as this)
+        length=scanned,
+        unroll=1 if scan else max(1, scanned),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+        check_constancy_invariants=False,  # a second trace would find nothing: no variable changes
+    )
+    if positions is None:
+        return stacked(block, hidden, broadcast)
+
+    def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
+        return _call_at(positions, block, hidden, broadcast, {"deterministic": deterministic})
+
+    def of_layers(chosen: Any) -> Callable[[Any], Any]:
+        return lambda stack: stack if shared else jax.tree.map(lambda parameter: parameter[chosen], stack)
+
+    if scanned:
+        hidden, _ = nn.map_variables(stacked, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
+    return nn.map_variables(last_layer, "params", of_layers(scanned))(block, hidden, broadcast), None
+
+
+def _run_kinds(
+    block: nn.Module,
+    hidden: Array,
+    broadcast: tuple[Any, ...],
+    kinds: Sequence[Kind],
+    every_layer: bool,
+    last_positions: Array | None,
+    *,
+    scan: bool,
+    remat: bool,
+    deterministic: bool,
+) -> tuple[Array, Array | None]:
+    """`run_layers` of several kinds, whose parameters are there.
+
+    Flax's own scan compiles one kind of call, and calls that share a module share its dropout. So each layer is applied
+    by itself here, to its slice of the parameters and with a key of its own.
+    """
+    count = len(kinds)
+    keys = None
+    if not deterministic and block.has_rng("dropout"):
+        keys = jax.random.split(block.make_rng("dropout"), count)
+    alone = block.clone(parent=None)
+
+    def layer(kind: Kind, positions: Array | None, hidden: Array, params: Any, key: Array | None) -> Array:
+        more = {**kind, "deterministic": deterministic}
+
+        def call(block: Any) -> Array:
+            if positions is None:
+                return block(hidden, *broadcast, **more)
+            return _call_at(positions, block, hidden, broadcast, more)
+
+        return nn.apply(call, alone)({"params": params}, rngs={} if key is None else {"dropout": key})
+
+    def checkpointed(kind: Kind, *, in_scan: bool) -> Callable[..., Array]:
+        plain = partial(layer, kind, None)
+        return jax.checkpoint(plain, prevent_cse=not in_scan) if remat else plain
+
+    def one_round(hidden: Array, of_period: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
+        given = []
+        for number in range(period):
+            hidden = checkpointed(kinds[first + number], in_scan=True)(hidden, *_at(number, of_period))
+            given.append(hidden)
+        return hidden, jnp.stack(given) if every_layer else None
+
+    end = count if last_positions is None else count - 1
+    first, period, rounds = _rounds(kinds[:end]) if scan else (end, 1, 0)
+    after = first + period * rounds
+    sizes = [*[1] * first, *([after - first] if rounds else []), *[1] * (count - after)]
+    number = 0
+    outputs: list[Array] = []
+    for size, params in zip(sizes, _cut(nn.unbox(block.variables["params"]), sizes), strict=True):
+        if rounds and number == first:
+            part = params, None if keys is None else keys[first:after]
+            in_rounds = jax.tree.map(lambda x: x.reshape(rounds, period, *x.shape[1:]), part)
+            hidden, given = jax.lax.scan(one_round, hidden, in_rounds)
+            outputs.append(hidden[None] if given is None else given.reshape(size, *hidden.shape))
+        else:
+            own = _at(0, params), None if keys is None else keys[number]
+            if number < end:
+                hidden = checkpointed(kinds[number], in_scan=False)(hidden, *own)
+            else:
+                hidden = layer(kinds[number], last_positions, hidden, *own)
+            outputs.append(hidden[None])
+        number += size
+    return hidden, jnp.concatenate(outputs) if every_layer else None
+
+
+def _at(number: int, layers: Any) -> Any:
+    """One layer of a tree of stacks."""
+    return jax.tree.map(lambda stack: stack[number], layers)
+
+
+def _cut(stacks: Any, sizes: Sequence[int]) -> list[Any]:
+    """A tree of stacks cut into trees of so many layers each.
+
+    Its gradient is one concatenation, where that of an index for each layer would be a sum of N whole stacks.
+    """
+    leaves, tree = jax.tree.flatten(stacks)
+    return [tree.unflatten(parts) for parts in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)]
+
+
+def _rounds(kinds: Sequence[Kind]) -> tuple[int, int, int]:
+    """(first layer, layers of a period, rounds) of the scan that leaves the fewest layers to compile."""
+    count = len(kinds)
+    found = [(count, 1, 0)]
+    for first in range(count):
+        for period in range(1, count - first):
+            length = period
+            while first + length < count and kinds[first + length] == kinds[first + length - period]:
+                length += 1
+            if length >= 2 * period:
+                found.append((first, period, length // period))
+    return min(found, key=lambda choice: count - choice[1] * max(0, choice[2] - 1))
+
+
+def _call_at(positions: Array, block: Any, hidden: Array, broadcast: tuple[Any, ...], more: Kind) -> Array:
+    """One layer's outputs [B, X, E] at some positions [B, X] of its input [B, L, E], without computing the others.
+
+    The layer need not know: it is called twice. The first call, with all tokens, shows what its self-attention is
+    given (the layer's input, or a norm of it); nothing else of that call is used, and so the compiler drops the rest.
+    The second call, with the tokens at `positions` alone, lets self-attention read what the first one showed.
+
+    Raises:
+        NotImplementedError: a layer that does not have just one self-attention, at its beginning; or whose attention
+            refuses `query_positions`.
+    """
+    shown: list[Array] = []
+
+    def self_attention(kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> bool:
+        called = isinstance(context.module, Attention) and context.method_name == "__call__"
+        return called and kwargs.get("memory") is None
+
+    def show(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if self_attention(kwargs, context):
+            shown.append(args[0])
+        return next_call(*args, **kwargs)
+
+    def read(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if self_attention(kwargs, context):
+            kwargs = {**kwargs, "memory": shown[0], "query_positions": positions}
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(show):
+        block(hidden, *broadcast, **{**more, "deterministic": True})
+    if len(shown) != 1:
+        raise NotImplementedError(f"a layer at some positions: expected one self-attention, found {len(shown)}")
+    with nn.intercept_methods(read):
+        return block(gather_positions(hidden, positions), *broadcast, **more)

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from ..family import Architecture, Family, FamilyConfig
 from ..registry import FAMILIES, families, family_named, family_of_model, init_params
 from .config import read_object
-from .tables import CheckpointError, Params, Placed, Table, flatten, merge
+from .tables import CheckpointError, Params, Placed, Table, flatten, merge, shortened
 
 log = logging.getLogger("bestiary.models")
 
@@ -57,7 +57,6 @@ TOKENIZER_FILES = (
 STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-PROBLEMS_SHOWN = 20
 
 
 class Tokenizer(Protocol):
@@ -293,8 +292,7 @@ def _architecture_for(family: Family, head: str, config: FamilyConfig, tensors: 
 def _require_all(placed: Placed, folder: Path) -> None:
     problems = []
     for names, what in ((placed.unmapped, "no parameter of this model"), (placed.missing, "not in the checkpoint")):
-        problems += [f"{name}: {what}" for name in names[:PROBLEMS_SHOWN]]
-        problems += [f"and {len(names) - PROBLEMS_SHOWN:,} more: {what}"] if len(names) > PROBLEMS_SHOWN else []
+        problems += shortened([f"{name}: {what}" for name in names], what)
     if problems:
         raise CheckpointError("\n  ".join([f"{folder}: the tensors are not those of the model:", *problems]))
 

@@ -34,6 +34,15 @@ class CheckpointError(ValueError):
     """A checkpoint folder that cannot be read as asked, with everything that is wrong with it."""
 
 
+PROBLEMS_SHOWN = 20
+
+
+def shortened(problems: Sequence[str], kind: str = "") -> list[str]:
+    """The first twenty of some problems, and how many more there are, of which kind."""
+    more = len(problems) - PROBLEMS_SHOWN
+    return [*problems[:PROBLEMS_SHOWN], *([f"and {more:,} more{kind and f': {kind}'}"] if more > 0 else [])]
+
+
 class Transform(Protocol):
     """A reversible change of layout: `save(load(x))` is `x`, byte for byte."""
 
@@ -348,7 +357,7 @@ class Table:
                 problems.append(problem)
         if problems:
             raise CheckpointError(
-                "\n  ".join([f"{where}: tensors that do not fit the model of config.json:", *problems])
+                "\n  ".join([f"{where}: tensors that do not fit the model of config.json:", *shortened(problems)])
             )
         params = {
             entry.path: np.full(entry.shape, entry.fill, np.float32)
@@ -396,7 +405,7 @@ class Table:
                 found = list(leaves[entry.path].shape)
                 problems.append(f"{'/'.join(entry.path)}: expected shape {list(entry.shape)}, found {found}")
         if problems:
-            raise CheckpointError("\n  ".join(["parameters that do not fit the model:", *problems]))
+            raise CheckpointError("\n  ".join(["parameters that do not fit the model:", *shortened(problems)]))
         arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
         originals = {self.tied[name]: np.zeros(0) for name in repeated if name not in self.buffers}
         for name, parts in self._parts.items():

@@ -25,12 +25,11 @@ from bestiary.models.lora import (
     LoraError,
     adapted,
     add_lora,
-    load_lora,
     lora_targets,
     merge_lora,
-    save_lora,
     unmerge_lora,
 )
+from bestiary.models.peft import load_lora, save_lora
 from bestiary.models.transformer import Transformer, TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"

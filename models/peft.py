@@ -1,0 +1,346 @@
+"""Adapters in peft's files: adapter_config.json and adapter_model.safetensors, written and read.
+
+peft sees the modules of the reference implementation. Where one of them fuses several maps of this package (GPT-2's
+`c_attn` is query, key and value), their adapters are one there too: the A of each map under the others, and a B of
+blocks, that is, an adapter of as many times the rank, which the file's `rank_pattern` and `alpha_pattern` say. What is
+read is taken apart again, and a fused adapter of another tool gives each map its A and its part of B.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .checkpoints.tables import (
+    LAYER,
+    CheckpointError,
+    Entry,
+    Params,
+    Table,
+    Untransposed,
+    flatten,
+    merge,
+    shortened,
+)
+from .lora import LORA_A, LORA_B, LoraConfig, LoraError, Target, ends_with, linear_maps
+from .registry import family_of_model
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # before every name in peft's files
+
+# The peft name of what a model is for; a model for something else has none.
+TASKS = {
+    "classification": "SEQ_CLS",
+    "tokens": "TOKEN_CLS",
+    "span": "QUESTION_ANS",
+    "translation": "SEQ_2_SEQ_LM",
+    "encoder": "FEATURE_EXTRACTION",
+}
+# What an adapter_config.json may say; a key that is absent is at its first value. Everything else that peft writes
+# there is of the training, of the base model's copy, or of how the adapter was first drawn.
+REQUIRED: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_rslora": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "lora_bias": (False,),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base model as well
+}
+
+Fused = dict[str, list[Target]]  # name of a module of the reference implementation -> the maps that it holds
+
+
+def _modules(maps: Sequence[Target]) -> Fused:
+    """The maps by the modules that hold them, in the stored order; `{layer}` stands for the layer's number."""
+    modules: Fused = {}
+    for target in maps:
+        modules.setdefault(target.name, []).append(target)
+    return modules
+
+
+def save_lora(
+    folder: str | os.PathLike[str], model: nn.Module, params: Params, config: LoraConfig, *, base: str | None = None
+) -> None:
+    """Write a model's adapters alone, as peft does: adapter_config.json and adapter_model.safetensors.
+
+    What lies outside of the embeddings and layers, poolers and heads, goes with them whole, as peft's modules_to_save.
+    Layers of a stack whose adapter is zero are left out.
+
+    Args:
+        folder: made if it is not there.
+        model: of a family of this package.
+        params: a tree with adapters, unboxed; arrays of any device that this process can read.
+        config: theirs.
+        base: folder or name of the model that they belong to, for whoever reads the file.
+
+    Raises:
+        LoraError: there are no adapters in the tree.
+    """
+    family, architecture = family_of_model(model)
+    table: Table = family.checkpoint_table(model)
+    leaves = dict(flatten(params))
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}  # of each adapted module
+    untransposed = False
+    for targets in _modules(linear_maps(model)).values():
+        for row, name in enumerate(targets[0].names):
+            a, b = _fuse([_halves(leaves, target, row) for target in targets])
+            if len(a):
+                ranks[name] = len(a)
+                tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+                untransposed |= isinstance(targets[0].kernel, Untransposed)
+    if not ranks:
+        raise LoraError(f"{folder}: these parameters hold no adapters to save.")
+    whole = [
+        entry
+        for entry in table.entries
+        if not family.is_encoder_parameter(entry.path) and (*entry.path[:-1], LORA_A) not in leaves
+    ]
+    outside = unflatten_dict({entry.path: leaves[entry.path] for entry in whole})
+    for name, tensor in Table(tuple(whole)).save(outside):
+        tensors[PREFIX + name] = np.ascontiguousarray(tensor)
+    others = {name: rank for name, rank in ranks.items() if rank != config.rank}
+    stored = {
+        "peft_type": "LORA",
+        "task_type": TASKS.get(architecture.head),
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": _number(config.alpha),
+        "rank_pattern": others,
+        "alpha_pattern": {name: _number(config.scale * rank) for name, rank in others.items()},
+        "lora_dropout": config.dropout,
+        "target_modules": _shortest(list(ranks), table),
+        "modules_to_save": _outermost(whole) or None,
+        "bias": "none",
+        "fan_in_fan_out": untransposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS)
+    partial.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(folder / CONFIG)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _halves(leaves: Mapping[tuple[str, ...], Any], target: Target, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """One map's A [rank, inputs] and B [outputs, rank]; of rank 0 where it has no adapter, or one of zeros."""
+    inputs, outputs = math.prod(target.kernel.inputs), math.prod(target.kernel.outputs)
+    if (*target.path, LORA_A) in leaves:
+        a, b = (np.asarray(leaves[*target.path, name]) for name in (LORA_A, LORA_B))
+        a, b = (a, b) if target.chosen is None else (a[row], b[row])
+        if a.any() or b.any():
+            return a.reshape(inputs, -1).T, b.reshape(-1, outputs).T
+    return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
+
+
+def _fuse(halves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The A and B of a module that holds several maps, from those of each: B is one block a map."""
+    b = np.zeros((sum(len(b) for _, b in halves), sum(len(a) for a, _ in halves)), np.float32)
+    row = column = 0
+    for _, part in halves:
+        b[row : row + part.shape[0], column : column + part.shape[1]] = part
+        row, column = row + part.shape[0], column + part.shape[1]
+    return np.ascontiguousarray(np.concatenate([a for a, _ in halves])), b
+
+
+def _shortest(names: Sequence[str], table: Table) -> list[str]:
+    """target_modules that name just these maps: the ends of their names if those fit no other module, else them all."""
+    adapted = set(names)
+    weights = [entry for entry in table.entries if entry.name.endswith(".weight")]
+    ends = {
+        entry.name.removesuffix(".weight").split(f"{LAYER}.")[-1]
+        for entry in weights
+        if any(name.removesuffix(".weight") in adapted for name in entry.names)
+    }
+    modules = [name.removesuffix(".weight") for name in table.names if name.endswith(".weight")]
+    fitting = {module for module in modules if any(ends_with(module, end) for end in ends)}
+    return sorted(ends) if fitting == adapted else sorted(adapted)
+
+
+def _outermost(entries: Sequence[Entry]) -> list[str]:
+    """The modules that hold these parameters, without those that lie in another of them."""
+    modules = sorted({entry.name.rpartition(".")[0] for entry in entries})
+    return [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+
+
+def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) -> tuple[dict[str, Any], LoraConfig]:
+    """Read adapters, and the poolers and heads saved with them, as peft writes them, into a model's parameters.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        model: the model that they are for, of a family of this package.
+        params: its parameters, unboxed and without adapters.
+
+    Returns:
+        (the tree with adapters, their configuration). A layer of a stack that the file has no adapter for gets zeros.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        CheckpointError: settings that are not implemented, or tensors that are not this model's; all of them are named.
+    """
+    folder = Path(folder)
+    stored = _read_config(folder)
+    config = LoraConfig(stored["r"], float(stored["lora_alpha"]), float(stored.get("lora_dropout", 0.0)))
+    table: Table = family_of_model(model)[0].checkpoint_table(model)
+    pairs: dict[str, dict[str, np.ndarray]] = {}  # name of a module's weight -> its A and B
+    whole: dict[str, np.ndarray] = {}
+    for name, tensor in _read_tensors(folder).items():
+        name = name.removeprefix(PREFIX)
+        half = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if half:
+            pairs.setdefault(f"{half[1]}.weight", {})[half[2]] = tensor
+        else:
+            whole[name] = tensor
+    placed = table.place([*pairs, *whole])
+    problems = shortened([f"{name}: no parameter of this model" for name in placed.unmapped], "no parameter of it")
+    problems += [f"{name}: a tied copy; only the original is implemented" for name in placed.repeated]
+    unlike: list[str] = []  # tensors of another shape, adapters of another scale
+    leaves: dict[tuple[str, ...], np.ndarray] = {}
+    for targets in _modules(linear_maps(model)).values():
+        names = [placed.sources.get(f"{name}.weight", "") for name in targets[0].names]
+        if any(name in pairs for name in names):
+            read = [_read_adapter(name, pairs.pop(name, None), targets, stored, unlike) for name in names]
+            if not unlike:
+                leaves |= _take_apart(targets, read)
+    problems += [f"{name}: has an adapter, but is no linear map" for name in pairs if name not in placed.unmapped]
+    for entry in table.entries:
+        held = [placed.sources[name] for name in entry.names if placed.sources.get(name) in whole]
+        for name in held:
+            if whole[name].shape != entry.transform.stored_shape:
+                expected, found = list(entry.transform.stored_shape), list(whole[name].shape)
+                unlike.append(f"{name}: expected shape {expected}, found {found}")
+        if held and (entry.numbers is not None or entry.fused is not None):
+            problems.append(f"{held[0]}: saved whole, but one of a stack of layers or of fused maps")
+        elif held and not unlike:
+            leaves[entry.path] = entry.transform.load(whole[held[0]]).astype(np.float32)
+    problems += shortened(unlike)
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder / WEIGHTS}: not the adapters of this model:", *problems]))
+    return merge(unflatten_dict(leaves), params), config
+
+
+def _read_adapter(
+    name: str,
+    pair: Mapping[str, np.ndarray] | None,
+    targets: Sequence[Target],
+    stored: Mapping[str, Any],
+    problems: list[str],
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """One module's A [rank, inputs] and B [outputs of all its maps, rank] from a file; None where it has none."""
+    if pair is None:
+        return None
+    module = name.removesuffix(".weight")
+    rank = _of_module(module, stored, "r", "rank_pattern")
+    alpha = _of_module(module, stored, "lora_alpha", "alpha_pattern")
+    scale = stored["lora_alpha"] / stored["r"]
+    if not math.isclose(alpha / rank, scale, rel_tol=1e-6):
+        problems.append(
+            f"{module}: rank_pattern and alpha_pattern give it alpha / r = {alpha / rank:g}; only that of all the"
+            f" others, {scale:g}, is implemented"
+        )
+    outputs = sum(math.prod(target.kernel.outputs) for target in targets)
+    shapes = {"A": (rank, math.prod(targets[0].kernel.inputs)), "B": (outputs, rank)}
+    for half, shape in shapes.items():
+        found = list(pair[half].shape) if half in pair else "none"
+        if found != list(shape):
+            problems.append(f"{module}.lora_{half}.weight: expected shape {list(shape)}, found {found}")
+    return None if problems else (pair["A"].astype(np.float32), pair["B"].astype(np.float32))
+
+
+def _of_module(module: str, stored: Mapping[str, Any], key: str, pattern: str) -> Any:
+    """What peft takes for a module: the first entry of a pattern that fits its name's end, or the general value."""
+    for ending, value in (stored.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({ending})$", module):
+            return value
+    return stored[key]
+
+
+def _take_apart(
+    targets: Sequence[Target], layers: Sequence[tuple[np.ndarray, np.ndarray] | None]
+) -> dict[tuple[str, ...], np.ndarray]:
+    """The adapters in the tree of a module's maps, from those of its layers, which are zero where there is none.
+
+    Of a module that fuses maps, each keeps the part of the rank that does something to it, so that what was fused
+    comes apart as it was. Where nothing does anything yet, all of them keep everything.
+    """
+    found: dict[tuple[str, ...], np.ndarray] = {}
+    fresh = not any(layer is not None and layer[1].any() for layer in layers)
+    start = 0
+    for target in targets:
+        part = slice(start, start := start + math.prod(target.kernel.outputs))
+        used: list[tuple[np.ndarray, np.ndarray]] = []
+        for a, b in (layer or (np.zeros((0, 0)), np.zeros((part.stop, 0))) for layer in layers):
+            keep = np.ones(len(a), bool) if fresh or len(targets) == 1 else b[part].any(axis=0)
+            used.append((a[keep], b[part][:, keep]))
+        rank = max(len(a) for a, _ in used)
+        if not rank:
+            continue
+        halves = (
+            np.zeros((len(used), rank, math.prod(target.kernel.inputs)), np.float32),
+            np.zeros((len(used), math.prod(target.kernel.outputs), rank), np.float32),
+        )
+        for layer, (a, b) in enumerate(used):
+            if len(a):
+                halves[0][layer, : len(a)], halves[1][layer, :, : len(a)] = a, b
+        stack = () if target.chosen is None else (len(used),)
+        a, b = (np.swapaxes(half, 1, 2) for half in halves)
+        found[*target.path, LORA_A] = a.reshape(*stack, *target.kernel.inputs, rank)
+        found[*target.path, LORA_B] = b.reshape(*stack, rank, *target.kernel.outputs)
+    return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The parsed adapter_config.json, whose settings are all implemented."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG}; an adapter's folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        LoraConfig(stored["r"], float(stored["lora_alpha"]), float(stored.get("lora_dropout", 0.0)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: expected JSON with r, lora_alpha and lora_dropout ({error!r})") from None
+    problems = [
+        f"{key}: only {' or '.join(map(json.dumps, allowed))} is implemented, found {json.dumps(stored[key])}"
+        for key, allowed in REQUIRED.items()
+        if key in stored and stored[key] not in allowed
+    ]
+    if problems:
+        raise CheckpointError("\n  ".join([f"{path}:", *problems]))
+    return stored
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        hint = f" It holds {', '.join(pickles)}, a pickle, which is refused: it can run any code." if pickles else ""
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS}.{hint}")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None

@@ -1,4 +1,4 @@
-"""Attention kernels: one function, one meaning, several backends; its biases; and the hash behind dropout."""
+"""Attention kernels: one function with several equivalent backends, its biases, and the hash behind dropout."""
 
 from .attention import attention
 from .backends import BACKENDS

@@ -1,11 +1,11 @@
-"""What may be added to attention's scores: a dense array, a learned relative bias (T5), or linear slopes (ALiBi).
+"""Biases added to attention scores: a dense array, a learned relative bias (T5), or linear slopes (ALiBi).
 
-The last two depend on `key - query` alone. They are written as one *Toeplitz row* a head, [H, L+S-1], which holds the
-bias of every distance once: `row[h, j - i + L - 1]` is added to the score of query i and key j. The row is built by
-ordinary differentiable code, so a backend that returns the row's gradient has the table's or the slopes' gradient too.
+The last two depend on `key - query` only. They are expressed as one *Toeplitz row* per head, [H, L+S-1], which holds
+the bias of every distance once: `row[h, j - i + L - 1]` is added to the score of query i and key j. The row is built by
+ordinary differentiable code, so a backend that returns the row's gradient provides that of the table or slopes too.
 
-Distances are counted in the row of tokens. In a packed row every example is contiguous, and attention stays within it,
-so they are the distances within the example too.
+Distances are counted in the packed row. Every example in it is contiguous and attention stays within it, so they equal
+the distances within the example.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax import Array
 @partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DenseBias:
-    """Any bias, written out. It costs memory and bandwidth of its own size: for what the other kinds cannot say.
+    """An arbitrary bias, as an array. It costs memory and bandwidth of its own size: prefer the other kinds.
 
     Attributes:
       value: float [1 or B, 1 or H, L, S], added to the scores in float32. An entry of -inf masks.
@@ -35,13 +35,13 @@ class DenseBias:
 @partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["bidirectional", "max_distance"])
 @dataclasses.dataclass(frozen=True)
 class RelativeBias:
-    """T5's learned bias: one number for each head and each bucket of distances (Raffel et al. 2020, 2.1).
+    """T5's learned bias: one number per head and bucket of distances (Raffel et al. 2020, 2.1).
 
     Attributes:
-      table: float [buckets, H], the released checkpoints' layout. `buckets` is even when bidirectional.
-      bidirectional: half of the buckets for keys after the query (an encoder), or none (a causal decoder, where all
-        later keys share bucket 0 with the query's own).
-      max_distance: tokens; from here on all distances share the last bucket.
+      table: float [buckets, H], the layout of released checkpoints. `buckets` is even if bidirectional.
+      bidirectional: whether half of the buckets are for keys after the query (encoder). Otherwise (causal decoder) all
+        later keys share bucket 0 with the query's own position.
+      max_distance: distance, in tokens, from which on all distances share the last bucket.
     """
 
     table: Array
@@ -52,7 +52,7 @@ class RelativeBias:
 @partial(jax.tree_util.register_dataclass, data_fields=["slopes"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class AlibiBias:
-    """A penalty that grows with distance, `-slopes[h] * |key - query|` (Press et al. 2022, 3).
+    """A penalty that grows linearly with distance, `-slopes[h] * |key - query|` (Press et al. 2022, 3).
 
     Attributes:
       slopes: float [H], positive.
@@ -65,9 +65,9 @@ Bias = DenseBias | RelativeBias | AlibiBias
 
 
 def bucket_edges(*, bidirectional: bool, buckets: int, max_distance: int) -> np.ndarray:
-    """The smallest distance of each bucket of one direction but the first: int32, ascending.
+    """Return the smallest distance of each bucket of one direction except the first: int32, ascending.
 
-    Counting the edges that a distance has reached is its bucket. The formula's logarithm is taken here, once, in
+    The number of edges that a distance has reached is its bucket. The formula's logarithm is computed here, once, in
     float32 and in the reference's order of operations: its rounding decides on which side of an edge a distance falls,
     and a device's own logarithm rounds differently.
     """
@@ -88,19 +88,19 @@ def bucket_edges(*, bidirectional: bool, buckets: int, max_distance: int) -> np.
 
 
 def relative_position_bucket(distance: Array, *, bidirectional: bool, buckets: int, max_distance: int) -> Array:
-    """T5's bucket of each distance `key - query`: small distances one by one, larger ones on a logarithmic scale.
+    """Return T5's bucket of each distance `key - query`: one per small distance, then on a logarithmic scale.
 
     Args:
       distance: integers of any shape.
       bidirectional: whether keys after the query have buckets of their own (the upper half).
-      buckets: how many buckets in all.
-      max_distance: from here on all distances share the last bucket.
+      buckets: total number of buckets.
+      max_distance: distance from which on all distances share the last bucket.
 
     Returns:
       int32 of the same shape, in [0, buckets).
 
     Raises:
-      ValueError: too few buckets for the distances.
+      ValueError: there are too few buckets for the distances.
     """
     edges = bucket_edges(bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
     distance = jnp.asarray(distance).astype(jnp.int32)
@@ -111,12 +111,12 @@ def relative_position_bucket(distance: Array, *, bidirectional: bool, buckets: i
 
 
 def toeplitz_row(bias: RelativeBias | AlibiBias, queries: int, keys: int) -> Array:
-    """The bias of every distance, once: `row[h, j - i + queries - 1]` is that of query i and key j.
+    """Return the bias of every distance once: `row[h, j - i + queries - 1]` is the bias of query i and key j.
 
     Args:
-      bias: which one.
-      queries: L.
-      keys: S.
+      bias: the bias.
+      queries: number of queries, L.
+      keys: number of keys, S.
 
     Returns:
       [H, L + S - 1], float32 (float64 for float64 parameters). Differentiable.
@@ -136,10 +136,10 @@ def toeplitz_row(bias: RelativeBias | AlibiBias, queries: int, keys: int) -> Arr
 
 
 def dense_from_toeplitz(row: Array, queries: int, keys: int) -> Array:
-    """A Toeplitz row [H, L+S-1] written out as [H, L, S], without a gather (whose gradient would be a scatter).
+    """Expand a Toeplitz row [H, L+S-1] to [H, L, S], without a gather (whose gradient would be a scatter).
 
-    Copies of the row, each one element longer than the row, laid one after the other and cut again at the row's length:
-    each cut starts one element later within its copy than the cut before it.
+    L copies of the row, each padded by one element, are concatenated and reshaped to the row's length: each of the
+    resulting rows starts one element earlier within its copy than the one before it.
     """
     heads, length = row.shape
     copies = jnp.broadcast_to(jnp.pad(row, ((0, 0), (0, 1)))[:, None, :], (heads, queries, length + 1))
@@ -152,7 +152,7 @@ def _wide(x: Array) -> Array:
 
 
 def dense_bias(bias: Bias, queries: int, keys: int) -> Array:
-    """Any bias written out: [1 or B, 1 or H, queries, keys]."""
+    """Expand any bias to an array [1 or B, 1 or H, queries, keys]."""
     if isinstance(bias, DenseBias):
         return bias.value
     return dense_from_toeplitz(toeplitz_row(bias, queries, keys), queries, keys)[None]

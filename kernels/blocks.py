@@ -1,9 +1,9 @@
-"""Which tiles of the score matrix hold anything, known from positions and from the segments' minima and maxima.
+"""Find the tiles of the score matrix that are not fully masked, from positions and the range of segment ids per block.
 
-The fast backends cut the scores [L, S] into tiles of queries x keys. A tile is *needed* unless causality, the window
-or the segments leave it empty; it is *whole* when nothing in it is masked, so that it needs no mask code. The ranges
-are a bound, not the truth: ids in any order give right numbers, since a needed tile that is not whole still compares
-every pair, and only cost work where they are scattered.
+The fast backends cut the scores [L, S] into tiles of queries x keys. A tile is *needed* unless causality, the window or
+the segments mask all of it; it is *whole* if nothing in it is masked, so that it needs no mask code. The ranges are
+only bounds: segment ids in any order give correct results, since a needed tile that is not whole still compares every
+pair; scattered ids merely cost work.
 
 `needed` and `whole` are arithmetic on integers of any kind: NumPy, traced arrays that broadcast together, or the
 scalars within a kernel.
@@ -23,11 +23,13 @@ _INT32 = np.iinfo(np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Area:
-    """What positions alone allow: query i and key j meet where -left <= j - i <= right.
+    """Query-key pairs allowed by position alone: -left <= j - i <= right for query i and key j.
 
     Attributes:
-      queries, keys: L and S.
-      left, right: None for no limit on that side.
+      queries: number of queries, L.
+      keys: number of keys, S.
+      left: how many earlier keys are visible; None for no limit.
+      right: how many later keys are visible; None for no limit.
     """
 
     queries: int
@@ -37,12 +39,12 @@ class Area:
 
 
 class Segments(NamedTuple):
-    """What is known of the segment ids of each block of tokens, int32 [B, blocks] each, padding (id 0) left aside.
+    """Ranges of the segment ids of each block of tokens, int32 [B, blocks] each, ignoring padding (id 0).
 
     Attributes:
-      low: the smallest id; the largest int32 where there is only padding.
-      high: the largest id; the smallest int32 where there is only padding.
-      only: the id that every token of the block has; 0 where they differ, or where there is any padding.
+      low: smallest id; the largest int32 if there is only padding.
+      high: largest id; the smallest int32 if there is only padding.
+      only: the id of all tokens in the block; 0 if they differ or if there is any padding.
     """
 
     low: Any
@@ -51,7 +53,7 @@ class Segments(NamedTuple):
 
 
 def segments(ids: Array, block: int) -> Segments:
-    """The ranges of `ids`, int32 [B, L], cut into blocks. Where L is no multiple, what is missing counts as padding."""
+    """Return the ranges of `ids`, int32 [B, L], per block of `block` tokens. An incomplete last block is padded."""
     ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block))).reshape(ids.shape[0], -1, block)
     low = jnp.min(jnp.where(ids == 0, _INT32.max, ids), axis=2)
     high = jnp.max(jnp.where(ids == 0, _INT32.min, ids), axis=2)
@@ -62,9 +64,9 @@ def segments(ids: Array, block: int) -> Segments:
 def needed(
     area: Area, query: Any, queries: int, key: Any, keys: int, query_ids: Segments | None, key_ids: Segments | None
 ) -> Any:
-    """Whether anything may be attended to in the tile of queries [query, query + queries) and keys [key, key + keys).
+    """Tell whether the tile of queries [query, query + queries) and keys [key, key + keys) may contain unmasked pairs.
 
-    Without segments and with an unlimited area the answer is a plain True.
+    Without segments and with an unlimited area the result is a plain True.
     """
     answer: Any = True
     if area.left is not None:
@@ -79,7 +81,7 @@ def needed(
 def whole(
     area: Area, query: Any, queries: int, key: Any, keys: int, query_ids: Segments | None, key_ids: Segments | None
 ) -> Any:
-    """Whether the tile lies within the rows and every query in it attends to every key in it."""
+    """Tell whether the tile lies within the score matrix and every query in it attends to every key in it."""
     answer: Any = True
     if area.queries % queries:
         answer = answer & (query + queries <= area.queries)
@@ -97,17 +99,19 @@ def whole(
 def bounds(
     area: Area, queries: int, keys: int, query_ids: Segments | None = None, key_ids: Segments | None = None
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Between which tiles work lies, for each block of queries and for each block of keys.
+    """Return the range of needed tiles for each block of queries and for each block of keys.
 
     Args:
-      area: what positions allow.
-      queries, keys: the sizes of a tile.
-      query_ids, key_ids: `segments` of blocks of these sizes, or None.
+      area: the pairs allowed by position.
+      queries: queries per tile.
+      keys: keys per tile.
+      query_ids: `segments` of the queries in blocks of `queries`, or None.
+      key_ids: `segments` of the keys in blocks of `keys`, or None.
 
     Returns:
       (first, stop) of the key blocks of each query block, int32 [B, ceil(L / queries)], and (first, stop) of the query
-      blocks of each key block, int32 [B, ceil(S / keys)]; B is 1 without segments. A block with nothing to do has
-      first = stop = 0. Blocks between the two may still not be needed.
+      blocks of each key block, int32 [B, ceil(S / keys)]; B is 1 without segments. A block without work has
+      first = stop = 0. Blocks within a range are not necessarily needed.
     """
     query = jnp.arange(-(-area.queries // queries), dtype=jnp.int32)[None, :, None] * queries
     key = jnp.arange(-(-area.keys // keys), dtype=jnp.int32)[None, None, :] * keys

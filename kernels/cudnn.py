@@ -1,13 +1,14 @@
-"""The cuDNN backend: NVIDIA GPUs that have no kernels of our own take jax.nn's cuDNN path, where it means the same.
+"""cuDNN backend: jax.nn's cuDNN path for NVIDIA GPUs without kernels of ours, for the calls it computes exactly.
 
-It does for plain, causal and (causal) windowed attention in 16 bits. All else is refused, with the reason, rather than
-computed nearly: cuDNN draws dropout's bits its own way; adds masks and biases written out [L, S] and rounded to 16
-bits, so that a large score would shine through a mask; has no row without keys; and reaches a softcap only by a program
-of its own.
+These are plain, causal and (causal) windowed attention in 16 bits. Everything else is refused, with the reason, rather
+than approximated: cuDNN draws its own dropout bits; adds masks and biases as [L, S] arrays rounded to 16 bits, so that
+a large score would leak through a mask; does not support rows without keys; and has a softcap only as a separate
+program.
 
-`jax.nn.dot_product_attention` rounds lse to 16 bits and gives it no gradient. So what it calls is called here, and
-lse's gradient added. (It is a private module of jax: `supports` says so where a version has moved it.) cuDNN's backward
-pass may add up in another order from run to run, unless XLA is told `--xla_gpu_exclude_nondeterministic_ops`.
+`jax.nn.dot_product_attention` rounds lse to 16 bits and gives it no gradient. This module therefore calls the functions
+beneath it and adds lse's gradient. (They are in a private module of jax; `supports` reports it if a version has moved
+them.) cuDNN's backward pass may sum in a different order from run to run, unless XLA is given
+`--xla_gpu_exclude_nondeterministic_ops`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def supports(call: Call) -> str | None:
 
 
 def meaning_differs(call: Call) -> str | None:
-    """What cuDNN, wherever it runs, would not compute as `attention` says; None where it would."""
+    """Return in what respect cuDNN would not compute the call as `attention` defines it, or None."""
     size, value_size = call.query.shape[3], call.value.shape[3]
     length, keys = call.query.shape[1], call.key.shape[1]
     left, right = call.sides
@@ -52,9 +53,9 @@ def meaning_differs(call: Call) -> str | None:
             f"found {size} and {value_size}"
         )
     if call.query_segment_ids is not None:
-        return "segment ids would be written out [L, S] and added to the scores, where a large score shines through"
+        return "segment ids would be added to the scores as an [L, S] array, through which a large score can leak"
     if call.bias is not None:
-        return "a bias would be written out [H, L, S] and rounded to 16 bits"
+        return "a bias would be materialised as [H, L, S] and rounded to 16 bits"
     if call.softcap is not None:
         return "no softcap"
     if call.dropout_rate:
@@ -67,7 +68,7 @@ def meaning_differs(call: Call) -> str | None:
 
 
 def device_lacks(call: Call) -> str | None:
-    """Why cuDNN's attention cannot run on the default device, or over the mesh of the call; None where it can."""
+    """Return why cuDNN's attention cannot run on the default device or over the call's mesh, or None."""
     if fused is None:
         return "this version of jax keeps cuDNN's attention elsewhere"
     if jax.default_backend() != "gpu":
@@ -97,7 +98,7 @@ def run(call: Call) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What is static in a call."""
+    """Static facts of a call."""
 
     scale: float
     causal: bool
@@ -105,7 +106,7 @@ class _Rule:
 
 
 def _fused(rule: _Rule, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """cuDNN's output [B, L, H, D] and lse [B, H, L], float32; the gradient that reaches it through lse is ignored."""
+    """Compute the output [B, L, H, D] and lse [B, H, L], float32, by cuDNN, which ignores the gradient of lse."""
     assert fused is not None
     result: Any = fused.dot_product_attention(
         query,
@@ -113,7 +114,7 @@ def _fused(rule: _Rule, query: Array, key: Array, value: Array) -> tuple[Array, 
         value,
         scale=rule.scale,
         mask_type=fused.MaskType.CAUSAL if rule.causal else fused.MaskType.NO_MASK,
-        # Counted with the query itself.
+        # The length includes the query itself.
         sliding_window_length=None if rule.left is None else rule.left + 1,
         return_residual=True,
     )
@@ -139,8 +140,9 @@ def _attention_backward(rule: _Rule, saved: Any, cotangents: tuple[Any, Any]) ->
     nothing = jnp.zeros((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
     d_query, d_key, d_value = pull((d_out, nothing))
     if not isinstance(d_lse, SymbolicZero):
-        # lse's gradient with regard to a score is the score's weight. So the query's is the attended mean of the keys:
-        # attention with the keys as values; and the key's is what, there, the values' would be.
+        # The derivative of lse by a score is the score's weight. So its gradient by the query is the weighted mean of
+        # the keys, i.e. attention with the keys as values; and by the key it is what that call gives as the values'
+        # gradient.
         weighted = jnp.swapaxes(d_lse, 1, 2)[..., None] * rule.scale
         mean, pull = jax.vjp(lambda value: _fused(rule, query, key, value)[0], key)
         d_query = (d_query + weighted * mean).astype(query.dtype)

@@ -1,12 +1,12 @@
-"""Dropout's bits, as a counter hash: the same in every backend, for every block size and every split of the batch.
+"""Dropout bits from a counter hash: identical in every backend, block size and partitioning of the batch.
 
 A bit is a pure function of (row seed, head, query, key) for attention and of (row seed, position, channel) for hidden
 activations. A *row seed* is two 32-bit words that belong to one row of the batch, so a row drops the same elements
-whether it is computed alone, in a microbatch, on another device or on another host.
+whether it is computed alone, in a micro-batch, on another device or on another host.
 
-The work is divided so that what is done for each element is small. Each query gets two well-mixed words, `a` and `b`
-(`query_words`, 31 integer operations for a query and head), each key a well-mixed word `g` (`key_words`, 9 operations);
-an element then costs seven 32-bit operations, two of them multiplications:
+Most of the work is done per query and per key, so that little is left per element. Each query gets two well-mixed
+words, `a` and `b` (`query_words`, 31 integer operations per query and head), each key a well-mixed word `g`
+(`key_words`, 9 operations); an element then costs seven 32-bit operations, two of them multiplications:
 
     x = (g ^ a) * M1 + b;  x = (x ^ (x >> 16)) * M2;  keep = x >= rate * 2**32
 
@@ -29,16 +29,16 @@ _M2 = np.uint32(0x846CA68B)
 
 
 def _mix(x: Array) -> Array:
-    """A bijection of 32-bit words in which every input bit flips every output bit about half of the time."""
+    """Mix 32-bit words bijectively: flipping an input bit flips every output bit about half of the time."""
     x = (x ^ (x >> 16)) * _M1
     x = (x ^ (x >> 15)) * _M2
     return x ^ (x >> 16)
 
 
 def fold(a: Array, b: Array, index: Array) -> tuple[Array, Array]:
-    """The pair of words (a, b) hashed with an index; the three broadcast together, all uint32.
+    """Hash the pair of words (a, b) with an index; all three are uint32 and broadcast together.
 
-    For one index it is a bijection of pairs, and for one pair no two indices give the same first word.
+    For a fixed index this is a bijection of pairs; for a fixed pair, no two indices give the same first word.
     """
     first = _mix(a ^ _mix(index * _GOLDEN + b))
     second = _mix(b + (first >> 16 | first << 16))
@@ -46,12 +46,12 @@ def fold(a: Array, b: Array, index: Array) -> tuple[Array, Array]:
 
 
 def row_seeds(seed: Array, rows: Array) -> Array:
-    """One seed for each row of a batch, from the batch's seed and the rows' numbers.
+    """Derive one seed per row from the seed of the batch and the indices of the rows.
 
     Args:
       seed: uint32 [2], for example `jax.random.bits(key, (2,), "uint32")`.
-      rows: integers [B], each row's number in the *global* batch, so that a row keeps its seed however the batch is
-        split.
+      rows: integers [B], each row's index in the *global* batch, so that a row keeps its seed however the batch is
+        partitioned.
 
     Returns:
       uint32 [B, 2], which `attention(dropout_seed=...)` and `hash_dropout` take.
@@ -64,45 +64,45 @@ def row_seeds(seed: Array, rows: Array) -> Array:
 
 
 def query_words(seeds: Array, heads: Array, queries: Array) -> tuple[Array, Array]:
-    """The two words of each (row, head, query): `seeds` [B, 2], `heads` [H], `queries` [L] -> two uint32 [B, H, L]."""
+    """Return two words per (row, head, query): `seeds` [B, 2], `heads` [H], `queries` [L] -> two uint32 [B, H, L]."""
     a, b = fold(seeds[:, 0, None], seeds[:, 1, None], heads.astype(jnp.uint32)[None, :])
     return fold(a[:, :, None], b[:, :, None], queries.astype(jnp.uint32)[None, None, :])
 
 
 def key_words(keys: Array) -> Array:
-    """The word of each key (or channel): integers of any shape -> uint32 of that shape."""
+    """Return one word per key (or channel): integers of any shape -> uint32 of that shape."""
     return _mix(keys.astype(jnp.uint32) + _GOLDEN)
 
 
 def keep(a: Array, b: Array, g: Array, rate: float) -> Array:
-    """Which elements dropout keeps: `a` and `b` of the query, `g` of the key, broadcast together -> bool."""
+    """Return which elements dropout keeps (bool), from `a`, `b` of the query and `g` of the key, broadcast together."""
     x = (g ^ a) * _M1 + b
     return (x ^ (x >> 16)) * _M2 >= np.uint32(threshold(rate))
 
 
 def threshold(rate: float) -> int:
-    """The smallest 32-bit word that is kept: a share `rate` of all words lies below it."""
+    """Return the smallest 32-bit word that is kept: a fraction `rate` of all words is below it."""
     return min(round(rate * 2**32), 2**32 - 1)
 
 
 def check_rate(name: str, rate: float) -> float:
-    """`rate` as a float; a ValueError unless it is a number in [0, 1)."""
+    """Return `rate` as a float; raise ValueError unless it is a number in [0, 1)."""
     if not isinstance(rate, int | float | np.floating | np.integer) or not 0 <= rate < 1:
         raise ValueError(f"{name}: expected a number in [0, 1), found {rate!r}")
     return float(rate)
 
 
 def hash_dropout(x: Array, rate: float, seeds: Array) -> Array:
-    """Inverted dropout of hidden activations: each element is zeroed with probability `rate`, or divided by `1 - rate`.
+    """Apply inverted dropout to hidden activations: zero elements with probability `rate`, divide others by `1 - rate`.
 
-    The bits depend on (the row's seed, the flat index of all but the last dimension within the row, the last
-    dimension's index) alone. The backward pass computes them again instead of keeping them.
+    The bits depend only on (row seed, flat index over the middle dimensions, index in the last dimension). The backward
+    pass recomputes them instead of storing them.
 
     Args:
       x: float [B, ...].
-      rate: a number in [0, 1); 0 returns `x` itself.
-      seeds: uint32 [B, 2] (see `row_seeds`). Two calls with the same seeds drop the same elements: give each
-        place in a model its own.
+      rate: dropout rate in [0, 1); 0 returns `x` itself.
+      seeds: uint32 [B, 2] (see `row_seeds`). Two calls with the same seeds drop the same elements: use different seeds
+        for each place in a model.
 
     Returns:
       An array like `x`.

@@ -1,12 +1,14 @@
-"""Over which axes of a mesh attention is split: batch and heads, so that no device needs another's share.
+"""Partitioning of attention over a mesh, along batch and heads, so that no device needs another's part.
 
-The compiler splits plain jax.numpy by itself, but not a Pallas kernel: somebody must say which axes of the mesh hold
-rows and which hold heads. An array of an explicit mesh says so itself; for an automatic mesh, `splitting` does:
+The compiler partitions plain jax.numpy by itself, but not a Pallas kernel: it must be told which axes of the mesh hold
+rows and which hold heads. An array of an explicit mesh carries this information; for an automatic mesh, use
+`splitting`:
 
     with splitting(mesh, batch=("data", "fsdp"), heads="tensor"):
         state = step(state, batch)
 
-It applies to what is traced within. (On TPUs `custom_partitioning`, which would need no such word, does not exist.)
+It applies to functions traced within the context. (`custom_partitioning`, which would need no declaration, does not
+exist on TPUs.)
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from .call import Call
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A mesh, and the names of its axes that rows and heads are split over; either may be none."""
+    """A mesh, and the names of its axes over which rows and heads are partitioned; either may be empty."""
 
     mesh: Mesh | AbstractMesh
     batch: tuple[str, ...]
     heads: tuple[str, ...]
 
     def parts(self, axes: tuple[str, ...]) -> int:
-        """Over how many devices these axes split."""
+        """Return the number of parts along these axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
@@ -41,15 +43,15 @@ _declared: contextvars.ContextVar[Split | None] = contextvars.ContextVar("attent
 
 @contextlib.contextmanager
 def splitting(mesh: Mesh, *, batch: str | tuple[str, ...] = (), heads: str | tuple[str, ...] = ()) -> Iterator[None]:
-    """Says that attention's arrays are split over a mesh with automatic axes, for what is traced within.
+    """Declare how attention's arrays are partitioned over a mesh with automatic axes, for functions traced within.
 
     Args:
       mesh: the mesh of the arrays.
-      batch: its axes that rows are split over.
-      heads: its axes that heads are split over: those of queries, keys and values alike.
+      batch: name or names of the mesh axes that partition the rows.
+      heads: name or names of the mesh axes that partition the heads of queries, keys and values.
 
     Raises:
-      ValueError: an axis that the mesh does not have.
+      ValueError: the mesh does not have one of the axes.
     """
     batch, heads = ((axes,) if isinstance(axes, str) else tuple(axes) for axes in (batch, heads))
     for name, axes in (("batch", batch), ("heads", heads)):
@@ -64,7 +66,7 @@ def splitting(mesh: Mesh, *, batch: str | tuple[str, ...] = (), heads: str | tup
 
 
 def split_of(call: Call) -> Split | None:
-    """How a call is split; None on one device, and within a `shard_map`, where each device sees its own share only."""
+    """Return a call's partitioning; None on one device and within `shard_map`, where a device sees only its part."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     declared = _declared.get()
     if declared is not None:
@@ -77,7 +79,7 @@ def split_of(call: Call) -> Split | None:
 
 
 def misfit(call: Call, split: Split) -> str | None:
-    """Why a call cannot be split so, or None."""
+    """Return why a call cannot be partitioned this way, or None."""
     for what, number, axes in (
         ("rows", call.query.shape[0], split.batch),
         ("query heads", call.query.shape[2], split.heads),
@@ -89,7 +91,7 @@ def misfit(call: Call, split: Split) -> str | None:
 
 
 def undeclared(call: Call) -> str | None:
-    """Why a call over an automatic mesh cannot be split, if nobody said how; None where there is nothing to say."""
+    """Return why a call cannot be partitioned, if its mesh is automatic and no partitioning was declared; else None."""
     mesh = jax.typeof(call.query).sharding.mesh
     automatic = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto]
     if split_of(call) is None and not jax.sharding.get_abstract_mesh().manual_axes and mesh.size > 1 and automatic:

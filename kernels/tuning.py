@@ -1,7 +1,8 @@
-"""Block sizes that were measured: which row of the table a call has, if any.
+"""Look up measured block sizes for a call.
 
-The table, `tuning_table.py`, is checked in, and filled by `bestiary bench attention --tune` (`tune.py`), never while a
-call is traced: a call has the same blocks, and so the same bits, whoever runs it, until somebody changes the table.
+The table, `tuning_table.py`, is under version control and written by `bestiary bench attention --tune` (`tune.py`),
+never while a call is traced: a call has the same blocks, and therefore bitwise the same results, until the table
+changes.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from .call import Call
 from .tuning_table import ROWS
 
 SHORTEST, LONGEST = 128, 16384
-"""The ends of the table's lengths; what is beyond has the last one's row."""
+"""Shortest and longest lengths of the table; lengths beyond them use the nearest one's row."""
 
 _CHIPS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Key:
-    """What block sizes depend on.
+    """Key of the table: the properties of a call that block sizes depend on.
 
     Attributes:
-      chip: as `chip` names it.
-      dtype: of the query.
-      size: the larger head size, rounded up to 32, 64, 96, 128, 192 or 256.
-      length: the longer side, rounded up to a power of two.
-      mask: "full", or what there is of "causal", "window" and "segments", joined by "+".
+      chip: name of the chip, as returned by `chip`.
+      dtype: dtype of the query.
+      size: larger of the head sizes, rounded up to 32, 64, 96, 128, 192 or 256.
+      length: larger of the two lengths, rounded up to a power of two.
+      mask: "full", or those of "causal", "window" and "segments" that apply, joined by "+".
       bias: "none", "row" (relative, ALiBi) or "dense".
-      dropout: whether there is any.
+      dropout: whether there is dropout.
     """
 
     chip: str
@@ -47,7 +48,7 @@ class Key:
 
     @classmethod
     def of(cls, call: Call, chip: str) -> Key:
-        """A call's."""
+        """Return the key of a call."""
         size = max(call.query.shape[3], call.value.shape[3])
         left, right = call.window
         parts = {
@@ -67,24 +68,24 @@ class Key:
 
 
 def length_bucket(length: int) -> int:
-    """The power of two that is at least `length`, within the table's ends."""
+    """Round `length` up to a power of two within the table's range."""
     return min(LONGEST, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 
 def chip() -> str | None:
-    """The short name of the default device: "h100", "h200", "v4", "v5e", "v5p", "v6e" ...; None for a CPU."""
+    """Return the short name of the default device: "h100", "h200", "v4", "v5e", "v5p", "v6e" ...; None for a CPU."""
     device = jax.devices()[0]
     return None if device.platform == "cpu" else chip_name(device.device_kind)
 
 
 def chip_name(kind: str) -> str:
-    """What the table calls a kind of device: "NVIDIA H100 80GB HBM3" is "h100", "TPU v5 lite" is "v5e"."""
+    """Shorten a device kind to the table's name: "NVIDIA H100 80GB HBM3" is "h100", "TPU v5 lite" is "v5e"."""
     name = re.sub(r"^(nvidia|tpu)\s+", "", kind.lower())
     return _CHIPS.get(name) or name.split()[0]
 
 
 def tuned[T](call: Call, kind: type[T]) -> T | None:
-    """The measured block sizes of a call on the default device, as a backend's own class; None where there are none."""
+    """Return a call's measured block sizes on the default device, as an instance of `kind`; None if there are none."""
     if not ROWS:
         return None
     name = chip()
@@ -93,17 +94,17 @@ def tuned[T](call: Call, kind: type[T]) -> T | None:
 
 
 def rebuild[T](kind: type[T], row: Mapping[str, Any]) -> T:
-    """A dataclass from a row of the table, in which a dataclass within it is a tuple of its fields.
+    """Build a dataclass from a row of the table, where a nested dataclass is stored as a tuple of its fields.
 
     Raises:
-      ValueError: the row has not just the class's fields, so that it was made for another version of it.
+      ValueError: the row's fields are not those of the class, so it was written for another version of it.
     """
     hints = get_type_hints(kind)
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     if set(row) != {field.name for field in fields}:
         raise ValueError(
             f"tuning_table.py: expected the fields {', '.join(field.name for field in fields)} of {kind.__name__}, "
-            f"found {', '.join(row)}: tune again, or remove the row"
+            f"found {', '.join(row)}: run the tuning again, or remove the row"
         )
     values = {
         name: hints[name](*value) if dataclasses.is_dataclass(hints[name]) else value for name, value in row.items()
@@ -112,6 +113,6 @@ def rebuild[T](kind: type[T], row: Mapping[str, Any]) -> T:
 
 
 def flatten(blocks: Any) -> dict[str, Any]:
-    """A backend's block sizes as a row of the table: the opposite of `rebuild`."""
+    """Turn a backend's block sizes into a row of the table: the inverse of `rebuild`."""
     values = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     return {name: value if isinstance(value, int) else dataclasses.astuple(value) for name, value in values.items()}

@@ -1,6 +1,7 @@
-"""Measured block sizes, by what `tuning.Key` says. Written by `bestiary bench attention --tune`; see `tuning.py`.
+"""Measured block sizes by `tuning.Key`. Written by `bestiary bench attention --tune`; see `tuning.py`.
 
-A call that no row fits takes its backend's own rule (`hopper.blocks_for`, `tpu.choose_blocks`).
+A call without a row uses its backend's default (`blocks_for` in `hopper/backend.py`, `choose_blocks` in
+`tpu/backend.py`).
 """
 
 from typing import Any

@@ -1,17 +1,16 @@
-"""The reference backend: attention in plain JAX, on every device and for every call.
+"""Reference backend: attention in plain JAX, for every call on every device.
 
-It keeps no weights for the backward pass: it computes them again from the scores and lse, so that what a layer keeps
-grows with L, not with L x S. Scores are written out for one block of queries at a time, at most `BLOCK_SCORES` of them
-a head; rows of up to 1024 tokens are one block. A bias is written out whole, once for all rows of the batch that share
-it.
+The backward pass recomputes the weights from the scores and lse instead of storing them, so that a layer's residuals
+grow with L, not with L x S. Scores are materialised for one block of queries at a time, at most `BLOCK_SCORES` per
+head; rows of up to 1024 tokens are one block. A bias is materialised once for all rows of the batch that share it.
 
-The backward pass is written by hand, so reverse-mode derivatives of first order are what there is: `jax.jvp`,
-`jax.hessian` and the gradient of a gradient raise.
+Since the backward pass is written by hand, only first-order reverse-mode derivatives exist: `jax.jvp`, `jax.hessian`
+and the gradient of a gradient raise.
 
-The products are einsums over the arrays as they come, [B, L, H, D]: so written, XLA's CPU compiler gives them to its
-fast library without copying anything of the scores' size, and leaves bfloat16 as it is. The division by the softmax's
-sum is done on the output, D numbers a query instead of S. Blocks divide queries and nothing else: batch and heads stay
-whole, so that they can be split over a mesh.
+The products are einsums over the arrays in the caller's layout, [B, L, H, D]: XLA's CPU compiler then passes them to
+its fast library without copying anything of the scores' size, and leaves bfloat16 as it is. The division by the
+softmax's sum is applied to the output, D numbers per query instead of S. Blocks divide only the queries: batch and
+heads stay whole, so that they can be partitioned over a mesh.
 """
 
 from __future__ import annotations
@@ -30,23 +29,24 @@ from .call import Call
 from .hash import keep, key_words, query_words
 
 BLOCK_SCORES = 1 << 20
-"""Scores a head that are written out at a time: 4 MiB in float32, times batch and heads."""
+"""Maximum number of scores per head that are materialised at a time: 4 MiB in float32, times batch and heads."""
 
 
 def supports(call: Call) -> str | None:
-    """Every call."""
+    """See `Backend`: every call is supported."""
     del call
     return None
 
 
 def run(call: Call) -> tuple[Array, Array]:
-    """See `attention`."""
+    """See `Backend`."""
     q_len, heads = call.query.shape[1:3]
     k_len, k_heads = call.key.shape[1:3]
     bias = None
     if call.bias is not None:
         bias = dense_bias(call.bias, q_len, k_len).astype(_accumulator(call.query))
-    # Grouped heads are repeated: the copies are small beside the scores, and the gradient adds up over them by itself.
+    # Grouped heads are repeated: the copies are small compared with the scores, and autodiff sums the gradient over
+    # them.
     key, value = (x if heads == k_heads else jnp.repeat(x, heads // k_heads, axis=2) for x in (call.key, call.value))
     rule = _Rule(call.sides, call.scale, call.softcap, call.dropout_rate)
     queries = _Queries(call.query, call.query_segment_ids, bias)
@@ -57,7 +57,7 @@ def run(call: Call) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What is static in a call. The fields mean what `Call` says."""
+    """Static facts of a call; the fields are those of `Call`."""
 
     sides: tuple[int | None, int | None]
     scale: float
@@ -66,7 +66,7 @@ class _Rule:
 
 
 class _Queries(NamedTuple):
-    """What belongs to queries, and is divided into blocks with them."""
+    """Arrays that are divided into blocks along the queries."""
 
     query: Array
     """[B, L, H, D]."""
@@ -77,7 +77,7 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """What every block of queries needs."""
+    """Arrays that every block of queries needs."""
 
     key: Array
     """[B, S, H, D]."""
@@ -91,7 +91,7 @@ class _Keys(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(rule: _Rule, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
-    """The output [B, L, H, Dv] and lse [B, H, L]."""
+    """Compute the output [B, L, H, Dv] and lse [B, H, L]."""
     blocks, size = _blocks(queries, keys)
     if blocks == 1:
         return _forward_block(rule, jnp.int32(0), queries, keys)
@@ -114,10 +114,10 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
     queries, keys, out, lse = residuals
     d_out, d_lse = cotangents
     empty = lse == -jnp.inf
-    # A row sum that every score's gradient needs; the gradient of lse comes in by the same door.
+    # A row sum that the gradient of every score needs; the gradient of lse enters through it too.
     delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1)
     delta = jnp.swapaxes(delta, 1, 2) - jnp.where(empty, 0, d_lse)
-    # exp(score - inf) is 0: an empty row has no weights. (A query that only pads the last block has cotangents of 0.)
+    # exp(score - inf) is 0: an empty row has weights of 0. (A query that pads the last block has cotangents of 0.)
     lse = jnp.where(empty, jnp.inf, lse)
 
     blocks, size = _blocks(queries, keys)
@@ -153,7 +153,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
-    """`_attention` for the block of queries that begins at query `start`."""
+    """Compute `_attention` for the block of queries that begins at query `start`."""
     scores = _scores(rule, queries, keys)
     mask = _mask(rule, start, queries, keys)
     if mask is not None:
@@ -175,7 +175,7 @@ def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) ->
 def _backward_block(
     rule: _Rule, start: Array, queries: _Queries, d_out: Array, lse: Array, delta: Array, keys: _Keys
 ) -> tuple[Array, Array | None, Array, Array]:
-    """The gradients of a block's query and bias, and its share of those of key and value."""
+    """Compute the gradients of a block's query and bias, and its contribution to those of key and value."""
     dtype = queries.query.dtype
     scores = _scores(rule, queries, keys)
     mask = _mask(rule, start, queries, keys)
@@ -190,7 +190,7 @@ def _backward_block(
         d_weights = jnp.where(kept, d_weights * (1 / (1 - rule.dropout_rate)), 0)
     d_scores = weights * (d_weights - delta[..., None])
     if mask is not None:
-        # What is not attended to may be so large that its product with the cotangent is infinite; 0 x inf is no zero.
+        # A key that is not attended to may be so large that its product with the cotangent is infinite; 0 x inf is NaN.
         d_scores = jnp.where(mask, d_scores, 0)
     if rule.softcap is not None:
         d_scores = d_scores * (1 - jnp.square(scores / rule.softcap))
@@ -205,7 +205,7 @@ def _backward_block(
 
 
 def _scores(rule: _Rule, queries: _Queries, keys: _Keys) -> Array:
-    """[B, H, L, S], with bias and softcap, before the mask."""
+    """Return scores [B, H, L, S] with bias and softcap, before the mask."""
     scores = _product("blhd,bshd->bhls", queries.query, keys.key) * rule.scale
     if queries.bias is not None:
         scores = scores + jnp.broadcast_to(queries.bias, scores.shape)
@@ -215,7 +215,7 @@ def _scores(rule: _Rule, queries: _Queries, keys: _Keys) -> Array:
 
 
 def _mask(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | None:
-    """Which keys each query attends to: bool [1 or B, 1, L, S]; None where all to all."""
+    """Return which keys each query attends to: bool [1 or B, 1, L, S]; None if nothing is masked."""
     q_len, k_len = queries.query.shape[1], keys.key.shape[1]
     distance = jnp.arange(k_len)[None, :] - (start + jnp.arange(q_len))[:, None]
     left, right = rule.sides
@@ -231,7 +231,7 @@ def _mask(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | 
 
 
 def _kept(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | None:
-    """Which weights dropout keeps: bool [B, H, L, S]; None without dropout."""
+    """Return which weights dropout keeps: bool [B, H, L, S]; None without dropout."""
     if keys.dropout_seeds is None:
         return None
     q_len, heads = queries.query.shape[1:3]
@@ -249,7 +249,7 @@ def _product(dimensions: str, x: Array, y: Array) -> Array:
 
 
 def _blocks(queries: _Queries, keys: _Keys) -> tuple[int, int]:
-    """The number of blocks and the number of queries in each; the last may be partly padding."""
+    """Return the number of blocks and the number of queries per block; the last block may contain padding."""
     q_len, k_len = queries.query.shape[1], keys.key.shape[1]
     blocks = min(-(-q_len * k_len // BLOCK_SCORES), q_len)
     size = -(-q_len // blocks)
@@ -257,7 +257,7 @@ def _blocks(queries: _Queries, keys: _Keys) -> tuple[int, int]:
 
 
 def _split(x: Array, axis: int, blocks: int, size: int) -> Array:
-    """`axis` padded with zeros and cut into blocks, which become the first axis."""
+    """Pad `axis` with zeros and cut it into blocks, which become the first axis."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, blocks * size - x.shape[axis])
     x = jnp.pad(x, padding)
@@ -265,7 +265,7 @@ def _split(x: Array, axis: int, blocks: int, size: int) -> Array:
 
 
 def _join(x: Array, axis: int, length: int) -> Array:
-    """What `_split` divided, joined again."""
+    """Undo `_split`."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     return jax.lax.slice_in_dim(x, 0, length, axis=axis)

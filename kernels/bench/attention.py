@@ -1,14 +1,14 @@
-"""Measure attention: ours beside whatever is installed, in one process, on the chip at hand.
+"""Measure attention: our backends and every other implementation that is installed, in one process, on this chip.
 
     bestiary bench attention --bias none,relative --peers all --out bench/
     bestiary bench attention --packed wikipedia --out bench/
     bestiary bench attention --tune
 
-Each contestant's output and gradients are first compared with our own; one that differs by more than rounding is
-listed with its error and not timed. Operations are counted on the needed area alone (the pairs that attend to each
-other): two matrix products forward, five backward. The *ceiling* of a case is the time that its operations, or its
-bytes, would take at the rate of a large matrix product, or of a large copy, measured on this chip first; whichever is
-longer. Files: `attention-CHIP[...].json` (everything), `.md` (the table), `.png` (the chart).
+Each contestant's output and gradients are first compared with ours; one that differs by more than rounding is listed
+with its error and not timed. Operations are counted for unmasked query-key pairs only: two matrix products forward,
+five backward. The *ceiling* of a case is the time that its operations would take at the rate of a large matrix product,
+or its bytes at the rate of a large copy, whichever is longer; both rates are measured on this chip first. Files:
+`attention-CHIP[...].json` (everything), `.md` (the table), `.png` (the chart).
 """
 
 from __future__ import annotations
@@ -43,60 +43,60 @@ from .peers import OURS, Refused, contestants, enter, first_line, known_peers
 from .timing import METHOD, Ceilings, Seconds, machine, measure_ceilings, table, write, write_json
 from .tune import tune
 
-# Where no shapes are given. On an accelerator: 16k tokens, 2048 wide, as the published tables have it.
+# Default shapes. On an accelerator: 16k tokens, 2048 wide, as in the published tables.
 SMALL = "2x128x4x64,1x512x4x64"
 LARGE = ",".join(
     f"{16384 // length}x{length}x{2048 // size}x{size}" for size in (64, 128) for length in (128, 512, 1024, 2048, 4096)
 )
 PACKED = {False: "1x1024x4x64", True: "32x512x32x64,8x2048x32x64,4x4096x32x64"}
 
-# The largest relative error (of norms) against ours: roundings of 8, 11 and 24 bits, a few in a row.
+# Largest relative error (of norms) against ours: a few roundings to 8, 11 and 24 bits.
 TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 2e-3}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure attention, ours and others', forward and backward; or tune the block sizes of ours."""
+    """Measure attention kernels, forward and backward, or tune the block sizes of ours."""
 
     shapes: str = ""
-    """BxLxHxD (batch, length, heads, head size) or BxLxSxHxKxD, separated by commas. Empty: small ones on a CPU, 16k
-    tokens of width 2048 on an accelerator."""
+    """Shapes to measure: BxLxHxD (batch, length, heads, head size) or BxLxSxHxKxD, separated by commas. Empty: small
+    shapes on a CPU, 16k tokens of width 2048 on an accelerator."""
     bias: str = "none"
-    """Biases to measure, separated by commas: none, relative (T5, with its table's gradient), alibi, dense."""
+    """Biases to measure, separated by commas: none, relative (T5, with the gradient of its table), alibi, dense."""
     causal: bool = False
-    """Hide later keys."""
+    """Mask later keys."""
     window: str = ""
-    """LEFT,RIGHT: how many keys are seen before and after the query's own place; nothing on a side: no limit there."""
+    """Attention window LEFT,RIGHT: numbers of keys visible before and after the query; an empty side has no limit."""
     packed: str | None = None
-    """Rows packed with documents of simulated lengths: wikipedia (mean 261 tokens) or short (mean 131)."""
+    """Pack rows with documents of simulated lengths: wikipedia (mean 261 tokens) or short (mean 131)."""
     dropout: float = 0.0
-    """Rate of dropout; ours alone, since others draw other bits."""
+    """Dropout rate. Measures our backends only, since others generate different bits."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: float32 on a CPU, else bfloat16."""
+    """Dtype of the inputs. auto: float32 on a CPU, else bfloat16."""
     peers: str = "all"
-    """Others to measure, separated by commas: all, none, or names (jax.nn, tokamax, splash, torch)."""
+    """Other implementations to measure, separated by commas: all, none, or names (jax.nn, tokamax, splash, torch)."""
     samples: int = 7
-    """Samples of each time; the median is reported, with the shortest and the longest."""
+    """Number of samples per time; the median is reported, with the shortest and the longest."""
     sample_seconds: float = 0.0
-    """The least time of a sample; 0: 0.05 on a CPU, else 0.2."""
+    """Minimum duration of a sample, in seconds; 0: 0.05 on a CPU, else 0.2."""
     seed: int = 0
-    """Of inputs and lengths."""
+    """Seed of the inputs and lengths."""
     tune: bool = False
-    """Choose block sizes of our kernels for these shapes instead, and write them into the table (see `tuning.py`)."""
+    """Tune the block sizes of our kernels for these shapes instead, and write them to the table (see `tuning.py`)."""
     chip: str | None = None
-    """With --tune: the chip to compile for where none is there (h200, v5e, v5p, v6e); nothing can be timed then."""
+    """With --tune, without the chip: the chip to compile for (h200, v5e, v5p, v6e); nothing is timed then."""
     table: Path | None = None
-    """With --tune: the table to write; None: the package's own."""
+    """With --tune: the table to write. None: that of the package."""
     out: Path = Path("bench")
-    """Folder of the files to write."""
+    """Folder to write the results to."""
 
 
 def main(config: BenchConfig) -> int:
-    """`bestiary bench attention`; returns the exit status: 0 done, 1 a contestant of ours is wrong, 2 bad arguments."""
+    """Run `bestiary bench attention`; return the exit status: 0 done, 1 wrong results of ours, 2 bad arguments."""
     try:
         cases, names = plan(config)
         if config.chip is not None and not config.tune:
-            raise BenchError("--chip: only with --tune; what is measured is the chip at hand")
+            raise BenchError("--chip: only with --tune; measurements always use the chip of this machine")
         if config.tune:
             return tune(cases, chip_name=config.chip, path=config.table, out=config.out, samples=config.samples)
     except BenchError as error:
@@ -126,7 +126,7 @@ def main(config: BenchConfig) -> int:
 
 
 def plan(config: BenchConfig) -> tuple[list[Case], list[str]]:
-    """The cases and the contestants' names; a BenchError names the option that does not fit."""
+    """Return the cases and the names of the contestants; raise a BenchError that names an invalid option."""
     on_cpu = jax.default_backend() == "cpu" and config.chip is None
     default = PACKED[not on_cpu] if config.packed else SMALL if on_cpu else LARGE
     dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
@@ -158,13 +158,13 @@ def plan(config: BenchConfig) -> tuple[list[Case], list[str]]:
 
 
 def run(config: BenchConfig, cases: Sequence[Case], names: Sequence[str]) -> dict[str, Any]:
-    """Measure; everything that the JSON holds."""
+    """Measure; return the contents of the JSON file."""
     on_cpu = jax.default_backend() == "cpu"
     timing = {"samples": config.samples, "least_seconds": config.sample_seconds or (0.05 if on_cpu else 0.2)}
     if on_cpu:
         _say(
-            "No accelerator: what can be measured here is the reference backend (xla) and the peers that run on a CPU, "
-            "at small shapes; the kernels for TPU and Hopper cannot."
+            "No accelerator: measuring the reference backend (xla) and the peers that run on a CPU, at small shapes. "
+            "The kernels for TPU and Hopper cannot be measured here."
         )
     ceilings = measure_ceilings(cases[0].dtype, **timing)
     _say(f"ceilings: {ceilings.operations / 1e12:.3g} TFLOP/s of matrix products, {ceilings.bytes / 1e12:.3g} TB/s")
@@ -182,7 +182,7 @@ def run(config: BenchConfig, cases: Sequence[Case], names: Sequence[str]) -> dic
 
 
 def measure(case: Case, names: Sequence[str], ceilings: Ceilings, timing: dict[str, Any], seed: int) -> dict[str, Any]:
-    """One case: what it needs, and an entry for each contestant."""
+    """Measure one case; return the work it needs, and one entry per contestant."""
     sets = draw(case, 2 if jax.default_backend() == "cpu" else 4, seed)
     ids = None if sets[0].segment_ids is None else np.asarray(sets[0].segment_ids)
     area = needed_area(case, ids)
@@ -211,7 +211,7 @@ def measure(case: Case, names: Sequence[str], ceilings: Ceilings, timing: dict[s
                 entry[which] = rated(call(), needed.operations, ceilings.seconds(*needed))
         except Refused as refusal:
             entry["reason"] = str(refusal)
-        except Exception as error:  # one contestant's failure is its own: out of memory, an untested chip
+        except Exception as error:  # one contestant's failure (out of memory, an untested chip) must not end the others
             entry["reason"] = f"{type(error).__name__}: {first_line(error)}"
     return {
         "label": case.label,
@@ -224,7 +224,7 @@ def measure(case: Case, names: Sequence[str], ceilings: Ceilings, timing: dict[s
 
 
 def rated(seconds: Seconds, operations: float, at_the_ceiling: float) -> dict[str, float]:
-    """A time, as a rate and as a share of what the chip could reach."""
+    """Add to a time its rate, and the fraction of the ceiling."""
     return {
         **seconds._asdict(),
         "tflops": operations / seconds.median / 1e12,
@@ -233,14 +233,14 @@ def rated(seconds: Seconds, operations: float, at_the_ceiling: float) -> dict[st
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference over the norm of what was expected; infinite where anything is not finite."""
+    """Return the norm of the difference over the norm of `expected`; infinite if anything is not finite."""
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 def command(config: Any, words: str = "attention") -> str:
-    """The command line that a config stands for."""
+    """Return the command line that produces a config."""
     parts = ["bestiary", "bench", words]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -251,7 +251,7 @@ def command(config: Any, words: str = "attention") -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, with what one must know to read it."""
+    """Return the table, with an explanation, as Markdown."""
     ceilings = result["ceilings"]
     lines = [
         f"# Attention on {result['device']}, {result['dtype']}",
@@ -260,8 +260,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Ceilings measured here: {ceilings['matmul_tflops']:.3g} TFLOP/s of matrix products, "
         f"{ceilings['copy_tb_per_s']:.3g} TB/s of copying.",
         "",
-        "TFLOP/s count the needed pairs of query and key alone: two matrix products forward, five backward. "
-        "Share: of the ceiling, the time that the operations or the bytes take at the rates above, whichever is "
+        "TFLOP/s count unmasked query-key pairs only: two matrix products forward, five backward. Share: fraction of "
+        "the ceiling, which is the time that the operations or the bytes take at the rates above, whichever is "
         f"longer. {result['method']}",
         "",
     ]
@@ -302,7 +302,7 @@ def _cells(part: dict[str, float]) -> list[str]:
 
 
 def chart(result: dict[str, Any]) -> bytes:
-    """PNG: TFLOP/s of every contestant, case by case; forward above, backward below."""
+    """Return a PNG with the TFLOP/s of every contestant in each case; forward above, backward below."""
     names = list(
         dict.fromkeys(entry["name"] for case in result["cases"] for entry in case["contestants"] if "backward" in entry)
     )
@@ -331,7 +331,7 @@ def chart(result: dict[str, Any]) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure's bytes; no date within, so that the same figures give the same file."""
+    """Return a figure as PNG bytes, without a date, so that the same figures give the same file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

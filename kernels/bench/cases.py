@@ -1,4 +1,4 @@
-"""What the attention bench measures: shapes, biases and packed rows, their arrays, and the operations they need."""
+"""Cases of the attention benchmark: shapes, biases and packed rows, their arrays, and the operations they need."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ BUCKETS = 32
 
 
 class BenchError(ValueError):
-    """What was asked cannot be measured, and why."""
+    """Raised, with the reason, if a benchmark cannot measure what its options ask for."""
 
 
 class Lengths(NamedTuple):
-    """Lengths of documents, in tokens: log-normal, by their mean and the standard deviation of their logarithm."""
+    """Log-normal document lengths: their mean in tokens, and the standard deviation of their logarithm."""
 
     mean: float
     spread: float
 
 
 CORPORA = {"wikipedia": Lengths(261, 0.7), "short": Lengths(131, 0.82)}
-"""What `--packed` knows: simulated, so that anyone gets the same rows without the text."""
+"""Length distributions of `--packed`, simulated so that everyone gets the same rows without the text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the bench's table. Letters as in `attention`."""
+    """One row of the benchmark's table; sizes as in `attention`."""
 
     batch: int
     queries: int
@@ -52,12 +52,12 @@ class Case:
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
-        """The window with causality in it: how many keys are seen before and after the query's own place."""
+        """How many keys are visible before and after the query: the window, combined with causality."""
         return self.window[0], 0 if self.causal else self.window[1]
 
     @property
     def label(self) -> str:
-        """Short, for a table and a chart."""
+        """Short label for a table or chart."""
         lengths = f"{self.queries}" if self.queries == self.keys else f"{self.queries}x{self.keys}"
         heads = f"{self.heads}" if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
         extras = [
@@ -71,21 +71,21 @@ class Case:
 
 
 class Arrays(NamedTuple):
-    """One set of inputs. All are of the device but `segment_ids`, which every set shares."""
+    """One set of inputs. All are on the device except `segment_ids`, which the sets share."""
 
     query: Any
     key: Any
     value: Any
     parameter: Any
-    """The bias's own array: table, slopes or dense bias; None without."""
+    """Array of the bias: table, slopes or dense bias; None without a bias."""
     wave: Any
-    """The output's gradient, like the query; 0 at padding."""
+    """Gradient of the output, shaped like the query; 0 at padding."""
     segment_ids: Any
     seed: Any
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int, int, int, int]]:
-    """`--shapes` as (B, L, S, H, K, D); a BenchError names the part that does not fit."""
+    """Parse `--shapes` to (B, L, S, H, K, D) each; raise a BenchError that names an invalid part."""
     shapes = []
     for part in text.split(","):
         numbers = [int(number) for number in part.split("x")] if re.fullmatch(r"\d+(x\d+)+", part.strip()) else []
@@ -103,35 +103,35 @@ def parse_shapes(text: str) -> list[tuple[int, int, int, int, int, int]]:
 
 
 def parse_window(text: str) -> tuple[int | None, int | None]:
-    """`--window` as (left, right), None for no limit; a BenchError says what was expected."""
+    """Parse `--window` to (left, right), None for no limit; raise a BenchError if it is invalid."""
     if not text:
         return None, None
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 2 or not all(re.fullmatch(r"\d*", part) for part in parts):
         raise BenchError(
-            f"--window: expected LEFT,RIGHT (keys seen before and after the query's own place; nothing on a side for "
-            f"no limit there) or one number for both, found {text!r}"
+            f"--window: expected LEFT,RIGHT (numbers of keys visible before and after the query; an empty side has no "
+            f"limit) or one number for both, found {text!r}"
         )
     left, right = (int(part) if part else None for part in (parts[0], parts[-1]))
     return left, right
 
 
 def window_text(window: tuple[int | None, int | None]) -> str:
-    """As `--window` takes it."""
+    """Format a window as `--window` accepts it."""
     return ",".join("" if side is None else str(side) for side in window)
 
 
 def document_lengths(lengths: Lengths, most: int, generator: np.random.Generator) -> Iterator[int]:
-    """Lengths without end, each between 1 and `most`."""
+    """Generate an endless stream of lengths between 1 and `most`."""
     centre = np.log(lengths.mean) - lengths.spread**2 / 2
     while True:
         yield int(np.clip(round(generator.lognormal(centre, lengths.spread)), 1, most))
 
 
 def pack(lengths: Lengths, rows: int, row_length: int, seed: int) -> np.ndarray:
-    """Segment ids, int32 [rows, row_length]: whole documents, each in the first row that has room for it.
+    """Return segment ids, int32 [rows, row_length]: whole documents, each in the first row that has room for it.
 
-    It ends with the first 32 documents in a row that found no room; what is left is padding.
+    Packing ends after 32 consecutive documents that found no room; the remainder is padding.
     """
     ids = np.zeros((rows, row_length), np.int32)
     used, count = np.zeros(rows, int), np.zeros(rows, int)
@@ -149,7 +149,7 @@ def pack(lengths: Lengths, rows: int, row_length: int, seed: int) -> np.ndarray:
 
 
 def needed_area(case: Case, segment_ids: np.ndarray | None) -> int:
-    """Pairs of a query and a key that attend to each other, over the batch; of one head."""
+    """Count the unmasked query-key pairs of one head, over the batch."""
     left, right = case.sides
 
     def pairs(queries: int, keys: int) -> int:
@@ -165,17 +165,18 @@ def needed_area(case: Case, segment_ids: np.ndarray | None) -> int:
 
 
 class Needed(NamedTuple):
-    """What a pass cannot do without: floating-point operations, and bytes to and from memory."""
+    """Work that any implementation of a pass must do: floating-point operations, and bytes to and from memory."""
 
     operations: float
     bytes: float
 
 
 def needed_work(case: Case, area: int) -> tuple[Needed, Needed]:
-    """Of the forward and of the backward pass.
+    """Return the work of the forward and of the backward pass.
 
-    Operations are those of the matrix products on the needed area: two in the forward pass, five in the backward pass
-    (one of them computes the scores again). Bytes are inputs and outputs, each once; a relative bias is nothing.
+    Operations are those of the matrix products on unmasked pairs: two in the forward pass, five in the backward pass
+    (one of which recomputes the scores). Bytes are those of inputs and outputs, each counted once; a relative bias is
+    negligible.
     """
     product = 2.0 * area * case.heads * case.size
     width = jnp.dtype(case.dtype).itemsize
@@ -190,7 +191,7 @@ def needed_work(case: Case, area: int) -> tuple[Needed, Needed]:
 
 
 def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
-    """`sets` different inputs on the default device, so that a repeated call finds none of its own in a cache."""
+    """Generate `sets` different inputs on the default device, so that no repeated call finds its inputs in a cache."""
     ids = None
     if case.packed is not None:
         ids = pack(CORPORA[case.packed], case.batch, case.queries, seed)
@@ -216,7 +217,7 @@ def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
     def make(key: Any) -> dict[str, Any]:
         parts = jnp.split(jax.random.normal(key, (int(ends[-1]),)), ends[:-1])
         made = {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
-        # The scale of learned biases; and slopes are positive.
+        # The scale of learned biases; slopes must be positive.
         parameter = jnp.abs(made.pop("parameter")) * 0.1 if "parameter" in made else None
         if ids is not None:
             made["wave"] = jnp.where((ids != 0)[:, :, None, None], made["wave"], 0)
@@ -232,7 +233,7 @@ def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
 
 
 def bias_of(case: Case, parameter: Any) -> Bias | None:
-    """The bias that an array of `draw` belongs to."""
+    """Return the bias of a case with the array from `draw`."""
     match case.bias:
         case "relative":
             return RelativeBias(parameter)

@@ -1,8 +1,8 @@
-"""The comparison of layers that self-attention was introduced with, measured: Vaswani et al. 2017, table 1.
+"""Measure the comparison of layers in Vaswani et al. 2017, table 1.
 
     bestiary bench layers --lengths 128,256,512,1024,2048 --out bench/
 
-For a row of n positions of width d, a convolution's kernel width k and a neighbourhood of r positions:
+For a sequence of n positions of width d, a convolution of kernel width k and a neighbourhood of r positions:
 
 | layer                     | complexity     | sequential operations | longest path |
 | ------------------------- | -------------- | --------------------- | ------------ |
@@ -11,10 +11,10 @@ For a row of n positions of width d, a convolution's kernel width k and a neighb
 | convolutional             | O(k n d^2)     | O(1)                  | O(log_k n)   |
 | self-attention, restricted | O(r n d)      | O(1)                  | O(n / r)     |
 
-Each layer is what the table counts and nothing else: attention without projections (heads of 64); a recurrent layer
-h' = tanh(W x + U h); a convolution over the row with all d x d channels. The longest path of a convolution is that of a
-stack of dilated ones. Times are of one layer, forward, and forward with all gradients; see `bench_timing` for how they
-are taken.
+Each layer is exactly what the table counts: attention without projections (heads of 64); a recurrent layer h' = tanh(W
+x + U h); a convolution over the sequence with all d x d channels. The longest path of a convolution is that of a stack
+of dilated ones. Times are of one layer, forward, and forward with all gradients; `timing.py` says how they are
+measured.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ from .timing import METHOD, machine, table, time_jax, write, write_json
 HEAD = 64
 
 Layer = Callable[[Array, tuple[Array, ...]], Array]
-"""From rows [B, n, d] and the layer's weights to rows."""
+"""A layer: a function from sequences [B, n, d] and the layer's weights to sequences of the same shape."""
 
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """Measure self-attention, recurrent, convolutional and restricted self-attention layers over the row's length."""
+    """Measure self-attention, recurrent, convolutional and restricted self-attention layers by sequence length."""
 
     lengths: str = "64,128,256,512,1024"
-    """Positions in a row, separated by commas."""
+    """Sequence lengths, in positions, separated by commas."""
     tokens: int = 2048
-    """Positions in a batch; rows of each length are as many as make this."""
+    """Positions per batch; the number of sequences follows from their length."""
     width: int = 512
-    """Channels, d; a multiple of 64. 512 is the paper's base model."""
+    """Number of channels, d; a multiple of 64. The paper's base model has 512."""
     kernel: int = 3
-    """Positions that the convolution spans, k."""
+    """Kernel width of the convolution, k, in positions."""
     neighbourhood: int = 64
-    """Positions that restricted attention sees, r: half of them on each side."""
+    """Neighbourhood of restricted attention, r, in positions: half of them on each side."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: float32 on a CPU, else bfloat16."""
+    """Dtype to compute in. auto: float32 on a CPU, else bfloat16."""
     samples: int = 5
-    """Samples of each time; the median is reported."""
+    """Number of samples per time; the median is reported."""
     sample_seconds: float = 0.05
-    """The least time of a sample."""
+    """Minimum duration of a sample, in seconds."""
     seed: int = 0
-    """Of inputs and weights."""
+    """Seed of the inputs and weights."""
     out: Path = Path("bench")
-    """Folder of the files to write."""
+    """Folder to write the results to."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """A row of the table, for one length. Operations are multiplications with an addition."""
+    """One row of the table, for one length. Operations are multiply-adds."""
 
     name: str
     complexity: str
@@ -83,7 +83,7 @@ class Described:
 
 
 def describe(length: int, width: int, kernel: int, neighbourhood: int) -> list[Described]:
-    """Table 1 in numbers, of one row of `length` positions. Attention's operations are those of both its products."""
+    """Evaluate table 1 for a sequence of `length` positions. Attention's operations are those of both its products."""
     near = sum(min(length - 1, i + neighbourhood // 2) - max(0, i - neighbourhood // 2) + 1 for i in range(length))
     return [
         Described("self-attention", "O(n^2 d)", 2 * length**2 * width, 1, 1),
@@ -96,14 +96,14 @@ def describe(length: int, width: int, kernel: int, neighbourhood: int) -> list[D
 
 
 def attend(rows: Array, weights: tuple[Array, ...], window: tuple[int, int] | None = None) -> Array:
-    """Self-attention of a row with itself. [B, n, d] -> [B, n, d]; no weights."""
+    """Apply self-attention without weights: [B, n, d] -> [B, n, d]."""
     del weights
     heads = rows.reshape(*rows.shape[:2], -1, HEAD)
     return attention(heads, heads, heads, window=window).reshape(rows.shape)
 
 
 def recur(rows: Array, weights: tuple[Array, ...]) -> Array:
-    """A recurrent layer (Elman's): the product with the inputs for all positions at once, with the state one by one."""
+    """Apply an Elman layer: the product with the inputs for all positions at once, with the state one by one."""
     inputs, state = weights
     driven = jnp.swapaxes(rows @ inputs, 0, 1)
 
@@ -115,12 +115,12 @@ def recur(rows: Array, weights: tuple[Array, ...]) -> Array:
 
 
 def convolve(rows: Array, weights: tuple[Array, ...]) -> Array:
-    """A convolution over positions, of all channels with all; padded with zeros to keep the length."""
+    """Apply a convolution over positions between all pairs of channels, zero-padded to keep the length."""
     return lax.conv_general_dilated(rows, weights[0], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
 
 def layers(config: LayersConfig, dtype: str) -> list[tuple[Layer, tuple[Array, ...]]]:
-    """The layers in the order of `describe`, each with its weights."""
+    """Return the layers in the order of `describe`, each with its weights."""
     keys = jax.random.split(jax.random.key(config.seed), 3)
 
     def draw(key: Array, *shape: int) -> Array:
@@ -136,7 +136,7 @@ def layers(config: LayersConfig, dtype: str) -> list[tuple[Layer, tuple[Array, .
 
 
 def main(config: LayersConfig) -> int:
-    """`bestiary bench layers`; returns the exit status."""
+    """Run `bestiary bench layers`; return the exit status."""
     try:
         lengths = check(config)
     except BenchError as error:
@@ -155,7 +155,7 @@ def main(config: LayersConfig) -> int:
 
 
 def check(config: LayersConfig) -> list[int]:
-    """The lengths; a BenchError names the option that does not fit."""
+    """Return the lengths; raise a BenchError that names an invalid option."""
     parts = [part.strip() for part in config.lengths.split(",")]
     if not all(part.isdecimal() and int(part) > 1 for part in parts):
         raise BenchError(f"--lengths: expected integers above 1, separated by commas, found {config.lengths!r}")
@@ -174,7 +174,7 @@ def check(config: LayersConfig) -> list[int]:
 
 
 def run(config: LayersConfig, lengths: Sequence[int]) -> dict[str, Any]:
-    """Measure; everything that the JSON holds."""
+    """Measure; return the contents of the JSON file."""
     name = chip() or "cpu"
     dtype = config.dtype if config.dtype != "auto" else "float32" if name == "cpu" else "bfloat16"
     timing = {"samples": config.samples, "least_seconds": config.sample_seconds}
@@ -219,7 +219,7 @@ def run(config: LayersConfig, lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, with what one must know to read it."""
+    """Return the table, with an explanation, as Markdown."""
     settings = result["settings"]
     rows = [
         [
@@ -234,18 +234,18 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for entry in result["entries"]
     ]
-    headers = ["n", "layer", "complexity", "Mop a row", "sequential", "longest path", "fwd ms", "fwd+bwd ms"]
+    headers = ["n", "layer", "complexity", "Mop / row", "sequential", "longest path", "fwd ms", "fwd+bwd ms"]
     return "\n".join(
         [
             f"# Layers by length on {result['device']}, {result['dtype']}",
             "",
             f"{result['date']}, `{result['command']}`; jax {result['versions']['jax']}. The comparison of Vaswani et "
             f"al. 2017, table 1, measured: width d = {settings['width']}, convolution over k = {settings['kernel']}, "
-            f"attention restricted to r = {settings['neighbourhood']} positions. Mop: millions of multiplications with "
-            f"an addition, of one row; times are of a batch of {settings['tokens']} positions. {result['method']}",
+            f"attention restricted to r = {settings['neighbourhood']} positions. Mop: millions of multiply-adds per "
+            f"sequence; times are of a batch of {settings['tokens']} positions. {result['method']}",
             "",
             *(
-                ["Here the reference backend computed all scores and masked them: restriction saves nothing.", ""]
+                ["The reference backend computes all scores and masks them, so the restriction saves nothing here.", ""]
                 if result["chip"] == "cpu"
                 else []
             ),
@@ -256,7 +256,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> bytes:
-    """PNG: time over length, both logarithmic; beside it, operations over length."""
+    """Return a PNG of time and of operations over length, on logarithmic axes."""
     names = list(dict.fromkeys(entry["name"] for entry in result["entries"]))
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     times, operations = figure.subplots(1, 2)
@@ -273,8 +273,8 @@ def chart(result: dict[str, Any]) -> bytes:
             lengths, [e["operations"] * e["rows"] / 1e9 for e in entries], color=f"C{n}", marker=".", label=name
         )
     for axes, label in (
-        (times, f"ms a batch of {tokens} positions\n(dashed: with gradients)"),
-        (operations, "10^9 operations a batch"),
+        (times, f"ms per batch of {tokens} positions\n(dashed: with gradients)"),
+        (operations, "10^9 operations per batch"),
     ):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

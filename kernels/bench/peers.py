@@ -1,8 +1,8 @@
-"""The contestants of the attention bench: our backends, and whatever else is installed.
+"""Contestants of the attention benchmark: our backends, and every other implementation that is installed.
 
-Each is a function from a case's arrays to the output. What it is not made for it refuses with a reason; what goes wrong
-in it becomes the reason too. Packed rows reach a peer that knows no segment ids as a boolean mask [B, 1, L, S], and a
-relative bias reaches all of them written out, [1, H, L, S], by differentiable code: that is how they are used.
+Each is a function from a case's arrays to the output. It refuses unsupported cases with a reason; an error becomes a
+reason too. A peer without segment ids gets packed rows as a boolean mask [B, 1, L, S], and every peer gets a relative
+bias as an array [1, H, L, S] built by differentiable code, since that is how they are used.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ OURS = "bestiary"
 
 
 class Refused(Exception):
-    """A contestant that does not take part in a case, and why."""
+    """Raised, with the reason, by a contestant that does not support a case."""
 
 
 class Runner(Protocol):
-    """A contestant with one case's arrays."""
+    """A contestant, set up with the arrays of one case."""
 
     def results(self) -> dict[str, np.ndarray]:
-        """Output and gradients of the first set of inputs, float32."""
+        """Return the output and gradients for the first set of inputs, float32."""
         ...
 
     def forward(self) -> Seconds: ...
 
     def backward(self) -> Seconds:
-        """Of the gradients alone, from what the forward pass has kept."""
+        """Time the gradients alone, from what the forward pass has saved."""
         ...
 
 
 class JaxRunner:
-    """Runs a function of JAX. See `Runner`."""
+    """Runner of a JAX function. See `Runner`."""
 
     def __init__(self, attend: Attend, case: Case, sets: Sequence[Arrays], timing: dict[str, Any]) -> None:
         self.case, self.sets, self.timing, self.attend = case, sets, timing, attend
@@ -64,7 +64,7 @@ class JaxRunner:
         return always if inputs.parameter is None else (*always, inputs.parameter)
 
     def _pass(self, inputs: Arrays) -> tuple[Any, Any]:
-        """The output, and the function from its gradient to the others', which holds what the forward pass kept."""
+        """Return the output, and the function from its gradient to the input gradients, with the saved residuals."""
         return jax.vjp(functools.partial(self._call, inputs), *self._primals(inputs))
 
     def results(self) -> dict[str, np.ndarray]:
@@ -92,7 +92,7 @@ class JaxRunner:
 
 
 def ours(name: str, case: Case, inputs: Arrays) -> Any:
-    """One of our own backends."""
+    """Run one of our own backends."""
     dropout = {"dropout_rate": case.dropout, "dropout_seed": inputs.seed} if case.dropout else {}
     return attention(
         inputs.query,
@@ -109,9 +109,9 @@ def ours(name: str, case: Case, inputs: Arrays) -> Any:
 
 
 def _dense(case: Case, inputs: Arrays) -> dict[str, Any]:
-    """Bias and mask written out, for those who know nothing else. Padding sees padding, so that no row is empty.
+    """Return bias and mask as arrays, for peers that support nothing else. Padding attends to padding: no row is empty.
 
-    With the window, as jax.nn and tokamax take it.
+    The window is in the form that jax.nn and tokamax take.
     """
     bias = bias_of(case, inputs.parameter)
     ids = inputs.segment_ids
@@ -125,7 +125,7 @@ def _dense(case: Case, inputs: Arrays) -> dict[str, Any]:
 
 
 def jax_nn(implementation: str, case: Case, inputs: Arrays) -> Any:
-    """jax.nn.dot_product_attention."""
+    """Run jax.nn.dot_product_attention."""
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise Refused("needs an NVIDIA GPU")
     named: Any = implementation
@@ -135,7 +135,7 @@ def jax_nn(implementation: str, case: Case, inputs: Arrays) -> Any:
 
 
 def tokamax(implementation: str, case: Case, inputs: Arrays) -> Any:
-    """tokamax.dot_product_attention."""
+    """Run tokamax.dot_product_attention."""
     module: Any = importlib.import_module("tokamax")
     return module.dot_product_attention(
         inputs.query,
@@ -148,17 +148,17 @@ def tokamax(implementation: str, case: Case, inputs: Arrays) -> Any:
 
 
 def splash(case: Case, inputs: Arrays, interpret: bool = False) -> Any:
-    """Splash attention, of jax's own Pallas kernels for TPU. It has segment ids, and no bias."""
+    """Run splash attention, JAX's own Pallas kernels for TPU. It supports segment ids but no bias."""
     if jax.default_backend() != "tpu" and not interpret:
         raise Refused("needs a TPU")
     if case.bias != "none":
         raise Refused("has no bias")
     if case.heads != case.key_heads or case.queries % 128 or case.keys % 128:
-        raise Refused("wants as many key heads as heads, and lengths that are multiples of 128")
+        raise Refused("needs as many key heads as query heads, and lengths that are multiples of 128")
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    # Its default of 128 is slow; the largest block of up to 512 that divides the length is how it is used.
+    # Its default of 128 is slow; in practice it is used with the largest block of up to 512 that divides the length.
     q, k = (next(size for size in (512, 256, 128) if length % size == 0) for length in (case.queries, case.keys))
     shape = case.queries, case.keys
     if case.window == (None, None):
@@ -191,7 +191,7 @@ def splash(case: Case, inputs: Arrays, interpret: bool = False) -> Any:
 
 
 class TorchRunner:
-    """PyTorch's scaled_dot_product_attention, on its own device. See `Runner`."""
+    """Runner of PyTorch's scaled_dot_product_attention, on its own device. See `Runner`."""
 
     def __init__(self, case: Case, sets: Sequence[Arrays], timing: dict[str, Any]) -> None:
         import torch  # pyright: ignore[reportMissingImports]
@@ -205,13 +205,13 @@ class TorchRunner:
         self.sets = [self._inputs(inputs) for inputs in sets]
 
     def _tensor(self, x: Any, dtype: Any = None) -> Any:
-        """By way of the host: the two libraries agree on no device memory."""
+        """Copy an array to PyTorch through the host, since the two libraries share no device memory."""
         return self.torch.tensor(np.asarray(x.astype(jnp.float32))).to(self.device, dtype or self.torch.float32)
 
     def _inputs(self, inputs: Arrays) -> Any:
         torch = self.torch
         dtype = getattr(torch, self.case.dtype)
-        # [B, H, L, D]; contiguous, as a model that has transposed once would have them.
+        # [B, H, L, D], contiguous, as in a model that has transposed once.
         parts = [
             self._tensor(jnp.swapaxes(x, 1, 2), dtype).contiguous().requires_grad_()
             for x in (inputs.query, inputs.key, inputs.value)
@@ -241,7 +241,7 @@ class TorchRunner:
         mask = None if ids is None else (ids[:, :, None] == ids[:, None, :])[:, None]
         causal = case.causal
         windowed = case.window != (None, None)
-        if windowed or (causal and (parameter or mask is not None)):  # It takes a mask or causality, not both.
+        if windowed or (causal and (parameter or mask is not None)):  # It supports a mask or causality, not both.
             left, right = case.sides
             seen = torch.ones(case.queries, case.keys, dtype=torch.bool, device=self.device)
             seen = seen if left is None else seen.triu(-left)
@@ -311,30 +311,30 @@ PEERS: dict[str, Attend | None] = {
     "torch sdpa": None,  # a runner of its own
 }
 
-# Package of each peer that may be missing; and the platform without which it need not be asked.
+# Package of each peer that may be missing, and the platform that a peer needs.
 NEEDS = {"tokamax": "tokamax", "torch": "torch"}
 PLATFORMS = {"tokamax mosaic_gpu": "gpu", "tokamax cudnn": "gpu", "tokamax mosaic_tpu": "tpu"}
 
 
 def contestants(peers: Sequence[str]) -> list[str]:
-    """Names, ours first, fastest first; then the peers asked for, by the first word of their names or whole."""
+    """Return names: our backends, fastest first, then the peers asked for by full name or by its first word."""
     chosen = [name for name in PEERS if "all" in peers or name in peers or name.split()[0] in peers]
     return [f"{OURS} {name}" for name in BACKENDS] + chosen
 
 
 def known_peers() -> list[str]:
-    """What `--peers` may hold."""
+    """Return the names that `--peers` accepts."""
     return ["all", "none", *dict.fromkeys(name.split()[0] for name in PEERS), *PEERS]
 
 
 def enter(name: str, case: Case, sets: Sequence[Arrays], timing: dict[str, Any]) -> Runner:
-    """A contestant, ready for a case; raises `Refused` with the reason where it does not take part."""
+    """Set up a contestant for a case; raise `Refused` with the reason if it does not support the case."""
     own = name.startswith(f"{OURS} ")
     first = name.split()[0]
     if first in NEEDS and importlib.util.find_spec(NEEDS[first]) is None:
         raise Refused("is not installed")
     if not own and case.dropout:
-        raise Refused("draws other bits for dropout: there is nothing to compare")
+        raise Refused("generates different dropout bits: there is nothing to compare")
     if name in PLATFORMS and jax.default_backend() != PLATFORMS[name]:
         raise Refused(f"needs a {PLATFORMS[name].upper()}")
     attend = functools.partial(ours, name.split(" ", 1)[1]) if own else PEERS[name]
@@ -348,6 +348,6 @@ def enter(name: str, case: Case, sets: Sequence[Arrays], timing: dict[str, Any])
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, without the word that the class adds."""
+    """Return the first line of an error's message, or the error's class if it has none."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200]

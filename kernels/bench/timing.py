@@ -1,10 +1,10 @@
-"""Timing on the device, the chip's own ceilings, and the files that a bench leaves.
+"""Timing on the device, the chip's measured ceilings, and the files that a benchmark writes.
 
-How a time is taken: one compiled program calls the function on several sets of inputs, one after the other (each call
-waits for the one before, by `optimization_barrier`), so that no call finds its inputs in a cache; the program is
-started as often as fills `least_seconds`, without waiting in between, and the clock stops when the last one is done.
-So a chip is never idle for want of the next call, and what is measured is the chip's time. Of several such samples the
-median is reported, with the shortest and the longest. Compilation and two warm-up runs come before.
+One compiled program calls the function on several sets of inputs, one after the other (`optimization_barrier` makes
+each call wait for the one before), so that no call finds its inputs in a cache. The program is launched as often as
+needed to fill `least_seconds`, without waiting in between, and the clock stops when the last launch is done. The chip
+is thus never idle between calls, and the measured time is the chip's. Of several such samples the median is reported,
+with the shortest and the longest. Compilation and two warm-up runs come first.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 METHOD = (
-    "Calls run back to back inside compiled programs, on rotated inputs, programs queued without waiting: seconds a "
-    "call on the device, not counting launches. Median of the samples, with the shortest and the longest. PyTorch: the "
-    "same, by CUDA events on a GPU and by the clock on a CPU."
+    "Calls run back to back inside compiled programs, on rotating inputs, with programs queued without waiting: times "
+    "are per call, on the device, without launches. Median of the samples, with the shortest and the longest. PyTorch: "
+    "the same, by CUDA events on a GPU and by the clock on a CPU."
 )
 PACKAGES = (
     "bestiary",
@@ -42,7 +42,7 @@ PACKAGES = (
 
 
 class Seconds(NamedTuple):
-    """Of one call."""
+    """Seconds per call."""
 
     median: float
     shortest: float
@@ -52,7 +52,7 @@ class Seconds(NamedTuple):
 def sampled(
     start: Callable[[], Any], finish: Callable[[Any], Any], calls: int, *, samples: int, least_seconds: float
 ) -> Seconds:
-    """`Seconds` a call, where `start` queues `calls` of them and `finish` waits for what it returned."""
+    """Return `Seconds` per call, where `start` queues `calls` calls and `finish` waits for what it returned."""
     finish(start())
     clock = time.perf_counter()
     finish(start())
@@ -69,7 +69,7 @@ def sampled(
 
 
 def one_after_the_other(function: Callable[..., Any]) -> Callable[[Sequence[Any]], list[Any]]:
-    """A program that calls `function` on each of a sequence of argument tuples, none before the last is done."""
+    """Compile a program that calls `function` on each of a sequence of argument tuples, one after the other."""
 
     def program(sets: Sequence[Any]) -> list[Any]:
         results: list[Any] = []
@@ -83,7 +83,7 @@ def one_after_the_other(function: Callable[..., Any]) -> Callable[[Sequence[Any]
 
 
 def time_jax(function: Callable[..., Any], sets: Sequence[Any], *, samples: int, least_seconds: float) -> Seconds:
-    """`Seconds` a call of `function(*arguments)`, for the tuples of arguments in `sets`."""
+    """Return `Seconds` per call of `function(*arguments)`, over the argument tuples in `sets`."""
     program = jax.jit(one_after_the_other(function)).lower(sets).compile()
     return sampled(
         lambda: program(sets), jax.block_until_ready, len(sets), samples=samples, least_seconds=least_seconds
@@ -91,20 +91,20 @@ def time_jax(function: Callable[..., Any], sets: Sequence[Any], *, samples: int,
 
 
 class Ceilings(NamedTuple):
-    """What this chip reaches on a large matrix product, and on a large copy."""
+    """Rates that this chip reaches on a large matrix product and on a large copy."""
 
     operations: float
-    """A second."""
+    """Floating-point operations per second."""
     bytes: float
-    """A second, read and written."""
+    """Bytes per second, read plus written."""
 
     def seconds(self, operations: float, bytes_: float) -> float:
-        """The time that this much work takes at the least, if arithmetic and memory overlap perfectly."""
+        """Return the minimum time of this much work, with arithmetic and memory traffic perfectly overlapped."""
         return max(operations / self.operations, bytes_ / self.bytes)
 
 
 def measure_ceilings(dtype: str, *, samples: int, least_seconds: float) -> Ceilings:
-    """Measured, not looked up: the share of a ceiling is then one of this very chip, as cooled and clocked today."""
+    """Measure the ceilings instead of looking them up, so that they hold for this chip as it is cooled and clocked."""
     small = jax.default_backend() == "cpu"
     size, elements = (1024, 1 << 24) if small else (8192, 1 << 28)
     make = jax.jit(lambda key: jax.random.normal(key, (size, size)).astype(dtype))
@@ -116,7 +116,7 @@ def measure_ceilings(dtype: str, *, samples: int, least_seconds: float) -> Ceili
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with."""
+    """Return the device, date and versions of a measurement."""
     device = jax.devices()[0]
     versions = {}
     for name in PACKAGES:
@@ -134,14 +134,14 @@ def machine() -> dict[str, Any]:
 
 
 def _cores() -> str:
-    """How many cores this process may use, of how many there are."""
+    """Say how many of the machine's cores this process may use."""
     every = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
     return f"{every} cores" if usable == every else f"{usable} of {every} cores"
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Atomically: a kill leaves the old file or the new one."""
+    """Write a file atomically: an interruption leaves the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
@@ -151,12 +151,12 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, atomically. NaN and infinity are no JSON: an error here, not in the reader's hands."""
+    """Write a JSON file atomically; raise an error for NaN and infinity, which JSON does not have."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned; all but the first to the right."""
+    """Format a Markdown table with aligned columns, all but the first to the right."""
     widths = [max(3, *(len(row[n]) for row in (headers, *rows))) for n in range(len(headers))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,13 +1,13 @@
-"""Filling the table of block sizes: `bestiary bench attention --tune`.
+"""Tune block sizes and write them to the table: `bestiary bench attention --tune`.
 
-For every kernel of a call (forward, and each of the backward pass) candidates are listed, one kernel varied at a time.
-First they are thinned without a chip: each is compiled ahead of time, in a process of its own, and its registers,
-spilled bytes and shared memory are read; what does not compile is out, and so is what spills more than the rule's own
-choice. What is left is timed, where the chip is there, and the fastest of each kernel makes the row. The row must beat
-the rule's choice, and give the same numbers.
+Candidates are listed for every kernel of a call (forward, and each of the backward pass), varying one kernel at a time.
+They are first filtered without a chip: each is compiled ahead of time, in a separate process, which reports registers,
+spilled bytes and shared memory; candidates that do not compile, or spill more than the default choice, are discarded.
+The others are timed if the chip is available, and the fastest of each kernel make up the row. The row must be faster
+than the default choice, and give the same numbers.
 
-This file is the compiling process too: `python -m bestiary.kernels.bench.tune` reads a job on its standard input and
-answers a line for each candidate.
+This file is also the compiling process: `python -m bestiary.kernels.bench.tune` reads a job from standard input and
+answers with one line per candidate.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .timing import machine, sampled, time_jax, write, write_json
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GPUS = ("h100", "h200")
 
-# What XLA must know of a GPU to compile for it from afar. An H100 differs in its memory alone.
+# The description of a GPU that XLA needs to compile for it remotely. An H100 differs only in its memory.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -60,14 +60,14 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 patch: 0 } device_de
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Block sizes to try: `row` is the rule's choice but for one kernel."""
+    """Block sizes to try: `row` is the default choice except for one kernel."""
 
     kernel: str
     row: dict[str, Any]
 
 
 def backend_of(name: str) -> tuple[Any, type, Callable[[Call], Any], Callable[[], AbstractContextManager[None]]]:
-    """A chip's backend, its class of block sizes, its rule for them, and the context that compiles without the chip."""
+    """Return a chip's backend, its class of block sizes, their default, and a context to compile without the chip."""
     if name in GPUS:
         from ..hopper import backend as hopper
 
@@ -76,18 +76,18 @@ def backend_of(name: str) -> tuple[Any, type, Callable[[Call], Any], Callable[[]
         from ..tpu import backend as tpu
 
         return tpu, tpu.Blocks, tpu.choose_blocks, tpu.compiling
-    raise BenchError(f"--tune: no kernels of ours for {name!r}; known: {', '.join((*GPUS, *TPUS))}")
+    raise BenchError(f"--tune: there are no kernels for {name!r}; known chips: {', '.join((*GPUS, *TPUS))}")
 
 
 FORWARD = ("forward", "one_pass")
-"""The kernels of the forward pass; all others belong to the backward pass."""
+"""Kernels of the forward pass; all others belong to the backward pass."""
 
 
 def candidates(name: str, rule: dict[str, Any], call: Call) -> Iterator[Candidate]:
-    """What is tried on a chip, the rule's own choice of each kernel first.
+    """Generate the candidates for a chip, the default choice of each kernel first.
 
-    Short rows on Hopper choose their kernels' stages, and whether to take them at all; the tiles of the general kernels
-    are tried where the rule takes those.
+    For short rows on Hopper these are the number of pipeline stages of the short-row kernels, and whether to use them
+    at all; tiles of the general kernels are tried where the default is to use those.
     """
     if name in GPUS:
         from ..hopper import backend as hopper
@@ -113,7 +113,7 @@ def candidates(name: str, rule: dict[str, Any], call: Call) -> Iterator[Candidat
             for blocks, together in dict.fromkeys(seen):
                 yield Candidate(kernel, rule | {kernel: blocks, "together": together})
         return
-    # Rows this short take the kernels of whole rows, where the number of heads a step is all there is to choose.
+    # Rows this short use the short-row kernels, for which the number of heads per step is the only choice.
     queries, keys = call.query.shape[1], call.key.shape[1]
     if max(queries, keys) <= 256:
         for heads in dict.fromkeys((rule["key_heads"], 1, 2, 4, 8, 0)):
@@ -131,19 +131,19 @@ def candidates(name: str, rule: dict[str, Any], call: Call) -> Iterator[Candidat
 
 
 def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out: Path, samples: int) -> int:
-    """Tune the cases' rows; returns the exit status.
+    """Tune the rows of the given cases; return the exit status.
 
     Args:
-      cases: one a row. Cases with the same key are tuned once.
-      chip_name: what to compile for; None for the chip at hand.
-      path: the table to write; None for the package's own.
-      out: where the report goes, `tune-CHIP.json`: every candidate, with what became of it.
-      samples: of each time.
+      cases: one case per row. Cases with the same key are tuned once.
+      chip_name: the chip to compile for; None for the chip of this machine.
+      path: the table to write; None for that of the package.
+      out: folder of the report, `tune-CHIP.json`: every candidate with its result.
+      samples: number of samples per time.
     """
     here = chip()
     name = chip_name or here
     if name is None:
-        raise BenchError(f"--tune: no chip here; name one to compile for, --chip {'|'.join((*GPUS, *TPUS))}")
+        raise BenchError(f"--tune: no accelerator found; name a chip to compile for, --chip {'|'.join((*GPUS, *TPUS))}")
     _, kind, choose, _ = backend_of(name)
     out.mkdir(parents=True, exist_ok=True)
     path = path or Path(tuning_table.__file__)
@@ -168,7 +168,7 @@ def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out
         _say(f"{case.label}: {len(tried)} candidates")
         found = thinned(name, case, tried)
         fit = [n for n, result in enumerate(found) if fits(tried, found, n)]
-        _say(f"{case.label}: {len(fit)} compile and spill no more than the rule's choice")
+        _say(f"{case.label}: {len(fit)} compile and spill no more than the default choice")
         row = timed(kind, case, [tried[n] for n in fit], found, fit, rule, samples) if name == here else None
         if row is not None:
             rows[key] = row
@@ -190,14 +190,14 @@ def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out
         print(f"Written: {path} ({len(rows)} rows) and {out / f'tune-{name}.json'}")
     else:
         print(
-            f"No {name} here: candidates were compiled for it and thinned, none could be timed, and the table stays as "
-            f"it is. Written: {out / f'tune-{name}.json'}. Give the same command on a {name} to fill the table."
+            f"No {name} found: candidates were compiled for it and filtered but not timed, and the table is unchanged. "
+            f"Written: {out / f'tune-{name}.json'}. Run the same command on a {name} to fill the table."
         )
     return 0
 
 
 def fits(tried: Sequence[Candidate], found: Sequence[dict[str, Any]], n: int) -> bool:
-    """Whether a candidate compiled, and spills no more than the rule's choice, which is the first of its kernel."""
+    """Tell whether a candidate compiled, and spills no more than the default choice, the first of its kernel."""
     first = next(i for i, candidate in enumerate(tried) if candidate.kernel == tried[n].kernel)
     if "error" in found[n]:
         return False
@@ -205,7 +205,7 @@ def fits(tried: Sequence[Candidate], found: Sequence[dict[str, Any]], n: int) ->
 
 
 def call_of(case: Case, inputs: Arrays) -> Call:
-    """A case's arrays as the backends receive them."""
+    """Return a case's arrays in the form that the backends receive."""
     seeds = None if inputs.seed is None else row_seeds(inputs.seed, jnp.arange(case.batch))
     return Call(
         query=inputs.query,
@@ -224,9 +224,9 @@ def call_of(case: Case, inputs: Arrays) -> Call:
 
 
 def thinned(name: str, case: Case, tried: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """What the compiler says of each candidate, from a process of its own: the chip stays with this one."""
+    """Return the compiler's report on each candidate, from a separate process, since this one holds the chip."""
     if name in TPUS and chip() == name:
-        # A TPU's runtime belongs to one process. Here, what does not compile shows when it is timed.
+        # Only one process can use a TPU's runtime. A candidate that does not compile will fail when it is timed.
         return [{} for _ in tried]
     package = "jax_plugins.xla_cuda13" if name in GPUS else "libtpu"
     if importlib.util.find_spec(package) is None:
@@ -245,7 +245,7 @@ def thinned(name: str, case: Case, tried: Sequence[Candidate]) -> list[dict[str,
         }
         errors = Path(folder) / "errors.txt"
         with (
-            errors.open("w") as log,  # not a pipe, which would fill up and stop the compiler
+            errors.open("w") as log,  # not a pipe, which could fill up and block the compiler
             subprocess.Popen(
                 [sys.executable, "-m", __name__, folder],
                 env=environment,
@@ -279,7 +279,10 @@ def timed(
     rule: dict[str, Any],
     samples: int,
 ) -> dict[str, Any] | None:
-    """The fastest row, its times added to `found`; None where the rule's choice is as fast, or the row is wrong."""
+    """Time candidates, add their times to `found`, and return the fastest row.
+
+    The result is None if the default choice is as fast, or if the row gives wrong numbers.
+    """
     backend = backend_of(chip() or "")[0]
     sets = draw(case, 4, 0)
     timing = {"samples": samples, "least_seconds": 0.1}
@@ -310,7 +313,7 @@ def timed(
     for n, candidate in zip(places, fit, strict=True):
         try:
             time = seconds(candidate)
-        except Exception as error:  # what compiles from afar may still not run
+        except Exception as error:  # a candidate that compiles remotely may still not run
             found[n]["error"] = str(error).splitlines()[0][:200]
             continue
         found[n]["seconds"] = time
@@ -320,7 +323,7 @@ def timed(
             best[candidate.kernel] = (time, candidate)
     row = dict(rule)
     for kernel, (time, candidate) in best.items():
-        if time < 0.98 * first[kernel]:  # what is within the spread is no gain
+        if time < 0.98 * first[kernel]:  # a smaller difference is within the noise
             row[kernel] = candidate.row[kernel]
             if kernel == "key_gradient":
                 row["together"] = candidate.row["together"]
@@ -339,7 +342,7 @@ def timed(
 
 
 def table_text(rows: dict[Key, dict[str, Any]]) -> str:
-    """`tuning_table.py`, anew, as the formatter would have it."""
+    """Return the text of `tuning_table.py`, formatted as the formatter would."""
     kept = Path(tuning_table.__file__).read_text().split("ROWS:")[0]
     lines = []
     for key, row in sorted(rows.items()):
@@ -356,11 +359,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# The compiling process.
+# The compiling process
 
 
 def compile_(job: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """A result for each candidate of a job: registers, spilled bytes, shared memory, temporary memory; or an error."""
+    """Yield one result per candidate: registers, spilled bytes, shared memory, temporary memory; or an error."""
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -407,10 +410,10 @@ def compile_(job: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def usage(folder: Path, kernel: str) -> dict[str, int]:
-    """Registers, spilled bytes and bytes of shared memory of a Hopper kernel, from what compiling left in `folder`.
+    """Read registers, spilled bytes and bytes of shared memory of a Hopper kernel from the compiler's dump in `folder`.
 
-    A kernel that was compiled in two parts (dk and dv apart) counts as the worse of them. Empty where there is nothing:
-    the compiler keeps what it has compiled before.
+    A kernel that was compiled in two parts (dk and dv separately) counts as the worse of them. The result is empty if
+    there is no dump, since the compiler caches what it has compiled before.
     """
     found: dict[str, int] = {}
     for ending, patterns in (
@@ -427,7 +430,7 @@ def usage(folder: Path, kernel: str) -> dict[str, int]:
 def _serve() -> None:
     job = json.load(sys.stdin)
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a compiler prints is no answer
+    sys.stdout = sys.stderr  # keep the compiler's own output out of the answer
     for result in compile_(job, Path(sys.argv[1])):
         print(json.dumps(result), file=answers, flush=True)
 

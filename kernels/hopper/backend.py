@@ -1,8 +1,8 @@
-"""The Hopper backend: attention by Pallas kernels for sm_90 (H100, H200), forward and backward.
+"""Hopper backend: Pallas attention kernels for sm_90 (H100, H200), forward and backward.
 
-Here the call is made ready (padding, hash words, the bias as the kernels read it), given its derivative, and split over
-a mesh. The kernels are in `hopper_forward.py`, `hopper_backward.py` and `hopper_bias.py`, those for
-short rows in `hopper_short.py`; what they share in `hopper_tile.py`, `hopper_work.py` and `hopper_operands.py`.
+This module prepares the call (padding, hash words, the bias in the kernels' layout), defines its derivative, and
+partitions it over a mesh. The kernels are in `forward.py`, `backward.py` and `bias.py`, those for short rows in
+`short.py`; shared code is in `tile.py`, `work.py` and `operands.py`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ LARGEST_HEAD = 256
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the kernels cut a call; what tuning varies.
+    """Block sizes of the kernels, which tuning varies.
 
     Attributes:
-      forward, query_gradient, key_gradient, bias_gradient: the tile sizes of each kernel.
-      together: whether dk and dv are computed together, or apart to spare registers.
-      one_pass, fused: stages of the short rows' kernels, forward and backward; 0 to use the others instead. So do calls
-        that do not fit into the short rows' kernels.
+      forward: tile sizes of the forward kernel.
+      query_gradient: tile sizes of the kernel for dq.
+      key_gradient: tile sizes of the kernel for dk and dv.
+      bias_gradient: tile sizes of the kernel for the gradient of the bias.
+      together: whether one kernel computes both dk and dv; two kernels need fewer registers.
+      one_pass: pipeline stages of the short-row forward kernel; 0 selects the general kernel. A call that does not fit
+        the short-row kernels uses the general ones in any case.
+      fused: pipeline stages of the short-row backward kernel; likewise.
     """
 
     forward: Blocks
@@ -57,18 +61,20 @@ class Tuning:
 def blocks_for(
     size: int, value_size: int, bias: str | None = None, *, dropout: bool = False, segments: bool = False
 ) -> Tuning:
-    """The rule for tile sizes: as large as registers and shared memory allow, which compiling for the chip has told.
+    """Return the default tile sizes: the largest that registers and shared memory allow, found by compiling.
 
     Args:
-      size, value_size: head sizes D and Dv.
+      size: head size D of queries and keys.
+      value_size: head size Dv of values.
       bias: None, "row" or "dense".
-      dropout, segments: whether there are any.
+      dropout: whether there is dropout.
+      segments: whether there are segment ids.
     """
     return dataclasses.replace(_tiles(size, value_size, bias, dropout, segments), one_pass=2, fused=2)
 
 
 def rule(call: Call) -> Tuning:
-    """What `blocks_for` says of a call."""
+    """Return `blocks_for` of a call."""
     size, value_size = (ceil_to(x.shape[3], 16) for x in (call.query, call.value))
     options = _options(call)
     dropout, segments = options.dropout_rate > 0, options.segments
@@ -83,7 +89,7 @@ def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments
         return Tuning(Blocks(2, wide, 2), Blocks(2, query, 2), Blocks(2, 64, 2), Blocks(2, 64, 2))
     if large <= 128:
         wide = 64 if bias or dropout else 128
-        # Beside two sums of 64 x 128 there are no registers left for a bias or for dropout's bits.
+        # Two accumulators of 64 x 128 leave no registers for a bias or for dropout bits.
         together = not (bias or dropout)
         forward = Blocks(2, wide, 1 if bias == "dense" else 2)
         return Tuning(forward, Blocks(2, 64, 2), Blocks(2, 64, 2), Blocks(2, 64, 1), together)
@@ -92,7 +98,7 @@ def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments
 
 
 def supports(call: Call) -> str | None:
-    """None, or the reason why this backend cannot do this call on the default device."""
+    """See `Backend`."""
     if call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"expected bfloat16 or float16, found {call.query.dtype}"
     size, value_size = call.query.shape[3], call.value.shape[3]
@@ -109,7 +115,7 @@ def supports(call: Call) -> str | None:
 
 
 def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
-    """See `Backend`; `tuning` instead of the table's row or, where it has none, of what `blocks_for` says."""
+    """See `Backend`. `tuning` overrides the tuning table and, where it has no row, `blocks_for`."""
     queries, heads = call.query.shape[1:3]
     keys, value_size = call.value.shape[1], call.value.shape[3]
     options = _options(call)
@@ -125,7 +131,8 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
         a, b = query_words(call.dropout_seeds, jnp.arange(heads), jnp.arange(queries))
         fixed |= {"a": a, "b": b}
     split = split_of(call)
-    # The copy engine wants rows of whole 16 bytes, and `wgmma` steps of 16 elements: zeros add nothing to a product.
+    # The copy engine needs rows of a multiple of 16 bytes, `wgmma` steps of 16 elements; zeros leave products
+    # unchanged.
     query, key = (_widen(x) for x in (call.query, call.key))
     value = _widen(call.value)
     if tuning is None and mode() is None:
@@ -136,7 +143,7 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
 
 
 def short_stages(call: Call) -> dict[str, tuple[int, ...]]:
-    """With how many stages a call fits into each of the short rows' kernels: what tuning may choose beside 0."""
+    """Return the numbers of stages with which a call fits each short-row kernel: tuning's choices besides 0."""
     options = _options(call)
     query, value = ((*x.shape[:3], ceil_to(x.shape[3], 16)) for x in (call.query, call.value))
     fits = {
@@ -166,7 +173,7 @@ def _widen(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is known of a call when tracing."""
+    """Everything about a call that is static while tracing."""
 
     options: Options
     tuning: Tuning
@@ -186,8 +193,8 @@ def _attention_forward(plan: Plan, *arguments: Any) -> tuple[tuple[Array, Array]
     if plan.options.bias is None:
         out, lse = _attention(plan, *arguments)
         return (out, lse), (*arguments, out, lse)
-    # A bias's gradient sums those of many scores, and so what the output's rounding does to each through `delta`: the
-    # same along a whole row of scores. So here the output is kept as it was summed.
+    # The gradient of a bias sums over many scores, and with them the output's rounding error, which enters through
+    # `delta` and is the same along a whole row of scores. So the output is saved unrounded here.
     query, key, value, bias, fixed = arguments
     arrays = {"query": query, "key": key, "value": value, **bias, **fixed}
     exact = _everywhere(plan, functools.partial(_forward, out_dtype=jnp.float32), ("out", "lse"), arrays)
@@ -199,7 +206,7 @@ def _attention_backward(plan: Plan, saved: tuple[Any, ...], gradients: tuple[Arr
     query, key, value, bias, fixed, out, lse = saved
     gradient, lse_gradient = gradients
     delta = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=3).swapaxes(1, 2)
-    # An empty row is exp2(score - inf) = 0 everywhere; its lse is constant: what gradient comes for it goes nowhere.
+    # An empty row is exp2(score - inf) = 0 everywhere; its lse is constant, so any gradient for it is discarded.
     empty = lse == -jnp.inf
     arrays = {
         "query": query,
@@ -212,7 +219,7 @@ def _attention_backward(plan: Plan, saved: tuple[Any, ...], gradients: tuple[Arr
         **fixed,
     }
     grads = _everywhere(plan, _backward, ("query", "key", "value"), arrays)
-    # Apart from the rest, so that it is left out where nobody asks for it.
+    # Computed separately, so that it is eliminated as dead code where the gradient is not used.
     arrays = _after(plan, grads, arrays)
     bias_grads = _everywhere(plan, _bias_backward, tuple(bias), arrays) if bias else {}
     return grads["query"], grads["key"], grads["value"], bias_grads, dict.fromkeys(fixed)
@@ -251,7 +258,7 @@ def _backward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def _after[T](plan: Plan, previous: Any, arguments: T) -> T:
-    """The arguments; in the interpreter not before `previous`: kernels that run at once share one pool of threads."""
+    """Return the arguments; in the interpreter, only after `previous`: concurrent kernels would share a thread pool."""
     return jax.lax.optimization_barrier((arguments, previous))[0] if plan.options.interpret else arguments
 
 
@@ -261,17 +268,17 @@ def _bias_backward(plan: Plan, arrays: dict[str, Array]) -> dict[str, Array]:
     assert name is not None
     axes: tuple[str, ...] = ()
     if plan.split is not None:
-        # What all rows, or all heads, share is the sum over the devices that hold them.
+        # The gradient of what all rows, or all heads, share is the sum over the devices that hold them.
         shape = arrays[name].shape
         rows_shared = name == "row" or shape[0] == 1
         heads_shared = name == "dense" and shape[1] == 1
         axes = (plan.split.batch if rows_shared else ()) + (plan.split.heads if heads_shared else ())
     total = bias_gradient(plan.options, plan.tuning.bias_gradient, query, key, value, gradient, arrays)
-    # The bias is in units of log2, its gradient so far in natural ones.
+    # The bias is in units of log2, its gradient so far in natural units.
     return {name: jax.lax.psum(total * (1 / LOG2E), axes) if axes else total * (1 / LOG2E)}
 
 
-# Dimension by dimension: b for rows of the batch, h for heads, a point for what is never split.
+# One letter per dimension: b for batch rows, h for heads, a dot for a dimension that is never partitioned.
 _AXES = {
     "query": "b.h.",
     "key": "b.h.",
@@ -295,7 +302,7 @@ def _everywhere(
     results: tuple[str, ...],
     arrays: dict[str, Array],
 ) -> dict[str, Array]:
-    """`compute`, each device of a mesh with the rows and heads that it holds, so that nothing is gathered."""
+    """Run `compute` on each device of the mesh, for the rows and heads that it holds, so that nothing is gathered."""
     split = plan.split
     if split is None:
         return compute(plan, dict(arrays))
@@ -308,7 +315,7 @@ def _everywhere(
         return P(*(axes[letter] or None for letter in _AXES[name]))
 
     specs = {name: spec(name) for name in arrays}
-    if AxisType.Explicit in split.mesh.axis_types:  # Small arrays made for all heads are cut here.
+    if AxisType.Explicit in split.mesh.axis_types:  # Small arrays made for all heads are partitioned here.
         arrays = {name: jax.reshard(x, NamedSharding(split.mesh, specs[name])) for name, x in arrays.items()}
     return jax.shard_map(
         lambda local: compute(plan, dict(local)),

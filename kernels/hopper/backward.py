@@ -1,10 +1,10 @@
-"""The backward pass on Hopper: every kernel owns what it writes, so that no sum depends on timing.
+"""Backward pass on Hopper. Each block writes its own part of the result, so that no sum depends on timing.
 
-- `query_gradient`: a block has queries and walks over keys.
-- `key_gradient`: a block has keys and walks over the queries (of all heads that share them): dk and dv.
-- `bias_gradient`, in `hopper_bias.py`: a block has a tile of the bias.
+- `query_gradient`: a block holds queries and iterates over keys.
+- `key_gradient`: a block holds keys and iterates over the queries of all heads that share them: dk and dv.
+- `bias_gradient`, in `bias.py`: a block holds a tile of the bias.
 
-All compute the weights again from lse, rather than keep them (Dao et al. 2022, 3.1).
+All of them recompute the weights from lse instead of storing them (Dao et al. 2022, 3.1).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Extra = Mapping[str, Array]
 def query_gradient(
     options: Options, blocks: Blocks, query: Array, key: Array, value: Array, gradient: Array, extra: Extra
 ) -> Array:
-    """dq [B, L, H, D], from the output's gradient [B, L, H, Dv].
+    """Compute dq [B, L, H, D] from the gradient of the output [B, L, H, Dv].
 
-    `extra` holds, besides the forward pass's: "lse" [B, H, L] in units of log2, +inf for an empty row, and "delta"
-    [B, H, L], the sum of output times its gradient, less lse's gradient.
+    `extra` holds, in addition to the forward pass's: "lse" [B, H, L] in units of log2, +inf for an empty row, and
+    "delta" [B, H, L], the sum of the output times its gradient, minus the gradient of lse.
     """
     batch, queries, heads, size = query.shape
     keys, key_heads, value_size = value.shape[1:]
@@ -148,7 +148,7 @@ def key_gradient(
     extra: Extra,
     wanted: tuple[str, ...] = ("k", "v"),
 ) -> list[Array]:
-    """Of dk [B, S, K, D] and dv [B, S, K, Dv] those `wanted`. `extra` as for `query_gradient`."""
+    """Compute those of dk [B, S, K, D] and dv [B, S, K, Dv] that are `wanted`. `extra` as in `query_gradient`."""
     batch, queries, heads, size = query.shape
     keys, key_heads, value_size = value.shape[1:]
     rows, columns, stages, group = blocks.rows, blocks.columns, blocks.stages, heads // key_heads
@@ -171,7 +171,7 @@ def key_gradient(
         count = jnp.int32(bounds.stop - bounds.first)
 
         def place_of(n: Array) -> tuple[Array, Array]:
-            """The head and the tile of queries of step n."""
+            """Return the head and the query tile of step n."""
             if group == 1:
                 return key_head, bounds.first + n
             return key_head * group + lax.div(n, count), bounds.first + lax.rem(n, count)

@@ -1,9 +1,9 @@
-"""The bias's gradient on Hopper, summed within a kernel and always in the same order.
+"""Gradient of the bias on Hopper, summed within a kernel and always in the same order.
 
-A block walks over all tiles of scores that share a tile of the bias, and sums their gradients in registers. For a
-Toeplitz row these are the tiles of one diagonal band, of all rows of the batch: the sum along the diagonals themselves
-is taken once a band, outside, instead of once a tile. What is written is a few times H x (L + S) x 128 numbers, linear
-in the lengths.
+A block iterates over all score tiles that share a tile of the bias, and sums their gradients in registers. For a
+Toeplitz row these are the tiles of one diagonal band, over all rows of the batch; the sum along the diagonals
+themselves is taken once per band, outside the kernel, instead of once per tile. The kernel writes a few times H x (L +
+S) x 128 numbers, linear in the lengths.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def bias_gradient(
     gradient: Array,
     extra: Mapping[str, Array],
 ) -> Array:
-    """The bias's gradient, float32: [H, L+S-1] of a row, or as a dense bias; `extra` as in `query_gradient`."""
+    """Compute the gradient of the bias, float32: [H, L+S-1] for a Toeplitz row, else the dense bias's shape.
+
+    `extra` as in `query_gradient`.
+    """
     batch, queries, heads, size = query.shape
     keys, key_heads, value_size = value.shape[1:]
     rows, columns, stages, group = blocks.rows, blocks.columns, blocks.stages, heads // key_heads
@@ -76,7 +79,7 @@ def bias_gradient(
         out_shape = (rows_of_bias, heads_of_bias, ceil_to(queries, 8), ceil_to(keys, 32))  # whole tiles are stored
 
     def steps_of(tile: Any, h: Any, part: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any, Any, Any]]]:
-        """How many steps a block has, and each one's batch row, head, tile of queries and tile of keys."""
+        """Return a block's number of steps, and a function from a step to its batch row, head, query and key tile."""
         if options.bias == "row":
             offset = tile - before
             low = jnp.maximum(lax.div(ratio - 1 - offset, jnp.int32(ratio)), 0)
@@ -199,9 +202,9 @@ def bias_gradient(
 
 
 def _sum_of_bands(bands: Array, queries: int, keys: int) -> Array:
-    """The sum along every diagonal: [H, bands, rows, columns] -> [H, L+S-1], without a scatter.
+    """Sum along every diagonal, [H, bands, rows, columns] -> [H, L+S-1], without a scatter.
 
-    Rows that are written one element further apart than they are long come to lie one element further right each, so
+    Padding the rows to one more than `width` and reshaping to `width` shifts each row one element further right, so
     that a diagonal becomes a column. Neighbouring bands overlap by `rows` columns.
     """
     heads, count, rows, columns = bands.shape
@@ -214,7 +217,7 @@ def _sum_of_bands(bands: Array, queries: int, keys: int) -> Array:
     total = jnp.zeros((heads, count + width // columns - 1, columns), jnp.float32)
     for i in range(width // columns):
         total = total + jnp.pad(pieces[:, :, i], ((0, 0), (i, width // columns - 1 - i), (0, 0)))
-    # The first place is the distance of the last (padded) query to key 0.
+    # The first element is the distance of the last (padded) query to key 0.
     last = -(-queries // rows) * rows
     first = last - queries
     return total.reshape(heads, -1)[:, first : first + queries + keys - 1]

@@ -1,8 +1,8 @@
-"""The forward pass on Hopper: two or three warpgroups compute, one moves memory, in a persistent grid.
+"""Forward pass on Hopper: two or three consumer warpgroups compute, a producer warpgroup moves memory.
 
-After FlashAttention-3 (Shah et al. 2024): the moving warpgroup runs ahead through a ring of keys and values, from one
-item of work into the next; of two computing ones, one takes exponentials while the other multiplies, and a barrier
-keeps their turns.
+It follows FlashAttention-3 (Shah et al. 2024). The grid is persistent: the producer runs ahead through a ring buffer of
+keys and values, from one work item into the next. Of two consumers, one computes exponentials while the other
+multiplies; a barrier makes them alternate.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ def forward(
     extra: Mapping[str, Array],
     out_dtype: Any = None,
 ) -> tuple[Array, Array]:
-    """The output [B, L, H, Dv] and lse [B, H, L] (natural logarithm, float32).
+    """Compute the output [B, L, H, Dv] and lse [B, H, L] (natural logarithm, float32).
 
     Args:
-      options, blocks: see there.
-      query, key, value: as in `attention`, 16-bit, with head sizes that are multiples of 16.
-      extra: what the options ask for: "row" [H, L+S-1] or "dense" [1 or B, 1 or H, L, S], float32, in units of log2;
-        "query_segments" [B, L] and "key_segments" [B, S]; "a" and "b" [B, H, L], the queries' hash words.
-      out_dtype: of the output; the query's unless given.
+      options: static facts of the call.
+      blocks: tile sizes.
+      query: [B, L, H, D] as in `attention`, 16-bit, with D a multiple of 16.
+      key: [B, S, K, D], likewise.
+      value: [B, S, K, Dv], likewise, with Dv a multiple of 16.
+      extra: the arrays that the options need: "row" [H, L+S-1] or "dense" [1 or B, 1 or H, L, S], float32, in units of
+        log2; "query_segments" [B, L] and "key_segments" [B, S]; "a" and "b" [B, H, L], the hash words of the queries.
+      out_dtype: dtype of the output; that of the query unless given.
     """
     out_dtype = out_dtype or query.dtype
     batch, queries, heads, size = query.shape
@@ -73,7 +76,7 @@ def forward(
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     inputs |= vectors.arrays | biases.arrays
     names = list(inputs)
-    # Beside sums this wide there are no registers for the keys' hash words before they are needed.
+    # Accumulators this wide leave no registers to load the keys' hash words before they are needed.
     late = "g" if options.dropout_rate and value_size > 128 else None
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -85,7 +88,7 @@ def forward(
             index = block + n * grid
             place = lax.rem(index, jnp.int32(tiles))
             rest = lax.div(index, jnp.int32(tiles))
-            # Causal rows grow: the long ones first, so that the grid ends evenly.
+            # Causal rows get longer: process the long ones first, so that the grid ends evenly.
             tile = (tiles - 1 - place) if options.right is not None else place
             head, b = lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
             return b, head, tile, items.read(refs_in.get("ranges"), b, tile)
@@ -225,7 +228,7 @@ def forward(
                 step,
             )
             sums, top, weight, step = lax.fori_loop(bounds.first, bounds.stop, tile_of_keys, start)
-            # The other warpgroup's last turn must not wait for the next queries: those wait for it to free their place.
+            # The other warpgroup's last turn must not wait for the next queries, which wait for it to free their slot.
             arrive((w == 0) & (bounds.first < bounds.stop))
             if own:
                 release()
@@ -234,7 +237,7 @@ def forward(
             share = (1 / (1 - options.dropout_rate)) / jnp.where(empty, 1.0, weight)
             sums = sums * lax.broadcast_in_dim(share, sums.shape, [0])
             lse = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, weight)))
-            # The copy out of the last item has left shared memory before this one is written there.
+            # The copy of the last item must have left shared memory before this one is written there.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             scratch["out"].at[w][...] = sums.astype(out_dtype)
             scratch["lse"].at[w][...] = lse

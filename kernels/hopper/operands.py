@@ -1,4 +1,4 @@
-"""What the Hopper kernels read besides matrices, the registers they take, and how they are launched."""
+"""Vectors and bias tiles of the Hopper kernels, their register allocation, and their launch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .work import KEY_PADDING, QUERY_PADDING, pad_ids, pad_row, pad_words
 
 
 class Vectors:
-    """The vectors that belong to queries and to keys: their arrays, their shared memory, and their copies into it."""
+    """Vectors per query and per key: their arrays, their shared memory, and their copies into it."""
 
     def __init__(
         self, options: Options, extra: Mapping[str, Array], keys: int, query_block: int, key_block: int
@@ -28,7 +28,7 @@ class Vectors:
         self.keys: dict[str, Any] = {}
         if "lse" in extra:  # in the backward pass
             padding = -extra["lse"].shape[2] % query_block
-            # A place beyond the last query weighs nothing: exp2(score - inf) = 0.
+            # Positions beyond the last query have weight 0: exp2(score - inf) = 0.
             self.arrays["lse"] = jnp.pad(extra["lse"], ((0, 0), (0, 0), (0, padding)), constant_values=jnp.inf)
             self.arrays["delta"] = pad_words(extra["delta"], query_block)
             self.queries = {"lse": jnp.float32, "delta": jnp.float32}
@@ -59,9 +59,9 @@ class Vectors:
 
 
 class BiasTiles:
-    """The bias of a step's tile: its array, its shared memory, its copies, and the tile as a warpgroup reads it.
+    """Bias of a step's tile: its array, its shared memory, its copies, and the tile as a warpgroup reads it.
 
-    `axis` is that of the queries in a warpgroup's tile: 0 where a warpgroup has queries, 1 where it has keys.
+    `axis` is the axis of the queries in a warpgroup's tile: 0 if a warpgroup holds queries, 1 if it holds keys.
     """
 
     def __init__(self, options: Options, extra: Mapping[str, Array], blocks: Blocks, queries: int, axis: int) -> None:
@@ -71,7 +71,7 @@ class BiasTiles:
         if options.bias == "row":
             self.arrays["bias"] = pad_row(extra["row"], *extents)
         elif options.bias == "dense":
-            # A warpgroup reads its own rows; where they are keys, from the transposed bias.
+            # A warpgroup reads its own rows; if they are keys, from the transposed bias.
             dense = extra["dense"] if axis == 0 else jnp.swapaxes(extra["dense"], 2, 3)
             # The copy engine's tiles of float32 are 8 x 32.
             self.arrays["bias"] = jnp.pad(dense, ((0, 0), (0, 0), (0, -dense.shape[2] % 8), (0, -dense.shape[3] % 32)))
@@ -82,7 +82,7 @@ class BiasTiles:
 
     @property
     def _parts(self) -> list[tuple[int, int]]:
-        """Where the copies of a tile's part of a Toeplitz row begin, and their lengths: at most 256 each."""
+        """Return (start, length) of each copy of a tile's part of a Toeplitz row; lengths are at most 256."""
         length = self.blocks.rows + self.blocks.columns
         return [(start, min(256, length - start)) for start in range(0, length, 256)]
 
@@ -111,7 +111,7 @@ class BiasTiles:
     def tile(self, scratch: Any, slot: Any, w: Any, side: Side) -> Array | None:
         blocks = self.blocks
         if self.options.bias == "row":
-            # Later queries see a row's earlier places, later keys its later ones.
+            # Later queries read earlier elements of the row, later keys later ones.
             ahead = (blocks.warpgroups - 1 - w) if self.axis == 0 else w
             part = pl.ds(ahead * WARPGROUP_ROWS, WARPGROUP_ROWS + blocks.columns)
             return toeplitz_tile(self.options, scratch["bias"].at[slot, part], side)
@@ -121,7 +121,7 @@ class BiasTiles:
 
 
 def registers(options: Options, blocks: Blocks, *, computing: bool) -> None:
-    """Registers of a thread: the moving warpgroup gives away what it does not need. (One computing one has enough.)"""
+    """Set the registers per thread: the producer gives up those it does not need. (A single consumer has enough.)"""
     if options.interpret or blocks.warpgroups == 1:
         return
     if computing:
@@ -131,12 +131,12 @@ def registers(options: Options, blocks: Blocks, *, computing: bool) -> None:
 
 
 def in_tiles(*matrices: Array) -> tuple[Array, ...]:
-    """Matrices [B, L, H, D] with zeros up to a multiple of 8 tokens, since the copy engine knows whole tiles only."""
+    """Pad matrices [B, L, H, D] with zeros to a multiple of 8 tokens: the copy engine handles whole tiles only."""
     return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in matrices)
 
 
 def out_in_tiles(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """What a kernel writes [B, L, H, D] to: see `in_tiles`."""
+    """Return the shape that a kernel writes [B, L, H, D] to; see `in_tiles`."""
     batch, length, heads, size = shape
     return jax.ShapeDtypeStruct((batch, ceil_to(length, 8), heads, size), dtype)
 

@@ -1,12 +1,11 @@
 """Short rows on Hopper, whose keys all fit in one tile: a one-pass softmax, and one kernel for dq, dk and dv.
 
-On such rows the work is fetching and starting. Blocks are persistent and take many heads, one after the other: one
-warpgroup fetches the next heads' queries, keys and values while the others compute. The forward pass knows a query's
-largest score before it takes any exponential, so that nothing is rescaled. The backward pass reads everything once: a
-block has all keys of a key head, so that the gradient of a query is whole within it, and each sum is always taken in
-the same order.
+On such rows the time goes into fetching and launching. Blocks are persistent and process many heads in turn: the
+producer warpgroup fetches the next heads' queries, keys and values while the consumers compute. The forward pass knows
+a query's maximum before it computes any exponential, so nothing is rescaled. The backward pass reads everything once: a
+block holds all keys of a key head, so that it computes the whole gradient of a query, always summing in the same order.
 
-Calls with a dense bias, and those that do not fit in shared memory (`fits_forward`, `fits_backward`), take the general
+Calls with a dense bias, and those that do not fit in shared memory (`fits_forward`, `fits_backward`), use the general
 kernels.
 """
 
@@ -48,24 +47,24 @@ from .tile import (
 from .work import Ring, work
 
 LONGEST = 256
-"""Tokens: the longest row, of queries and of keys, that these kernels take."""
+"""Longest row of queries or keys, in tokens, that these kernels support."""
 
 MOST_KEYS_BACKWARD = 128
-"""Two warpgroups with 64 keys each hold dk and dv in registers."""
+"""Longest row of the backward kernel: two warpgroups with 64 keys each hold dk and dv in registers."""
 
 
 def forward_blocks(queries: int, keys: int, stages: int) -> Blocks:
-    """The forward pass's tiles: of 64 queries a warpgroup, and all keys."""
+    """Return the tile sizes of the forward pass: 64 queries per warpgroup, and all keys."""
     return Blocks(2 if queries > WARPGROUP_ROWS else 1, ceil_to(keys, 64), stages)
 
 
 def backward_blocks(keys: int, stages: int) -> Blocks:
-    """The backward pass's tiles: 64 keys a warpgroup; a step has as many queries as a block has keys."""
+    """Return the tile sizes of the backward pass: 64 keys per warpgroup; as many queries per step as keys per block."""
     return Blocks(2 if keys > WARPGROUP_ROWS else 1, 64, stages)
 
 
 def fits_forward(options: Options, query: tuple[int, ...], value: tuple[int, ...], stages: int, out_dtype: Any) -> bool:
-    """Whether `forward` can do a call of these shapes, with a ring of so many stages."""
+    """Tell whether `forward` supports a call of these shapes with `stages` pipeline stages."""
     (_, queries, _, size), (_, keys, _, value_size) = query, value
     if not stages or max(queries, keys) > LONGEST:
         return False
@@ -80,7 +79,7 @@ def fits_forward(options: Options, query: tuple[int, ...], value: tuple[int, ...
 
 
 def fits_backward(options: Options, query: tuple[int, ...], value: tuple[int, ...], stages: int) -> bool:
-    """Whether `backward` can do a call of these shapes, with a ring of so many stages."""
+    """Tell whether `backward` supports a call of these shapes with `stages` pipeline stages."""
     (_, queries, _, size), (_, keys, _, value_size) = query, value
     if not stages or options.bias == "dense" or queries > LONGEST or keys > MOST_KEYS_BACKWARD:
         return False
@@ -94,12 +93,12 @@ def fits_backward(options: Options, query: tuple[int, ...], value: tuple[int, ..
 
 
 def traced_zero(n: Array) -> Array:
-    """0 for n >= 0: a constant slice may not reach beyond the last key, and no constant may enter `accumulate`."""
+    """Return a traced 0 for n >= 0: a constant slice may not exceed the last key, nor `accumulate` take constants."""
     return jnp.minimum(n, 0)
 
 
 def _vectors(options: Options) -> tuple[int, int]:
-    """Words of 4 bytes that the forward pass reads of each query and of each key: see `Vectors`."""
+    """Return the number of 4-byte words that the forward pass reads per query and per key; see `Vectors`."""
     dropout = bool(options.dropout_rate)
     return options.segments + 2 * dropout, options.segments + dropout
 
@@ -113,7 +112,7 @@ def forward(
     extra: Mapping[str, Array],
     out_dtype: Any = None,
 ) -> tuple[Array, Array]:
-    """The output [B, L, H, Dv] and lse [B, H, L]; the arguments as in `hopper_forward.forward`."""
+    """Compute the output [B, L, H, Dv] and lse [B, H, L]; the arguments are those of `hopper.forward.forward`."""
     out_dtype = out_dtype or query.dtype
     batch, queries, heads, size = query.shape
     keys, key_heads, value_size = value.shape[1:]
@@ -123,9 +122,9 @@ def forward(
     items = work(area, rows, columns, extra.get("query_segments"), extra.get("key_segments"), axis=1)
     tiles = -(-queries // rows)
     total = batch * heads * tiles
-    # Blocks of one computing warpgroup are small: a multiprocessor holds two.
+    # Blocks with a single consumer are small: a multiprocessor holds two.
     grid = min(total, MULTIPROCESSORS * (3 - w))
-    # With one stage, the turn of a warpgroup could wait for an item that waits for the warpgroup to free its place.
+    # With one stage, a warpgroup's turn could wait for an item that waits for the warpgroup to free its slot.
     takes_turns = w == 2 and stages > 1
     ring = Ring(stages)
 
@@ -143,7 +142,7 @@ def forward(
         count = lax.div(total - 1 - block, jnp.int32(grid)) + 1
 
         def item(n: Array) -> tuple[Array, Array, Array]:
-            """The batch's row, the head and the tile of queries of a block's item n."""
+            """Return the batch row, the head and the query tile of a block's item n."""
             index = block + n * grid
             rest, tile = lax.div(index, jnp.int32(tiles)), lax.rem(index, jnp.int32(tiles))
             return lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads)), tile
@@ -226,7 +225,7 @@ def forward(
             share = (1 / (1 - options.dropout_rate)) / jnp.where(empty, 1.0, weight)
             sums = sums * lax.broadcast_in_dim(share, sums.shape, [0])
             lse = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, weight)))
-            # The copy out of the last item has left shared memory before this one is written there.
+            # The copy of the last item must have left shared memory before this one is written there.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             scratch["out"].at[i][...] = sums.astype(out_dtype)
             scratch["lse"].at[i][...] = lse
@@ -273,7 +272,7 @@ def forward(
 
 
 def _gradient_buffers(rows: int) -> int:
-    """Two, where warpgroups read each other's part, so that one meeting a step is enough."""
+    """Return 2 if warpgroups read each other's part, so that one barrier per step is enough."""
     return 2 if rows > WARPGROUP_ROWS else 1
 
 
@@ -286,10 +285,10 @@ def backward(
     gradient: Array,
     extra: Mapping[str, Array],
 ) -> tuple[Array, Array, Array]:
-    """dq [B, L, H, D], dk [B, S, K, D] and dv [B, S, K, Dv]; the arguments as in `hopper_backward.query_gradient`.
+    """Compute dq [B, L, H, D], dk [B, S, K, D] and dv [B, S, K, Dv]; the arguments are those of `query_gradient`.
 
-    A warpgroup has 64 keys. It computes the gradients of their scores with each tile of 64 queries, adds to its dk and
-    dv, and leaves them in shared memory; there each warpgroup finds what it needs for dq of its own tile of queries.
+    A warpgroup holds 64 keys. For each tile of 64 queries it computes the gradients of their scores, accumulates dk and
+    dv, and stores the gradients in shared memory, from which each warpgroup computes dq of its own query tile.
     """
     batch, queries, heads, size = query.shape
     keys, key_heads, value_size = value.shape[1:]
@@ -317,12 +316,12 @@ def backward(
         count = lax.div(total - 1 - block, jnp.int32(grid)) + 1
 
         def item(n: Array) -> tuple[Array, Array]:
-            """The batch's row and the key head of a block's item n."""
+            """Return the batch row and the key head of a block's item n."""
             index = block + n * grid
             return lax.div(index, jnp.int32(key_heads)), lax.rem(index, jnp.int32(key_heads))
 
         def place_of(key_head: Array, step: Array) -> tuple[Array, Array]:
-            """The head and the first query of an item's step."""
+            """Return the head and the first query of an item's step."""
             return key_head * group + lax.div(step, jnp.int32(tiles)), lax.rem(step, jnp.int32(tiles)) * rows
 
         @pl.when(warpgroup < w)
@@ -374,7 +373,7 @@ def backward(
         mine = pl.ds(own * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
         def write(name: str, total: Array, target: Any) -> None:
-            """Out of registers to `target`, by way of this warpgroup's shared memory once that is free again."""
+            """Copy registers to `target` through this warpgroup's shared memory, once that is free again."""
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             scratch[name].at[own][...] = total.astype(query.dtype)
             plgpu.commit_smem()
@@ -409,7 +408,7 @@ def backward(
                 return totals
 
             def tile(i: Array, first: Array, slot: Array, buffer: Array, totals: tuple[Array, Array]) -> Any:
-                """Scores of this warpgroup's keys with the step's i-th tile of queries."""
+                """Compute the scores of this warpgroup's keys with the step's i-th query tile."""
                 side = Side(first, own * WARPGROUP_ROWS, tile_shape, 1)
                 part = pl.ds(i * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 every = loaded | {name: side.load_queries(scratch[name].at[slot, part]) for name in vectors.queries}

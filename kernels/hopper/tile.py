@@ -1,10 +1,10 @@
-"""What the Hopper kernels share: the static facts of a call, and the arithmetic of one tile of scores.
+"""Shared by the Hopper kernels: the static facts of a call, and the arithmetic of one score tile.
 
 A tile is a block of scores in the registers of one warpgroup, as `wgmma` leaves them. In the forward pass and for dq
 its rows are queries and its columns keys; for dk and dv it is transposed. `Side` says which: the vectors of the queries
-then run along `axis` 0 or 1, and those of the keys along the other.
+run along `axis` 0 or 1, those of the keys along the other.
 
-Scores are kept as base-2 logarithms (`exp2` is the hardware's own exponential): `scale`, and the bias, carry log2(e).
+Scores are base-2 logarithms (`exp2` is the hardware's native exponential): `scale` and the bias include log2(e).
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from ..hash import _M1, _M2, threshold
 LOG2E = math.log2(math.e)
 LOWEST = float(np.finfo(np.float32).min)
 WARPGROUP_ROWS = 64
-"""Rows of one `wgmma`, and of every warpgroup's tile."""
+"""Rows of one `wgmma`, and thus of every warpgroup's tile."""
 
 MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM): the size of a persistent grid. Another number of them costs balance, never correctness."""
+"""Multiprocessors of an H100 or H200 (SXM): the size of a persistent grid. It affects load balance, not correctness."""
 
 SHARED_MEMORY = 227 * 1024 - 4096
-"""Bytes of shared memory that a block may have, less what barriers and alignment take."""
+"""Bytes of shared memory available to a block, minus barriers and alignment."""
 
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("hopper_mode", default=None)
 
 
 @contextlib.contextmanager
 def interpreting(*, detect_races: bool = True) -> Iterator[None]:
-    """Within it the kernels run on the CPU, in Pallas's GPU interpreter, for tests: slow, and with races found.
+    """Run the kernels on the CPU within the context, in Pallas' GPU interpreter, which detects races. Slow; for tests.
 
-    It applies to what is traced within: a function that jit has already traced for the same shapes stays as it is. The
-    interpreter blocks a thread of XLA's pool for each warpgroup that waits: with fewer than four of them it may hang
-    (`JAX_NUM_CPU_DEVICES=8` makes the pool large enough anywhere).
+    It applies to functions traced within the context; one that jit has already traced for the same shapes is
+    unaffected. The interpreter blocks a thread of XLA's pool for each waiting warpgroup: with fewer than four threads
+    it may hang (`JAX_NUM_CPU_DEVICES=8` makes the pool large enough everywhere).
     """
     token = _mode.set("interpret")
     try:
@@ -57,7 +57,7 @@ def interpreting(*, detect_races: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Within it the backend supports calls on machines without a GPU too: for compiling ahead of time for one."""
+    """Let this backend accept calls on machines without a GPU, within the context, to compile ahead of time for one."""
     token = _mode.set("compile")
     try:
         yield
@@ -66,18 +66,18 @@ def compiling() -> Iterator[None]:
 
 
 def mode() -> str | None:
-    """ "interpret" or "compile" within `interpreting` or `compiling`, else None."""
+    """Return "interpret" or "compile" within `interpreting` or `compiling`, else None."""
     return _mode.get()
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tile sizes of one kernel. What a tuner may vary; `hopper.blocks_for` is the rule.
+    """Tile sizes of one kernel, which tuning may vary; `backend.blocks_for` gives the defaults.
 
     Attributes:
-      warpgroups: computing warpgroups of a block, each with 64 rows of its own.
-      columns: keys (forward, dq, the bias's gradient) or queries (dk and dv) of a step; a multiple of 64.
-      stages: how many steps are held in shared memory at once.
+      warpgroups: consumer warpgroups of a block, each with 64 rows of its own.
+      columns: keys (forward, dq, gradient of the bias) or queries (dk and dv) per step; a multiple of 64.
+      stages: number of steps held in shared memory at once.
     """
 
     warpgroups: int
@@ -95,7 +95,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static in a call, besides shapes and dtypes. Hashable: it keys the compiled kernels."""
+    """Static facts of a call, besides shapes and dtypes. Hashable: it is part of the key of compiled kernels."""
 
     left: int | None
     right: int | None
@@ -112,16 +112,16 @@ class Options:
 
     @property
     def simple(self) -> bool:
-        """Whether a score is its product times a positive number, so that the maximum can be taken before scaling."""
+        """Whether a score is its product times a positive number, so that the maximum can be found before scaling."""
         return self.bias is None and self.softcap is None and self.scale > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """Where a tile lies: its first query and key (traced), its shape, and which axis the queries run along.
+    """Position of a tile: its first query and key (traced), its shape, and the axis that the queries run along.
 
-    `sums_over_keys`: whether anything is summed over its keys, so that those beyond the last must weigh nothing. Where
-    they are rows of dk and dv alone, they are never stored.
+    `sums_over_keys` says that something is summed over the tile's keys, so that those beyond the last must have weight
+    0. Keys that are only rows of dk and dv need no masking: rows beyond the last are never stored.
     """
 
     query: Any
@@ -143,19 +143,19 @@ class Side:
         return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(self.axis))
 
     def places(self, axis: int) -> Array:
-        """Where each query (`axis` of the queries) or key of the tile lies in it: a vector."""
+        """Return the index, within the tile, of each query (if `axis` is that of the queries) or key: a vector."""
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
         return plgpu.broadcasted_iota(jnp.int32, (self.shape[axis],), 0, layout=layout)
 
 
 def zeros(shape: tuple[int, ...], axis: int | None = None, fill: float = 0.0) -> Array:
-    """A float32 array in a warpgroup's registers: laid out as `wgmma` does, or a vector along `axis` of such a tile."""
+    """Create a float32 array in registers, in `wgmma`'s layout, or a vector along `axis` of such a tile."""
     layout = plgpu.Layout.WGMMA if axis is None else plgpu.Layout.WGMMA.reduce(1 - axis)
     return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
 
 def product(*pairs: tuple[Any, Any], then: Callable[[], None] | None = None) -> Array:
-    """The sum of all a @ b, both in shared memory, float32; `then` runs once it is issued, before it is awaited."""
+    """Sum all a @ b, both in shared memory, in float32; `then` runs once they are issued, before they are awaited."""
 
     def body(accumulator: Any) -> Array:
         for a, b in pairs:
@@ -171,11 +171,11 @@ def product(*pairs: tuple[Any, Any], then: Callable[[], None] | None = None) -> 
 def accumulate(
     options: Options, sums: Sequence[tuple[Array, Callable[[], Array], Any]], then: Callable[[], None] | None = None
 ) -> list[Array]:
-    """[c + a() @ b for each (c, a, b)], with a() in registers and b in shared memory.
+    """Compute [c + a() @ b for each (c, a, b)], with a() in registers and b in shared memory.
 
-    All are issued, one after the other, before any is awaited: what `a` computes overlaps with the products before it,
-    and what `then` does with all of them. The interpreter knows neither accumulators with a first value nor `wgmma`
-    from registers: there, plain products.
+    All products are issued, one after the other, before any is awaited: `a` overlaps with the products before it, and
+    `then` with all of them. The interpreter supports neither accumulators with an initial value nor `wgmma` from
+    registers, so it computes plain products.
     """
     if options.interpret:
         out = [c + jnp.dot(a(), b[...], preferred_element_type=jnp.float32) for c, a, b in sums]
@@ -195,7 +195,7 @@ def accumulate(
 
 
 def two_products(pairs: Sequence[tuple[Any, Any]], between: Callable[[Array], Any]) -> tuple[Any, Array]:
-    """`between(first product)` and the second product, which is computed meanwhile. All operands in shared memory."""
+    """Return `between(first product)` and the second product, computed concurrently. All operands in shared memory."""
 
     def body(first: Any, second: Any) -> tuple[Any, Array]:
         for accumulator, (a, b) in zip((first, second), pairs, strict=True):
@@ -208,18 +208,19 @@ def two_products(pairs: Sequence[tuple[Any, Any]], between: Callable[[Array], An
 
 
 def release() -> None:
-    """Order what this warpgroup has loaded from shared memory before the copies that will overwrite it.
+    """Order this warpgroup's loads from shared memory before the copies that will overwrite it.
 
-    Loads go by the generic proxy, the copy engine writes by the asynchronous one; a barrier alone does not order the
-    two. (What only `wgmma` has read needs no fence.)
+    Loads use the generic proxy, the copy engine the asynchronous one; a barrier alone does not order the two. (Memory
+    that only `wgmma` has read needs no fence.)
     """
     plgpu.commit_smem()
 
 
 def toeplitz_tile(options: Options, row: Any, side: Side) -> Array:
-    """The tile of a Toeplitz row's part in shared memory: element (query, key) is `row[key - query + queries - 1]`.
+    """Build a tile from a Toeplitz row's part in shared memory: element (query, key) is `row[key - query + queries -
+    1]`.
 
-    `row` holds the queries + keys - 1 distances of the tile, at least.
+    `row` holds at least the queries + keys - 1 distances of the tile.
     """
     first = side.shape[side.axis] - 1
     if options.interpret:
@@ -249,10 +250,10 @@ def toeplitz_tile(options: Options, row: Any, side: Side) -> Array:
 
 
 def logits(options: Options, products: Array, bias: Array | None) -> Array:
-    """Products of queries and keys as scores, in units of log2: scaled, biased, capped, not yet masked."""
+    """Turn products of queries and keys into scores in units of log2: scaled, biased, capped, not yet masked."""
     if options.softcap is None:
         scores = products * (options.scale * LOG2E)
-        # The bias arrives in units of log2 already.
+        # The bias is already in units of log2.
         return scores if bias is None else scores + bias
     scores = products * (options.scale / options.softcap)
     scores = scores if bias is None else scores + bias * (1 / (options.softcap * LOG2E))
@@ -260,21 +261,21 @@ def logits(options: Options, products: Array, bias: Array | None) -> Array:
 
 
 def tanh(x: Array) -> Array:
-    """tanh(x). From `exp2`, whose error is 2**-22; the hardware's own tanh has 2**-11, too coarse beneath a softcap."""
+    """Compute tanh(x) by `exp2`, with an error of 2**-22; the hardware's tanh has 2**-11, too coarse for a softcap."""
     return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2 * LOG2E)))
 
 
 def masked(
     options: Options, scores: Array, side: Side, keys: int, query_segments: Array | None, key_segments: Array | None
 ) -> Array:
-    """Scores with -inf where a query may not attend to a key. `keys`: how many there are in all."""
+    """Set scores to -inf where a query may not attend to a key. `keys` is the total number of keys, S."""
     keep: Array | None = None
 
     def both(a: Array | None, b: Array) -> Array:
         return b if a is None else a & b
 
     if options.left is not None or options.right is not None:
-        # Bounds of each query against places of keys: a thread keeps a few of both, not a distance an element.
+        # Compare each query's bounds with key indices: a thread keeps a few of both, not one distance per element.
         place = side.along_keys(side.places(1 - side.axis))
         own = side.places(side.axis) + (side.query - side.key)
         if options.left is not None:
@@ -284,7 +285,7 @@ def masked(
     if options.segments:
         assert query_segments is not None
         assert key_segments is not None
-        # Padding differs from everything, and so do the places beyond the last key: see `pad_ids`.
+        # Padding equals nothing, nor do positions beyond the last key; see `pad_ids`.
         keep = both(keep, side.along_queries(query_segments) == side.along_keys(key_segments))
     elif side.sums_over_keys and keys % side.shape[1 - side.axis]:
         keep = both(keep, side.along_keys(side.places(1 - side.axis)) < keys - side.key)
@@ -292,7 +293,7 @@ def masked(
 
 
 def can_mask(options: Options, keys: int, side: Side) -> bool:
-    """Whether any tile of this shape needs mask code at all."""
+    """Tell whether any tile of this shape needs mask code at all."""
     limited = options.left is not None or options.right is not None or options.segments
     return limited or (side.sums_over_keys and keys % side.shape[1 - side.axis] != 0)
 
@@ -305,7 +306,7 @@ def mask_unless(
     keys: int,
     vectors: Mapping[str, Array],
 ) -> Array:
-    """`masked`, where the tile is not known to be whole."""
+    """Apply `masked` unless the tile is known to be unmasked."""
     if not can_mask(options, keys, side):
         return scores
     ids = vectors.get("query_segments"), vectors.get("key_segments")
@@ -321,7 +322,7 @@ def recomputed(
     keys: int,
     vectors: Mapping[str, Array],
 ) -> tuple[Array, Array | None]:
-    """The backward pass's weights, and what the softcap multiplies the scores' gradient with.
+    """Recompute the weights in the backward pass, and the softcap's factor of the scores' gradient.
 
     `vectors["lse"]` is in units of log2, and +inf where a row is empty or there is none.
     """
@@ -347,9 +348,9 @@ def score_gradient(
     keys: int,
     vectors: Mapping[str, Array],
 ) -> Array:
-    """The gradient of the scores (in natural units, biased), from that of the weights that met the values.
+    """Compute the gradient of the biased scores (in natural units) from that of the weights after dropout.
 
-    What is not attended to may be so large that its weight's gradient is infinite or not a number: 0 times that is 0.
+    Keys that are not attended to may be so large that the gradient of their weight is infinite or NaN; the result is 0.
     """
     if options.dropout_rate:
         keep = kept(options, side, vectors["a"], vectors["b"], vectors["g"])
@@ -362,14 +363,14 @@ def score_gradient(
 
 
 def kept(options: Options, side: Side, a: Array, b: Array, g: Array) -> Array:
-    """Which elements dropout keeps: `hash.keep`, on a tile."""
+    """Return which elements dropout keeps: `hash.keep` on a tile."""
     x = (side.along_keys(g) ^ side.along_queries(a)) * _M1 + side.along_queries(b)
     x = (x ^ (x >> np.uint32(16))) * _M2
     return x >= np.uint32(threshold(options.dropout_rate))
 
 
 def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
-    """The shared-memory tiling and swizzle of a matrix with so many columns."""
+    """Return the shared-memory tiling and swizzle of a matrix with `columns` columns."""
     size = jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if columns * size % s == 0)
     tiling: Any = plgpu.TilingTransform
@@ -378,7 +379,7 @@ def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
 
 
 def matrix(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices that `wgmma` and the copy engine both read."""
+    """Describe shared memory for a matrix that both `wgmma` and the copy engine access."""
     return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
 
 

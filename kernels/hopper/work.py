@@ -1,4 +1,4 @@
-"""How the Hopper kernels' work is cut: which tiles each block computes, and the ring that brings them."""
+"""Work of the Hopper kernels: which tiles each block computes, and the ring buffer that delivers them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import blocks
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One block's tiles: from `first` to before `stop`. Those from `clear` to before `clear_stop` need no mask."""
+    """Tiles of one block: [first, stop). Those in [clear, clear_stop) need no mask."""
 
     first: Any
     stop: Any
@@ -29,7 +29,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """All blocks' tiles: `ranges`, int32 [1 or B, blocks, 4], or None where `all` holds for every block."""
+    """Tiles of all blocks: `ranges`, int32 [1 or B, blocks, 4], or None if `all` holds for every block."""
 
     ranges: Array | None
     all: Work
@@ -50,11 +50,11 @@ def work(
     *,
     axis: int,
 ) -> Items:
-    """The tiles of `queries` x `keys` that each block of queries (axis 1) or of keys (axis 2) has to compute."""
+    """Return the tiles of `queries` x `keys` that each block of queries (axis 1) or of keys (axis 2) must compute."""
     query_blocks, key_blocks = -(-area.queries // queries), -(-area.keys // keys)
     along = key_blocks if axis == 1 else query_blocks
     if area.left is None and area.right is None and query_segments is None:
-        # Places beyond the last query are harmless: `whole` asks after keys alone.
+        # Positions beyond the last query are harmless, so `whole` checks only keys.
         whole = area.keys // keys if axis == 1 else along
         if axis == 1 or area.keys % keys == 0:
             return Items(None, Work(0, along, 0, whole))
@@ -73,7 +73,7 @@ def work(
     place = jnp.arange(clear.shape[other], dtype=jnp.int32)
     place = place.reshape([-1 if a == other else 1 for a in range(3)])
     begin = jnp.min(jnp.where(clear, place, along), axis=other, keepdims=True)
-    # Only the first run of clear tiles: an exact statement, whatever the order of the segments.
+    # Only the first run of unmasked tiles, which is exact whatever the order of the segments.
     end = jnp.min(jnp.where(~clear & (place > begin), place, along), axis=other, keepdims=True)
     begin, end = jnp.squeeze(begin, other), jnp.squeeze(end, other)
     return Items(jnp.stack([first, stop, begin, end], axis=-1), Work(0, 0, 0, 0))
@@ -81,7 +81,7 @@ def work(
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Shared memory for `stages` steps, used in turn by all the steps of a block. A stage's barrier has its number."""
+    """Ring buffer in shared memory for `stages` steps. A stage's barrier has the stage's number."""
 
     stages: int
 
@@ -89,14 +89,14 @@ class Ring:
         return lax.rem(jnp.asarray(step, jnp.int32), jnp.int32(self.stages))
 
     def wait_free(self, barriers: Any, step: Array) -> None:
-        """Wait until the step that last used this one's slot has been read. (The first steps find theirs unused.)"""
+        """Wait until the step that last used this step's slot has been read. (The first steps find theirs unused.)"""
 
         @pl.when(step >= self.stages)
         def _() -> None:
             plgpu.barrier_wait(barriers.at[self.slot(step)])
 
     def drain(self, steps: Array, *barriers: Any) -> None:
-        """Wait until the last steps have been read, so that no barrier is left half-way."""
+        """Wait until the last steps have been read, so that no barrier is left incomplete."""
 
         def one(step: Array, _: None) -> None:
             for barrier in barriers:
@@ -106,25 +106,25 @@ class Ring:
 
 
 QUERY_PADDING, KEY_PADDING = np.iinfo(np.int32).min, np.iinfo(np.int32).min + 1
-"""The ids of padding (id 0) within the kernels: no query's equals any key's, so that equality is all they ask."""
+"""Ids of padding (id 0) within the kernels: no query's equals any key's, so that testing equality is enough."""
 
 
 def pad_ids(ids: Array, multiple: int, padding: int) -> Array:
-    """Segment ids with `padding` for 0, and beyond the end, up to a multiple of a block."""
+    """Replace segment id 0 by `padding`, and append `padding` up to a multiple of `multiple`."""
     ids = jnp.where(ids == 0, padding, ids)
     return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % multiple)), constant_values=padding)
 
 
 def pad_words(words: Array, multiple: int) -> Array:
-    """Vectors of the queries [B, H, L], up to a multiple of a block."""
+    """Pad vectors of the queries [B, H, L] to a multiple of `multiple`."""
     return jnp.pad(words, ((0, 0), (0, 0), (0, -words.shape[2] % multiple)))
 
 
 def pad_row(row: Array, rows: int, columns: int) -> Array:
-    """A Toeplitz row with room for tiles that reach beyond both ends: distance d at `d + queries - 1 + rows`.
+    """Pad a Toeplitz row for tiles that extend beyond both ends: distance d is at `d + queries - 1 + rows`.
 
-    The part for the tile at (query, key) then starts at `key - query + queries`, and element (i, j) of it lies
-    `j - i + rows - 1` further on.
+    The part for the tile at (query, key) starts at `key - query + queries`, and its element (i, j) is `j - i + rows -
+    1` further on.
     """
     length = row.shape[1] + rows + columns
     return jnp.pad(row, ((0, 0), (rows, columns + (-length) % 4)))

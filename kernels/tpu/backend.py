@@ -1,11 +1,11 @@
-"""The TPU backend: attention in Pallas kernels, forward and backward, split over a mesh without gathering anything.
+"""TPU backend: Pallas attention kernels, forward and backward, partitioned over a mesh without any gather.
 
-Rows of up to 256 tokens take the kernels of `tpu_short`, longer ones those of `tpu_long`. The latter read queries, keys
-and values with the heads before the tokens; XLA folds that transposition into the projections around the call where it
-can. Lengths need not be multiples of anything: the last block is masked, not padded.
+Rows of up to 256 tokens use the kernels in `short.py`, longer rows those in `long.py`. The latter take queries, keys
+and values with the head axis before the token axis; XLA fuses that transposition into the surrounding projections where
+it can. Lengths need not be multiples of the block size: the last block is masked, not padded.
 
 float16 is computed in float32: the matrix unit has no float16, and bfloat16 would lose three bits. Dropout costs 7
-integer operations an element and pass (`hash`), 2 of them multiplications; the bits are never stored.
+integer operations per element and pass (`hash`), 2 of them multiplications; the bits are never stored.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ LARGEST_HEAD = 256
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the kernels cut a call; what tuning varies. It changes speed and the order of sums, never the meaning.
+    """Block sizes of the kernels, which tuning varies. They affect speed and summation order, not the result's meaning.
 
     Attributes:
-      forward, query, key_value: of the long rows' kernels: forward, the gradient of the queries, and those of keys and
-        values. Each `chunk` is of the side that streams: keys, keys, queries.
-      key_heads: the most key heads a step of the short rows' kernels; 0 to use the others instead.
+      forward: tiling of the long-row forward kernel; its `chunk` counts keys.
+      query: tiling of the long-row kernel for the query gradient; its `chunk` counts keys.
+      key_value: tiling of the long-row kernel for the key and value gradients; its `chunk` counts queries.
+      key_heads: maximum number of key heads per step of the short-row kernels; 0 selects the long-row kernels.
     """
 
     forward: Tiling
@@ -55,17 +56,17 @@ class Blocks:
 
 
 def choose_blocks(call: Call) -> Blocks:
-    """Blocks that are reasonable on every chip, from the shapes alone.
+    """Return block sizes that are reasonable on every chip, from the shapes alone.
 
-    They keep a step within about 12 of the 16 MiB of fast memory that the oldest chip has: twice a chunk of each
-    operand that streams (one is fetched while the other is used), and some six copies of a tile of scores.
+    A step needs about 12 of the 16 MiB of VMEM that the oldest chip has: two chunks of each streamed operand (one is
+    fetched while the other is used) and about six copies of a score tile.
     """
     length, heads, size = call.query.shape[1:]
     key_length, key_heads, v_size = call.value.shape[1:]
     group = heads // key_heads
     width = 2 if call.query.dtype == jnp.bfloat16 else 4
     lanes = ceil_to(size, LANES) + ceil_to(v_size, LANES)
-    # Smaller tiles follow the segments more closely; larger ones do more work for each load of the matrix unit.
+    # Smaller tiles follow the segments more closely; larger tiles do more work per load of the matrix unit.
     small = call.query_segment_ids is not None or width * lanes > 1024
     most = 256 if small else 512
 
@@ -80,7 +81,7 @@ def choose_blocks(call: Call) -> Blocks:
         return tile * max(1, min(-(-length // tile), 2 * 2**20 // bytes_per_token // tile))
 
     q, k, half_q = tile(length, most), tile(key_length, most), tile(length, 256)
-    # Seven operands and gradients of a head, each twice.
+    # Seven operands and gradients per head, double-buffered.
     bytes_per_head = 7 * width * lanes * ceil_to(max(length, key_length), LANES)
     return Blocks(
         forward=Tiling(q, k, chunk(key_length, k, q)),
@@ -101,13 +102,14 @@ _mode: contextvars.ContextVar[_Mode | None] = contextvars.ContextVar("tpu_mode",
 
 @contextlib.contextmanager
 def interpreting(params: pltpu.InterpretParams | bool | None = None) -> Iterator[None]:
-    """Within it this backend runs on any device, in one of Pallas' interpreters: slow, for tests.
+    """Run this backend on any device, in one of Pallas' interpreters, within the context. Slow; for tests.
+
+    It applies to functions traced within the context; one that jit has already traced for the same shapes is
+    unaffected.
 
     Args:
-      params: of the TPU interpreter, by default with its race detector on; True for Pallas' plain interpreter, which
-        knows no races.
-
-    It applies to what is traced within: a function that jit has already traced for the same shapes stays as it is.
+      params: parameters of the TPU interpreter (default: with its race detector on), or True for Pallas' plain
+        interpreter, which does not detect races.
     """
     params = pltpu.InterpretParams(detect_races=True) if params is None else params
     token = _mode.set(_Mode(params))
@@ -119,7 +121,7 @@ def interpreting(params: pltpu.InterpretParams | bool | None = None) -> Iterator
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Within it this backend supports calls on machines without a TPU too: for compiling ahead of time for one."""
+    """Let this backend accept calls on machines without a TPU, within the context, to compile ahead of time for one."""
     token = _mode.set(_Mode(False))
     try:
         yield
@@ -140,7 +142,7 @@ def supports(call: Call) -> str | None:
 
 
 def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
-    """See `Backend`; `blocks` instead of the table's row or, where it has none, of what `choose_blocks` takes."""
+    """See `Backend`. `blocks` overrides the tuning table and, where it has no row, `choose_blocks`."""
     if blocks is None and _mode.get() is None:
         blocks = tuned(call, Blocks)
     mode = _mode.get() or _Mode(False)
@@ -162,7 +164,7 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
     )
     words = None
     if call.dropout_seeds is not None:
-        # Made here for all heads of all rows, so that a device with some of the heads has their words.
+        # Computed here for all heads of all rows, so that a device that holds some of the heads gets their words.
         seeds = call.dropout_seeds
         words = fold(seeds[:, 0, None], seeds[:, 1, None], jnp.arange(heads, dtype=jnp.uint32)[None, :])
         words = jnp.stack(words, axis=-1)
@@ -188,7 +190,7 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """All that is known of a call when tracing."""
+    """Everything about a call that is static while tracing."""
 
     meaning: Meaning
     blocks: Blocks
@@ -211,7 +213,7 @@ def _attention_backward(plan: _Plan, saved: Any, gradients: tuple[Array, Array])
     out_gradient, lse_gradient = gradients
     delta = jnp.sum(out_gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     delta = jnp.moveaxis(delta, 1, 2) - lse_gradient
-    # A query without a key has a constant lse: whatever gradient comes for it goes nowhere, even NaN.
+    # The lse of a query without keys is constant: any gradient that arrives for it is discarded, even NaN.
     delta = jnp.where(lse == -jnp.inf, 0, delta)
     cotangents = Cotangents(out_gradient, lse, delta)
     query, key, value, row = _split(plan, "backward", operands, cotangents)
@@ -224,7 +226,7 @@ def _attention_backward(plan: _Plan, saved: Any, gradients: tuple[Array, Array])
             key_ids=None,
             words=None,
             row=None if row is None else jnp.sum(row, axis=0),
-            # Apart from the rest, so that it is left out where nobody asks for it.
+            # Computed separately, so that it is eliminated as dead code where the gradient is not used.
             dense=None if operands.dense is None else _split(plan, "dense", operands, cotangents),
         ),
     )
@@ -234,7 +236,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _compute(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents | None = None) -> Any:
-    """What one device does of "forward", "backward" or "dense" (the gradient of a dense bias)."""
+    """Run one device's part of the pass `what`: "forward", "backward" or "dense" (the gradient of a dense bias)."""
     meaning, blocks, interpret = plan.meaning, plan.blocks, plan.interpret
     key_heads = tpu_short.heads_a_step(operands, blocks.key_heads)
     if key_heads and what == "forward":
@@ -260,7 +262,7 @@ def _compute(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents 
 
 
 def _split(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents | None = None) -> Any:
-    """`_compute`, each device of a mesh computing the rows and heads that it holds."""
+    """Run `_compute` on each device of the mesh, for the rows and heads that it holds."""
     split = plan.split
     if split is None:
         return _compute(plan, what, operands, cotangents)
@@ -285,7 +287,7 @@ def _split(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents | 
         Operands(*map(spec, operands._fields, operands)),
         None if cotangents is None else Cotangents(*map(spec, cotangents._fields, cotangents)),
     )
-    if AxisType.Explicit in split.mesh.axis_types:  # Small arrays made for all heads are cut here.
+    if AxisType.Explicit in split.mesh.axis_types:  # Small arrays made for all heads are partitioned here.
         operands, cotangents = jax.tree.map(
             lambda x, place: jax.reshard(x, NamedSharding(split.mesh, place)), (operands, cotangents), specs
         )
@@ -305,7 +307,7 @@ _RESULTS = {
     "dense": ("dense",),
 }
 
-# Dimension by dimension: b for rows of the batch, h for heads, a point for what is never split.
+# One letter per dimension: b for batch rows, h for heads, a dot for a dimension that is never partitioned.
 _AXES = {
     "query": "b.h.",
     "key": "b.h.",

@@ -1,7 +1,4 @@
-"""What the TPU kernels for long rows share: which tiles a step visits, and which blocks it fetches.
-
-See `tpu_long` for the idea.
-"""
+"""Shared by the TPU kernels for long rows: which tiles a step visits, and which blocks it fetches (see `long.py`)."""
 
 from __future__ import annotations
 
@@ -29,11 +26,12 @@ from .tile import (
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a kernel cuts the scores. All are multiples of 128.
+    """Tile and chunk sizes of one kernel, in tokens. All are multiples of 128.
 
     Attributes:
-      queries, keys: a tile.
-      chunk: how many tokens of the side that streams are fetched at once; a multiple of its tile.
+      queries: queries per tile.
+      keys: keys per tile.
+      chunk: tokens of the streamed side that are fetched at once; a multiple of that side's tile size.
     """
 
     queries: int
@@ -42,7 +40,7 @@ class Tiling:
 
 
 class Scalars:
-    """Small integers that the scalar unit reads, and the index maps: several arrays [B, n] in one."""
+    """Small integers read by the scalar unit and the index maps: several arrays [B, n] packed into one."""
 
     def __init__(self, **parts: Array) -> None:
         self._widths: dict[str, int] = {}
@@ -64,7 +62,10 @@ class Scalars:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What the kernels of one call share: sizes, scalars, and which tiles are needed."""
+    """State shared by the kernels of one call: sizes, scalars, and which tiles are needed.
+
+    `by_keys` says that a kernel holds keys and streams queries, instead of the other way round.
+    """
 
     meaning: Meaning
     tiling: Tiling
@@ -74,12 +75,12 @@ class Frame:
 
     @property
     def streamed(self) -> int:
-        """The size, in tokens, of a tile along the side that streams."""
+        """Size of a tile along the streamed side, in tokens."""
         return self.tiling.queries if self.by_keys else self.tiling.keys
 
     @property
     def tiles(self) -> int:
-        """How many tiles a chunk has."""
+        """Number of tiles per chunk."""
         return self.tiling.chunk // self.streamed
 
     @property
@@ -88,11 +89,11 @@ class Frame:
         return pl.cdiv(length, self.tiling.chunk)
 
     def bounds(self, ref: Any, b: Any, block: Any) -> tuple[Any, Any]:
-        """Between which tiles of the streaming side a block of the other side has work."""
+        """Return (first, stop), the tiles of the streamed side between which a block of the other side has work."""
         return self.scalars.read(ref, "first", b, block), self.scalars.read(ref, "stop", b, block)
 
     def chunk(self, ref: Any, b: Any, block: Any, c: Any) -> Any:
-        """Which chunk to hold in step c: c itself, or the nearest one with work, so that no other is fetched."""
+        """Return the chunk to hold in step c: c itself, or the nearest one with work, so that no other is fetched."""
         first, stop = self.bounds(ref, b, block)
         return jnp.clip(c, lax.div(first, self.tiles), lax.div(jnp.maximum(stop - 1, 0), self.tiles))
 
@@ -100,9 +101,9 @@ class Frame:
         return tuple(self.scalars.read(ref, "words", b, 2 * h + part).astype(jnp.uint32) for part in (0, 1))
 
     def walk(self, ref: Any, b: Any, block: Any, c: Any, tile: Callable[[Any, Any, bool], None]) -> None:
-        """Calls `tile(token, offset, masked)` for every needed tile of chunk c.
+        """Call `tile(token, offset, masked)` for every needed tile of chunk c.
 
-        `token` is its first token of the streaming side, `offset` where in the chunk that is.
+        `token` is the tile's first token of the streamed side, `offset` its position in the chunk.
         """
         first, stop = self.bounds(ref, b, block)
         area, tiling = self.meaning.area, self.tiling
@@ -120,7 +121,7 @@ class Frame:
         lax.fori_loop(jnp.maximum(first, c * self.tiles), jnp.minimum(stop, (c + 1) * self.tiles), step, None)
 
     def at(self, ref: Any, b: Any, i: Any, j: Any, tile: Callable[[bool], None]) -> None:
-        """Calls `tile(masked)` if tile (i, j) is needed."""
+        """Call `tile(masked)` if tile (i, j) is needed."""
         tiling = self.tiling
         ids = (self._ids(ref, "query", b, i), self._ids(ref, "key", b, j))
         where = (self.meaning.area, i * tiling.queries, tiling.queries, j * tiling.keys, tiling.keys, *ids)
@@ -133,7 +134,7 @@ class Frame:
 
 
 def _branch(needed: Any, whole: Any, tile: Callable[[bool], None]) -> None:
-    """The tile's code with the mask, without it, or neither, chosen when running; only those that can happen."""
+    """Emit the tile's code with and without the mask, selected at run time; a case that cannot occur is left out."""
     if needed is True:
         if whole is True:
             tile(False)
@@ -163,7 +164,7 @@ def make_frame(operands: Operands, meaning: Meaning, tiling: Tiling, *, by_keys:
 
 
 class Inputs(NamedTuple):
-    """The inputs of a kernel as it sees them, or their block specs."""
+    """Inputs of a kernel, or their block specs."""
 
     query: Any
     key: Any
@@ -180,7 +181,7 @@ class Inputs(NamedTuple):
 def inputs_by_queries(
     operands: Operands, cotangents: Cotangents | None, frame: Frame
 ) -> tuple[Inputs, Inputs, tuple[int, ...]]:
-    """Arrays, block specs and grid of a kernel that holds queries and streams keys: (B, H, blocks, chunks)."""
+    """Return arrays, block specs and grid (B, H, blocks, chunks) of a kernel that holds queries and streams keys."""
     tiling, area = frame.tiling, frame.meaning.area
     b, heads, _, size = operands.query.shape
     group = heads // operands.key.shape[1]
@@ -235,14 +236,17 @@ def inputs_by_queries(
 
 
 def inputs_by_keys(operands: Operands, cotangents: Cotangents, frame: Frame) -> tuple[Inputs, Inputs, tuple[int, ...]]:
-    """Likewise for a kernel that holds keys and streams queries: (B, K, blocks, heads of the group, chunks)."""
+    """Return arrays, block specs and grid of a kernel that holds keys and streams queries.
+
+    The grid is (B, K, blocks, query heads per key head, chunks).
+    """
     tiling, area = frame.tiling, frame.meaning.area
     b, k_heads, _, size = operands.key.shape
     group = operands.query.shape[1] // k_heads
     v_size = operands.value.shape[3]
     q_padded, k_padded = ceil_to(area.queries, tiling.chunk), ceil_to(area.keys, tiling.keys)
     row = operands.row
-    if row is not None:  # Keys go down here, so the row is read backwards.
+    if row is not None:  # Keys run along dimension 0 here, so the row is reversed.
         row = pad_row(row[:, ::-1], area.keys, area.queries, k_padded, q_padded)
 
     def held(lanes: int) -> pl.BlockSpec:

@@ -1,12 +1,12 @@
 """TPU kernels for rows of any length: forward, the gradients of queries, of keys and values, and of a dense bias.
 
-Each step of the grid holds one block of queries (or keys, for their gradients) and a long *chunk* of the other side,
-and walks over the tiles of the chunk in a loop whose bounds come from the segments, the window and causality. So a tile
-that is not needed costs nothing, or a few scalar instructions where it lies between needed ones; a chunk that is not
-needed is not fetched either, since the index maps repeat the nearest needed one. A row up to the size of a chunk is
-fetched once for all blocks of the other side.
+Each grid step holds one block of queries (or keys, for their gradients) and a long *chunk* of the other side, and loops
+over the tiles of the chunk between bounds that come from the segments, the window and causality. A masked tile
+therefore costs nothing, or a few scalar instructions where it lies between needed tiles; a chunk without needed tiles
+is not fetched, since the index maps repeat the nearest chunk that has some. A row no longer than a chunk is fetched
+once for all blocks of the other side.
 
-Nothing here adds up across steps in an order that the hardware chooses: runs repeat bit for bit.
+No sum across steps depends on an order that the hardware chooses: results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .tile import (
 
 
 def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any) -> tuple[Array, Array]:
-    """The output [B, H, L, Dv] in the query's dtype, and lse [B, H, L]."""
+    """Compute the output [B, H, L, Dv] in the query's dtype, and lse [B, H, L]."""
     frame = make_frame(operands, meaning, tiling, by_keys=False)
     arrays, specs, grid = inputs_by_queries(operands, None, frame)
     area, v_size = meaning.area, operands.value.shape[3]
@@ -126,7 +126,7 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
 def _bias_by_queries(
     meaning: Meaning, tiling: Tiling, x: Inputs, query_start: Any, key_start: Any, offset: Any
 ) -> Array | None:
-    """The bias of a tile with the queries down."""
+    """Return the bias of a tile whose queries run along dimension 0."""
     if meaning.bias == "row":
         start = row_part(query_start, key_start, tiling.queries, ceil_to(meaning.area.queries, tiling.queries))
         return skew(x.row[:, pl.ds(start, tiling.queries + tiling.keys)], tiling.queries, tiling.keys)
@@ -138,7 +138,8 @@ def _bias_by_queries(
 def query_gradient(
     operands: Operands, cotangents: Cotangents, meaning: Meaning, tiling: Tiling, interpret: Any
 ) -> tuple[Array, Array | None]:
-    """The gradients of the queries [B, H, L, D] and, where there is one, of the Toeplitz row of each (row, head).
+    """Compute the gradient of the queries [B, H, L, D] and, where there is one, of the Toeplitz row of each (row,
+    head).
 
     The latter is float32 [B, H, L+S-1].
     """
@@ -215,7 +216,7 @@ def query_gradient(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            # The row's gradient adds up over the blocks of queries.
+            # The row's gradient accumulates over the query blocks.
             dimension_semantics=(
                 "parallel",
                 "parallel",
@@ -235,7 +236,7 @@ def query_gradient(
 def key_value_gradients(
     operands: Operands, cotangents: Cotangents, meaning: Meaning, tiling: Tiling, interpret: Any
 ) -> tuple[Array, Array]:
-    """The gradients of the keys [B, K, S, D] and of the values [B, K, S, Dv]."""
+    """Compute the gradients of the keys [B, K, S, D] and of the values [B, K, S, Dv]."""
     frame = make_frame(operands, meaning, tiling, by_keys=True)
     arrays, specs, grid = inputs_by_keys(operands, cotangents, frame)
     area, size, v_size = meaning.area, operands.key.shape[3], operands.value.shape[3]
@@ -325,9 +326,9 @@ def key_value_gradients(
 def dense_gradient(
     operands: Operands, cotangents: Cotangents, meaning: Meaning, tiling: Tiling, interpret: Any
 ) -> Array:
-    """The gradient of a dense bias, of its shape and dtype, summed within where it is shared by rows or heads.
+    """Compute the gradient of a dense bias, in its shape and dtype; it is summed where rows or heads share the bias.
 
-    A kernel of its own, which computes the scores again: a call whose bias is not learned leaves it out.
+    This is a separate kernel that recomputes the scores, so that a call whose bias is not learned can omit it.
     """
     frame = make_frame(operands, meaning, dataclasses.replace(tiling, chunk=tiling.keys), by_keys=False)
     tiling, area = frame.tiling, meaning.area
@@ -339,7 +340,7 @@ def dense_gradient(
     summed = (b // rows) * heads_summed
 
     def which(y: Any, z: Any, r: Any) -> tuple[Any, Any]:
-        """The row and head that step r adds to the bias of row y, head z."""
+        """Return the row and head that step r adds to the bias of row y, head z."""
         b = lax.div(r, heads_summed) if rows == 1 else y
         return b, (lax.rem(r, heads_summed) if shown == 1 else z)
 

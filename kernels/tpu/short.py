@@ -1,10 +1,10 @@
 """TPU kernels for short rows, where one tile holds all scores of a head.
 
-Several heads a step, one-pass softmax, and one backward pass that reads everything once and writes all gradients.
+Several heads per step, a one-pass softmax, and one backward kernel that reads everything once and writes all gradients.
 
-On such rows the work is fetching and starting, not arithmetic: a step for each head would wait most of the time. And
-arrays stay as the caller has them, [batch, tokens, heads * head size]: nothing is transposed, and a head of 64 does not
-fill up to the 128 lanes of a register in memory. The kernels cut the heads out instead.
+On such rows the time goes into fetching and launching, not arithmetic: with one head per step, the chip would mostly
+wait. Arrays keep the caller's layout, [batch, tokens, heads * head size]: nothing is transposed, and a head size of 64
+is not padded to the 128 lanes of a register in memory. The kernels slice the heads out instead.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from .tile import (
 )
 
 LONGEST = 256
-"""Tokens: the longest row, of queries and of keys, that these kernels take."""
+"""Longest row of queries or keys, in tokens, that these kernels support."""
 
 MOST_HEADS = 16
-"""The most query heads a step; their code is written out one after another, so that they overlap."""
+"""Maximum number of query heads per step; their code is unrolled, so that they overlap."""
 
 
 class _Inputs(NamedTuple):
@@ -63,9 +63,10 @@ class _Inputs(NamedTuple):
 
 
 def heads_a_step(operands: Operands, most: int) -> int:
-    """How many key heads a step takes, at most `most` where that can be; 0 where these kernels cannot do the call.
+    """Return the number of key heads per step, at most `most` where possible; 0 if these kernels do not support the
+    call.
 
-    What a step reads must be whole registers, multiples of 128 lanes, or all heads there are.
+    A step must read whole registers, that is multiples of 128 lanes, or all heads.
     """
     length, heads, size = operands.query.shape[1:]
     key_length, key_heads, v_size = operands.value.shape[1:]
@@ -79,14 +80,14 @@ def heads_a_step(operands: Operands, most: int) -> int:
 
 
 def _head(ref: Any, head: int, size: int) -> Any:
-    """The part of [tokens, heads * size] that is one head's."""
+    """Slice one head out of [tokens, heads * size]."""
     return ref.at[:, head * size : (head + 1) * size]
 
 
 def _prepare(
     operands: Operands, cotangents: Cotangents | None, meaning: Meaning, key_heads: int
 ) -> tuple[_Inputs, _Inputs, Array | None, tuple[int, int]]:
-    """Arrays, block specs, dropout's words as scalars, and the grid (B, steps of `key_heads` heads)."""
+    """Return arrays, block specs, the dropout words as scalars, and the grid (B, steps of `key_heads` heads)."""
     b, length, heads, size = operands.query.shape
     key_length = operands.key.shape[1]
     shown = key_heads * (heads // operands.key.shape[2])
@@ -95,7 +96,7 @@ def _prepare(
     row = operands.row
     if row is not None and cotangents is None:
         row = pad_row(row, length, key_length, queries, keys)
-    elif row is not None:  # Keys go down in the backward pass, so the row is read backwards.
+    elif row is not None:  # Keys run along dimension 0 in the backward pass, so the row is reversed.
         row = pad_row(row[:, ::-1], key_length, length, keys, queries)
 
     def flat(x: Array) -> Array:
@@ -149,7 +150,7 @@ def _words(ref: Any, b: Any, n: Any, head: int, shown: int, heads: int) -> tuple
 
 
 def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any) -> tuple[Array, Array]:
-    """The output [B, L, H, Dv] in the query's dtype, and lse [B, H, L]; `key_heads` key heads a step."""
+    """Compute the output [B, L, H, Dv] in the query's dtype, and lse [B, H, L], with `key_heads` key heads per step."""
     arrays, specs, words, grid = _prepare(operands, None, meaning, key_heads)
     b, length, heads, size = operands.query.shape
     group, v_size = heads // operands.key.shape[2], operands.value.shape[3]
@@ -206,8 +207,10 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
 def backward(
     operands: Operands, cotangents: Cotangents, meaning: Meaning, key_heads: int, interpret: Any
 ) -> tuple[Array, Array, Array, Array | None]:
-    """The gradients of query, key and value, of their shapes, and of the Toeplitz row of each (row, head): float32
-    [B, H, L+S-1]; `key_heads` key heads a step."""
+    """Compute the gradients of query, key and value, with `key_heads` key heads per step.
+
+    The fourth result is the gradient of the Toeplitz row of each (row, head), float32 [B, H, L+S-1], or None.
+    """
     arrays, specs, words, grid = _prepare(operands, cotangents, meaning, key_heads)
     b, length, heads, size = operands.query.shape
     key_length, all_key_heads, v_size = operands.value.shape[1:]

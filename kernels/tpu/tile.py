@@ -1,8 +1,8 @@
-"""One tile of the scores inside a TPU kernel: bias, softcap, mask and dropout, written once for all kernels.
+"""One score tile inside a TPU kernel: bias, softcap, mask and dropout, written once for all kernels.
 
-A tile lies either way: `Axis.QUERIES_DOWN`, [queries, keys], where the forward pass wants it, or `Axis.KEYS_DOWN`,
-[keys, queries], where the gradients of keys and values do. What belongs to the side that goes down is a column [n, 1],
-what belongs to the other a row [1, n]. Sizes are multiples of 128, the width of a vector register.
+A tile has one of two orientations: `Axis.QUERIES_DOWN`, [queries, keys], in the forward pass, or `Axis.KEYS_DOWN`,
+[keys, queries], for the gradients of keys and values. Vectors of the side along dimension 0 are columns [n, 1], those
+of the other side rows [1, n]. Sizes are multiples of 128, the width of a vector register.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SUBLANES = 8
 
 
 class Operands(NamedTuple):
-    """The arrays of a call; None for what it does without."""
+    """Arrays of a call; None for those it does not use."""
 
     query: Any
-    """[B, L, H, D]; here and in what follows, the kernels for long rows take heads before tokens"""
+    """[B, L, H, D]; here and below, the kernels for long rows take the head axis before the token axis"""
     key: Any
     """[B, S, K, D]"""
     value: Any
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
     key_ids: Any
     """int32 [B, S]"""
     words: Any
-    """uint32 [B, H, 2]: dropout's words of each (row, head)"""
+    """uint32 [B, H, 2]: dropout words of each (row, head)"""
     row: Any
     """float32 [H, L+S-1]: the Toeplitz row of each head"""
     dense: Any
@@ -46,18 +46,18 @@ class Operands(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What the backward pass knows besides the operands."""
+    """Inputs of the backward pass besides the operands."""
 
     out: Any
     """[B, L, H, Dv], the gradient of the output"""
     lse: Any
     """float32 [B, H, L], of the forward pass"""
     delta: Any
-    """float32 [B, H, L]: sum(gradient * output), less the gradient of lse"""
+    """float32 [B, H, L]: sum(gradient * output) minus the gradient of lse"""
 
 
 class Axis(enum.Enum):
-    """Which side of a tile goes down (dimension 0); the other goes across."""
+    """Which side of a tile runs down (dimension 0); the other runs across."""
 
     QUERIES_DOWN = 0
     KEYS_DOWN = 1
@@ -65,7 +65,7 @@ class Axis(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """What the scores of a call mean, known when tracing. The fields are those of `attention`."""
+    """Static definition of a call's scores. The fields are those of `attention`."""
 
     area: Area
     scale: float
@@ -82,7 +82,7 @@ class Meaning:
 
 
 def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """a . b in float32, summed over dimension `over[0]` of a and `over[1]` of b. Float32 keeps all its bits."""
+    """Return a . b in float32, summed over dimension `over[0]` of a and `over[1]` of b, at full float32 precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a, b, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -90,34 +90,34 @@ def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
 
 
 def column(row: Array) -> Array:
-    """[1, n] as [n, 1]."""
+    """Turn [1, n] into [n, 1]."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))[:, :1]
 
 
 def as_row(values: Array) -> Array:
-    """[n, 1] as [1, n]."""
+    """Turn [n, 1] into [1, n]."""
     return jnp.transpose(jnp.broadcast_to(values, (values.shape[0], LANES)))[:1]
 
 
 def places(start: Any, size: int, dimension: int) -> Array:
-    """The numbers of `size` tokens from `start`, int32: a column where `dimension` is 0, a row where it is 1."""
+    """Return the indices of `size` tokens from `start`, int32: a column if `dimension` is 0, a row if it is 1."""
     shape = (size, 1) if dimension == 0 else (1, size)
     return start + lax.broadcasted_iota(jnp.int32, shape, dimension)
 
 
 def rows_within(x: Array, start: Any, length: int) -> Array:
-    """`x` [n, D], whose first row is token `start`, with 0 from token `length` on: nothing was fetched there."""
+    """Zero the rows of `x` [n, D] from token `length` on, where nothing was fetched; row 0 is token `start`."""
     return jnp.where(places(start, x.shape[0], 0) < length, x, jnp.zeros((), x.dtype))
 
 
 def query_hash(words: tuple[Any, Any], start: Any, size: int, axis: Axis) -> tuple[Array, Array]:
-    """Dropout's two words of each query, from those of its (row, head): columns or rows, as the queries lie."""
+    """Return dropout's two words of each query, from those of its (row, head), oriented as the queries are."""
     a, b = fold(words[0], words[1], places(start, size, 1).astype(jnp.uint32))
     return (column(a), column(b)) if axis is Axis.QUERIES_DOWN else (a, b)
 
 
 def kept(meaning: Meaning, query_words: tuple[Array, Array], key: Any, size: int, axis: Axis) -> Array:
-    """Which weights of the tile dropout keeps, for the keys from `key` on."""
+    """Return which weights of the tile dropout keeps, for the keys from `key` on."""
     g = key_words(places(key, size, 1))
     return keep(*query_words, g if axis is Axis.QUERIES_DOWN else column(g), meaning.rate)
 
@@ -125,9 +125,9 @@ def kept(meaning: Meaning, query_words: tuple[Array, Array], key: Any, size: int
 def allowed(
     meaning: Meaning, query: Any, queries: int, key: Any, keys: int, query_ids: Any, key_ids: Any, axis: Axis
 ) -> Array | None:
-    """Which pairs of the tile attend: bool, of a shape that broadcasts to the tile's; None where all of them do.
+    """Return which pairs of the tile attend: bool, broadcastable to the tile; None if all of them do.
 
-    The ids are columns or rows, as their side goes, or None.
+    The ids are columns or rows, depending on the orientation, or None.
     """
     area = meaning.area
     down, across = (0, 1) if axis is Axis.QUERIES_DOWN else (1, 0)
@@ -154,7 +154,7 @@ def allowed(
 
 
 def scores(meaning: Meaning, products: Array, bias: Array | None, mask: Array | None) -> tuple[Array, Array | None]:
-    """The tile's scores, -inf where masked, and the softcap's tanh, from the products q . k."""
+    """Return the tile's scores, -inf where masked, and the softcap's tanh, from the products q . k."""
     values = products if meaning.scale == 1 else products * meaning.scale
     if bias is not None:
         values = values + bias
@@ -177,16 +177,16 @@ def score_gradient(
     kept: Array | None,
     mask: Array | None,
 ) -> tuple[Array, Array]:
-    """The weights that met the values, and the gradient of `scale * q . k + bias`.
+    """Return the weights after dropout, and the gradient of `scale * q . k + bias`.
 
     Args:
-      meaning: of the call.
-      weights: softmax's, before dropout.
+      meaning: definition of the call.
+      weights: softmax weights, before dropout.
       products: do . v of each pair.
-      delta: sum(do * out) of each query, less the gradient of its lse.
-      bent: the softcap's tanh.
-      kept: dropout's bits.
-      mask: what attends. What does not may be so large that do . v is infinite, and 0 times that is no zero.
+      delta: sum(do * out) of each query, minus the gradient of its lse.
+      bent: tanh of the softcap.
+      kept: dropout bits.
+      mask: which pairs attend. For the others do . v may be infinite, and 0 * inf is NaN.
     """
     dropped = weights
     if kept is not None:
@@ -201,24 +201,24 @@ def score_gradient(
 
 
 def pad_row(row: Array, down: int, across: int, down_padded: int, across_padded: int) -> Array:
-    """A Toeplitz row [H, down + across - 1] as the kernels read it: [H, 1, down_padded + across_padded].
+    """Pad a Toeplitz row [H, down + across - 1] to the kernels' layout [H, 1, down_padded + across_padded].
 
-    Element `e` belongs to the difference (place across) - (place down) = e - down_padded.
+    Element `e` belongs to the distance (index across) - (index down) = e - down_padded.
     """
     ends = (down_padded - down + 1, across_padded - across)
     return jnp.pad(row, ((0, 0), ends))[:, None, :]
 
 
 def row_part(start_down: Any, start_across: Any, down: int, down_padded: int) -> Any:
-    """Where the part of a padded row that a tile needs begins; it is `down + across` long."""
+    """Return the start of the part of a padded row that a tile needs, `down + across` elements."""
     return pl.multiple_of(start_across - start_down - down + down_padded, LANES)
 
 
 def skew(part: Array, down: int, across: int) -> Array:
-    """The tile [down, across] of a Toeplitz bias, from its part of the row [1, down + across]: part[c - r + down].
+    """Build a tile [down, across] of a Toeplitz bias from its part of the row [1, down + across]: part[c - r + down].
 
-    The tile is made of blocks of 128 rows, and all of them are cuts, at multiples of 128, of one array [128, down +
-    across] whose row r is the part moved right by r. That array costs one rotation a register; the cuts are free.
+    The tile consists of blocks of 128 rows, all of them slices, at multiples of 128, of one array [128, down + across]
+    whose row r is the part shifted right by r. That array costs one rotation per register; the slices are free.
     """
     width = down + across
     eight = jnp.broadcast_to(part, (SUBLANES, width))
@@ -232,7 +232,7 @@ def skew(part: Array, down: int, across: int) -> Array:
 
 
 def unskew(tile: Array) -> Array:
-    """The transpose of `skew`: sums [down, across] along its diagonals, to [1, down + across]."""
+    """Sum [down, across] along its diagonals to [1, down + across]: the transpose of `skew`."""
     down, across = tile.shape
     width = down + across
     total = None
@@ -254,13 +254,14 @@ def unskew(tile: Array) -> Array:
 
 
 def softmax_step(values: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
-    """One tile of an online softmax over dimension 1.
+    """Process one tile of an online softmax over dimension 1.
 
     Returns:
-      The tile's weights against the new maximum, that maximum, the new total, and the factor of all earlier sums.
+      The tile's weights relative to the new maximum, the new maximum, the new total, and the factor that rescales all
+      earlier sums.
     """
     new = jnp.maximum(top, jnp.max(values, axis=1, keepdims=True))
-    # Where nothing has been attended to yet, -inf - -inf would be NaN.
+    # Avoid -inf - -inf, which is NaN, where nothing has been attended to yet.
     reference = jnp.where(new == -jnp.inf, 0.0, new)
     weights = jnp.exp(values - reference)
     ratio = jnp.exp(top - reference)
@@ -268,19 +269,19 @@ def softmax_step(values: Array, top: Array, total: Array) -> tuple[Array, Array,
 
 
 def softmax_end(top: Array, total: Array) -> tuple[Array, Array]:
-    """What the sum of weights times values is multiplied with, and lse: 0 and -inf where nothing was attended to."""
+    """Return the factor for the sum of weights times values, and lse: 0 and -inf where nothing was attended to."""
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     return jnp.where(empty, 0.0, 1 / total), jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
 
 def ceil_to(size: int, multiple: int) -> int:
-    """The smallest multiple that is not below `size`."""
+    """Round `size` up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 def to_lanes(x: Array | None, block: int, value: Any = 0) -> Array | None:
-    """[..., n] as [..., 1, n'], filled with `value` up to n', a multiple of `block`; None stays None."""
+    """Turn [..., n] into [..., 1, n'], padded with `value` to a multiple n' of `block`; None stays None."""
     if x is None:
         return None
     ends = (0, ceil_to(x.shape[-1], block) - x.shape[-1])
@@ -288,5 +289,5 @@ def to_lanes(x: Array | None, block: int, value: Any = 0) -> Array | None:
 
 
 def dense_index(shape: tuple[int, ...]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Which row and head of a dense bias of this shape belong to row b, head (or block of heads) h."""
+    """Return a function from (row b, head or block of heads h) to the row and head of a dense bias of this shape."""
     return lambda b, h: (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0)

@@ -188,8 +188,8 @@ def test_the_share_of_the_ceiling_is_of_the_longer_time():
         (["--window", "3,x"], "--window: expected LEFT,RIGHT"),
         (["--dropout", "1.5"], "--dropout: expected a rate in [0, 1), found 1.5"),
         (["--chip", "h200"], "--chip: only with --tune"),
-        (["--tune"], "--tune: no chip here; name one to compile for, --chip h100|h200|v4"),
-        (["--tune", "--chip", "abacus"], "--tune: no kernels of ours for 'abacus'; known: h100, h200"),
+        (["--tune"], "--tune: no accelerator found; name a chip to compile for, --chip h100|h200|v4"),
+        (["--tune", "--chip", "abacus"], "--tune: there are no kernels for 'abacus'; known chips: h100, h200"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys, tmp_path):
@@ -210,7 +210,7 @@ def test_which_peers_take_part():
     names = bench_peers.contestants(["jax.nn", "torch sdpa"])
     assert names[-3:] == ["jax.nn xla", "jax.nn cudnn", "torch sdpa"]
     assert bench_peers.contestants(["none"])[-1] == "bestiary xla"
-    with pytest.raises(bench_peers.Refused, match="draws other bits"):
+    with pytest.raises(bench_peers.Refused, match="generates different dropout bits"):
         bench_peers.enter("jax.nn xla", dataclasses.replace(CASE, dropout=0.1), [], {})
 
 

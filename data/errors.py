@@ -1,14 +1,14 @@
-"""What this package raises about a user's data: one message that says where, what was expected, and what to do."""
+"""Errors about a user's data; each message says where the problem is, what was expected, and what to do."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Text, vocabulary or cache that cannot be used as it is.
+    """Raised for text, vocabularies and caches that cannot be used as they are.
 
-    The message is meant for the user, whole: file and line, what was expected and found there, and a way out.
+    The message is meant for the user: file and line, what was expected, what was found, and a remedy.
     """
 
 
 class CorpusError(DataError):
-    """A corpus that cannot be read as it lies there: missing, empty, in another encoding or format."""
+    """Raised for a corpus that cannot be read: missing, empty, or in another encoding or format."""

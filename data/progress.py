@@ -1,4 +1,4 @@
-"""How long work reports where it stands."""
+"""Progress reports of long tasks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from dataclasses import dataclass
 class Report:
     """One report of a long task.
 
-    `done` and `total` are in `unit` (`total` is None where it cannot be known), `seconds` since the task began;
-    `resumed` is the part of `done` that an earlier run had left finished, which the rate leaves out.
+    Attributes:
+        task: name of the task.
+        done: amount of work done, in `unit`.
+        total: total amount of work, in `unit`; None if unknown.
+        unit: unit of the amounts.
+        seconds: seconds since the task began.
+        resumed: part of `done` that an earlier run had finished; it does not count towards the rate.
+        detail: additional text to show.
     """
 
     task: str
@@ -25,12 +31,12 @@ class Report:
 
     @property
     def rate(self) -> float:
-        """Units a second, over this run's own work; 0 before anything is done."""
+        """Units per second of this run's own work; 0 before anything is done."""
         return (self.done - self.resumed) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left at this rate, or None where it cannot be told."""
+        """Seconds left at this rate, or None if unknown."""
         if self.total is None or self.rate <= 0:
             return None
         return max(0.0, self.total - self.done) / self.rate
@@ -46,7 +52,7 @@ ProgressCallback = Callable[[Report], None]
 
 
 class Reporter:
-    """Calls `callback` with the progress of one task, at most every `interval` seconds and once at the end."""
+    """Call `callback` with the progress of one task, at most every `interval` seconds and once at the end."""
 
     def __init__(self, task: str, unit: str, callback: ProgressCallback | None, interval: float = 1.0):
         self.task, self.unit, self.callback, self.interval = task, unit, callback, interval

@@ -1,4 +1,4 @@
-"""Bytes to lines of text: decompressed on the way, every error with its file, line and column."""
+"""Decompress and decode files to lines of text; every error names its file, line and column."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ COMPRESSIONS = (".gz", ".zst")
 def decoded_chunks(
     path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None
 ) -> Iterator[str]:
-    """The text of a file, chunk by chunk; `.gz` and `.zst` are decompressed. A byte order mark is dropped.
+    """Yield the text of a file in chunks; `.gz` and `.zst` are decompressed, and a byte order mark is dropped.
 
-    `encoding` is what the user may choose by a flag of that name; None is UTF-8, of formats that are always in it.
-    `on_bytes` hears how many bytes of the file itself each step has read. Raises `CorpusError` for bytes that are not
-    `encoding`, an unknown encoding, and compressed data that is damaged or ends early.
+    Args:
+        path: the file.
+        encoding: the encoding that the user chose with --encoding; None for formats that are always UTF-8.
+        on_bytes: called with the number of (compressed) bytes of the file that each step has read.
+
+    Raises:
+        CorpusError: the encoding is unknown, bytes are not in it, or compressed data is damaged or truncated.
     """
     remedy = "Convert the file to UTF-8." if encoding is None else "Convert the file, or pass --encoding."
     encoding = encoding or "utf-8"
     try:
         decoder = codecs.getincrementaldecoder(_with_mark_dropped(encoding))("strict")
     except LookupError:
-        raise CorpusError(f"{encoding!r} is not the name of a text encoding; try utf-8, latin-1 or cp1252.") from None
+        raise CorpusError(f"{encoding!r} is not a text encoding; try utf-8, latin-1 or cp1252.") from None
     line, column = 1, 1
     for data, last in _with_last(_raw_chunks(path, on_bytes)):
         try:
@@ -49,14 +53,14 @@ def decoded_chunks(
 
 
 def read_text(path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """The whole text of a file, with `\\n` line ends. Errors as in `decoded_chunks`."""
+    """Return the whole text of a file, with `\\n` line ends. Errors as in `decoded_chunks`."""
     return "".join(decoded_chunks(path, encoding, on_bytes)).replace("\r\n", "\n")
 
 
 def read_lines(
     path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None
 ) -> Iterator[str]:
-    """The lines of a file without their ends (`\\n` or `\\r\\n`), in constant memory. Errors as in `decoded_chunks`."""
+    """Yield the lines of a file without `\\n` or `\\r\\n`, in constant memory. Errors as in `decoded_chunks`."""
     rest = ""
     for chunk in decoded_chunks(path, encoding, on_bytes):
         *lines, rest = (rest + chunk).split("\n")
@@ -82,7 +86,7 @@ def _with_last(chunks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 def _raw_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     suffix = path.suffix.lower()
-    damaged = f"{path}: the compressed data is damaged or ends early. Copy or download the file again."
+    damaged = f"{path}: the compressed data is damaged or truncated. Copy or download the file again."
     try:
         file = path.open("rb")
     except OSError as error:
@@ -107,7 +111,7 @@ def _raw_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def _zstd_chunks(file, on_bytes: Callable[[int], None], damaged: str) -> Iterator[bytes]:
-    """Frame by frame: the library's own reader over several frames takes a file that ends early for a whole one."""
+    """Read frame by frame, since the library's reader over several frames does not notice a truncated file."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)

@@ -1,5 +1,5 @@
-"""Errors whose message is all that a user needs; the command line prints them without a traceback."""
+"""Errors for the user; the command line prints their message without a traceback."""
 
 
 class RunError(ValueError):
-    """A run cannot start or go on as asked."""
+    """Raised if a run cannot start or continue as asked."""

@@ -1,11 +1,11 @@
-"""What long work shows: progress, a rate, and an estimate of what is left."""
+"""Progress output of long tasks: progress, a rate, and the time left."""
 
 import sys
 import time
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1m15s`."""
+    """Format seconds: `75` -> `1m15s`."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds}s"
@@ -15,10 +15,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One line that is rewritten on a terminal; plain lines, seconds apart, where there is none.
+    """One line that is rewritten in place on a terminal; plain lines, at intervals, without a terminal.
 
     Args:
-        shown: False for the processes that stay silent.
+        shown: False to show nothing, for processes other than the first.
         every: seconds between plain lines.
     """
 
@@ -30,7 +30,7 @@ class Progress:
         self._open = 0  # width of the line that is being rewritten
 
     def update(self, text: str, *, force: bool = False) -> None:
-        """Show where the work is."""
+        """Show the state of the work, replacing the last update."""
         now = time.monotonic()
         if not self._shown or not (force or self._terminal or now - self._last >= self._every):
             return
@@ -42,7 +42,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
-        """Say something that stays."""
+        """Print a line that stays."""
         if self._shown:
             if self._open:
                 print(file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Text from files and folders: documents, sentences, parallel lines, and the corpora that come along."""
+"""Read text from files and folders: documents, sentences, sentence pairs, and the built-in corpora."""

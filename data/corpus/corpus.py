@@ -1,21 +1,20 @@
-"""Documents from a user's files: text, Markdown, WikiText, JSON lines, gzip and zstd of these, tensorflow-datasets.
+"""Read documents from text, Markdown, WikiText, JSON lines (each also as gzip or zstd) and tensorflow-datasets.
 
-What is one document:
+What counts as one document:
 
-    .txt and any other text   the whole file; blank lines separate paragraphs, whose lines are joined. With
-                              `blank_line="document"`, the format of BERT's own script: blank lines separate documents,
-                              and every line is a paragraph
-    .md, .markdown            the whole file
-    .tokens, .raw, or text    an article; each begins with a ` = Title = ` line between two blank ones
-      that begins like that
-    .jsonl, .ndjson, .json    a line, which is an object whose field `text` (or another, by name) holds it; each line
-    of that
-                              text is a paragraph
-    a TFDS folder, tfds:NAME  an example, whose feature `text` holds it, as for JSON lines
-    embedded:python           a topic of Python's manual, or the docstrings of one module (see python_docs.py)
+    .txt and any other text   The whole file; blank lines separate paragraphs, whose lines are joined. With
+                              `blank_line="document"` (the format of BERT's own script), blank lines separate documents
+                              and every line is a paragraph.
+    .md, .markdown            The whole file.
+    .tokens, .raw             An article; each begins with a ` = Title = ` line between two blank lines. Any other text
+                              file that begins with such a line is read the same way.
+    .jsonl, .ndjson, .json    A line, which is a JSON object whose field `text` (or another, by name) holds the text;
+                              each line of that text is a paragraph.
+    a TFDS folder, tfds:NAME  An example, whose feature `text` holds the text, as in JSON lines.
+    embedded:python           A topic of Python's manual, or the docstrings of one module (see python_docs.py).
 
-Any of the files may end in .gz or .zst besides. A folder is read recursively, its files in the order of their names;
-in it, files with other endings and hidden ones are left out and counted.
+Any of the files may also end in .gz or .zst. Folders are read recursively, files in the order of their names; hidden
+files and files with other endings are skipped and counted.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document as it was read, markup and all. `source` is the file's name, `line` where it starts, from 1."""
+    """A document as it was read, with its markup. `source` is the file's name, `line` its first line, from 1."""
 
     text: str
     markup: Markup
@@ -61,13 +60,13 @@ class Document:
     line: int = 1
 
     def paragraphs(self) -> list[str]:
-        """The document's paragraphs as plain running text, none of them empty; may be an empty list."""
+        """Return the document's non-empty paragraphs as plain running text; possibly an empty list."""
         return paragraphs(self.text, self.markup)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place that documents come from. `name` is its path below the folder or file that the user named."""
+    """One file or data set with documents. `name` is its path relative to the folder or file that the user named."""
 
     path: Path
     name: str
@@ -75,7 +74,7 @@ class Source:
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """The files whose bytes decide what is read, each with a name that stays the same where the corpus is moved."""
+        """Return the files that determine what is read, each with a name that survives moving the corpus."""
         if self.format == "embedded":
             return python_docs.documentation_files()
         if self.format in ("tfds-folder", "tfds-name"):
@@ -84,13 +83,13 @@ class Source:
 
     @property
     def tfds_folder(self) -> Path:
-        """The prepared data set; one that is named is downloaded and prepared first if this machine lacks it."""
+        """Folder of the prepared data set. `tfds:NAME` is downloaded and prepared first if this machine lacks it."""
         return self.path if self.format == "tfds-folder" else _tfds_folder(self.name.removeprefix(TFDS_PREFIX))
 
 
 @dataclass
 class Counts:
-    """What a reading has met so far."""
+    """Counts of what an iteration has read so far."""
 
     documents: int = 0
     characters: int = 0
@@ -100,21 +99,21 @@ class Counts:
 
 @dataclass
 class Corpus:
-    """The documents of files, folders, prepared tensorflow-datasets folders, `tfds:NAME`, or `embedded:python`.
+    """Documents of files, folders, prepared tensorflow-datasets folders, `tfds:NAME`, or `embedded:python`.
 
-    Making one checks that every path is there and holds something to read; iterating reads, anew each time, in the same
-    order: the paths as given, files of a folder by name. `counts` tells what the last iteration met.
+    The constructor checks that every path exists and holds something to read. Each iteration reads everything again, in
+    the same order: paths as given, files of a folder by name. `counts` describes the last iteration.
 
     Args:
-        paths: what to read. encoding: of the text files; JSON lines are read with it too. text_field: the field (JSON
-        lines) or feature (tensorflow-datasets) that holds a document's text. blank_line: what a blank line separates
-        in plain text: paragraphs of the one document that the file is, or documents. split: which split of a
-        tensorflow-datasets data set to read.
+        paths: files, folders and data sets to read.
+        encoding: character encoding of the text files, including JSON lines.
+        text_field: field (JSON lines) or feature (tensorflow-datasets) that holds a document's text.
+        blank_line: what blank lines separate in plain text: paragraphs of a document, or documents.
+        split: split of a tensorflow-datasets data set to read.
 
     Raises:
-        CorpusError: a path that is missing, a folder with nothing to read; while iterating, bytes in another encoding,
-        a line
-            that is not a JSON object, a field that is missing, and at the end a corpus without a single document.
+        CorpusError: a path is missing or a folder has nothing to read; while iterating: bytes are not in the encoding,
+            a line is not a JSON object, a field is missing, or (at the end) there was no document at all.
     """
 
     paths: Sequence[str | Path]
@@ -135,7 +134,7 @@ class Corpus:
 
     @property
     def bytes_total(self) -> int:
-        """The size of everything that a reading reads, in bytes on disk; 0 where it cannot be known."""
+        """Total size of the files, in bytes on disk; 0 if unknown."""
         return sum(file.stat().st_size for source in self.sources for _, file in source.files)
 
     def __iter__(self) -> Iterator[Document]:
@@ -150,7 +149,7 @@ class Corpus:
                     counts.empty_documents += 1
         if not counts.documents:
             named = ", ".join(str(path) for path in self.paths)
-            raise CorpusError(f"{named}: an empty corpus, not one document with text in it. Name files that hold text.")
+            raise CorpusError(f"{named}: the corpus is empty: no document with text in it. Name files that hold text.")
 
     # --- finding ------------------------------------------------------------------------------------------------------
 
@@ -161,7 +160,7 @@ class Corpus:
             return [Source(Path(str(path)), str(path), "tfds-name")]
         path = Path(path).expanduser()
         if not path.exists():
-            raise CorpusError(f"{path}: there is no such file or folder. Check the path given with --corpus.")
+            raise CorpusError(f"{path}: no such file or folder. Check the path given with --corpus.")
         if path.is_file():
             return [Source(path, path.name, _format_of(path) or "text")]
         if is_tfds(path):
@@ -180,7 +179,7 @@ class Corpus:
         if not found:
             endings = ", ".join(_FORMATS)
             raise CorpusError(
-                f"{path}: no text in this folder. Expected files that end in {endings}, or these with .gz or .zst."
+                f"{path}: no text in this folder. Expected files that end in {endings}, optionally with .gz or .zst."
             )
         return found
 
@@ -229,7 +228,7 @@ class Corpus:
                 yield Document("\n".join(block), "lines", source.name, start)
 
     def _read_wikitext(self, source: Source) -> Iterator[Document]:
-        # A title stands between two lines that are blank: formulas and keys to tables inside of articles look the same.
+        # A title must be between two blank lines: formulas and table legends within articles look the same.
         start, block, blank_before, title = 1, [], True, 0
         for number, line in enumerate(self._lines(source), 1):
             blank = not line.strip()
@@ -252,7 +251,7 @@ class Corpus:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CorpusError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object a line."
+                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object per line."
                 ) from None
             yield Document(_text_of(value, self.text_field, where, "a JSON object"), "lines", source.name, number)
 
@@ -273,12 +272,12 @@ class Corpus:
 
 
 def read_documents(paths: Sequence[str | Path], **options: Any) -> Iterator[Document]:
-    """The documents of `paths`, in order; `options` are those of `Corpus`."""
+    """Yield the documents of `paths`, in order; `options` are those of `Corpus`."""
     return iter(Corpus(paths, **options))
 
 
 def embedded_documents() -> Iterator[Document]:
-    """The documents that every Python carries: the topics of its manual and its standard library's docstrings."""
+    """Yield the documents built into every Python: its manual's topics and its standard library's docstrings."""
     return iter(Corpus([EMBEDDED]))
 
 
@@ -290,12 +289,12 @@ def _format_of(file: Path) -> Format | None:
 
 
 def is_tfds(folder: Path) -> bool:
-    """Whether this is the folder of a prepared tensorflow-datasets data set."""
+    """Tell whether this is the folder of a prepared tensorflow-datasets data set."""
     return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
 
 
 def _below(top: Path, file: Path) -> list[Path]:
-    """The folders between `top` and `file`, both left out."""
+    """Return the folders between `top` and `file`, excluding both."""
     return [parent for parent in file.parents if top in parent.parents]
 
 
@@ -304,7 +303,7 @@ def _text_of(value: Any, name: str, where: str, expected: str) -> str:
         raise CorpusError(f"{where}: expected {expected}, found {type(value).__name__}.")
     if name not in value:
         names = ", ".join(sorted(map(str, value))) or "none"
-        raise CorpusError(f"{where}: no field {name!r} (there is: {names}). Name the field with --text-field.")
+        raise CorpusError(f"{where}: no field {name!r} (found: {names}). Name the field with --text-field.")
     text = value[name]
     if isinstance(text, bytes):
         try:
@@ -317,12 +316,12 @@ def _text_of(value: Any, name: str, where: str, expected: str) -> str:
 
 
 def open_tfds(source: Source, split: str) -> Any:
-    """The examples of a split of a prepared data set: has a length, and is indexed with lists of numbers."""
+    """Open a split of a prepared data set: a sequence with a length that is indexed with lists of integers."""
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(source.tfds_folder)
     if split not in builder.info.splits:
-        raise CorpusError(f"{source.path}: no split {split!r} (there is: {', '.join(builder.info.splits)}).")
+        raise CorpusError(f"{source.path}: no split {split!r} (found: {', '.join(builder.info.splits)}).")
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
@@ -336,16 +335,16 @@ def _tfds_folder(name: str) -> Path:
     import tensorflow_datasets as tfds
 
     needs_tensorflow = (
-        f"{TFDS_PREFIX}{name}: this machine has no copy prepared as ArrayRecord (looked for in TFDS_DATA_DIR, or in "
-        "~/tensorflow_datasets), and preparing one needs TensorFlow, which is not installed. Install `tensorflow`, and "
-        "`apache-beam` for the large ones, or name the folder of a copy prepared elsewhere."
+        f"{TFDS_PREFIX}{name}: this machine has no copy prepared as ArrayRecord (searched TFDS_DATA_DIR, or "
+        "~/tensorflow_datasets), and preparing one needs TensorFlow, which is not installed. Install `tensorflow` (and "
+        "`apache-beam` for large data sets), or name the folder of a copy that was prepared elsewhere."
     )
     has_tensorflow = importlib.util.find_spec("tensorflow") is not None
     try:
         builder = tfds.builder(name, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         if has_tensorflow:
-            raise CorpusError(f"{TFDS_PREFIX}{name}: tensorflow-datasets knows no data set of this name.") from None
+            raise CorpusError(f"{TFDS_PREFIX}{name}: tensorflow-datasets has no data set of this name.") from None
         raise CorpusError(needs_tensorflow) from None
     if not builder.is_prepared():
         if not has_tensorflow:

@@ -1,7 +1,8 @@
-"""What a corpus is, in one short string: equal for two that read the same, wherever they lie.
+"""Fingerprint a corpus: equal for two corpora with the same contents, wherever they are.
 
-The string is made of the files' contents, never of their dates or folders, so that a copied corpus keeps its cache.
-Hashing runs at about 1 GB/s; a note of each file's size, date and hash spares an unchanged file the second hashing.
+The fingerprint depends on the files' contents, never on their dates or folders, so that a copied corpus keeps its
+cache. Hashing runs at about 1 GB/s; the size, date and hash of each file are remembered, so that an unchanged file is
+hashed only once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _SETTLED_SECONDS = 2.0  # a file changed less than this ago might change again w
 
 
 def corpus_fingerprint(corpus: Corpus, notes: Path | None = None) -> str:
-    """Hexadecimal. `notes` is the file that remembers hashes between runs; it may be deleted at any time."""
+    """Return the fingerprint in hexadecimal. `notes` is the file of remembered hashes; it may be deleted any time."""
     known: dict[str, list] = {}
     if notes is not None and notes.is_file():
         try:

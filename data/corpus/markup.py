@@ -1,8 +1,7 @@
-"""Marked-up text to plain paragraphs.
+"""Convert text with markup to plain paragraphs.
 
-A paragraph is one line of running text: hard-wrapped lines are joined, runs of white space become one space, and
-markup that carries no words is taken out. Headings and list items are paragraphs of their own, so that no sentence
-runs across them.
+A paragraph is one line of running text: hard-wrapped lines are joined, runs of white space become one space, and markup
+without words is removed. Headings and list items are separate paragraphs, so that no sentence runs across them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,18 @@ Markup = Literal["wrapped", "lines", "markdown", "wikitext", "docstrings"]
 
 
 def paragraphs(text: str, markup: Markup) -> list[str]:
-    """The paragraphs of `text`, none of them empty.
+    """Return the non-empty paragraphs of `text`.
 
-    "wrapped": plain text; blank lines separate paragraphs, whose lines are joined.
-    "lines": plain text; every line is a paragraph.
-    "markdown": `#` headings, emphasis, links, lists, tables, HTML tags; the text of code blocks is kept.
-    "wikitext": WikiText; every line is a paragraph, ` = Heading = ` loses its marks, and ` @-@ `, ` @,@ `, ` @.@ `
-        (hyphens and separators inside words and numbers) are joined up again. `<unk>` stays as the distributor wrote
-        it.
-    "docstrings": reStructuredText as in Python's documentation; examples (`>>>`), grammar, tables and code are left
-    out.
+    Args:
+        text: the text.
+        markup: one of
+            "wrapped": plain text; blank lines separate paragraphs, whose lines are joined.
+            "lines": plain text; every line is a paragraph.
+            "markdown": `#` headings, emphasis, links, lists, tables, HTML tags; the text of code blocks is kept.
+            "wikitext": WikiText; every line is a paragraph, ` = Heading = ` loses its marks, and ` @-@ `, ` @,@ `,
+                ` @.@ ` (hyphens and separators within words and numbers) are joined again. `<unk>` is kept.
+            "docstrings": reStructuredText as in Python's documentation; examples (`>>>`), grammar, tables and code are
+                removed.
     """
     return _READERS[markup](text)
 
@@ -153,12 +154,12 @@ _DOC_INLINE = [
     (re.compile(r"::$"), ":"),
 ]
 _WORDS = re.compile(r"[A-Za-z]{2,}")
-_PROSE_SHARE = 0.75  # of a paragraph's characters are letters or spaces; below it are code, grammar and signatures
+_PROSE_FRACTION = 0.75  # least fraction of letters and spaces in prose; code, grammar and signatures have less
 
 
 def _is_prose(paragraph: str) -> bool:
     plain = sum(character.isalpha() or character == " " for character in paragraph)
-    return plain >= _PROSE_SHARE * len(paragraph) and len(_WORDS.findall(paragraph)) >= 3
+    return plain >= _PROSE_FRACTION * len(paragraph) and len(_WORDS.findall(paragraph)) >= 3
 
 
 def _docstrings(text: str) -> list[str]:

@@ -213,7 +213,7 @@ class ParallelText:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CorpusError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object a line."
+                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object per line."
                 ) from None
             if isinstance(value, dict) and isinstance(value.get("translation"), dict):
                 value = value["translation"]
@@ -233,7 +233,7 @@ class ParallelText:
         missing = [name for name in names if name not in value]
         if missing:
             there = ", ".join(sorted(map(str, value))) or "none"
-            raise CorpusError(f"{where}: no field {missing[0]!r} (there is: {there}). Name them with --fields.")
+            raise CorpusError(f"{where}: no field {missing[0]!r} (found: {there}). Name them with --fields.")
         texts = []
         for name in names:
             text = value[name]

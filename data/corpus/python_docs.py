@@ -1,7 +1,7 @@
-"""The corpus that every Python carries: the topics of its manual and its standard library's docstrings.
+"""The corpus built into every Python: the topics of its manual and the docstrings of its standard library.
 
-Nothing is imported for its docstrings, since importing may have side effects: the source files are parsed. The order is
-that of the names, and the same Python gives the same documents. About 440 documents and 1.5 MB of prose on Python 3.12.
+The source files are parsed, not imported, since importing may have side effects. Documents are in the order of their
+names; the same Python gives the same documents: about 440, with 1.5 MB of prose, on Python 3.12.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOPICS = "pydoc_data/topics.py"
 
 
 def documentation_files() -> list[tuple[str, Path]]:
-    """The files that `documentation` reads, in its order, each with its name below the standard library's folder."""
+    """Return the files that `documentation` reads, in order, each with its path relative to the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [(file.relative_to(library), file) for file in library.rglob("*.py")]
     wanted = sorted((inside.parts, file) for inside, file in files if not _LEFT_OUT.intersection(inside.parts[:-1]))
@@ -37,7 +37,7 @@ def documentation_files() -> list[tuple[str, Path]]:
 
 
 def documentation(on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[tuple[str, str]]:
-    """(name, text) of each topic, then of each module that has docstrings, in reStructuredText."""
+    """Yield (name, text) of each topic, then of each module with docstrings, in reStructuredText."""
     for name, file in documentation_files():
         on_bytes(file.stat().st_size)
         yield from _read(name, file)
@@ -45,9 +45,9 @@ def documentation(on_bytes: Callable[[int], None] = lambda count: None) -> Itera
 
 @cache
 def _read(name: str, file: Path) -> list[tuple[str, str]]:
-    """Kept (two megabytes in all): parsing takes seconds, and a first run reads three times."""
+    """Parse a file. Cached (2 MB in all): parsing takes seconds, and a first run reads everything three times."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # an old escape in a string is no concern of a reader
+        warnings.simplefilter("ignore", SyntaxWarning)  # outdated escapes in strings do not matter here
         tree = ast.parse(file.read_bytes(), str(file))
     if name == _TOPICS:
         return sorted((f"topics/{topic}", text) for topic, text in _topics(tree).items())
@@ -56,7 +56,7 @@ def _read(name: str, file: Path) -> list[tuple[str, str]]:
 
 
 def _topics(tree: ast.Module) -> dict[str, str]:
-    """The dictionary of literals that the module assigns to `topics`."""
+    """Return the dictionary of literals that the module assigns to `topics`."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             return ast.literal_eval(node.value)
@@ -64,12 +64,12 @@ def _topics(tree: ast.Module) -> dict[str, str]:
 
 
 def _docstrings(tree: ast.Module) -> list[str]:
-    """Of the module, its classes and its functions, in the order of their lines."""
+    """Return the docstrings of the module, its classes and its functions, in source order."""
     return [text for node in [tree, *_definitions(tree.body)] if (text := ast.get_docstring(node))]
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Down through statements alone: expressions are most of a tree, and define nothing."""
+    """Walk definitions through statements only: expressions are most of a tree, and define nothing."""
     for statement in body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield statement

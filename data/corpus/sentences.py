@@ -1,4 +1,4 @@
-"""Paragraphs to sentences, by Wikimedia's sentencex: rules for some 300 languages, in Rust, about 60 MB/s a core."""
+"""Split paragraphs into sentences with Wikimedia's sentencex: rules for some 300 languages, about 60 MB/s per core."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue] (co
 
 
 def split_sentences(paragraph: str, language: str = "en") -> list[str]:
-    """The sentences of one paragraph (one line of running text), stripped, none of them empty.
+    """Split a paragraph (one line of running text) into stripped, non-empty sentences.
 
-    `language` is an ISO 639-1 code; one without rules of its own is split by the general ones. Nothing is lost:
-    joined with spaces, the sentences give the paragraph's words back. Text that comes tokenised ("a lobster . It") is
-    split too.
+    Joining the sentences with spaces gives back the words of the paragraph. Tokenised text ("a lobster . It") is split
+    too.
+
+    Args:
+        paragraph: one line of running text.
+        language: ISO 639-1 code; a language without rules of its own uses the general rules.
     """
     return [stripped for sentence in segment(language, paragraph) if (stripped := sentence.strip())]

@@ -127,7 +127,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object a line."
+                f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object per line."
             ) from None
         if not isinstance(value, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}.")
@@ -158,7 +158,7 @@ def field_of(row: Row, column: str) -> Any:
         DataError: no such column.
     """
     if column not in row.fields:
-        raise DataError(f"{row.where}: no column {column!r} (there is: {', '.join(map(str, row.fields)) or 'none'}).")
+        raise DataError(f"{row.where}: no column {column!r} (found: {', '.join(map(str, row.fields)) or 'none'}).")
     return row.fields[column]
 
 

@@ -128,10 +128,10 @@ def test_prepared_tfds_folder(file: File, tmp_path: Path):
 def test_tfds_refusals(tmp_path: Path):
     folder = write_tfds(tmp_path / "some", ["One."], feature="body")
     assert refusal(folder) == (
-        f"{folder}, example 0 of split 'train': no field 'text' (there is: body). Name the field with --text-field."
+        f"{folder}, example 0 of split 'train': no field 'text' (found: body). Name the field with --text-field."
     )
-    assert refusal(folder, split="test") == f"{folder}: no split 'test' (there is: train)."
-    assert "TensorFlow" in refusal("tfds:no_such_data_set") or "knows no data set" in refusal("tfds:no_such_data_set")
+    assert refusal(folder, split="test") == f"{folder}: no split 'test' (found: train)."
+    assert "TensorFlow" in refusal("tfds:no_such_data_set") or "has no data set" in refusal("tfds:no_such_data_set")
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     assert "file_format='array_record'" in refusal(folder)
@@ -180,9 +180,7 @@ def test_compressed_files_count_their_own_bytes(file: File):
 
 
 def test_missing_path(tmp_path: Path):
-    assert refusal(tmp_path / "no") == (
-        f"{tmp_path}/no: there is no such file or folder. Check the path given with --corpus."
-    )
+    assert refusal(tmp_path / "no") == (f"{tmp_path}/no: no such file or folder. Check the path given with --corpus.")
 
 
 def test_no_path():
@@ -191,7 +189,7 @@ def test_no_path():
 
 def test_nothing_in_it(file: File, tmp_path: Path):
     path = file("a.txt", " \n\n")
-    assert refusal(path) == (f"{path}: an empty corpus, not one document with text in it. Name files that hold text.")
+    assert refusal(path) == (f"{path}: the corpus is empty: no document with text in it. Name files that hold text.")
     (tmp_path / "folder").mkdir()
     assert refusal(tmp_path / "folder").startswith(
         f"{tmp_path}/folder: no text in this folder. Expected files that end in"
@@ -220,17 +218,15 @@ def test_named_encodings(file: File):
     assert texts(path, encoding="latin-1") == ["naïve"]
     assert texts(file("b.txt", "naïve".encode("utf-16")), encoding="utf-16") == ["naïve"]
     assert texts(file("c.txt", b"\xef\xbb\xbfmarked")) == ["marked"]
-    assert refusal(path, encoding="utf-88") == (
-        "'utf-88' is not the name of a text encoding; try utf-8, latin-1 or cp1252."
-    )
+    assert refusal(path, encoding="utf-88") == ("'utf-88' is not a text encoding; try utf-8, latin-1 or cp1252.")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', "not JSON (Expecting ',' delimiter at column 13). Expected one JSON object a line."),
+        ('{"text": "a"', "not JSON (Expecting ',' delimiter at column 13). Expected one JSON object per line."),
         ('["a"]', "expected a JSON object, found list."),
-        ('{"body": "a"}', "no field 'text' (there is: body). Name the field with --text-field."),
+        ('{"body": "a"}', "no field 'text' (found: body). Name the field with --text-field."),
         ('{"text": 3}', "field 'text' holds int, expected text."),
     ],
 )
@@ -246,7 +242,7 @@ def test_compressed_files_that_end_early(file: File, cut: float):
     content = random.Random(0).randbytes(300_000).hex().encode()
     for name, data in (("a.txt.gz", gzip.compress(content)), ("a.txt.zst", zstandard.compress(content))):
         path = file(name, data[: int(len(data) * cut)])
-        assert refusal(path).startswith(f"{path}: the compressed data is damaged or ends early.")
+        assert refusal(path).startswith(f"{path}: the compressed data is damaged or truncated.")
     path = file("b.txt.zst", b"not compressed at all")
     assert "damaged" in refusal(path)
     assert "damaged" in refusal(file("b.txt.gz", b"not compressed at all"))

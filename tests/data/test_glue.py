@@ -78,7 +78,7 @@ def test_stsb_rates(file):
     [
         ("sst2", "train.tsv", "sentence\tlabel\ngood\t1\nbad\t2\n", r"train.tsv, line 3: the label '2' is not in"),
         ("sst2", "train.tsv", "sentence\tlabel\ngood\t1\n\nbad\n", r"line 4: expected 2 fields .*found 1: bad"),
-        ("sst2", "train.tsv", "text\tlabel\ngood\t1\n", r"line 2: no column 'sentence' \(there is: text, label\)"),
+        ("sst2", "train.tsv", "text\tlabel\ngood\t1\n", r"line 2: no column 'sentence' \(found: text, label\)"),
         ("sst2", "train.tsv", "", r"train.tsv: an empty file"),
         ("sst2", "train.tsv", "sentence\tlabel\n", r"train.tsv: an empty file"),
         ("cola", "train.tsv", "gj04\t1\t\n", r"line 1: expected 4 fields"),
@@ -194,7 +194,7 @@ def test_whole_numbers_are_sorted_by_value_and_names_by_the_alphabet(file):
     [
         ("a.tsv", "text\tlabel\nx\ta\tmore\n", "line 2: expected 2 fields"),
         ("a.tsv", "text\ttext\nx\ta\n", "line 1: two columns are called 'text'"),
-        ("a.tsv", "body\tlabel\nx\ta\n", r"line 2: no column 'text' \(there is: body, label\)"),
+        ("a.tsv", "body\tlabel\nx\ta\n", r"line 2: no column 'text' \(found: body, label\)"),
         ("a.tsv", "text\tlabel\nx\tc\n", r"line 2: the label 'c' is not in the label set \('a', 'b'\)"),
         ("a.csv", 'text,label\n"x,a\n', "line 2: not CSV"),
         ("a.jsonl", '{"text": "x", "label": "a"}\n{"text": "x"}\n', "line 2: no column 'label'"),

@@ -1,1 +1,1 @@
-"""Measurements of whole jobs."""
+"""Benchmarks of whole jobs."""

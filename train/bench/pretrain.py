@@ -1,9 +1,9 @@
-"""Measure pretraining as it runs: real tokens/s, the loss after so many tokens, and the share of the matmul rate.
+"""Measure pretraining: real tokens/s, the loss at the end, and the fraction of the matmul rate.
 
     bestiary bench pretrain --corpus books/ --tokenizer DIR --model bert-mini --sequence-length 512 --out FILE
 
-The share counts only operations that are needed: matrix products on real tokens, attention within each example, logits
-at predicted positions; three times the forward pass. Padding, dropout, norms and the optimiser count nothing.
+The fraction counts only necessary operations: matrix products on real tokens, attention within each example, logits at
+predicted positions; times three for forward and backward. Padding, dropout, norms and the optimiser do not count.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from ..sharding import start_spread
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure pretraining steps on this machine. Nothing is saved but the figures."""
+    """Measure pretraining steps on this machine. Only the figures are saved."""
 
     corpus: tuple[str, ...] = ()
     """As for `bestiary pretrain`."""
@@ -56,30 +56,30 @@ class BenchConfig:
     model: str = "bert-mini"
     """Size of the model."""
     sequence_length: int = 512
-    """Tokens a row."""
+    """Length of a packed row, in tokens."""
     rows: int = 8
-    """Rows a step, of all devices together."""
+    """Rows per step, over all devices."""
     steps: int = 60
-    """Steps to take; each is timed alone."""
+    """Number of steps; each is timed separately."""
     skip: int = 5
-    """First steps that are left out of the timing."""
+    """Number of initial steps to exclude from the timing."""
     learning_rate: float = 5e-4
-    """Peak learning rate, constant after the warm-up."""
+    """Peak learning rate, constant after warmup."""
     warmup: int = 20
-    """Steps of warm-up."""
+    """Warmup steps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """As for `bestiary pretrain`."""
     attention: str | None = None
     """As for `bestiary pretrain`."""
     spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
     seed: int = 0
-    """Of everything random."""
+    """Seed of everything random."""
     out: Path | None = None
-    """JSON file to write; None: the JSON is printed."""
+    """JSON file to write, in addition to printing it."""
 
 
 def main(config: BenchConfig) -> int:
-    """`bestiary bench pretrain`; returns the exit status."""
+    """Run `bestiary bench pretrain`; return the exit status."""
     progress = Progress()
     training = PretrainConfig(
         corpus=config.corpus,
@@ -158,7 +158,7 @@ def main(config: BenchConfig) -> int:
 
 
 def matmul_rate(dtype: str, size: int = 2048, repeats: int = 9) -> float:
-    """Operations a second of one device on square matrix products in `dtype`, the median."""
+    """Return the median rate of one device on square matrix products in `dtype`, in operations per second."""
     product = jax.jit(lambda left, right: left @ right)
     left, right = (jax.random.normal(jax.random.key(seed), (size, size), jnp.dtype(dtype)) for seed in (0, 1))
     return 2 * size**3 / _median_seconds(lambda: product(left, right), repeats)
@@ -175,7 +175,7 @@ def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def pipeline_rate(stream: PhasedBatches, count: int) -> float:
-    """Real tokens a second from the cache to NumPy batches, planning included, with nothing else to do."""
+    """Return the real tokens per second from the cache to NumPy batches, planning included, on an idle machine."""
     next(stream)  # opens the cache and plans the first window
     clock, tokens = time.perf_counter(), 0
     for _ in range(count - 1):
@@ -184,7 +184,7 @@ def pipeline_rate(stream: PhasedBatches, count: int) -> float:
 
 
 def needed_operations(config: BertConfig, batch: dict[str, np.ndarray], predictions: float) -> float:
-    """Floating-point operations of a training step that no implementation can do without."""
+    """Return the floating-point operations of a training step that any implementation needs."""
     segments = batch["segment_ids"]
     tokens = (segments > 0).sum()
     area = sum(float((np.bincount(row)[1:] ** 2).sum()) for row in segments)

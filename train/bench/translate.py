@@ -1,10 +1,10 @@
-"""Measure translation as it runs: real target tokens/s of training, sentences/s of decoding.
+"""Measure translation: real target tokens/s of training, sentences/s of decoding.
 
     bestiary bench translate --source train.en.gz --target train.de.gz --tokenizer spm.model --test test.en.gz
     bestiary bench translate --model FOLDER --test test.en.gz --beam 5 --batch 64
 
-With --source and --target it trains a new model for some steps; with --test it translates a file, by --model or by the
-model that was just trained. The first pass over the test file compiles, the second is timed.
+With --source and --target it trains a new model for a number of steps; with --test it translates a file, with --model
+or with the model just trained. The first pass over the test file compiles, the second is timed.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from ..translate.translator import Translator, open_translator
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure training steps and decoding on this machine. Nothing is saved but the figures."""
+    """Measure training steps and decoding on this machine. Only the figures are saved."""
 
     source: Path | None = None
     """File of source sentences to train on."""
@@ -61,27 +61,27 @@ class BenchConfig:
     batch_tokens: int = 4096
     """As for `bestiary translate train`."""
     steps: int = 60
-    """Steps to take; each is timed alone."""
+    """Number of steps; each is timed separately."""
     skip: int = 5
-    """First steps that are left out of the timing."""
+    """Number of initial steps to exclude from the timing."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """As for `bestiary translate train`."""
     attention: str | None = None
     """As for `bestiary translate train`."""
     spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
     model: Path | None = None
-    """Run folder or checkpoint folder to translate --test with, instead of the model that was trained here."""
+    """Run folder or checkpoint folder of the model that translates --test, instead of the model trained here."""
     test: Path | None = None
     """File of sentences to translate."""
     limit: int = 1000
-    """Translate so many lines of it."""
+    """Number of lines of --test to translate."""
     batch: int = 64
-    """Sentences that are translated together."""
+    """Sentences per batch."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: DecodeConfig(beam=5, max_length=64)
     )
     out: Path | None = None
-    """JSON file to write; it is printed too."""
+    """JSON file to write, in addition to printing it."""
 
     def __post_init__(self) -> None:
         if self.source is None and (self.model is None or self.test is None):
@@ -91,7 +91,7 @@ class BenchConfig:
 
 
 def main(config: BenchConfig) -> int:
-    """`bestiary bench translate`; returns the exit status."""
+    """Run `bestiary bench translate`; return the exit status."""
     progress = Progress()
     result: dict[str, Any] = {"bench": "translate"}
     translator = None
@@ -117,7 +117,7 @@ def main(config: BenchConfig) -> int:
 
 
 def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str, Any], Translator]:
-    """Figures of training steps from a new model, and the model."""
+    """Train a new model; return the figures, and a translator with the model."""
     names = {field.name for field in dataclasses.fields(TranslateConfig)} & {
         field.name for field in dataclasses.fields(config)
     }
@@ -166,7 +166,7 @@ def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str,
 
 
 def measure_decoding(config: BenchConfig, translator: Translator, progress: Progress) -> dict[str, Any]:
-    """Figures of translating the test file."""
+    """Translate the test file; return the figures."""
     assert config.test is not None
     lines = list(read_lines(config.test, "utf-8"))[: config.limit]
     progress.line(f"translating {len(lines):,} lines, beam {config.decode.beam}, batch {config.batch}")

@@ -1,8 +1,8 @@
-"""How many cores there are to work with."""
+"""Number of usable CPU cores."""
 
 import os
 
 
 def usable_cores() -> int:
-    """That this process may use; not every system tells which."""
+    """Return the number of cores that this process may use; not every system can tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,8 +4,8 @@ The score of tags y₁..yₙ for emissions e is start[y₁] + Σ eₜ[yₜ] + Σ
 the softmax of the scores over all sequences of tags. The normaliser is exact (forward algorithm), and so is the best
 sequence (Viterbi).
 
-Rows may be packed: a chain is the tagged positions of one segment, in their order, and never crosses into another. The
-positions between (further tokens of a word, [CLS], padding) are passed over.
+Rows may be packed: a chain consists of the tagged positions of one segment, in order, and never crosses into another.
+Positions in between (further tokens of a word, [CLS], padding) are skipped.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from .checkpoints.tables import Entry, same
 from .layers import partitioned
 
 FORBIDDEN = -1e4
-"""Added to the score of a step that is not legal. Its exponential is 0 in float32 and in float64; minus infinity would
-give gradients of NaN where no sequence is left."""
+"""Added to the score of an illegal transition. Its exponential is 0 in float32 and float64; minus infinity would give
+NaN gradients where no sequence is left."""
 
 
 class CrfWeights(NamedTuple):
-    """Scores of steps between C tags."""
+    """Transition scores between C tags."""
 
     start: Array  # [C], to begin with a tag
     transitions: Array  # [C, C], from the first to the second
@@ -34,7 +34,7 @@ class CrfWeights(NamedTuple):
 
 
 class Crf(nn.Module):
-    """The parameters. New ones are zero: tags that follow each other freely, as under a linear head alone."""
+    """Parameters of the CRF. They are initialised to zero: no preference between transitions, as with a linear head."""
 
     labels: int
 
@@ -50,7 +50,7 @@ class Crf(nn.Module):
 
 
 def crf_entries(labels: int) -> list[Entry]:
-    """The parameters' lines in a checkpoint table, under the names that pytorch-crf has for them."""
+    """Return the parameters' entries of a checkpoint table, with the names used by pytorch-crf."""
     return [
         Entry("crf.start_transitions", ("crf", "start"), same(labels)),
         Entry("crf.transitions", ("crf", "transitions"), same(labels, labels)),
@@ -59,9 +59,9 @@ def crf_entries(labels: int) -> list[Entry]:
 
 
 def legal_steps(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """What IOB2 allows: (tags to begin with [C] bool, steps from tag to tag [C, C] bool).
+    """Return what IOB2 allows: (initial tags [C] bool, transitions [C, C] bool).
 
-    I-x comes after B-x or I-x only; all else is free.
+    I-x may only follow B-x or I-x; everything else is allowed.
     """
     begins = np.array([not name.startswith("I-") for name in names], np.bool_)
     goes_on = [[a in (f"B-{b[2:]}", f"I-{b[2:]}") for b in names] for a in names]
@@ -69,7 +69,7 @@ def legal_steps(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def constrained(weights: CrfWeights, names: Sequence[str]) -> CrfWeights:
-    """The weights with every sequence of tags that IOB2 does not allow made impossible."""
+    """Return the weights with every tag sequence that IOB2 does not allow made impossible."""
     begins, steps = legal_steps(names)
     return weights._replace(
         start=jnp.where(begins, weights.start, FORBIDDEN), transitions=jnp.where(steps, weights.transitions, FORBIDDEN)
@@ -77,7 +77,7 @@ def constrained(weights: CrfWeights, names: Sequence[str]) -> CrfWeights:
 
 
 class _Chain(NamedTuple):
-    """What is carried along a row."""
+    """State that is carried along a row."""
 
     scores: Array  # [B, C], of all sequences of the chain at hand up to here that end with each tag
     segment: Array  # [B], its segment; 0 before the first
@@ -87,7 +87,7 @@ class _Chain(NamedTuple):
 
 
 def log_likelihood(weights: CrfWeights, emissions: Array, tags: Array, segment_ids: Array, tagged: Array) -> Array:
-    """The logarithm of the given tags' probability, summed over the chains of each row.
+    """Compute the log probability of the given tags, summed over the chains of each row.
 
     Args:
         weights: float.
@@ -128,7 +128,7 @@ def log_likelihood(weights: CrfWeights, emissions: Array, tags: Array, segment_i
 
 
 def _closed(chain: _Chain, weights: CrfWeights, here: Array) -> _Chain:
-    """The rows `here` end the chain that they are in, if they are in one."""
+    """End the current chain, if any, in the rows `here`."""
     here = here & (chain.segment > 0)
     total = jax.nn.logsumexp(chain.scores + weights.end[None], axis=1)
     return chain._replace(
@@ -137,7 +137,7 @@ def _closed(chain: _Chain, weights: CrfWeights, here: Array) -> _Chain:
 
 
 def decode(weights: CrfWeights, emissions: Array, segment_ids: Array, tagged: Array) -> Array:
-    """The most probable tags (Viterbi). Arguments as in `log_likelihood`.
+    """Find the most probable tags (Viterbi). Arguments as in `log_likelihood`.
 
     Returns:
         [B, L] int32, 0 where nothing is tagged.
@@ -158,7 +158,7 @@ def decode(weights: CrfWeights, emissions: Array, segment_ids: Array, tagged: Ar
     _, seen = jax.lax.scan(forward, start, _by_position(emissions, segment_ids, tagged))
 
     def backward(wanted: Array, here: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-        """`wanted` [B] is the tag that the chain's next position asks of the one before it; -1 where there is none."""
+        """Step backward; `wanted` [B] is the tag that the chain's next position requires here, -1 if there is none."""
         scores, came_from, begins, on = here
         tag = jnp.where(wanted < 0, _best(scores + weights.end[None]), wanted)
         before = jnp.where(begins, -1, jnp.take_along_axis(came_from, tag[:, None], axis=1)[:, 0])
@@ -178,5 +178,5 @@ def _widened(emissions: Array, weights: CrfWeights) -> tuple[Array, CrfWeights]:
 
 
 def _by_position(*arrays: Array) -> Any:
-    """[B, L, ...] each -> a tuple of [L, B, ...]."""
+    """Transpose arrays [B, L, ...] to a tuple of [L, B, ...]."""
     return tuple(jnp.moveaxis(array, 1, 0) for array in arrays)

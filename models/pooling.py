@@ -1,6 +1,6 @@
-"""Features of packed texts: hidden states of several layers made one, and one vector for each text of a row.
+"""Features of packed texts: combine the hidden states of several layers, and pool one vector per text.
 
-Letters for shapes: K layers that were chosen, B rows, L tokens, X texts in a row, E model width.
+Letters for shapes: K selected layers, B rows, L tokens, X texts in a row, E model width.
 """
 
 import jax
@@ -13,14 +13,14 @@ POOLINGS = ("cls", "mean", "max", "mean_sqrt_len")
 
 
 def combine(hidden: Array, how: str) -> Array:
-    """hidden [K, ..., E] -> [..., E], their sum or mean, or [..., K·E], side by side in the order given."""
+    """Combine layers: hidden [K, ..., E] -> [..., E] (sum or mean) or [..., K·E] (concatenated in order)."""
     if how == "concat":
         return jnp.concatenate(list(hidden), axis=-1)
     return hidden.sum(axis=0) if how == "sum" else hidden.mean(axis=0)
 
 
 def mix(hidden: Array, weights: Array, gamma: Array) -> Array:
-    """γ · Σ_k softmax(w)_k · hidden_k, a learned mix of layers (Peters et al. 2018, "Deep contextualized", formula 1).
+    """Mix layers: γ · Σ_k softmax(w)_k · hidden_k (Peters et al. 2018, "Deep contextualized", formula 1).
 
     Args:
         hidden: [..., K, E].
@@ -31,17 +31,17 @@ def mix(hidden: Array, weights: Array, gamma: Array) -> Array:
 
 
 def pool(hidden: Array, segment_ids: Array, cls_positions: Array, how: str) -> Array:
-    """One vector for each text of packed rows, in float32.
+    """Pool one float32 vector per text of packed rows.
 
     Args:
         hidden: [B, L, E].
         segment_ids: [B, L] int32; text x of a row is where it is x + 1.
         cls_positions: [B, X] int32, the first token of each text.
-        how: "cls" takes the first token; "mean" and "max" go over all of a text's tokens, special ones included, as
-            sentence-transformers does; "mean_sqrt_len" is their sum over the root of their number.
+        how: "cls" takes the first token; "mean" and "max" pool over all tokens of a text, special tokens included, as
+            sentence-transformers does; "mean_sqrt_len" divides their sum by the square root of their number.
 
     Returns:
-        [B, X, E]; what comes out for a slot without a text means nothing.
+        [B, X, E]; undefined for slots without a text.
     """
     hidden = hidden.astype(jnp.float32)
     rows, slots = cls_positions.shape
@@ -61,6 +61,6 @@ def pool(hidden: Array, segment_ids: Array, cls_positions: Array, how: str) -> A
 
 
 def normalize(vectors: Array) -> Array:
-    """[..., E] each divided by its length; zeros stay."""
+    """Divide vectors [..., E] by their length; zero vectors stay zero."""
     length = jnp.sqrt(jnp.square(vectors).sum(axis=-1, keepdims=True))
     return vectors / jnp.maximum(length, 1e-12)

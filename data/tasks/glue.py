@@ -1,8 +1,8 @@
 """GLUE (Wang et al. 2018): the nine tasks and the diagnostic set, from the official TSV files or tensorflow-datasets.
 
-The files have no quoting: a quote is a character. CoLA's training and development files have no line of column names.
-QQP's hold some rows that are cut short; they are left out and counted, as tensorflow-datasets does. The classes have
-the numbers that tensorflow-datasets gives them; the TSVs' own names for them are what a submission must hold.
+The files have no quoting: a quote is an ordinary character. CoLA's training and development files have no header. Some
+rows of QQP's files are truncated; they are skipped and counted, as in tensorflow-datasets. Classes are numbered as in
+tensorflow-datasets; submissions use the class names of the TSV files.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .tables import Row, TextExample, class_of, field_of, number_of, read_table,
 
 @dataclass(frozen=True)
 class GlueTask:
-    """How one of GLUE's tasks is stored, scored and submitted."""
+    """Storage, metrics and submission format of a GLUE task."""
 
     name: str
-    """as in `bestiary finetune NAME`, and in tensorflow-datasets"""
+    """name in `bestiary finetune NAME` and in tensorflow-datasets"""
     folder: str
-    """of the official download"""
+    """folder of the official download"""
     first: str
     """column of the text, or of the first text"""
     second: str | None
@@ -33,23 +33,23 @@ class GlueTask:
     label: str
     """column of the label"""
     labels: tuple[str, ...] | None
-    """the classes' names in the TSVs, in the order of their numbers; None for regression"""
+    """class names in the TSV files, in the order of their numbers; None for regression"""
     label_names: tuple[str, ...] | None
-    """the classes' names for people"""
+    """readable class names"""
     metrics: tuple[str, ...]
     """official metrics; the task's score is their mean"""
     submission: str
-    """stem of the file of predictions that the GLUE server takes"""
+    """stem of the submission file for the GLUE server"""
     evaluation: tuple[str, ...] = ("dev",)
     """splits with labels besides `train`"""
     test: tuple[str, ...] = ("test",)
-    """splits without"""
+    """splits without labels"""
     header: tuple[str, ...] | None = None
-    """columns of the training and development files where they do not name them"""
+    """columns of the training and development files if these have no header"""
     cut_rows: bool = False
-    """whether the official files hold rows that are cut short"""
+    """whether the official files contain truncated rows"""
     columns: tuple[tuple[str, str], ...] = ()
-    """(column above, its name elsewhere): in some files, or in tensorflow-datasets"""
+    """(column above, alternative name) in some files or in tensorflow-datasets"""
 
 
 BINARY = ("0", "1")
@@ -161,7 +161,7 @@ GLUE: dict[str, GlueTask] = {
     )
 }
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-# The tasks with training data: AX has none, and takes a model of MNLI.
+# Tasks with training data; AX has none and evaluates an MNLI model.
 FINETUNED: tuple[GlueName, ...] = get_args(GlueName)
 
 TFDS_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
@@ -171,18 +171,18 @@ FOLDERS = {"ax": ("AX", "diagnostic", "MNLI")}
 
 @dataclass
 class GlueSplit:
-    """A split that was read."""
+    """A split as it was read."""
 
     examples: list[TextExample]
     cut_rows: int = 0
-    """rows of an official file that are cut short, left out"""
+    """number of truncated rows that were skipped"""
 
 
 def glue_source(task: GlueTask, path: str | Path) -> Path:
-    """The folder of a task: `path` itself, or the task's own folder in it.
+    """Return the folder of a task: `path` itself, or the task's folder in it.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such folder.
     """
     if str(path).startswith(TFDS_PREFIX):
         return Path(path)
@@ -196,12 +196,12 @@ def glue_source(task: GlueTask, path: str | Path) -> Path:
             return folder
     expected = ", ".join(FILES.get(task.name) or (f"{split}.tsv" for split in ("train", *task.evaluation, *task.test)))
     if not path.exists():
-        raise DataError(f"{path}: there is no such folder. Expected GLUE's {task.folder} folder, or the one it is in.")
-    raise DataError(f"{path}: holds none of {task.folder}'s files ({expected}), nor a folder {task.folder} that does.")
+        raise DataError(f"{path}: no such folder. Expected GLUE's {task.folder} folder, or its parent folder.")
+    raise DataError(f"{path}: expected {task.folder}'s files ({expected}), or a folder {task.folder} with them.")
 
 
 def has_split(task: GlueTask, path: str | Path, split: str) -> bool:
-    """Whether a split is there to be read."""
+    """Tell whether a split exists."""
     path = glue_source(task, path)
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
         described = json.loads((_tfds_source(path).tfds_folder / "dataset_info.json").read_text(encoding="utf-8"))
@@ -210,7 +210,7 @@ def has_split(task: GlueTask, path: str | Path, split: str) -> bool:
 
 
 def has_labels(task: GlueTask, path: str | Path, split: str) -> bool:
-    """Whether a split's first example has a label: the diagnostic set's full file has them, the short one has not."""
+    """Tell whether the first example of a split has a label; the full file of the diagnostic set has labels."""
     path = glue_source(task, path)
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
         row = next(_tfds_rows(path, split), None)
@@ -228,16 +228,16 @@ def _split_file(task: GlueTask, folder: Path, split: str) -> Path | None:
 
 
 def read_glue(task: GlueTask, path: str | Path, split: str, *, labelled: bool) -> GlueSplit:
-    """The examples of a split.
+    """Read the examples of a split.
 
     Args:
-        task: one of GLUE.
+        task: the task.
         path: the task's folder, the folder of all tasks, one file, a prepared tensorflow-datasets folder, or tfds:NAME.
         split: "train", or one of the task's `evaluation` or `test`.
-        labelled: whether labels are read; a test split has none.
+        labelled: whether to read labels; a test split has none.
 
     Raises:
-        DataError: with file and line; also for a split without a single row.
+        DataError: a row is invalid (with file and line), or the split is empty.
     """
     path = glue_source(task, path)
     found = GlueSplit([])
@@ -257,12 +257,12 @@ def read_glue(task: GlueTask, path: str | Path, split: str, *, labelled: bool) -
     for number, row in enumerate(rows):
         found.examples.append(_example(task, row, number, labelled))
     if not found.examples:
-        raise DataError(f"{path}: an empty file, without a single row.")
+        raise DataError(f"{path}: the file is empty.")
     return found
 
 
 def _names_columns(file: Path) -> bool:
-    """Whether the first line of a file of CoLA names the columns: the test file's does."""
+    """Tell whether a CoLA file has a header: the test file does."""
     first = next(read_table(file, header=("first",), exact=False), None)
     return first is not None and first.fields["first"] == "index"
 

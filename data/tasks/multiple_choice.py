@@ -1,7 +1,7 @@
 """Multiple choice: SWAG (Zellers et al. 2018) and CODAH (Chen et al. 2019), each in its official files.
 
-A question is a beginning and some endings of which one is right. The model reads [CLS] first [SEP] second [SEP] once an
-ending (Devlin et al. 2018, 4.4), so a question keeps its choices as pairs.
+A question is a beginning and several endings, one of which is right. The model reads the pair (first, second) once per
+ending (Devlin et al. 2018, 4.4), so a question stores its choices as pairs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..reading import read_lines, read_text
 CHOICES = 4
 SWAG_COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)))
 FOLDS = 5
-"""parts of CODAH's cross-validation"""
+"""number of folds of CODAH's cross-validation"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A question: `pairs` has a (first, second) text for each choice, `label` is the right one's number or None."""
+    """A question: `pairs` has one (first, second) text per choice, `label` is the index of the right one, or None."""
 
     key: str
     pairs: tuple[tuple[str, str], ...]
@@ -34,18 +34,18 @@ class Choice:
 def read_swag(path: Path, *, labelled: bool = True) -> list[Choice]:
     """Read SWAG's train.csv, val.csv or test.csv.
 
-    Columns are found by their names in the header: sent1, sent2 (how the second sentence begins), ending0 to ending3
-    and, where `labelled`, label (0 to 3). A question's key is the first column's number, or the line's if that column
-    has a name.
+    Columns are found by their names in the header: sent1, sent2 (the start of the second sentence), ending0 to ending3
+    and, if `labelled`, label (0 to 3). A question's key is the number in the first column, or the line number if that
+    column has a name.
 
     Raises:
-        DataError: a column is missing, a row has too few fields, a label is not one; with file and line.
+        DataError: a column is missing, a row has too few fields, or a label is invalid; with file and line.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, None)
         if header is None:
-            raise DataError(f"{path}: an empty file. Expected SWAG's CSV with a header.")
+            raise DataError(f"{path}: the file is empty. Expected SWAG's CSV with a header.")
         wanted = (*SWAG_COLUMNS, "label") if labelled else SWAG_COLUMNS
         missing = [name for name in wanted if name not in header]
         if missing:
@@ -70,10 +70,10 @@ def read_swag(path: Path, *, labelled: bool = True) -> list[Choice]:
 
 
 def read_codah(path: Path, *, labelled: bool = True) -> list[Choice]:
-    """Read CODAH's TSV: category, beginning, four endings, the right one's number; no header, quotes are literal.
+    """Read CODAH's TSV: category, beginning, four endings, index of the right one; no header, quotes are literal.
 
     Raises:
-        DataError: a row with another number of fields, or a label that is not one; with file and line.
+        DataError: a row has another number of fields, or a label is invalid; with file and line.
     """
     questions = []
     fields = CHOICES + 2 + labelled
@@ -94,9 +94,9 @@ def read_codah(path: Path, *, labelled: bool = True) -> list[Choice]:
 
 
 def split_fold(questions: list[Choice], fold: int, seed: int = 0) -> tuple[list[Choice], list[Choice]]:
-    """(questions to train on, the fold held out) of five-fold cross-validation, as CODAH is evaluated (section 4).
+    """Return (training questions, held-out fold) of five-fold cross-validation, as in CODAH's evaluation (section 4).
 
-    The folds are drawn here from `seed`: every question is held out in exactly one of them.
+    The folds are drawn from `seed`; every question is held out in exactly one of them.
     """
     if not 0 <= fold < FOLDS:
         raise DataError(f"--fold is {fold}; it must be from 0 to {FOLDS - 1}.")

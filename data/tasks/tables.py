@@ -1,10 +1,10 @@
-"""Tables of texts: TSV, CSV and JSON lines with named columns, every error with its file and line.
+"""Read tables of texts: TSV, CSV and JSON lines with named columns; every error names its file and line.
 
-    .tsv .txt      a row a line, tabs between fields; quotes are ordinary characters, as in GLUE's files
-    .csv           RFC 4180: commas, quotes around fields that hold commas, quotes or line ends
-    .jsonl .ndjson .json    an object a line
+    .tsv .txt               one row per line, fields separated by tabs; quotes are ordinary characters, as in GLUE
+    .csv                    RFC 4180: commas, and quotes around fields that contain commas, quotes or line ends
+    .jsonl .ndjson .json    one object per line
 
-Each plain, `.gz` or `.zst`, in UTF-8. Blank lines are passed over.
+Files are UTF-8 and may also end in `.gz` or `.zst`. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit is 131,072
 
 
 class Row(NamedTuple):
-    """A row of a table: its fields by column, and where it stands, for messages."""
+    """A row of a table: its fields by column, and its location, for messages."""
 
     fields: dict[str, Any]
     where: str
 
 
 class TextExample(NamedTuple):
-    """A text or a pair of texts to classify or to rate."""
+    """A text or a pair of texts to classify or to score."""
 
     first: str
     second: str | None
-    label: int | float | None  # the class's number, or the value; None where it is not known
-    key: str  # what the example is called in a file of predictions
+    label: int | float | None  # class number or value; None if unknown
+    key: str  # name of the example in a file of predictions
     where: str  # file and line
 
 
@@ -46,16 +46,16 @@ def read_table(
     exact: bool = True,
     on_short: Callable[[], None] | None = None,
 ) -> Iterator[Row]:
-    """The rows of a table.
+    """Yield the rows of a table.
 
     Args:
-        path: .tsv, .txt, .csv, .jsonl, .ndjson or .json, and these with .gz or .zst.
-        header: the columns' names of a file without a first line that names them.
-        exact: whether more fields than columns are an error; else the surplus is left out.
-        on_short: called for a row with too few fields, which is then left out; None makes it an error.
+        path: .tsv, .txt, .csv, .jsonl, .ndjson or .json, optionally with .gz or .zst.
+        header: column names, for a file without a header.
+        exact: whether more fields than columns are an error; otherwise the surplus is ignored.
+        on_short: called for a row with too few fields, which is then skipped; None makes such a row an error.
 
     Raises:
-        DataError: a row with too few fields, or what is no table at all.
+        DataError: a row has too few fields, or the file is not a table.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
@@ -140,10 +140,10 @@ def _shown(record: Sequence[str]) -> str:
 
 
 def text_of(row: Row, column: str) -> str:
-    """A field that must be text.
+    """Return a field that must be text.
 
     Raises:
-        DataError: no such column, or something else in it.
+        DataError: there is no such column, or it does not hold text.
     """
     value = field_of(row, column)
     if not isinstance(value, str):
@@ -152,10 +152,10 @@ def text_of(row: Row, column: str) -> str:
 
 
 def field_of(row: Row, column: str) -> Any:
-    """A field of any type.
+    """Return a field of any type.
 
     Raises:
-        DataError: no such column.
+        DataError: there is no such column.
     """
     if column not in row.fields:
         raise DataError(f"{row.where}: no column {column!r} (found: {', '.join(map(str, row.fields)) or 'none'}).")
@@ -163,10 +163,10 @@ def field_of(row: Row, column: str) -> Any:
 
 
 def number_of(value: Any, where: str) -> float:
-    """The value of a regression target.
+    """Return the value of a regression target.
 
     Raises:
-        DataError: not a finite number.
+        DataError: it is not a finite number.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -178,10 +178,10 @@ def number_of(value: Any, where: str) -> float:
 
 
 def class_of(value: Any, labels: Sequence[str], where: str) -> int:
-    """The number of a label.
+    """Return the class number of a label.
 
     Raises:
-        DataError: it is not in the label set.
+        DataError: the label is not in the label set.
     """
     text = label_text(value, where)
     if text not in labels:
@@ -191,10 +191,10 @@ def class_of(value: Any, labels: Sequence[str], where: str) -> int:
 
 
 def label_text(value: Any, where: str) -> str:
-    """A label as text: JSON numbers and truth values are labels too.
+    """Return a label as text; JSON numbers and booleans are labels too.
 
     Raises:
-        DataError: nothing there, or what cannot be a label.
+        DataError: the label is missing, or of another type.
     """
     if isinstance(value, str) and value.strip():
         return value.strip()
@@ -202,11 +202,11 @@ def label_text(value: Any, where: str) -> str:
         return json.dumps(value)
     if value is None or isinstance(value, str):
         raise DataError(f"{where}: the label is missing.")
-    raise DataError(f"{where}: the label is {json.dumps(value)}, expected text, a whole number or a truth value.")
+    raise DataError(f"{where}: the label is {json.dumps(value)}, expected text, an integer or a boolean.")
 
 
 def labels_of(values: Iterable[str]) -> tuple[str, ...]:
-    """The label set of labels as text: whole numbers by value, anything else by the alphabet."""
+    """Return the sorted label set: integers by value, anything else alphabetically."""
     found = set(values)
     if all(value.lstrip("-").isdecimal() for value in found):
         return tuple(sorted(found, key=lambda value: (int(value), value)))
@@ -221,16 +221,17 @@ def read_texts(
     label: str | None,
     labels: Sequence[str] | None,
 ) -> list[TextExample]:
-    """The examples of a user's own file.
+    """Read the examples of a user's own file.
 
     Args:
-        path: what `read_table` takes.
-        text, text_pair: the columns of the texts.
-        label: the column of the label; None reads none.
+        path: a file that `read_table` supports.
+        text: column of the text, or of the first text of a pair.
+        text_pair: column of the second text of a pair, or None.
+        label: column of the label; None to read no labels.
         labels: the label set; None for numbers (regression).
 
     Raises:
-        DataError: with file and line; also for a file without a single row.
+        DataError: a row is invalid (with file and line), or the file is empty.
     """
     examples = []
     for number, row in enumerate(read_table(path)):
@@ -241,17 +242,17 @@ def read_texts(
         second = None if text_pair is None else text_of(row, text_pair)
         examples.append(TextExample(text_of(row, text), second, target, str(number), row.where))
     if not examples:
-        raise DataError(f"{path}: an empty file, without a single row. Expected a line of column names and rows.")
+        raise DataError(f"{path}: the file is empty. Expected a header and rows.")
     return examples
 
 
 def read_labels(path: Path, label: str) -> tuple[str, ...]:
-    """The label set that a file's rows have.
+    """Return the label set of a file.
 
     Raises:
-        DataError: with file and line.
+        DataError: a row is invalid (with file and line), or the file is empty.
     """
     found = [label_text(field_of(row, label), row.where) for row in read_table(path)]
     if not found:
-        raise DataError(f"{path}: an empty file, without a single row. Expected a line of column names and rows.")
+        raise DataError(f"{path}: the file is empty. Expected a header and rows.")
     return labels_of(found)

@@ -1,9 +1,9 @@
-"""Subword regularisation: words cut up at random, each draw a pure function of its number.
+"""Subword regularisation: sample segmentations of words, each a pure function of its number.
 
-- unigram (Kudo 2018, 3.2): a word's segmentation is drawn from all of them with probability proportional to P^alpha.
-- BPE dropout (Provilkov et al. 2020, 3.1): each merge is left out with a probability at each step. A word has a bank of
-  `BANK` such segmentations an epoch, and an occurrence takes one of them: its distribution is exactly the paper's,
-  while two occurrences of a frequent word in one epoch may share one.
+- unigram (Kudo 2018, 3.2): a segmentation of a word is sampled with probability proportional to P^alpha.
+- BPE dropout (Provilkov et al. 2020, 3.1): each merge is skipped with a probability at each step. A word has a bank of
+  `BANK` such segmentations per epoch, and each occurrence uses one of them: the distribution is exactly the paper's,
+  but two occurrences of a frequent word in an epoch may share a segmentation.
 """
 
 import hashlib
@@ -15,26 +15,26 @@ from typing import Any
 import numpy as np
 
 BANK = 32
-_SAMPLE = 3  # what a random stream is for
+_SAMPLE = 3  # purpose of a random stream
 
 Lattice = list[list[tuple[float, int, int]]]
-"""For each end in a word, the pieces that end there: (cumulative probability, start, id)."""
+"""For each end position in a word, the subwords that end there: (cumulative probability, start, id)."""
 
 
 def segmentations(
     word: str, pieces: Mapping[str, tuple[int, float]], longest: int, unknown: tuple[int, float], alpha: float
 ) -> Lattice:
-    """All segmentations of a word with their probabilities.
+    """Build the lattice of all segmentations of a word with their probabilities.
 
-    The probability of a piece is that of being the last one of the word up to there, with P^alpha: drawn from the end
-    back, a whole segmentation has exactly its share of all of them (forward filtering, backward sampling).
+    The probability of a subword is that of being the last one of the word up to its end, under P^alpha: sampling from
+    the end backwards gives each segmentation its exact probability (forward filtering, backward sampling).
 
     Args:
-        word: in the characters of the pieces.
-        pieces: piece -> (id, log probability).
-        longest: characters of the longest piece.
-        unknown: of a character that is no piece.
-        alpha: 1 for the model's probabilities, 0 for equal ones.
+        word: the word, in the characters of the subwords.
+        pieces: subword -> (id, log probability).
+        longest: length of the longest subword, in characters.
+        unknown: (id, log probability) of a character that is not a subword.
+        alpha: 1 for the model's probabilities, 0 for equal probabilities.
     """
     total = [0.0] + [-math.inf] * len(word)  # logarithm of the sum over segmentations up to here
     lattice: Lattice = [[]]
@@ -55,7 +55,7 @@ def segmentations(
 
 
 def walk(lattice: Lattice, number: int) -> list[int]:
-    """The ids of one segmentation, drawn by a number of 64 bits."""
+    """Return the ids of one segmentation, selected by a 64-bit number."""
     ids: list[int] = []
     end = len(lattice) - 1
     while end:
@@ -70,13 +70,13 @@ def walk(lattice: Lattice, number: int) -> list[int]:
 def merge(
     symbols: list[str], rank: Callable[[str, str], float | None], dropout: float, draw: Iterator[float]
 ) -> list[str]:
-    """Merge neighbours, the pair of lowest rank first and the leftmost of equals, until none is left to be merged.
+    """Merge neighbours, lowest rank first and leftmost among equals, until nothing is left to merge.
 
     Args:
-        symbols: of a word, changed in place.
-        rank: of two neighbours; None where they are not merged.
-        dropout: probability that a merge is left out, at every step anew (Provilkov et al. 2020, algorithm 1).
-        draw: uniform numbers in [0, 1); none is drawn without dropout.
+        symbols: symbols of a word, changed in place.
+        rank: rank of two neighbours; None if they are not merged.
+        dropout: probability of skipping a merge, independently at every step (Provilkov et al. 2020, algorithm 1).
+        draw: uniform numbers in [0, 1); unused without dropout.
     """
     while len(symbols) > 1:
         lowest, place = None, -1
@@ -100,7 +100,7 @@ def banked(
     key: tuple[int, ...],
     split: Callable[[str, float, Iterator[float]], list[int]],
 ) -> list[int]:
-    """One of the word's segmentations of this epoch."""
+    """Return one of the word's segmentations of this epoch."""
     if kept.get("key") != (key, dropout):
         kept.clear()
         kept["key"] = (key, dropout)

@@ -1,1 +1,1 @@
-"""Checkpoint folders of the released format: load, save, and comparison with the reference implementation."""
+"""Checkpoint folders in the released format: load, save, and compare with the reference implementation."""

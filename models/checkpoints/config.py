@@ -1,8 +1,7 @@
 """Reading and writing config.json of the released format, for every family's config dataclass.
 
-Every key of a config.json is one of: a field of the family's config under another name; a setting that must have the
-one value the family implements, else the file is refused; or something that changes nothing here, which is kept as it
-is and written back.
+Every key of a config.json is one of: a field of the family's config under another name; a setting with only one
+implemented value, any other being refused; or something that does not matter here, which is kept and written back.
 """
 
 import json
@@ -13,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 Extra = tuple[tuple[str, str], ...]
-"""Keys that change nothing here, each with its value as JSON text (so that a config stays hashable)."""
+"""Keys that do not matter here, with their values as JSON text (so that a config stays hashable)."""
 
 
 class ConfigError(ValueError):
-    """A config.json that this version cannot follow, with everything that is wrong with it."""
+    """Raised for a config.json that this version does not support; the message lists every problem."""
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; ConfigError where it is none."""
+    """Read a JSON file; raise ConfigError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -29,7 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; ConfigError where it holds none."""
+    """Read a JSON file that holds an object; raise ConfigError if it does not."""
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: expected an object, found {type(stored).__name__}")
@@ -42,16 +41,16 @@ def read_fields(
     """Split a config.json into a dataclass's fields and the rest.
 
     Args:
-        cls: the config dataclass; its type hints say what each field must hold.
+        cls: the config dataclass; its type hints are checked.
         stored: the parsed config.json.
-        keys: field name -> key in config.json. An absent key leaves the field at its default.
-        required: key -> the values that the family implements. Any other is refused.
+        keys: field name -> key in config.json. A missing key leaves the field at its default.
+        required: key -> the values that the family implements. Any other value is refused.
 
     Returns:
-        (the fields' values, what else the file holds)
+        (values of the fields, the other entries of the file)
 
     Raises:
-        ConfigError: a value of the wrong type, or a setting that is not implemented; all of them are named.
+        ConfigError: a value has the wrong type, or a setting is not implemented; all problems are listed.
     """
     hints = typing.get_type_hints(cls)
     problems = []
@@ -74,7 +73,7 @@ def read_fields(
 
 
 def write_fields(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:
-    """A config as the dictionary of its config.json: what was kept, then the fields under their keys."""
+    """Return a config as the dictionary of its config.json: the kept entries, then the fields under their keys."""
     return {key: json.loads(text) for key, text in config.extra} | {
         key: getattr(config, name) for name, key in keys.items()
     }
@@ -91,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def read_labels(stored: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]:
-    """(number of classes, their names or None) from `id2label` or `num_labels`; the reference's default is two."""
+    """Return (number of classes, their names or None) from `id2label` or `num_labels`; the reference's default is 2."""
     names = stored.get("id2label")
     if names is None:
         count = stored.get("num_labels", 2)
@@ -104,7 +103,7 @@ def read_labels(stored: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]
 
 
 def write_labels(count: int, names: tuple[str, ...] | None) -> dict[str, Any]:
-    """The keys that `read_labels` reads; nothing where it is the reference's default."""
+    """Return the keys that `read_labels` reads; empty for the reference's default."""
     if names is None:
         if count == 2:
             return {}

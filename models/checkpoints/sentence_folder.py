@@ -1,7 +1,7 @@
-"""Folders of sentence-transformers: an encoder, and how its hidden states become a sentence's vector.
+"""Read sentence-transformers folders: an encoder, and how its hidden states become the vector of a sentence.
 
-    modules.json                         what is applied, one after the other: Transformer, Pooling, Normalize
-    config.json, model.safetensors, ...  the encoder: here, or in the Transformer's own folder
+    modules.json                         modules to apply in order: Transformer, Pooling, Normalize
+    config.json, model.safetensors, ...  the encoder: here, or in the folder of the Transformer module
     sentence_bert_config.json            beside the encoder: max_seq_length, do_lower_case
     1_Pooling/config.json                pooling_mode_cls_token, pooling_mode_mean_tokens, ...
     config_sentence_transformers.json    prompts, default_prompt_name
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from .config import ConfigError, read_json, read_object
 
-# What 1_Pooling/config.json may ask for, in the order in which the vectors are joined: what it is called here, the key
-# that is set to true, and the name that `pooling_mode` may give instead.
+# Poolings in 1_Pooling/config.json, in the order of concatenation: the name used here, the key that is set to true, and
+# the name that `pooling_mode` may have instead.
 POOLINGS = {
     "cls": ("pooling_mode_cls_token", "cls"),
     "max": ("pooling_mode_max_tokens", "max"),
@@ -26,21 +26,21 @@ POOLINGS = {
 
 
 class SentenceFolder(NamedTuple):
-    """What a folder of sentence-transformers says."""
+    """Settings of a sentence-transformers folder."""
 
-    encoder: Path  # the checkpoint folder of the encoder
-    pooling: tuple[str, ...]  # as in `pooling.POOLINGS`; several are joined
-    normalize: bool  # divide each vector by its length
-    max_length: int | None  # tokens of a text, special ones included
-    lowercase: bool  # texts are lower-cased before the tokenizer sees them
-    prompt: str  # put before every text
+    encoder: Path  # checkpoint folder of the encoder
+    pooling: tuple[str, ...]  # as in `pooling.POOLINGS`; several are concatenated
+    normalize: bool  # whether to divide each vector by its length
+    max_length: int | None  # maximum length of a text, in tokens, special tokens included
+    lowercase: bool  # whether to lower-case texts before tokenising them
+    prompt: str  # text to put before every text
 
 
 def read_sentence_folder(folder: Path) -> SentenceFolder | None:
-    """The settings of a folder, or None for one without modules.json.
+    """Return the settings of a folder, or None if it has no modules.json.
 
     Raises:
-        ConfigError: modules that are not implemented, or files that are not what they should be.
+        ConfigError: a module is not implemented, or a file is invalid.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -52,8 +52,8 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     names = [kind for kind, _ in kinds]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ConfigError(
-            f"{folder / 'modules.json'}: only Transformer, Pooling and, if at all, Normalize are implemented, in this "
-            f"order; found {', '.join(names) or 'none'}"
+            f"{folder / 'modules.json'}: expected Transformer, Pooling and optionally Normalize, in this order; found "
+            f"{', '.join(names) or 'none'}"
         )
     encoder, pooling = kinds[0][1], kinds[1][1] / "config.json"
     own, prompts = encoder / "sentence_bert_config.json", folder / "config_sentence_transformers.json"

@@ -79,8 +79,8 @@ def test_stsb_rates(file):
         ("sst2", "train.tsv", "sentence\tlabel\ngood\t1\nbad\t2\n", r"train.tsv, line 3: the label '2' is not in"),
         ("sst2", "train.tsv", "sentence\tlabel\ngood\t1\n\nbad\n", r"line 4: expected 2 fields .*found 1: bad"),
         ("sst2", "train.tsv", "text\tlabel\ngood\t1\n", r"line 2: no column 'sentence' \(found: text, label\)"),
-        ("sst2", "train.tsv", "", r"train.tsv: an empty file"),
-        ("sst2", "train.tsv", "sentence\tlabel\n", r"train.tsv: an empty file"),
+        ("sst2", "train.tsv", "", r"train.tsv: the file is empty"),
+        ("sst2", "train.tsv", "sentence\tlabel\n", r"train.tsv: the file is empty"),
         ("cola", "train.tsv", "gj04\t1\t\n", r"line 1: expected 4 fields"),
         (
             "stsb",
@@ -95,7 +95,7 @@ def test_stsb_rates(file):
             b"index\tsentence1\tsentence2\tlabel\n0\tA\xff\tB\tx\n",
             r"line 2: not UTF-8 .*to UTF-8\.$",
         ),
-        ("rte", "other.tsv", "x\n", r"holds none of RTE's files"),
+        ("rte", "other.tsv", "x\n", r"expected RTE's files"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(file, task, name, content, message):
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_said_with_its_line(file, task, name, content, message)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: there is no such folder. Expected GLUE's MRPC folder"):
+    with pytest.raises(DataError, match=r"nowhere: no such folder. Expected GLUE's MRPC folder"):
         read_glue(GLUE["mrpc"], tmp_path / "nowhere", "train", labelled=True)
 
 
@@ -202,7 +202,7 @@ def test_whole_numbers_are_sorted_by_value_and_names_by_the_alphabet(file):
         ("a.jsonl", '{"text": "x", "label": 0.5}\n', "line 1: the label is 0.5, expected"),
         ("a.jsonl", "[]\n", "line 1: expected a JSON object, found list"),
         ("a.jsonl", "{\n", "line 1: not JSON"),
-        ("a.tsv", "", "an empty file"),
+        ("a.tsv", "", "the file is empty"),
         ("a.xml", "", "expected a name that ends in .tsv"),
     ],
 )

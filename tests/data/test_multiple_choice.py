@@ -28,7 +28,7 @@ def test_swag_has_the_official_columns(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "an empty file"),
+        ("", "the file is empty"),
         (HEADER, "no questions"),
         (HEADER.replace("ending3,label", "gold"), "line 1: no column ending3, label"),
         (HEADER + ROW + "1,x,2\n", "line 4: expected 12 fields, found 3"),

@@ -510,7 +510,7 @@ def test_an_empty_training_file(refused, sst2, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(sst2, folder)
     (folder / "train.tsv").write_text("sentence\tlabel\n")
-    assert "train.tsv: an empty file" in refused(data=folder)
+    assert "train.tsv: the file is empty" in refused(data=folder)
 
 
 def test_a_checkpoint_of_another_family(refused, encoder, tmp_path):

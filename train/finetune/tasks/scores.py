@@ -1,7 +1,7 @@
 """The benchmarks' official metrics, computed by scikit-learn and SciPy.
 
-A correlation with predictions (or labels) that are all the same is not defined; it counts as 0, as in a model that has
-learnt nothing, and so does an F1 without a single positive.
+A correlation with constant predictions or labels is undefined; it counts as 0, as for a model that has learned nothing,
+and so does F1 without any positives.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import numpy as np
 
 
 def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """One metric of n examples.
+    """Compute one metric over n examples.
 
     Args:
         name: accuracy, f1 (of class 1), macro_f1, matthews, pearson, spearman or mean_squared_error.
         predictions: [n], classes (int) or values (float).
-        labels: [n], the same.
+        labels: [n], likewise.
     """
     from scipy import stats
     from sklearn import metrics
@@ -42,6 +42,6 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def scored(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Several metrics, and `score`, their mean, which is how GLUE ranks a task with two."""
+    """Compute several metrics, and `score`, their mean, by which GLUE ranks a task with two metrics."""
     values = {name: metric(name, predictions, labels) for name in names}
     return {**values, "score": sum(values.values()) / len(values)}

@@ -1,8 +1,8 @@
-"""Answers from the scores of their first and last tokens: the best spans of a question over all of its windows.
+"""Find answers from start and end logits: the best spans of a question over all of its windows.
 
-A span's score is the sum of its two logits (Devlin et al. 2018, 4.2). Spans lie in the context, are at most so many
-tokens long, and begin where their window shows the token best, so that a span counts once. The best are found exactly,
-among all spans. No answer has the score of the two logits of [CLS], in the window where it is lowest (4.3).
+A span's score is the sum of its two logits (Devlin et al. 2018, 4.2). Spans lie in the context, have a maximum length,
+and start in the window with the most context around their first token, so that each span counts once. The search over
+all spans is exact. The score of "no answer" is that of [CLS], in the window where it is lowest (4.3).
 """
 
 import unicodedata
@@ -15,11 +15,11 @@ from ....data.tasks.squad import Question, Windows
 
 
 class Span(NamedTuple):
-    """A stretch of the context and its logits."""
+    """A span of the context and its logits."""
 
     text: str
     start: int
-    """first character of the context"""
+    """index of the first character in the context"""
     start_logit: float
     end_logit: float
 
@@ -29,23 +29,23 @@ class Span(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What is found for a question."""
+    """Answers found for a question."""
 
     spans: list[Span]  # best first, no two with the same text; empty where the context has no tokens
     null: tuple[float, float]  # logits of no answer
 
     @property
     def text(self) -> str:
-        """The best span's."""
+        """Text of the best span."""
         return self.spans[0].text if self.spans else ""
 
     @property
     def null_odds(self) -> float:
-        """How much more speaks for no answer than for the best span."""
+        """Score of no answer minus the score of the best span."""
         return sum(self.null) - self.spans[0].score if self.spans else 0.0
 
     def ranked(self, *, null: bool) -> list[dict[str, Any]]:
-        """As in the released code's nbest_predictions.json, with no answer among them where `null`."""
+        """Return the answers in the format of the released code's nbest_predictions.json; `null` includes no answer."""
         options = [(span.text, span.start_logit, span.end_logit) for span in self.spans]
         if null or not options:
             options.append(("", *self.null))
@@ -69,15 +69,16 @@ def find_answers(
     n_best: int,
     max_answer_length: int,
 ) -> list[Answers]:
-    """The answers of each question.
+    """Find the answers to each question.
 
     Args:
-        questions: those that the windows were made of.
-        windows: W of them.
-        start_logits, end_logits: [T] float32, of the windows' tokens one after the other.
-        starts: [W + 1], where each window begins in them.
-        n_best: spans of a question.
-        max_answer_length: tokens of a span.
+        questions: the questions of the windows.
+        windows: W windows.
+        start_logits: [T] float32, over the concatenated tokens of the windows.
+        end_logits: [T] float32, likewise.
+        starts: [W + 1], index of the first token of each window.
+        n_best: maximum number of spans per question.
+        max_answer_length: maximum length of a span, in tokens.
     """
     found: list[list[Span]] = [[] for _ in questions]
     nulls: list[list[tuple[float, float]]] = [[] for _ in questions]
@@ -100,10 +101,10 @@ def find_answers(
 
 
 def best_pairs(start: np.ndarray, end: np.ndarray, allowed: np.ndarray, count: int, longest: int) -> np.ndarray:
-    """The `count` best (a, b) with a <= b < a + longest, by start[a] + end[b] where allowed[a]; fewer if there are.
+    """Find the `count` best (a, b) with a <= b < a + longest and allowed[a], by start[a] + end[b]; fewer if need be.
 
     Returns:
-        [n, 2] int64, best first; of equal ones, the earlier and then the shorter first.
+        [n, 2] int64, best first; among equals, the earlier and then the shorter first.
     """
     tokens = len(start)
     if not tokens:
@@ -123,7 +124,7 @@ def best_pairs(start: np.ndarray, end: np.ndarray, allowed: np.ndarray, count: i
 
 
 def _cut(context: str, start: int, stop: int) -> str:
-    """The text of a span, with the marks that hang on its last letter: a tokenizer that strips accents ends before."""
+    """Return the text of a span, with the combining marks after it, which an accent-stripping tokenizer omits."""
     while stop < len(context) and unicodedata.category(context[stop]) == "Mn":
         stop += 1
     return context[start:stop]

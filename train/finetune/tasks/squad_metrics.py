@@ -1,7 +1,7 @@
-"""Exact match and F1 of SQuAD 1.1 and 2.0, by the rules of the official scripts, in per cent as those print them.
+"""Exact match and F1 of SQuAD 1.1 and 2.0, by the rules of the official scripts, in per cent.
 
-Texts are compared without case, ASCII punctuation, the English articles and superfluous white space, whatever the
-language; F1 is that of the two bags of words; each prediction counts by its best match among the answers.
+Texts are compared without case, ASCII punctuation, English articles and superfluous white space, in any language; F1 is
+computed on bags of words; each prediction is scored against the answer that it matches best.
 """
 
 import collections
@@ -17,20 +17,19 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 
 
 def normalised(text: str) -> str:
-    """A text as it is compared: lower case, then without punctuation, then without articles, single spaces."""
+    """Normalise a text for comparison: lower case, without punctuation and articles, with single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact(prediction: str, answer: str) -> float:
-    """1 where the two are the same text, else 0."""
+    """Return 1 if the two texts are equal after normalisation, else 0."""
     return float(normalised(prediction) == normalised(answer))
 
 
 def f1(prediction: str, answer: str, *, empty_is_right: bool = False) -> float:
-    """Harmonic mean of precision and recall of the words.
+    """Return the harmonic mean of precision and recall of the words.
 
-    With `empty_is_right`, as in 2.0, where one of the texts has no words the other must have none either; in 1.1 that
-    counts 0.
+    With `empty_is_right`, as in 2.0, two texts without words score 1; in 1.1 they score 0.
     """
     predicted, wanted = normalised(prediction).split(), normalised(answer).split()
     if empty_is_right and not (predicted and wanted):
@@ -43,7 +42,7 @@ def f1(prediction: str, answer: str, *, empty_is_right: bool = False) -> float:
 
 
 def metrics_v1(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-    """`exact_match` and `f1` of version 1.1; a question without a prediction counts 0."""
+    """Return `exact_match` and `f1` of version 1.1; a question without a prediction scores 0."""
     matches = scores = 0.0
     for question in questions:
         if question.key in predictions:
@@ -61,7 +60,7 @@ class _Scored(NamedTuple):
 
 
 def _score_v2(question: Question, prediction: str) -> _Scored:
-    # An answer of nothing but articles and punctuation is none, and a question without answers is answered by "".
+    # Answers that consist only of articles and punctuation do not count; "" answers a question without answers.
     answers = [answer.text for answer in question.answers if normalised(answer.text)] or [""]
     return _Scored(
         max(exact(prediction, answer) for answer in answers),
@@ -77,13 +76,13 @@ def metrics_v2(
     null_odds: Mapping[str, float] | None = None,
     threshold: float = 1.0,
 ) -> dict[str, float]:
-    """The metrics of version 2.0 under the official script's names.
+    """Return the metrics of version 2.0 under the official script's names.
 
     Args:
-        questions: those that count; one without a prediction is left out, as in the official script.
+        questions: the questions to score; one without a prediction is skipped, as in the official script.
         predictions: id -> text, "" for no answer.
-        null_odds: id -> how much speaks against an answer. Questions above `threshold` are taken as answered by "",
-            and the best thresholds are looked for. None: the predictions count as they are.
+        null_odds: id -> score against an answer. Questions above `threshold` count as answered by "", and the best
+            thresholds are searched for. None: the predictions count as they are.
         threshold: between 0 and 1 for probabilities; any number for odds.
     """
     raw = {q.key: _score_v2(q, predictions[q.key]) for q in questions if q.key in predictions}
@@ -117,10 +116,10 @@ def metrics_v2(
 def _best_threshold(
     raw: Mapping[str, _Scored], scores: Sequence[float], odds: Mapping[str, float], unanswerable: int
 ) -> tuple[float, float]:
-    """(the best mean score in per cent, the threshold that gives it), as the official script looks for them.
+    """Return (the best mean score in per cent, its threshold), found as in the official script.
 
-    Questions are answered one after the other, in the order of their odds, beginning with none of them. The script says
-    0 for a threshold at which none is answered.
+    Starting with no question answered, questions are answered one by one in the order of their odds. For a threshold at
+    which none is answered, the script reports 0.
     """
     by_key = dict(zip(raw, scores, strict=True))
     total = best = float(unanswerable)
@@ -137,15 +136,15 @@ def _best_threshold(
 def choose_threshold(
     questions: Sequence[Question], predictions: Mapping[str, str], null_odds: Mapping[str, float]
 ) -> float:
-    """The threshold of the odds with the best F1: a question is answered where its odds are not above it.
+    """Return the threshold of the odds with the best F1; a question is answered unless its odds exceed it.
 
-    Unlike the official script's, one at which nothing is answered is below all odds, and questions of the same odds are
-    answered together.
+    Unlike in the official script, a threshold at which nothing is answered is below all odds, and questions with equal
+    odds are answered together.
 
     Args:
-        questions: at least one.
+        questions: at least one question.
         predictions: id -> text, never "".
-        null_odds: id -> score of no answer less that of the prediction.
+        null_odds: id -> score of no answer minus that of the prediction.
     """
     order = sorted(questions, key=lambda question: null_odds[question.key])
     threshold = null_odds[order[0].key] - 1.0

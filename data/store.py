@@ -60,7 +60,7 @@ Split = Literal["all", "train", "validation"]
 
 @dataclass(frozen=True)
 class CacheCounts:
-    """What went into a cache. `cut_sentences` were longer than a record and lie in it as several; no token is lost."""
+    """Statistics of a cache. `cut_sentences` were longer than a record and were split; no token is lost."""
 
     documents: int = 0
     empty_documents: int = 0

@@ -1,4 +1,4 @@
-"""What is computed: one file a family, and checkpoint folders of the released format.
+"""Models, one file per family, and checkpoint folders in the released format.
 
     from bestiary import models
     model, params, config, tokenizer = models.load("folder")

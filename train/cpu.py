@@ -1,4 +1,4 @@
-"""What makes XLA fast on a CPU and must be said from outside. No setting changes what an accelerator does."""
+"""Process-level settings that make XLA fast on a CPU. None of them affects an accelerator."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2,
 
 
 def prepare_cpu() -> None:
-    """What every command wants, before JAX and its threads start.
+    """Prepare the process for any command, before JAX and its threads start.
 
     Where an accelerator is in sight, memory and XLA are left alone.
     """

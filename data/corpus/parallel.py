@@ -1,15 +1,15 @@
-"""Parallel text: pairs of a source and a target line, from a user's files.
+"""Read parallel text: pairs of a source and a target line, from a user's files.
 
-What is read:
+Supported formats:
 
-    two files                 a sentence a line, the same number of lines in both
-    .tsv                      a pair a line, in two of its columns
-    .jsonl, .ndjson, .json    a pair a line, in two fields of an object; `{"translation": {"en": ..., "de": ...}}`, as
-                              WMT's data sets on the hub have it, is looked into
-    a TFDS folder, tfds:NAME  wmt14_translate and its like: an example with the features `en` and `de`
+    two files                 one sentence per line, the same number of lines in both
+    .tsv                      one pair per line, in two of its columns
+    .jsonl, .ndjson, .json    one pair per line, in two fields of an object, which may be nested in `translation`, as in
+                              `{"translation": {"en": ..., "de": ...}}` (WMT data sets on the hub)
+    a TFDS folder, tfds:NAME  wmt14_translate and the like: examples with features such as `en` and `de`
 
-Any file may end in .gz or .zst besides. Reading streams; nothing holds a whole file. Lines are told apart by `\\n`
-alone (and lose a `\\r` before it), so that a line separator of Unicode inside of a sentence does not shift the pairs.
+Any file may also end in .gz or .zst. Files are streamed. Only `\\n` (after an optional `\\r`) ends a line, so that a
+Unicode line separator within a sentence does not shift the pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .corpus import TFDS_PREFIX, Source, is_tfds, open_tfds
 LINES_SHOWN = 10
 _JSON = (".jsonl", ".ndjson", ".json")
 _EXAMPLES_AT_ONCE = 1024
-# Controls, and Unicode's own line and paragraph separators: none of them stands for anything in a sentence.
+# Control characters, and Unicode's line and paragraph separators: none of them means anything within a sentence.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 Form = Literal["lines", "tsv", "json", "tfds"]
@@ -38,7 +38,7 @@ Form = Literal["lines", "tsv", "json", "tfds"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A source text, a target text, and the number of their line, from 1."""
+    """A source text, a target text, and their line number, from 1."""
 
     source: str
     target: str
@@ -47,20 +47,20 @@ class Pair:
 
 @dataclass
 class Findings:
-    """What was met in the input that a user should know of: how often, and in which lines first."""
+    """Peculiarities of the input that a user should know about: how often they occur, and in which lines first."""
 
     counts: dict[str, int] = field(default_factory=dict)
     lines: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, what: str, line: int) -> None:
-        """Count a line; the first few are remembered."""
+        """Count a line; remember the first few."""
         self.counts[what] = self.counts.get(what, 0) + 1
         shown = self.lines.setdefault(what, [])
         if len(shown) < LINES_SHOWN:
             shown.append(line)
 
     def __iter__(self) -> Iterator[str]:
-        """A message for each thing that was met."""
+        """Yield one message per peculiarity."""
         for what, count in self.counts.items():
             numbers = ", ".join(map(str, self.lines[what]))
             more = ", ..." if count > len(self.lines[what]) else ""
@@ -68,30 +68,30 @@ class Findings:
 
 
 def clean_line(line: str) -> tuple[str, bool]:
-    """The line with a space for every control character, none at its ends, and whether there were any."""
+    """Return the line stripped, with control characters replaced by spaces, and whether there were any."""
     found = _CONTROL.search(line) is not None
     return (_CONTROL.sub(" ", line) if found else line).strip(), found
 
 
 @dataclass
 class ParallelText:
-    """The pairs of two files, or of one place that holds both sides.
+    """Pairs from two files, or from one file or data set that holds both sides.
 
-    Making one checks that everything is there; iterating reads, anew each time. `findings` tells what the last
-    iteration met.
+    The constructor checks that everything exists; each iteration reads everything again. `findings` describes the last
+    iteration.
 
     Args:
         paths: two files, source and target; or one .tsv or .jsonl file, tensorflow-datasets folder, or `tfds:NAME`.
-        fields: where the two sides are: two column numbers of a .tsv, from 1, or two names of JSON fields or of
-            features. None: the first two columns; fields and features that are named by `languages`.
+        fields: the two sides: two column numbers of a .tsv, from 1, or two names of JSON fields or features. None: the
+            first two columns, or the fields or features named by `languages`.
         languages: ISO 639-1 codes of source and target.
-        encoding: of the files.
-        split: of a tensorflow-datasets data set.
-        empty: whether a pair with an empty side is kept, or left out and counted.
+        encoding: character encoding of the files.
+        split: split of a tensorflow-datasets data set.
+        empty: whether to keep pairs with an empty side, or to drop and count them.
 
     Raises:
-        CorpusError: a path that is missing or of another kind; while iterating, bytes in another encoding, a line
-            without its columns or fields, files with different numbers of lines, and no pair at all.
+        CorpusError: a path is missing or of another kind; while iterating: bytes are not in the encoding, a line lacks
+            its columns or fields, the files have different numbers of lines, or there is no pair at all.
     """
 
     paths: Sequence[str | Path]
@@ -110,16 +110,16 @@ class ParallelText:
             )
         for path in self.paths:
             if not str(path).startswith(TFDS_PREFIX) and not Path(path).expanduser().exists():
-                raise CorpusError(f"{path}: there is no such file or folder.")
+                raise CorpusError(f"{path}: no such file or folder.")
         self.form = self._form()
         if self.form == "tsv" and self.fields and not all(name.isdigit() and int(name) for name in self.fields):
-            raise CorpusError(f"{self.paths[0]}: columns {' and '.join(self.fields)}; expected two numbers, from 1.")
+            raise CorpusError(f"{self.paths[0]}: columns {' and '.join(self.fields)}: expected two numbers, from 1.")
 
     def _form(self) -> Form:
         if len(self.paths) == 2:
             for path in self.paths:
                 if str(path).startswith(TFDS_PREFIX) or Path(path).expanduser().is_dir():
-                    raise CorpusError(f"{path}: a data set holds both sides; it is named alone. Expected a file.")
+                    raise CorpusError(f"{path}: a data set holds both sides, so give it alone. Expected a file.")
             return "lines"
         path = Path(self.paths[0]).expanduser()
         if str(self.paths[0]).startswith(TFDS_PREFIX):
@@ -136,8 +136,8 @@ class ParallelText:
         if endings and endings[-1] == ".tsv":
             return "tsv"
         raise CorpusError(
-            f"{path}: one file with both sides ends in .tsv or {', '.join(_JSON)} (and .gz or .zst). Otherwise name "
-            "two files, source and target."
+            f"{path}: a file with both sides must end in .tsv or {', '.join(_JSON)} (optionally with .gz or .zst). "
+            "Otherwise name two files, source and target."
         )
 
     @property
@@ -151,7 +151,7 @@ class ParallelText:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal: equal for two that read the same, wherever they lie."""
+        """Hexadecimal; equal for equal contents, wherever the files are."""
         parts: list[Any] = [self.form, self.fields, self.languages, self.encoding, self.split, self.empty]
         files = [Path(path).expanduser() for path in self.paths]
         if self.form == "tfds":
@@ -179,7 +179,7 @@ class ParallelText:
             any_pair = True
             yield Pair(source, target, line)
         if not any_pair:
-            raise CorpusError(f"{self}: not one pair of lines with text on both sides.")
+            raise CorpusError(f"{self}: no pair of lines with text on both sides.")
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         source, target = (read_lines(Path(path).expanduser(), self.encoding) for path in self.paths)
@@ -188,8 +188,8 @@ class ParallelText:
                 lines = number + 1 + sum(1 for _ in (target if left is None else source))
                 counts = (number, lines) if left is None else (lines, number)
                 raise CorpusError(
-                    f"{self.paths[0]} has {counts[0]:,} lines and {self.paths[1]} has {counts[1]:,}: a pair is two "
-                    "lines of the same number, so the counts must be equal."
+                    f"{self.paths[0]} has {counts[0]:,} lines and {self.paths[1]} has {counts[1]:,}: lines are paired "
+                    "by number, so the counts must be equal."
                 )
             yield left, right
 

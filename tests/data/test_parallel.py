@@ -96,7 +96,7 @@ def test_empty_sides_are_kept_or_left_out_and_counted(file: Write):
 def test_a_target_side_that_is_empty(file: Write):
     with pytest.raises(CorpusError, match=r"3 lines .* 0:"):
         read(ParallelText([file("a.en", EN), file("a.de", "")]))
-    with pytest.raises(CorpusError, match="not one pair"):
+    with pytest.raises(CorpusError, match="no pair of lines"):
         read(ParallelText([file("a.en", EN), file("b.de", "\n\n\n")], empty="drop"))
 
 

@@ -9,49 +9,51 @@ from ..errors import RunError
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How text is generated."""
+    """Options of text generation."""
 
     beam: int = 1
-    """Beam size: hypotheses kept for each sentence. 1: greedy search."""
+    """Beam size: number of hypotheses per sentence. 1: greedy search."""
     max_length: int = 128
-    """Most tokens of an output, its end token included."""
+    """Maximum length of an output, in tokens, end token included."""
     min_length: int = 0
-    """Fewest tokens of an output, its end token not included."""
+    """Minimum length of an output, in tokens, end token excluded."""
     length_penalty: float = 1.0
-    """Exponent of the length that a hypothesis's log probability is divided by; 0 for none."""
+    """Exponent of the length by which the log probability of a hypothesis is divided; 0: no length normalisation."""
     length_penalty_form: Literal["reference", "gnmt"] = "reference"
-    """How the length counts. reference: length^p; gnmt: ((5 + length) / 6)^p (Wu et al. 2016, eq. 14)."""
+    """Form of the length penalty. reference: length^p; gnmt: ((5 + length) / 6)^p (Wu et al. 2016, eq. 14)."""
     coverage_penalty: float = 0.0
-    """Weight of the sum over source tokens of log(min(attention received, 1)), added to a finished hypothesis's score
-    (Wu et al. 2016, eq. 14); the attention is the last layer's, averaged over its heads."""
+    """Weight of the coverage penalty, the sum over source tokens of log(min(attention received, 1)), added to the score
+    of a finished hypothesis (Wu et al. 2016, eq. 14). The attention is that of the last layer, averaged over its
+    heads."""
     n_best: int = 1
-    """Hypotheses returned for each sentence; with sampling, independent samples."""
+    """Number of hypotheses to return per sentence; with --sample, of independent samples."""
     early_stopping: Literal["heuristic", "first", "exhaustive"] = "heuristic"
-    """With beams, when to stop. heuristic: when no live beam can beat the worst finished hypothesis at the current
+    """When beam search stops. heuristic: when no live beam can beat the worst finished hypothesis at the current
     length; first: once `beam` hypotheses are finished; exhaustive: when no live beam can win at any length."""
     diverse_groups: int = 1
-    """Groups that the beams are divided into; each avoids the tokens that the groups before it chose (Vijayakumar et
-    al. 2016)."""
+    """Diverse beam search: number of groups that the beams are divided into; each group avoids the tokens chosen by the
+    groups before it (Vijayakumar et al. 2016)."""
     diversity_penalty: float = 0.5
-    """With groups: subtracted from a token's score for each time that an earlier group chose it at this step."""
+    """Diverse beam search: penalty of a token for each earlier group that chose it at the same step."""
     sample: bool = False
-    """Sample tokens instead of taking the most probable one; needs beam 1."""
+    """Sample tokens instead of choosing the most probable one; needs --beam 1."""
     temperature: float = 1.0
-    """When sampling: what logits are divided by."""
+    """Sampling: temperature by which the logits are divided."""
     top_k: int = 0
-    """When sampling: choose among the K most probable tokens; 0 for all."""
+    """Sampling: sample from the K most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """When sampling: choose among the fewest tokens that together have this probability (Holtzman et al. 2019)."""
+    """Sampling: sample from the fewest tokens whose probabilities add up to this (Holtzman et al. 2019)."""
     seed: int = 0
-    """Random seed of sampling; a sentence's samples depend on this and on its number alone."""
+    """Sampling: random seed. The samples of a sentence depend only on this and on the sentence's number."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens that occur already, and multiplies negative ones (Keskar et al. 2019)."""
+    """Divide positive logits of tokens that have already occurred by this, and multiply negative ones (Keskar et al.
+    2019)."""
     no_repeat_ngram: int = 0
-    """Length of n-grams that may occur only once in an output; 0 for no limit."""
+    """Length of n-grams that may occur only once in an output; 0: no limit."""
     suppressed: tuple[int, ...] = ()
     """Ids of tokens that are never generated."""
     renormalise: bool = False
-    """With beams: renormalise the probabilities of the tokens that are allowed, before beams are compared."""
+    """Beam search: renormalise the probabilities of the allowed tokens before comparing beams."""
 
     def __post_init__(self) -> None:
         self._at_least(1, "beam", "max_length", "n_best", "diverse_groups")

@@ -25,9 +25,9 @@ class SwagConfig:
     """Fine-tune an encoder to choose how a scene goes on, on SWAG's official CSV files."""
 
     data: Path
-    """Folder with train.csv and val.csv, and test.csv where that is to be predicted; or the file to train on."""
+    """Folder with train.csv, val.csv and, to be predicted at the end, test.csv; or the file to train on."""
     eval_data: Path | None = None
-    """The file to evaluate on, where --data is a file."""
+    """File to evaluate on, if --data is a file."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -40,9 +40,9 @@ class CodahConfig:
     """Fine-tune an encoder on CODAH, by one fold of its five-fold cross-validation."""
 
     data: Path
-    """The data set's full_data.tsv, of which a fold is held out; or a folder with train.tsv, dev.tsv and test.tsv."""
+    """The data set's full_data.tsv, one fold of which is held out; or a folder with train.tsv, dev.tsv and test.tsv."""
     fold: int = 0
-    """Which fifth of full_data.tsv is held out."""
+    """Which of five folds of full_data.tsv to hold out."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:

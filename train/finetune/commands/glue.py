@@ -25,12 +25,12 @@ class GlueConfig:
     """
 
     task: tyro.conf.Positional[GlueName]
-    """Which task."""
+    """Name of the task."""
     data: str
-    """The task's folder of official TSV files, the folder that holds all of GLUE's, a prepared tensorflow-datasets
-    folder, or tfds:glue/NAME."""
+    """The task's folder of official TSV files, the folder with all GLUE tasks, a prepared tensorflow-datasets folder,
+    or tfds:glue/NAME."""
     diagnostic: str | None = None
-    """For mnli: the diagnostic set (its file or folder), predicted at the end, and scored where it has labels."""
+    """For mnli: the diagnostic set (its file or folder), predicted at the end, and scored if it has labels."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:

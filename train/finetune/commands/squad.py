@@ -18,8 +18,8 @@ from ..config import FinetuneConfig
 class SquadConfig:
     """Fine-tune an encoder to answer questions by a span of a text, on SQuAD 1.1 or 2.0.
 
-    The run folder holds the official exact match and F1 in results.json; predictions/ has the files that the official
-    scripts take: predictions.json, nbest_predictions.json and, for 2.0, null_odds.json.
+    The official exact match and F1 are written to results.json, the files for the official scripts to predictions/:
+    predictions.json, nbest_predictions.json and, for 2.0, null_odds.json.
     """
 
     data: Path
@@ -27,23 +27,23 @@ class SquadConfig:
     eval_data: Path
     """Questions to evaluate on."""
     eval_examples: int = 0
-    """Evaluate on so many questions, always the same ones; 0: all."""
+    """Number of questions to evaluate on, always the same ones; 0: all."""
     test_data: Path | None = None
-    """Questions to predict at the end; answers are not needed."""
+    """Questions to predict at the end; they need no answers."""
     doc_stride: int = 128
-    """Tokens from one window of a long context to the next one's start."""
+    """Distance between the starts of consecutive windows of a long context, in tokens."""
     max_question: int = 64
-    """Tokens of a question; what is beyond is cut off."""
+    """Maximum length of a question, in tokens; longer questions are truncated."""
     max_answer_length: int = 30
-    """Tokens of an answer, at most."""
+    """Maximum length of an answer, in tokens."""
     n_best: int = 20
-    """Answers of a question that nbest_predictions.json lists."""
+    """Number of answers per question in nbest_predictions.json."""
     null_threshold: float | None = None
-    """For version 2.0: a question has no answer where the score for that is so much above the best span's. None: the
-    value with the best F1 on the evaluation data."""
+    """For version 2.0: a question has no answer if the score for that exceeds the score of the best span by more than
+    this. None: the value with the best F1 on the evaluation data."""
     skip_bad_answers: bool = False
-    """Instead of ending: leave out questions to train on whose answer is not in their context where the file says, and
-    take the windows of those whose answer none of them holds as without one."""
+    """Do not stop at bad answers: skip training questions whose answer is not at the given position of their context,
+    and treat windows as unanswerable if no window contains the answer."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: FinetuneConfig(model=tyro.MISSING, out=tyro.MISSING, max_length=384, epochs=2.0)
     )
@@ -77,7 +77,7 @@ def main(config: SquadConfig) -> int:
         if 0 < config.eval_examples < len(dev):
             dev = hold_out(dev, config.eval_examples / len(dev), seed=0)[1]
         test = {} if config.test_data is None else {"test": task.read(config.test_data, "test", labelled=False)}
-        notes = [f"{skipped:,} questions left out: their answer is not in their context"] if skipped else []
+        notes = [f"{skipped:,} questions skipped: their answer is not in their context"] if skipped else []
         return TaskData(train, {"dev": dev}, test, notes)
 
     return finetune(config, config.run, task, data)

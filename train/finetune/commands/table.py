@@ -1,4 +1,4 @@
-"""Classify or rate the texts of any table: TSV, CSV or JSON lines with named columns.
+"""Fine-tune on your own table of texts: TSV, CSV or JSON lines with named columns.
 
 bestiary finetune classification --train reviews.csv --text review --label stars --model FOLDER --out runs/stars
 """
@@ -15,29 +15,29 @@ from ..config import FinetuneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Fine-tune an encoder to classify or rate texts of a TSV, CSV or JSON-lines file with named columns.
+    """Fine-tune an encoder to classify or score texts of a TSV, CSV or JSON-lines file with named columns.
 
-    The label set is what the training file has, and goes with the model.
+    The labels are those in the training file; they are saved with the model.
     """
 
     train: Path
-    """Training examples: .tsv (quotes are ordinary characters), .csv or .jsonl, each plain, .gz or .zst."""
+    """Training examples: .tsv (quotes are ordinary characters), .csv or .jsonl, optionally with .gz or .zst."""
     dev: Path | None = None
-    """Examples to evaluate on. None: a share of the training examples is held out."""
+    """Examples to evaluate on. None: a fraction of the training examples is held out."""
     test: Path | None = None
     """Examples without labels, predicted at the end."""
     dev_fraction: float = 0.1
-    """Share that is held out where there is no --dev."""
+    """Fraction of the training examples to hold out if there is no --dev."""
     text: str = "sentence"
-    """Column of the text, or of a pair's first text."""
+    """Column of the text, or of the first text of a pair."""
     text_pair: str | None = None
-    """Column of a pair's second text."""
+    """Column of the second text of a pair."""
     label: str = "label"
     """Column of the label."""
     labels: tuple[str, ...] = ()
-    """The label set, in the order of the classes' numbers. None: every label of the training file."""
+    """The labels, in the order of the class numbers. None: all labels in the training file."""
     regression: bool = False
-    """The labels are numbers to be predicted as such."""
+    """The labels are numbers to predict."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:

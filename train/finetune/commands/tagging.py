@@ -1,4 +1,4 @@
-"""Fine-tune on tags of words: entities and parts of speech.
+"""Fine-tune on tagging words: entities and parts of speech.
 
 bestiary finetune ner --data wnut17 --model FOLDER --crf --out runs/ner
 bestiary finetune pos --data ud_ewt --model FOLDER --out runs/pos
@@ -21,27 +21,28 @@ from ..config import FinetuneConfig
 class NerConfig:
     """Fine-tune an encoder to find entities, from CoNLL columns in IOB2 or IOB1.
 
-    results.json holds precision, recall and F1 of whole entities; predictions/ has the words with their tags.
+    Precision, recall and F1 of whole entities are written to results.json, the words with their tags to predictions/.
     """
 
     data: Path
-    """Folder with a file for each split: train, dev and, to be evaluated at the end, test; or the file to train on."""
+    """Folder with one file per split: train, dev and, to be evaluated at the end, test; or the file to train on."""
     eval_data: Path | None = None
-    """The file to evaluate on, where --data is a file."""
+    """File to evaluate on, if --data is a file."""
     scheme: Scheme = "iob2"
-    """What the files' tags are in. In iob2 every entity begins with B-; in iob1 only one right after another."""
+    """Tagging scheme of the files. In iob2 every entity begins with B-, in iob1 only one that directly follows
+    another."""
     repair: bool = False
-    """Read an I- tag that goes on with nothing as B-, and count it, instead of ending."""
+    """Read an I- tag that continues no entity as B-, and count it, instead of stopping with an error."""
     word_column: int = 0
     """Column of the words, from 0; -1 is the last."""
     tag_column: int = -1
-    """Column of the tags."""
+    """Column of the tags, from 0; -1 is the last."""
     crf: bool = False
-    """Score a sentence's tags as a chain, by a conditional random field."""
+    """Score the tag sequence of a sentence with a conditional random field."""
     crf_rate: float = 100.0
-    """Learning rate of the CRF's scores, in times that of the model: they are few, and start from nothing."""
+    """Learning rate of the CRF's scores, as a multiple of the model's."""
     legal: bool = True
-    """With --crf: give no probability to tags that IOB2 does not allow, as I- after O."""
+    """With --crf: forbid transitions that are invalid in IOB2, such as I- after O."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -52,18 +53,18 @@ class NerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PosConfig:
-    """Fine-tune an encoder to tell parts of speech, from CoNLL-U files (Universal Dependencies)."""
+    """Fine-tune an encoder to tag parts of speech, from CoNLL-U files (Universal Dependencies)."""
 
     data: Path
-    """Folder with a file for each split: train, dev and, to be evaluated at the end, test; or the file to train on."""
+    """Folder with one file per split: train, dev and, to be evaluated at the end, test; or the file to train on."""
     eval_data: Path | None = None
-    """The file to evaluate on, where --data is a file."""
+    """File to evaluate on, if --data is a file."""
     column: PartOfSpeech = "upos"
-    """upos, the universal tags, or xpos, the language's own."""
+    """Tags to predict: upos (universal) or xpos (language-specific)."""
     crf: bool = False
-    """Score a sentence's tags as a chain, by a conditional random field."""
+    """Score the tag sequence of a sentence with a conditional random field."""
     crf_rate: float = 100.0
-    """Learning rate of the CRF's scores, in times that of the model: they are few, and start from nothing."""
+    """Learning rate of the CRF's scores, as a multiple of the model's."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class PosConfig:
 
 def _check_data(data: Path, eval_data: Path | None) -> None:
     if data.is_file() and eval_data is None:
-        raise RunError(f"--data {data} is a file: give the one to evaluate on with --eval-data.")
+        raise RunError(f"--data {data} is a file: give the file to evaluate on with --eval-data.")
 
 
 def main(config: NerConfig | PosConfig) -> int:
@@ -97,11 +98,11 @@ def main(config: NerConfig | PosConfig) -> int:
         config.tag_column if entities else -1,
         "upos" if entities else config.column,
     )
-    # The tags to tell apart are those of the training file, which is therefore read first.
+    # The tag set is that of the training file, which is therefore read first.
     train, repaired = task.read_file(config.data, "train", labelled=True)
     labels = tag_set(train, entities=entities)
     if len(labels) < 2:
-        raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to tell apart.")
+        raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to learn.")
     task = dataclasses.replace(task, labels=labels)
 
     def data() -> TaskData:

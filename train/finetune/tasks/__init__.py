@@ -1,1 +1,1 @@
-"""The fine-tuning tasks: how each is read, encoded, scored and shown."""
+"""Fine-tuning tasks: reading, encoding, scoring and showing their examples."""

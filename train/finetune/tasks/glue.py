@@ -16,10 +16,10 @@ from .text import TextTask, write_submission
 
 @dataclass(frozen=True)
 class GlueTextTask(TextTask):
-    """A task of GLUE; `name` is its name there."""
+    """A GLUE task; `name` is its name in GLUE."""
 
     def read(self, path: Path, split: str, *, labelled: bool) -> list[TextExample]:
-        """As `Task.read`; "dev" and "test" are MNLI's matched ones, and "ax" is the diagnostic set."""
+        """See `Task.read`. For MNLI, "dev" and "test" are the matched sets; "ax" is the diagnostic set."""
         task = GLUE[self.name]
         if split == "ax":
             return read_glue(GLUE["ax"], path, "test", labelled=labelled).examples
@@ -41,7 +41,7 @@ class GlueTextTask(TextTask):
     def write_predictions(
         self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[TextExample]
     ) -> None:
-        """`MRPC.tsv`, `MNLI-m.tsv`, ... for test splits; below `dev/` for those with labels."""
+        """Write `MRPC.tsv`, `MNLI-m.tsv`, ... for test splits; into `dev/` for splits with labels."""
         stem = GLUE["ax" if split.startswith("ax") else self.name].submission
         stem += {"matched": "-m", "mismatched": "-mm"}.get(split.rpartition("_")[2], "")
         folder = folder if split.startswith(("test", "ax")) else folder / "dev"
@@ -49,13 +49,13 @@ class GlueTextTask(TextTask):
 
 
 def glue_task(name: str, max_length: int) -> GlueTextTask:
-    """A task of GLUE."""
+    """Return a GLUE task."""
     task = GLUE[name]
     return GlueTextTask(name, max_length, task.labels, task.label_names, task.metrics, task.second is not None)
 
 
 def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> TaskData:
-    """The splits of a task that are there: training and development, and test where there is one."""
+    """Read the splits of a task: training and development sets, and the test set if there is one."""
     source = GLUE[task.name]
     train = read_glue(source, data, "train", labelled=True)
     evaluation = {
@@ -72,7 +72,5 @@ def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> T
         labelled = has_labels(GLUE["ax"], diagnostic, "test")
         some = evaluation if labelled else prediction
         some["ax"] = read_glue(GLUE["ax"], diagnostic, "test", labelled=labelled).examples
-    notes = (
-        [f"{train.cut_rows} rows of {source.folder} are cut short in the file and left out"] if train.cut_rows else []
-    )
+    notes = [f"{train.cut_rows} truncated rows of {source.folder} skipped"] if train.cut_rows else []
     return TaskData(train.examples, evaluation, prediction, notes)

@@ -1,4 +1,4 @@
-"""The fine-tuning tasks by name, and the one that a run folder's task.json describes."""
+"""Fine-tuning tasks by name, and the task described by a run folder's task.json."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,10 +24,10 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def make_task(stored: Mapping[str, Any], where: str) -> Task:
-    """The task of a task.json.
+    """Return the task described by a task.json.
 
     Raises:
-        RunError: it names no task of this version.
+        RunError: it names a task that this version does not have.
     """
     name = stored.get("name")
     if name not in TASKS:

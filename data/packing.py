@@ -1,4 +1,4 @@
-"""Packing: several examples in a row, and the counts of what became of a text."""
+"""Pack several examples into a row, and count the outcome."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a plan made of its documents. Sums, so that those of several windows add up.
+    """Statistics of a plan of documents, as sums, so that those of several windows add up.
 
     Attributes:
-        sequence_length: positions of a row.
-        source_tokens: what the documents hold.
-        tokens: what the rows hold, special tokens included: random second segments come on top of the documents'
-            tokens, truncated ones go off.
+        sequence_length: length of a row, in tokens.
+        source_tokens: number of tokens in the documents.
+        tokens: number of tokens in the rows, special tokens included; random second segments add to the documents'
+            tokens, truncation removes some.
         dropped_examples: always 0; it is counted so that this can be seen.
         split_sentences: sentences longer than a row, which go on in the next one.
     """
@@ -38,12 +38,12 @@ class Statistics:
 
     @property
     def packing_efficiency(self) -> float:
-        """The share of the rows' positions that hold a real token."""
+        """Fraction of the rows' positions that hold a real token."""
         return self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0
 
     @property
     def truncated_fraction(self) -> float:
-        """Of the tokens chosen for examples, the share that was cut off again."""
+        """Fraction of the tokens chosen for examples that was truncated."""
         return self.truncated_tokens / (self.tokens + self.truncated_tokens) if self.tokens else 0.0
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -67,19 +67,19 @@ class Statistics:
 
 
 def pack(lengths: np.ndarray, capacity: int, most: int) -> tuple[np.ndarray, int]:
-    """Best fit, longest first: each example into the row that it leaves the least room in.
+    """Assign examples to rows by best fit, longest first: each goes into the row with the least sufficient room.
 
     Args:
-        lengths: [E] of the examples, each at most `capacity`.
-        capacity: positions in a row.
-        most: examples in a row.
+        lengths: [E] lengths of the examples, each at most `capacity`.
+        capacity: length of a row.
+        most: maximum number of examples per row.
 
     Returns:
-        [E] the row of each example, and the number of rows. No example is split and none is left out.
+        The row of each example, [E], and the number of rows. No example is split or dropped.
     """
     rows = np.zeros(len(lengths), np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room they have left
-    rooms = 0  # bit r is set where there is a row with room r
+    rooms = 0  # bit r is set if there is a row with room r
     held: list[int] = []
     for example in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[example])
@@ -101,7 +101,7 @@ def pack(lengths: np.ndarray, capacity: int, most: int) -> tuple[np.ndarray, int
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[starts[0], starts[0] + 1, ... lengths[0] of them, starts[1], ...]."""
+    """Concatenate ranges: [starts[0], starts[0] + 1, ... (lengths[0] elements), starts[1], ...]."""
     starts = np.asarray(starts, np.int64)
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
@@ -112,9 +112,9 @@ class RowOrder(NamedTuple):
     """Packed examples in the order of their rows.
 
     Attributes:
-        examples: [E] int64 the examples, row after row.
-        row_examples: [R+1] int64 where each row's examples start in `examples`.
-        slot: [E] int64 the place of each in its row, from 0.
+        examples: [E] int64, the examples, row after row.
+        row_examples: [R+1] int64, index in `examples` of each row's first example.
+        slot: [E] int64, index of each example within its row.
     """
 
     examples: np.ndarray
@@ -122,7 +122,7 @@ class RowOrder(NamedTuple):
     slot: np.ndarray
 
     def columns(self, lengths: np.ndarray) -> np.ndarray:
-        """[E] the position in its row at which each example starts; `lengths` [E] are in the order of `examples`."""
+        """Return the start position of each example in its row, [E]; `lengths` [E] are in the order of `examples`."""
         starts = np.cumsum(lengths) - lengths
         return starts - np.repeat(starts[self.row_examples[:-1]], np.diff(self.row_examples))
 
@@ -131,8 +131,8 @@ def order_by_row(row_of: np.ndarray, rows: int) -> RowOrder:
     """Sort examples by their rows.
 
     Args:
-        row_of: [E] the row of each example.
-        rows: R, how many rows there are; each of them has an example.
+        row_of: [E] row of each example.
+        rows: number of rows, R; each of them has an example.
     """
     row_examples = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))])
     slot = np.arange(len(row_of)) - np.repeat(row_examples[:-1], np.diff(row_examples))

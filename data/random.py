@@ -1,4 +1,4 @@
-"""Random numbers for shuffling and planning that stay the same on every machine and in every version of NumPy."""
+"""Random numbers for shuffling and planning, the same on every machine and in every version of NumPy."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class RandomStream:
         self._bits = np.random.Philox(np.random.SeedSequence(key))
 
     def words(self, count: int) -> np.ndarray:
-        """[count] uint64."""
+        """Return [count] uint64."""
         return self._bits.random_raw(count)
 
     def uniforms(self, count: int) -> np.ndarray:
-        """[count] float64 in [0, 1)."""
+        """Return [count] float64 in [0, 1)."""
         return (self.words(count) >> np.uint64(11)) * 2.0**-53
 
     def permutation(self, count: int) -> np.ndarray:
-        """[count] int64."""
+        """Return [count] int64."""
         return np.argsort(self.words(count), kind="stable")
 
     def tuples(self, size: int) -> Iterator[list[float]]:
-        """Without end: `size` numbers in [0, 1) at a time."""
+        """Yield endlessly `size` numbers in [0, 1) at a time."""
         while True:
             yield from self.uniforms(1024 * size).reshape(1024, size).tolist()
 
     def coins(self, counts: np.ndarray) -> np.ndarray:
-        """How many heads in counts[i] tosses; [n] int64. Every toss is a bit: the distribution is exactly binomial."""
+        """Draw the number of heads in counts[i] coin tosses, [n] int64; every toss is a bit, so it is exact."""
         result = np.zeros(len(counts), np.int64)
         tossed = np.flatnonzero(counts)
         if tossed.size:

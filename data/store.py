@@ -1,4 +1,4 @@
-"""The tokenised corpus on disk: written once, read at random, never a whole corpus in memory.
+"""The tokenised corpus on disk: written once, read randomly, never held in memory as a whole.
 
 A cache is one folder, and a prepared tensorflow-datasets folder:
 `tfds.builder_from_directory(folder).as_data_source("documents")` reads it, without TensorFlow. A record (ArrayRecord,

@@ -170,7 +170,7 @@ class BertForPreTraining(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Pretraining:
-        """As `Bert`, and mlm_positions [B, P] int32, where words are predicted; None for every position."""
+        """See `Bert`. mlm_positions [B, P] int32 are the positions to predict; None for every position."""
         encoded = self.encoder(
             input_ids,
             segment_ids,

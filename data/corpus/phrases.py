@@ -1,8 +1,8 @@
-"""The parallel text that comes with the project: dates, durations, amounts and quantities in two languages.
+"""Built-in parallel text: dates, durations, amounts and quantities in two languages.
 
-They are composed by Babel from the Unicode Common Locale Data Repository: names of months, units and currencies, plural
-forms, the order of the parts, separators of numbers. So both sides are what careful software would show, for any two of
-CLDR's languages, and nothing has to be downloaded.
+Babel composes them from the Unicode Common Locale Data Repository (CLDR): names of months, units and currencies, plural
+forms, word order, number separators. Both sides are thus what careful software would show, for any two of CLDR's
+languages, and nothing needs to be downloaded.
 
     on dates       March 5, 2024               5. März 2024
                    Tuesday, March 5, 2024      Dienstag, 5. März 2024
@@ -12,8 +12,8 @@ CLDR's languages, and nothing has to be downloaded.
     amounts        1,234.50 Swiss francs       1.234,50 Schweizer Franken
     quantities     3.5 kilometers per hour     3,5 Kilometer pro Stunde
 
-and two of such, joined as the language joins a list. Which of them a phrase is, and every number in it, follows from
-its index alone. A phrase is held out, or not, by a hash of its source text: no source is in both splits.
+and lists of two of these. The kind of a phrase and every number in it follow from its index alone. A hash of the source
+text decides whether a phrase is held out, so that no source is in both splits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..random import RandomStream
 from .parallel import Pair
 
 Split = Literal["train", "held-out"]
-HELD_OUT = 16  # one source in so many is held out
+HELD_OUT = 16  # one in this many sources is held out
 COUNT = {"train": 30_000, "held-out": 1000}
 CURRENCIES = (
     "EUR",
@@ -48,7 +48,7 @@ CURRENCIES = (
     "BRL",
     "MXN",
 )
-_TWO = 0.2  # share of phrases that are a list of two
+_TWO = 0.2  # fraction of phrases that are a list of two
 _FIRST_DAY = datetime.date(1900, 1, 1)
 _DAYS = 73_000
 _PERIODS = ("year", "month", "week", "day", "hour", "minute", "second")
@@ -58,15 +58,15 @@ Say = Callable[[str], str]  # language -> text
 
 
 def phrase_pairs(split: Split, languages: tuple[str, str] = ("en", "de"), count: int | None = None) -> list[Pair]:
-    """Distinct phrases of a split, always the same ones.
+    """Return distinct phrases of a split, always the same ones.
 
     Args:
-        split: which.
-        languages: source and target, as CLDR names them.
-        count: how many; None for the usual number.
+        split: the split.
+        languages: source and target, by CLDR's names.
+        count: number of phrases; None for the default.
 
     Raises:
-        DataError: a language that CLDR does not have.
+        DataError: CLDR does not have one of the languages.
     """
     wanted = COUNT[split] if count is None else count
     pairs: list[Pair] = []
@@ -95,13 +95,13 @@ class _Phrases:
                 self.locales[language] = Locale.parse(language)
             except (UnknownLocaleError, ValueError):
                 raise DataError(
-                    f"{language!r}: CLDR has no language of this name; take one like en, de or fr."
+                    f"{language!r}: CLDR has no language of this name; use one such as en, de or fr."
                 ) from None
         self.units = self._units(languages)
         self.kinds = (self.date, self.quarter, self.duration, self.relative, self.amount, self.quantity, self.quantity)
 
     def _units(self, languages: tuple[str, str]) -> list[str]:
-        """Units with a name of their own in both languages: one name must not have two translations."""
+        """Return the units whose name is unique in both languages, so that no name has two translations."""
         tables = [self.locales[language]._data["unit_patterns"] for language in languages]
         names: dict[str, list[str]] = {}
         for unit in sorted(set(tables[0]) & set(tables[1])):
@@ -113,7 +113,7 @@ class _Phrases:
         return sorted({unit for units in names.values() for unit in units} - shared)
 
     def phrase(self, index: int) -> Say:
-        """What phrase number `index` says in either language."""
+        """Return phrase number `index`, as a function of the language."""
         draw = iter(RandomStream(index).uniforms(64).tolist())
         if next(draw) >= _TWO:
             return self._one(draw)
@@ -130,7 +130,7 @@ class _Phrases:
         return _pick(self.kinds, draw)(draw)
 
     def date(self, draw: Draw) -> Say:
-        """A day, in one of the language's ways to write it."""
+        """Return a day, in one of the language's date formats."""
         from babel.dates import format_date
 
         day = _FIRST_DAY + datetime.timedelta(int(next(draw) * _DAYS))
@@ -138,7 +138,7 @@ class _Phrases:
         return lambda language: format_date(day, form, locale=self.locales[language])
 
     def quarter(self, draw: Draw) -> Say:
-        """A quarter or a month of a year."""
+        """Return a quarter or a month of a year."""
         from babel.dates import format_skeleton
 
         day = _FIRST_DAY + datetime.timedelta(int(next(draw) * _DAYS))
@@ -146,7 +146,7 @@ class _Phrases:
         return lambda language: format_skeleton(form, day, locale=self.locales[language])  # pyright: ignore
 
     def duration(self, draw: Draw) -> Say:
-        """One to three periods of time, the longest first."""
+        """Return one to three periods of time, longest first."""
         from babel.lists import format_list
         from babel.units import format_unit
 
@@ -161,7 +161,7 @@ class _Phrases:
         return say
 
     def relative(self, draw: Draw) -> Say:
-        """A period of time from now on, or ago."""
+        """Return a time relative to now, past or future."""
         from babel.dates import format_timedelta
 
         seconds = dict(zip(_PERIODS, (31_536_000, 2_592_000, 604_800, 86_400, 3600, 60, 1), strict=True))
@@ -176,14 +176,14 @@ class _Phrases:
         )
 
     def amount(self, draw: Draw) -> Say:
-        """An amount of money, by the name of the currency."""
+        """Return an amount of money, with the name of the currency."""
         from babel.numbers import format_currency
 
         number, currency = _number(draw), _pick(CURRENCIES, draw)
         return lambda language: format_currency(number, currency, locale=self.locales[language], format_type="name")
 
     def quantity(self, draw: Draw) -> Say:
-        """A number of some unit of measure."""
+        """Return a quantity with a unit of measure."""
         from babel.units import format_unit
 
         number, unit = _number(draw), _pick(self.units, draw)
@@ -191,12 +191,12 @@ class _Phrases:
 
 
 def _typed(text: str) -> str:
-    """With plain spaces, where CLDR has some that do not break or are narrow."""
+    """Replace CLDR's non-breaking and narrow spaces by plain spaces."""
     return " ".join(text.split())
 
 
 def _number(draw: Draw) -> float | int:
-    """From 1 to a million, small ones more often, some with decimals."""
+    """Draw a number from 1 to a million; small numbers are more frequent, some have decimals."""
     number = 10 ** (next(draw) * 6)
     return round(number, 1 + int(next(draw) * 2)) if next(draw) < 0.4 else int(number)
 

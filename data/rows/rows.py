@@ -26,7 +26,7 @@ _PLANS_KEPT = 2
 
 @dataclass(frozen=True)
 class Position:
-    """Where a row is. All but `row` follow from it, and are carried to spare the planning of what lies before.
+    """Position of a row. All fields follow from `row`; they are stored to avoid planning the windows before it again.
 
     Attributes:
         row: its number, counted from the first row of epoch 0.

@@ -42,7 +42,7 @@ _SHUFFLE, _PLAN = 1, 2  # what a random stream is for
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What a text came to. Tokens are those of the pairs that were kept, without special ones."""
+    """Statistics of a text. Tokens are those of the pairs that were kept, without special tokens."""
 
     pairs: int = 0
     source_tokens: int = 0
@@ -219,7 +219,7 @@ def pack_pairs(source: np.ndarray, target: np.ndarray, source_capacity: int, tar
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """What a plan made of its pairs. Sums, so that those of several windows add up. Lengths are of the rows."""
+    """Statistics of a plan of pairs, as sums, so that those of several windows add up. Lengths are those of rows."""
 
     source_length: int
     target_length: int
@@ -336,7 +336,7 @@ class TranslationRows(WindowedRows[PairPlan]):
     # --- planning -----------------------------------------------------------------------------------------------------
 
     def windows_in_epoch(self, epoch: int) -> int:
-        """How many windows an epoch has; every epoch as many."""
+        """Number of windows per epoch, the same for every epoch."""
         return self._windows
 
     def _window_pairs(self, epoch: int, window: int) -> np.ndarray:
@@ -444,7 +444,7 @@ class TranslationRows(WindowedRows[PairPlan]):
 
 
 def describe_pairs(store: PairStore, name: str) -> list[str]:
-    """What to say of a text that was read."""
+    """Describe a text that was read."""
     counts: Any = store.counts
     return [
         f"{name}: {counts.pairs:,} pairs, {counts.source_tokens:,} source and {counts.target_tokens:,} target tokens, "

@@ -47,7 +47,7 @@ Outputs = dict[str, Array]
 
 @dataclass
 class Report:
-    """What was found in one fixture folder."""
+    """Result of comparing one fixture folder."""
 
     folder: str
     passed: bool = False
@@ -64,7 +64,7 @@ class Report:
 def check(
     folder: Path, output_tolerance: float = OUTPUT_TOLERANCE, gradient_tolerance: float = GRADIENT_TOLERANCE
 ) -> Report:
-    """Compare one fixture folder; what stops the comparison is in the report's `error`."""
+    """Compare one fixture folder; an exception that stops it is stored in the report's `error`."""
     report = Report(str(folder))
     try:
         run(folder, report)
@@ -81,7 +81,7 @@ def check(
 
 
 def run(folder: Path, report: Report) -> None:
-    """Fill a report with what a fixture folder shows."""
+    """Fill a report with the results of a fixture folder."""
     expected = _tensors(folder / "expected.safetensors")
     loaded = load(folder)
     architecture = family_of_model(loaded.model)[1]
@@ -115,7 +115,7 @@ def run(folder: Path, report: Report) -> None:
 def _evaluate(
     adapter: "Adapter", model: Any, with_loss: bool, params: Params, inputs: Inputs
 ) -> tuple[Outputs, Params | None]:
-    """The outputs, and the loss's gradients if there is one."""
+    """Compute the outputs, and the gradients of the loss if there is one."""
 
     def loss(params: Params) -> tuple[Array, Outputs]:
         outputs = adapter(model, params, dict(inputs))
@@ -130,7 +130,7 @@ def _evaluate(
 
 
 def gradient_errors(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Relative error of each gradient tensor; a tensor that the reference leaves out must be zero here."""
+    """Return the relative error of each gradient tensor; a tensor that the reference omits must be zero here."""
     unknown = sorted(set(expected) - set(found))
     if unknown:
         raise CheckpointError(f"grads.safetensors: no parameters {', '.join(unknown)}")
@@ -144,7 +144,7 @@ def gradient_errors(found: Mapping[str, np.ndarray], expected: Mapping[str, np.n
 
 
 def saved_differently(folder: Path, loaded: Loaded) -> list[str]:
-    """Names of the tensors that a checkpoint, read and written again, has differently or not at all."""
+    """Return the names of tensors that differ or are missing after loading and saving a checkpoint."""
     with tempfile.TemporaryDirectory() as temporary, Tensors(folder) as before:
         save(Path(temporary) / "model", loaded.model, loaded.params)
         with Tensors(Path(temporary) / "model") as after:
@@ -222,7 +222,7 @@ def _encoder(model: Any, params: Params, inputs: Inputs) -> Outputs:
 def attention_probabilities(
     block: nn.Module, variables: Any, hidden: Array, segments: Segments, rows: Array, mask: Array | None
 ) -> Array:
-    """What one layer attends to, [B, H, L, L], by the formula: no fast backend ever holds this tensor.
+    """Compute a layer's attention weights [B, H, L, L] by the formula; the fast backends never store this tensor.
 
     Args:
         block: the layer, whose `attention` is a `layers.Attention`.

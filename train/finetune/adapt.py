@@ -1,6 +1,6 @@
-"""Fine-tuning a few parameters: LoRA's adapters (Hu et al. 2021), or biases alone (BitFit, Ben Zaken et al. 2021).
+"""Parameter-efficient fine-tuning: LoRA (Hu et al. 2021), or only the biases (BitFit, Ben Zaken et al. 2021).
 
-Either way what lies outside of the embeddings and layers trains whole, poolers and heads: it may have been drawn anew.
+In both cases poolers and heads, which may be newly initialised, are trained fully.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,57 +21,58 @@ Names = tuple[str, ...]  # along the way to a parameter
 
 
 class Adaptation(Protocol):
-    """How a run adapts a model."""
+    """A way of adapting a model."""
 
     def extend(self, params: Params, key: jax.Array) -> Any:
-        """The tree to train, from the model's own; boxed if that is."""
+        """Return the tree to train, made from the model's own; boxed if that is boxed."""
         ...
 
     def trains(self, names: Names) -> bool:
-        """Whether the parameter at the end of this way trains."""
+        """Tell whether the parameter with this path is trained."""
         ...
 
     def active(self) -> AbstractContextManager[None]:
-        """To be entered around every `model.apply` with the extended tree, where it is traced."""
+        """Return the context in which to trace every `model.apply` with the extended tree."""
         ...
 
     def merged(self, params: Params) -> Any:
-        """The plain model's tree, on the host."""
+        """Return the tree of the plain model, on the host."""
         ...
 
     def save(self, folder: Path, model: nn.Module, params: Params, base: str) -> None:
-        """Write what was trained alone, if it has a format of its own. `base` is the folder of the model adapted."""
+        """Save the trained parameters alone, if they have a format. `base` is the folder of the adapted model."""
         ...
 
 
 class AdaptedModel:
-    """A model whose parameters are the extended tree: what a train loop needs of a flax module."""
+    """A model whose parameters are the extended tree, with the interface of a Flax module that training needs."""
 
     def __init__(self, model: nn.Module, adaptation: Adaptation):
         self.plain, self._adaptation = model, adaptation
         self.config: Any = model.config  # type: ignore[attr-defined]
 
     def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """New parameters, in boxes."""
+        """Initialise parameters, boxed."""
         params = self.plain.init(key, *args, **kwargs)["params"]
         return {"params": self._adaptation.extend(params, jax.random.fold_in(key, 1))}
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain model's `apply`, adapted."""
+        """Run the plain model's `apply`, adapted."""
         with self._adaptation.active():
             return self.plain.apply(*args, **kwargs)
 
 
 def adaptation(config: AdaptConfig, model: nn.Module, params: Params) -> Adaptation | None:
-    """The adaptation that the configuration asks for, or None where all of the model trains.
+    """Return the adaptation that the configuration asks for, or None if the whole model is trained.
 
     Args:
-        config: from the command line.
-        model: of a family of this package.
+        config: options from the command line.
+        model: a model of this package.
         params: its parameters, or their shapes.
 
     Raises:
-        LoraError: a target that is no linear map of the model. RunError: biases are to be trained, and there are none.
+        LoraError: a target is not a linear layer of the model.
+        RunError: the model has no biases to train.
     """
     if config.lora_rank:
         return _Lora(model, config.lora(), lora_targets(model, config.lora_targets))

@@ -102,7 +102,7 @@ def _both(
 
 
 def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[Names], Any] | None:
-    """What learning rates are multiplied by, with the task's own factors."""
+    """Return the factors of the learning rates, including the task's own."""
     if not task.rates:
         return scales
     return lambda names: jnp.float32(task.rates.get(names[0], 1.0)) * (1.0 if scales is None else scales(names))
@@ -136,7 +136,7 @@ def parameter_depths(model: Any) -> Depths:
 def layer_rates(
     config: FinetuneConfig, depths: Depths
 ) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
-    """Which parameters train at all, and what their learning rates are multiplied by.
+    """Determine which parameters are trained, and the factors of their learning rates.
 
     A parameter at depth d of N layers has --layer-decay to the power N + 1 - d. Layers that are stacked in one array
     and of which only some are frozen stay in the optimiser, with a rate of zero.

@@ -1,7 +1,7 @@
-"""What a fine-tuning task is: how its data is read and encoded, its loss, what is kept, and the official metrics.
+"""Interface of a fine-tuning task: reading and encoding data, loss, outputs to collect, and official metrics.
 
-A task is a small frozen dataclass of settings that JSON can hold. A run writes them to `task.json`, and `evaluate` and
-`predict` make the task again from it. Everything else (the loop, packing, checkpoints) is the same for all tasks:
+A task is a small frozen dataclass of JSON-compatible settings. A run writes them to `task.json`, from which `evaluate`
+and `predict` build the task again. Everything else (the loop, packing, checkpoints) is the same for all tasks:
 train/finetune/loop.py.
 """
 
@@ -24,7 +24,7 @@ Arrays = dict[str, jax.Array]
 
 
 class Kept(NamedTuple):
-    """What a model says of features.
+    """Predictions of a model for features.
 
     On the device, of a batch: `segment` [B, X, ...] and `token` [B, L, ...]. On the host, of all features and in their
     order: `segment` [F, ...] and `token` [T, ...].
@@ -39,62 +39,62 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `bestiary finetune NAME`, and in `registry.TASKS`."""
+        """Name, as in `bestiary finetune NAME` and in `registry.TASKS`."""
         ...
 
     @property
     def head(self) -> str:
-        """The kind of model, for `models.load(head=)`."""
+        """Kind of head, for `models.load(head=)`."""
         ...
 
     @property
     def best(self) -> str:
-        """The metric that picks the best checkpoint; larger is better."""
+        """Metric that selects the best checkpoint; larger is better."""
         ...
 
     @property
     def max_length(self) -> int:
-        """Tokens of a feature, special ones included."""
+        """Maximum length of a feature, in tokens, special tokens included."""
         ...
 
     def model_changes(self) -> dict[str, Any]:
-        """What `models.load` is to change of the config: num_labels, label_names, problem_type."""
+        """Changes of the config to pass to `models.load`: num_labels, label_names, problem_type."""
         ...
 
     def read(self, path: Path, split: str, *, labelled: bool) -> list[Any]:
-        """The examples of a file or folder.
+        """Read the examples of a file or folder.
 
         Raises:
-            DataError: with the file and the line.
+            DataError: the data is invalid; with file and line.
         """
         ...
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Any]) -> Features:
-        """The features of examples, with their labels as fields; zeros where there are none."""
+        """Encode examples to features, with their labels as fields; zeros if there are none."""
         ...
 
     def check(self, features: Features, examples: Sequence[Any]) -> None:
-        """As in `PlainTask`."""
+        """See `PlainTask`."""
         ...
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
-        """What the model says of a batch; `kwargs` are deterministic= and rngs=."""
+        """Run the model on a batch; `kwargs` are deterministic= and rngs=."""
         ...
 
     def weight(self, batch: Arrays) -> jax.Array:
-        """[] float32, the number of predictions that the loss is the mean over; known before the model runs."""
+        """Return the number of predictions that the loss averages over, [] float32; known before the model runs."""
         ...
 
     def loss(self, outputs: Any, batch: Arrays) -> Sums:
-        """Sums and weights; the one named "loss" is minimised."""
+        """Return losses as sums and weights; the one named "loss" is minimised."""
         ...
 
     def keep(self, outputs: Any, batch: Arrays) -> Kept:
-        """What is brought to the host of every feature."""
+        """Select the outputs to bring to the host for every feature."""
         ...
 
     def metrics(self, kept: Kept, features: Features, examples: Sequence[Any]) -> dict[str, float]:
-        """The official metrics of labelled examples."""
+        """Compute the official metrics of labelled examples."""
         ...
 
     def write_predictions(
@@ -104,40 +104,40 @@ class Task(Protocol):
         ...
 
     def from_words(self, words: Mapping[str, Sequence[str]]) -> list[Any]:
-        """Examples from what `bestiary predict` was given on the command line.
+        """Make examples from the texts given to `bestiary predict` on the command line.
 
         Raises:
-            RunError: something that the task needs is missing.
+            RunError: an option that the task needs is missing.
         """
         ...
 
     def show(self, kept: Kept, features: Features, examples: Sequence[Any]) -> list[dict[str, Any]]:
-        """What was predicted, an object an example."""
+        """Return the predictions, one object per example."""
         ...
 
     @property
     def rates(self) -> Mapping[str, float]:
-        """As in `PlainTask`."""
+        """See `PlainTask`."""
         ...
 
     def settled(self, metrics: Mapping[str, float]) -> Self:
-        """As in `PlainTask`."""
+        """See `PlainTask`."""
         ...
 
 
 class PlainTask:
-    """What few tasks have of their own; the others inherit these."""
+    """Defaults of the methods that only a few tasks override."""
 
     def check(self, features: Features, examples: Sequence[Any]) -> None:
-        """Raise DataError for examples that cannot be trained on, where only their features tell."""
+        """Raise DataError for examples that cannot be trained on, if this shows only in their features."""
 
     @property
     def rates(self) -> Mapping[str, float]:
-        """Name of a part of the model, as "classifier" -> what its learning rate is multiplied by."""
+        """Learning-rate factors by part of the model, such as "classifier"."""
         return {}
 
     def settled(self, metrics: Mapping[str, float]) -> Self:
-        """The task to keep, with what the metrics of the first evaluation split settle."""
+        """Return the task to save, with settings that follow from the metrics of the first evaluation split."""
         return self
 
 
@@ -151,13 +151,13 @@ class TaskData(NamedTuple):
 
 
 def hold_out(examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(what is left, a share drawn by the seed), each in the order of the file and neither of them empty.
+    """Split examples into (remaining, held out), a random fraction, both in file order and non-empty.
 
     Raises:
         RunError: there are fewer than two examples.
     """
     if len(examples) < 2:
-        raise RunError(f"{len(examples)} example: too few to hold one out. Give a file of its own to evaluate on.")
+        raise RunError(f"{len(examples)} example: too few to hold one out. Give a separate file to evaluate on.")
     count = min(max(1, round(share * len(examples))), len(examples) - 1)
     chosen = set(RandomStream(seed, len(examples)).permutation(len(examples))[:count].tolist())
     return (
@@ -167,12 +167,12 @@ def hold_out(examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any
 
 
 def apply_segments(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
-    """The model on packed rows, with one output a segment: `[B, X, ...]`."""
+    """Run the model on packed rows, with one output per segment: `[B, X, ...]`."""
     return apply_tokens(model, params, batch, cls_positions=batch["cls_positions"], **kwargs)
 
 
 def apply_tokens(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
-    """The model on packed rows, with one output a token: `[B, L, ...]`."""
+    """Run the model on packed rows, with one output per token: `[B, L, ...]`."""
     return model.apply(
         {"params": params},
         *encoder_inputs(model.config, batch),
@@ -182,13 +182,13 @@ def apply_tokens(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
 
 
 def settings(task: Task) -> dict[str, Any]:
-    """A task as the content of task.json."""
+    """Return the content of task.json for a task."""
     assert dataclasses.is_dataclass(task)
     return dataclasses.asdict(task)  # type: ignore[arg-type]
 
 
 def gather_kept(parts: Sequence[tuple[Kept, Any]], features: Features) -> Kept:
-    """What was kept of all batches, in the order of the features.
+    """Return the collected outputs of all batches, in the order of the features.
 
     Args:
         parts: of each batch, what was kept, on the host, and its `data.examples.Placed`.

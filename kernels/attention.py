@@ -1,4 +1,4 @@
-"""Attention: one function with one meaning, and the choice among the backends that compute it."""
+"""Attention: one function, and the selection of the backend that computes it."""
 
 from __future__ import annotations
 
@@ -72,44 +72,44 @@ def attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), for packed rows, with bias and dropout.
+    """Compute scaled dot-product attention (Vaswani et al. 2017, 3.2.1) of packed rows, with bias and dropout.
 
     In this order: `scale * query . key + bias`, softcap, mask, softmax over keys (float32), dropout, times value. Query
-    i attends to key j where all of these hold; a query with no such key returns zeros, has lse -inf and sends no
+    i attends to key j if all of the following hold; a query with no such key returns zeros, has lse -inf and sends no
     gradient:
 
-    - `causal`: j <= i. Both counts start at the first token, also where L and S differ (as in `jax.nn`).
+    - `causal`: j <= i. Both indices start at the first token, even if L and S differ (as in `jax.nn`).
     - `window=(left, right)`: i - left <= j <= i + right.
     - segment ids: the query's equals the key's, and is not 0.
 
-    Arrays must be finite, but may be as large as they like where they are not attended to (0 x inf is no zero).
+    Arrays must be finite, but keys and values that are not attended to may be arbitrarily large (0 x inf is handled).
 
     Args:
       query: [B, L, H, D], bfloat16, float16, float32 or float64.
       key: [B, S, K, D] of the same dtype; K divides H, and query head h reads key head h // (H // K).
       value: [B, S, K, Dv] of the same dtype.
       bias: `DenseBias`, `RelativeBias` or `AlibiBias`. Differentiable.
-      causal: whether later keys are hidden.
-      window: how many keys are seen before and after the query's own place; None on a side for no limit there.
-      query_segment_ids: int32 [B, L]: which packed example a token belongs to; 0 is padding. A 0/1 attention mask is
-        the special case of one example a row. In any order; given together with `key_segment_ids` or not at all.
-      key_segment_ids: int32 [B, S]. For self-attention, the same array again.
-      scale: of the scores; 1 / sqrt(D) unless given.
+      causal: whether to mask later keys.
+      window: (left, right), the numbers of keys visible before and after the query; None on a side for no limit.
+      query_segment_ids: int32 [B, L], which packed example a token belongs to, in any order; 0 is padding. A 0/1
+        attention mask is the special case of one example per row. Given with `key_segment_ids` or not at all.
+      key_segment_ids: int32 [B, S]. For self-attention, pass the same array as `query_segment_ids`.
+      scale: factor of the scores; default 1 / sqrt(D).
       softcap: scores become `softcap * tanh(score / softcap)`.
-      dropout_rate: the share of attention weights dropped, in [0, 1); the others are divided by 1 - rate.
-      dropout_seed: uint32 [2], or [B, 2] with a seed for each row. Needed where the rate is not 0. The bits are a hash
-        of (seed, row, head, query, key): `attention(seed)` equals `attention(row_seeds(seed, arange(B)))`, and rows
-        that keep their seeds keep their bits however a batch is split.
+      dropout_rate: fraction of attention weights to drop, in [0, 1); the others are divided by 1 - rate.
+      dropout_seed: uint32 [2], or [B, 2] with one seed per row. Required if the rate is not 0. The bits are a hash of
+        (seed, row, head, query, key): `attention(seed)` equals `attention(row_seeds(seed, arange(B)))`, and a row with
+        a given seed has the same bits however the batch is partitioned.
       return_lse: also return log(sum(exp(scores))) of each query over the keys it attends to (before dropout).
-      implementation: a name in `BACKENDS`, or None for the fastest that supports the call and was proven on its chip.
+      implementation: a name in `BACKENDS`, or None for the fastest that supports the call (and passes its self-check).
 
     Returns:
       [B, L, H, Dv] in the query's dtype; with `return_lse`, also lse [B, L, H] in float32 (float64 for float64).
       Both are differentiable once, in reverse mode.
 
     Raises:
-      ValueError: an argument does not fit: its name, shape and what was expected.
-      NotImplementedError: the named backend cannot do this call, and why. It never falls back to another.
+      ValueError: an argument is invalid; the message names it, its shape, and what was expected.
+      NotImplementedError: the named backend does not support the call; the message says why. There is no fallback.
     """
     call = Call.of(
         query=query,
@@ -141,11 +141,11 @@ def _choose(call: Call, implementation: str | None) -> backends.Backend:
     reasons = {}
     for name in known:
         if name in backends.PALLAS and jax.default_backend() == "cpu" and f"{__package__}.{name}" not in sys.modules:
-            reasons[name] = "nothing here asks for its interpreter"  # without the second that Pallas takes to import
+            reasons[name] = "its interpreter is not in use"  # skip importing Pallas, which takes a second
             continue
         reason = known[name].supports(call)
         if reason is None and name in backends.UNPROVEN and not agrees(name, str(call.query.dtype)):
-            reason = "gave other numbers than the reference on this device"
+            reason = "disagrees with the reference on this device"
         if reason is None:
             return known[name]
         reasons[name] = reason

@@ -12,19 +12,19 @@ from .call import Call
 
 
 class Backend(Protocol):
-    """What the module of a backend offers."""
+    """Interface of a backend's module."""
 
     def supports(self, call: Call) -> str | None:
-        """None, or the reason why this backend cannot do this call on the default device."""
+        """Return None, or the reason why this backend does not support the call on the default device."""
         ...
 
     def run(self, call: Call) -> tuple[Array, Array]:
-        """The output and lse, as `attention` says."""
+        """Return the output and lse, as defined by `attention`."""
         ...
 
 
 class _Backends(Mapping[str, Backend]):
-    """The modules of these names; Pallas, which takes a second to import, comes with the first use of its backends."""
+    """Backends by name, imported on first use, since importing Pallas takes a second."""
 
     def __init__(self, **modules: str):
         self._modules = modules
@@ -39,12 +39,12 @@ class _Backends(Mapping[str, Backend]):
         return len(self._modules)
 
 
-# Fastest first: `implementation=None` takes the first that supports the call.
+# Fastest first: `implementation=None` selects the first that supports the call.
 BACKENDS: Mapping[str, Backend] = _Backends(hopper=".hopper.backend", tpu=".tpu.backend", cudnn=".cudnn", xla=".xla")
 
-# Compiled for their chips and held to the reference in their interpreters, but not yet run on a chip: taken unasked
-# only where they give the reference's numbers on the device that is here (selfcheck.py).
+# Compiled for their chips and tested in their interpreters, but not yet run on a chip: selected automatically only if
+# they agree with the reference on this device (selfcheck.py).
 UNPROVEN = frozenset({"hopper", "tpu"})
 
-# Written in Pallas: on a CPU they are interpreted, or compiled for a chip, by context managers of their own modules.
+# Written in Pallas. On a CPU, context managers in their modules interpret them or compile them for a chip.
 PALLAS = frozenset({"hopper", "tpu"})

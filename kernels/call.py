@@ -1,4 +1,4 @@
-"""One checked call of `attention`, as the backends receive it."""
+"""A checked call of `attention`, as the backends receive it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one call, checked, with every default filled in. The fields mean what `attention` says.
+    """Checked arguments of one call, with all defaults filled in. The fields are the arguments of `attention`.
 
     Arrays may be traced; everything else is static.
     """
@@ -30,7 +30,7 @@ class Call:
     query_segment_ids: Array | None
     key_segment_ids: Array | None
     dropout_seeds: Array | None
-    """uint32 [B, 2], one seed a row; None exactly when `dropout_rate` is 0."""
+    """uint32 [B, 2], one seed per row; None if and only if `dropout_rate` is 0."""
     causal: bool
     window: tuple[int | None, int | None]
     scale: float
@@ -57,7 +57,7 @@ class Call:
         """Check the arguments of `attention`, and fill in the defaults.
 
         Raises:
-          ValueError: an argument does not fit: its name, shape and what was expected.
+          ValueError: an argument is invalid; the message names it, its shape, and what was expected.
         """
         query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
         query_segment_ids = None if query_segment_ids is None else jnp.asarray(query_segment_ids)
@@ -81,7 +81,7 @@ class Call:
         if (query_segment_ids is None) != (key_segment_ids is None):
             given, missing = ("query", "key") if key_segment_ids is None else ("key", "query")
             raise ValueError(
-                f"{missing}_segment_ids: expected them beside {given}_segment_ids, found None "
+                f"{missing}_segment_ids: expected together with {given}_segment_ids, found None "
                 f"(for self-attention, pass the same array as both)"
             )
         for name, ids, length in (
@@ -118,10 +118,7 @@ class Call:
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
-        """How many keys are seen before and after the query's own place, None for no limit: the window with causality.
-
-        A causal row never looks right, whatever the window says.
-        """
+        """Numbers of keys visible before and after the query, None for no limit: the window, limited by causality."""
         left, right = self.window
         return left, 0 if self.causal else right
 
@@ -163,7 +160,7 @@ def _check_window(
     if len(sides) != 2 or any(side is not None and not (isinstance(side, int) and side >= 0) for side in sides):
         raise ValueError(f"window: expected (left, right), each an integer >= 0 or None for no limit, found {window!r}")
     left, right = sides
-    # A side that reaches past the row is no limit, and the backends add to the others in int32.
+    # A side that reaches beyond the row is no limit; the backends do arithmetic on the others in int32.
     return (
         None if left is None or left >= queries - 1 else left,
         None if right is None or right >= keys - 1 else right,

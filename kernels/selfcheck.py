@@ -1,7 +1,7 @@
-"""Whether a kernel gives the reference's numbers on the device that is here.
+"""Self-check of kernels: compare a kernel with the reference on the current device.
 
-A kernel that was held to the reference in an interpreter and compiled for its chip has still not run on it. So, before
-such a kernel is taken unasked, it is compared once a process with the XLA backend: output and all gradients, on
+A kernel that was tested in an interpreter and compiled for its chip has still not run on the chip. Before such a kernel
+is selected automatically, it is therefore compared with the XLA backend, once per process: output and all gradients, on
 rows that fill its blocks and rows that do not. That costs the compilation of a few small programs.
 """
 
@@ -21,27 +21,27 @@ from . import backends
 from .bias import RelativeBias
 from .call import Call
 
-# Tokens and rows: short rows, and rows of several blocks; both more work than a chip begins at once, so that the blocks
-# which take several items after one another do so.
+# Length -> number of rows: short rows, and rows of several blocks. Both are more work than a chip can start at once, so
+# that persistent blocks process several items in turn.
 LENGTHS = {120: 20, 640: 2}
 HEADS, KEY_HEADS, HEAD_SIZE, BUCKETS = 16, 8, 64, 32
-MARGIN = 2.0  # times the error that the XLA backend makes in the same precision
+MARGIN = 2.0  # allowed error, as a multiple of the XLA backend's error in the same precision
 
 
 @cache
 def agrees(name: str, dtype: str) -> bool:
-    """Whether backend `name` gives what the XLA backend gives, in `dtype`; a warning says where it does not.
+    """Tell whether backend `name` agrees with the XLA backend in `dtype`; warn if it does not.
 
-    An error counts against the float32 result, and may be `MARGIN` times the XLA backend's own in `dtype`.
+    Errors are measured against the float32 result, and may be `MARGIN` times the XLA backend's own error in `dtype`.
     """
-    # Its own thread, since this one may be in the middle of tracing a program, where nothing can be computed.
+    # Use a separate thread, since this one may be tracing a program, during which nothing can be computed.
     with ThreadPoolExecutor(1) as thread:
         failure = thread.submit(_difference, name, dtype).result()
     if failure is None:
         return True
     warnings.warn(
-        f"attention: the {name} kernel was left out, since {failure} on {jax.devices()[0].device_kind}. "
-        f"Ask for it by name to see what it does; please report this.",
+        f"attention: the {name} kernel failed its self-check and is not used: {failure} on "
+        f"{jax.devices()[0].device_kind}. Please report this. To use it anyway, select it by name.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -49,7 +49,7 @@ def agrees(name: str, dtype: str) -> bool:
 
 
 def _difference(name: str, dtype: str) -> str | None:
-    """What went wrong, or None."""
+    """Return what went wrong, or None."""
     with jax.default_device(jax.local_devices()[0]):
         for length, batch in LENGTHS.items():
             inputs = _inputs(length, batch)
@@ -62,9 +62,9 @@ def _difference(name: str, dtype: str) -> str | None:
             for what, value in found.items():
                 error, allowed = (float(np.abs(other[what] - truth[what]).max()) for other in (found, usual))
                 scale = float(np.abs(truth[what]).max())
-                # An XLA path that happens to be exact must not forbid the last bit.
+                # Allow rounding of the last bit even if the XLA result happens to be exact.
                 if not np.isfinite(value).all() or error > MARGIN * max(allowed, scale * float(jnp.finfo(dtype).eps)):
-                    return f"its {what} is off by {error:.2g} where {MARGIN:g} x {allowed:.2g} is usual"
+                    return f"its {what} has an error of {error:.2g}, more than {MARGIN:g} x {allowed:.2g}"
     return None
 
 
@@ -79,7 +79,7 @@ def _inputs(length: int, batch: int) -> dict[str, np.ndarray]:
 
 
 def _run(name: str, dtype: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Output and gradients, in float32 on the host."""
+    """Return the output and gradients, in float32 on the host."""
 
     def loss(parts: dict[str, Array], segments: Array, cotangent: Array) -> tuple[Array, Array]:
         call = Call.of(
@@ -95,7 +95,7 @@ def _run(name: str, dtype: str, inputs: dict[str, np.ndarray]) -> dict[str, np.n
         out, _ = backends.BACKENDS[name].run(call)
         return (out.astype(jnp.float32) * cotangent).sum(), out
 
-    # Rounded once, so that every precision starts from the same numbers.
+    # Round once, so that every precision starts from the same numbers.
     parts: dict[str, Any] = {
         what: jnp.asarray(inputs[what], jnp.bfloat16).astype(dtype) for what in ("query", "key", "value")
     }

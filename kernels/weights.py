@@ -1,7 +1,7 @@
-"""Attention's weights, of the few heads and queries that somebody wants to look at.
+"""Attention weights of selected heads and queries.
 
-A fast backend never holds the weights. But lse, one number for each query and head, is all that is missing to compute
-any row of them again: weight = exp(score - lse).
+The fast backends never store the weights, but any row of them can be recomputed from lse, one number per query and
+head: weight = exp(score - lse).
 """
 
 from __future__ import annotations
@@ -34,29 +34,35 @@ def attention_weights(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Array:
-    """What chosen heads of chosen queries attend to, computed again from the lse of `attention(return_lse=True)`.
+    """Recompute the attention weights of selected heads and queries from the lse of `attention(return_lse=True)`.
 
         out, lse = attention(query, key, value, segments..., return_lse=True)
         first_token = attention_weights(query, key, heads=[3, 7], queries=[0], lse=lse, segments...)
 
-    Time and memory are those of the chosen rows: B x heads x queries x S. The arguments of the two calls must be the
-    same, except for dropout's, which this one does not have: weights are those before dropout.
+    Time and memory are those of the selected rows: B x heads x queries x S. The arguments of both calls must be the
+    same, except for dropout: the weights are those before dropout.
 
     Args:
       query: [B, L, H, D].
       key: [B, S, K, D].
-      heads: integers [h] in [0, H), in any order. Of key head h // (H // K), as in `attention`.
+      heads: integers [h] in [0, H), in any order.
       queries: integers [q] in [0, L), in any order.
-      lse: [B, L, H], as `attention` returned it.
-      bias, causal, window, query_segment_ids, key_segment_ids, scale, softcap: as for `attention`.
+      lse: [B, L, H], as returned by `attention`.
+      bias: as for `attention`.
+      causal: as for `attention`.
+      window: as for `attention`.
+      query_segment_ids: as for `attention`.
+      key_segment_ids: as for `attention`.
+      scale: as for `attention`.
+      softcap: as for `attention`.
 
     Returns:
-      [B, h, q, S], float32 (float64 for float64). A row sums to 1; the row of a query that has nothing to attend to is
-      zeros. Differentiable, through lse too. Where `heads` or `queries` are traced, so that nobody can check them, the
-      rows of those out of range are NaN.
+      [B, h, q, S], float32 (float64 for float64). Each row sums to 1, or is zero if the query attends to nothing.
+      Differentiable, also through lse. If `heads` or `queries` are traced, so that they cannot be checked, rows that
+      are out of range are NaN.
 
     Raises:
-      ValueError: an argument does not fit: its name, shape and what was expected.
+      ValueError: an argument is invalid; the message names it, its shape, and what was expected.
     """
     call = Call.of(
         query=query,
@@ -112,7 +118,7 @@ def attention_weights(
     if call.query_segment_ids is not None and call.key_segment_ids is not None:
         own = call.query_segment_ids[:, queries][:, :, None]
         seen = seen & (own == call.key_segment_ids[:, None, :]) & (own != 0)
-    # An empty row has lse -inf; exp(score - inf) is 0.
+    # An empty row has lse -inf; exp(score - inf) is 0, as wanted.
     total = jnp.swapaxes(lse[:, queries][:, :, heads], 1, 2)[..., None]
     total = jnp.where(total == -jnp.inf, jnp.inf, total)
     weights = jnp.exp(jnp.where(seen[:, None], scores - total, -jnp.inf))
@@ -121,7 +127,7 @@ def attention_weights(
 
 
 def _places(name: str, places: Sequence[int] | np.ndarray | Array, count: int) -> tuple[Array, Array]:
-    """int32 [n], and which of them are in [0, count); a ValueError where one is known not to be."""
+    """Return int32 [n], and which of them are in [0, count); raise a ValueError if one is known to be out of range."""
     array = jnp.asarray(places)
     if array.ndim != 1 or array.size == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise argument_error(name, array, f"integers [n] in [0, {count}), at least one")

@@ -37,18 +37,18 @@ class FamilyConfig:
     """name of a released size -> its fields"""
 
     dtype: str = "float32"
-    """what is computed in, float32 or bfloat16; parameters, norms, softmax and losses stay float32"""
+    """data type of the computation, float32 or bfloat16; parameters, norms, softmax and losses stay float32"""
     scan_layers: bool = True
-    """compile one layer and loop over it; off writes all layers out (same numbers, longer compilation)"""
+    """compile one layer and loop over it; off unrolls the layers (same results, longer compilation)"""
     remat: bool = False
-    """recompute each layer's inner values in the backward pass: less memory, about a third more work"""
+    """recompute each layer in the backward pass: less memory, about a third more computation"""
     attention_implementation: str | None = None
-    """backend of kernels.attention; None takes the fastest"""
+    """backend of kernels.attention; None: the fastest"""
 
     extra: Extra = ()
-    """what else config.json held, written back with it"""
+    """other entries of config.json, written back on saving"""
     repeated: tuple[str, ...] = ()
-    """tied copies and buffers that the checkpoint held, written back with it"""
+    """tied copies and buffers of the checkpoint, written back on saving"""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -139,25 +139,25 @@ class EncoderConfig(FamilyConfig):
     token_types: int = 0
     """number of sentence kinds (A, B); below two there is nothing to tell apart"""
     activation: str = "gelu"
-    """non-linearity, a name in layers.ACTIVATIONS"""
+    """activation function, a name in layers.ACTIVATIONS"""
     dropout: float = 0.1
-    """share of the hidden values dropped in training"""
+    """dropout rate of hidden states"""
     attention_dropout: float = 0.1
-    """share of the attention probabilities dropped in training"""
+    """dropout rate of attention probabilities"""
     classifier_dropout: float | None = None
-    """share of a classifier's inputs dropped in training; None for that of the hidden values"""
+    """dropout rate of a classifier's inputs; None: that of hidden states"""
     norm_epsilon: float = 1e-12
-    """added to the variance before its root"""
+    """epsilon of layer normalisation, added to the variance"""
     initializer_range: float = 0.02
-    """standard deviation of the normal distribution that new weights are drawn from, before it is cut off at two"""
+    """standard deviation of the normal distribution, truncated at two standard deviations, of new weights"""
     pad_token_id: int | None = 0
-    """the token whose embedding takes no gradient from being looked up; None for none"""
+    """token whose embedding gets no gradient from lookups; None: none"""
     problem_type: str | None = None
     """what a sequence classifier predicts: regression, single_label_classification, multi_label_classification"""
     num_labels: int = 2
     """number of classes of a classifier"""
     label_names: tuple[str, ...] | None = None
-    """the classes' names"""
+    """names of the classes"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

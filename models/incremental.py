@@ -24,7 +24,7 @@ class Slots(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is computed once for each source."""
+    """State that is computed once per source."""
 
     layers: tuple[Slots, ...]  # the encoder's output as each decoder layer's keys and values
     mask: Array  # [B, S] bool, True for tokens
@@ -84,7 +84,7 @@ class IncrementalEncoderDecoder:
         return self.config.forced_eos_token_id
 
     def prepare(self, params: Params) -> Prepared:
-        """Take the stacked layers apart, once and not in each step. It looks at values: it cannot be traced."""
+        """Unstack the layers, once instead of in every step. It inspects values, so it cannot be traced."""
         bias = params.get("final_logits_bias")
         return Prepared(
             params={name: part for name, part in params.items() if name != "decoder"},
@@ -157,7 +157,7 @@ def unstack(params: Params, count: int) -> tuple[Params, ...]:
 def cross_attention_maps(
     model: Any, prepared: Prepared, input_ids: Array, decoder_input_ids: Array, segment_ids: Array | None = None
 ) -> Array:
-    """What each token of the decoder's input attends to in the source.
+    """Compute the attention of each token of the decoder's input to the source.
 
     Args:
         prepared: parameters, by `prepare`.

@@ -298,7 +298,7 @@ def dropout_seed(module: nn.Module) -> Array:
 
 
 class Dropout(nn.Module):
-    """Sets a share `rate` of the entries to zero and divides the others by 1 - rate (Srivastava et al. 2014).
+    """Set a fraction `rate` of the entries to zero and divide the others by 1 - rate (Srivastava et al. 2014).
 
     What is dropped in a row depends on the stream "dropout" and on the row's number alone, so that it does not change
     with how a batch is split over devices, hosts or accumulation steps.
@@ -476,7 +476,7 @@ class Attention(nn.Module):
     def write(
         self, hidden: Array, keys: Array, values: Array, places: Array, position_ids: Array | None = None
     ) -> tuple[Array, Array]:
-        """Add the keys and values of one token of each beam to a row's.
+        """Add the keys and values of one token per beam to those of a row.
 
         Args:
             hidden: [B, K, E], K beams a row.
@@ -590,5 +590,5 @@ def sinusoids(positions: int, width: int, *, interleaved: bool) -> np.ndarray:
 
 
 def row_numbers(rows: Array | None, input_ids: Array) -> Array:
-    """The rows' numbers [B] uint32, counted from 0 where none are given."""
+    """Return row numbers [B] uint32, counted from 0 if none are given."""
     return jnp.arange(input_ids.shape[0], dtype=jnp.uint32) if rows is None else rows

@@ -114,13 +114,13 @@ class TransformerConfig(FamilyConfig):
     }
 
     vocab_size: int = 37_000
-    """number of word pieces of the source, and of the target too unless it has its own, V"""
+    """vocabulary size of the source, and of the target unless it has its own, V"""
     target_vocab_size: int | None = None
-    """number of word pieces of the target; None where it is the source's vocabulary"""
+    """vocabulary size of the target; None: that of the source"""
     width: int = 512
     """size of the hidden states, E"""
     embedding_width: int | None = None
-    """size of the embeddings, which are projected to the width and back where it is another; None for the width"""
+    """size of the embeddings, which are projected to the width and back if it differs; None: the width"""
     encoder_layers: int = 6
     """number of layers of the encoder"""
     decoder_layers: int = 6
@@ -134,35 +134,35 @@ class TransformerConfig(FamilyConfig):
     decoder_feed_forward: int = 2048
     """inner width of the decoder's feed-forward sub-layers"""
     positions: int = 1024
-    """longest example on either side, in tokens"""
+    """maximum length of an example on either side, in tokens"""
     activation: str = "relu"
-    """non-linearity, a name in layers.ACTIVATIONS"""
+    """activation function, a name in layers.ACTIVATIONS"""
     sinusoids: str = "interleaved"
-    """order of the positions' channels: interleaved (sine, cosine, ... as in 3.5) or halves (all sines, all cosines)"""
+    """order of the position channels: interleaved (sine, cosine, ... as in 3.5) or halves (all sines, all cosines)"""
     scale_embeddings: bool = True
     """multiply embeddings by the square root of the width (3.4)"""
     pre_norm: bool = False
-    """normalise what goes into a sub-layer instead of each sum, and the last layer's output"""
+    """normalise the input of each sub-layer instead of each sum, and the output of the last layer"""
     tying: str = "all"
-    """which tables are one: all (source, target, output), decoder (target and output) or none"""
+    """which embedding tables are shared: all (source, target, output), decoder (target and output) or none"""
     logits_bias: bool = False
-    """add a constant to each word's logit, which is read and written but not trained"""
+    """add a constant per word to the logits, which is loaded and saved but not trained"""
     dropout: float = 0.1
-    """share dropped of embeddings and of each sub-layer's output in training"""
+    """dropout rate of embeddings and sub-layer outputs"""
     attention_dropout: float = 0.0
-    """share of the attention probabilities dropped in training (not in the paper)"""
+    """dropout rate of attention probabilities (not in the paper)"""
     activation_dropout: float = 0.0
-    """share of the feed-forward sub-layers' inner values dropped in training (not in the paper)"""
+    """dropout rate of the feed-forward sub-layers' inner activations (not in the paper)"""
     pad_token_id: int = 0
-    """the token whose embedding takes no gradient from being looked up"""
+    """token whose embedding gets no gradient from lookups"""
     eos_token_id: int = 2
-    """the token that ends a text"""
+    """end-of-text token"""
     bos_token_id: int | None = 1
-    """the token that begins a text, where the tokenizer has one"""
+    """beginning-of-text token, if the tokenizer has one"""
     decoder_start_token_id: int = 2
-    """the token that the decoder's input begins with"""
+    """first token of the decoder's input"""
     forced_eos_token_id: int | None = None
-    """the token that decoding ends the longest allowed text with"""
+    """token that ends an output of maximum length"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +203,7 @@ class TransformerConfig(FamilyConfig):
 
 
 def _glorot(key: Array, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> Array:
-    """Uniform in ±sqrt(6 / (inputs + outputs)). The heads' axes of a projection are one axis, of the width."""
+    """Draw uniformly in ±sqrt(6 / (inputs + outputs)). The head axes of a projection count as one axis."""
     outer = tuple(shape) if len(shape) == 2 else (math.isqrt(math.prod(shape)),) * 2
     limit = math.sqrt(6 / sum(outer))
     return jax.random.uniform(key, shape, dtype, -limit, limit, out_sharding=out_sharding)
@@ -220,7 +220,7 @@ def _feed_forward(c: TransformerConfig, width: int) -> FeedForward:
 def _add(
     c: TransformerConfig, hidden: Array, norm: LayerNorm, sublayer: Callable[[Array], Array], drop: Callable[..., Array]
 ) -> Array:
-    """A sub-layer's output added to its input, and the sum normalised (3.1); or the input, where norms come first."""
+    """Add a sub-layer's output to its input and normalise the sum (3.1), or the input if `pre_norm`."""
     if c.pre_norm:
         return hidden + drop(sublayer(norm(hidden)))
     return norm(hidden + drop(sublayer(hidden)))
@@ -404,7 +404,7 @@ class Transformer(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """What the table of the output is multiplied with where `__call__` gives logits, [B, T, its width]."""
+        """Compute the states that the output embeddings are multiplied by to give logits, [B, T, table width]."""
         mode: dict[str, Any] = {"rows": rows, "deterministic": deterministic}
         memory = self.encode(input_ids, segment_ids, position_ids, **mode)
         hidden = self.decode(memory, segment_ids, decoder_input_ids, decoder_segment_ids, decoder_position_ids, **mode)
@@ -501,7 +501,7 @@ class Transformer(nn.Module):
         return self._output_table.attend(self._to_table(normalised))
 
     def embed_step(self, tokens: Array, positions: Array) -> Array:
-        """Target tokens [B, K], those of a row at its position [B] -> [B, K, E]."""
+        """Embed target tokens [B, K], those of a row at its position [B] -> [B, K, E]."""
         return self._embed(
             self._target_table,
             "target_projection",
@@ -557,7 +557,7 @@ class Transformer(nn.Module):
         return self.output if self.config.tying == "none" else self._target_table
 
     def _to_table(self, hidden: Array) -> Array:
-        """[..., E] -> what is multiplied with the output's table, [..., its width]."""
+        """Map [..., E] to the states that are multiplied by the output embeddings, [..., width of the table]."""
         narrow = self.config.table_width != self.config.width and self.config.tying != "none"
         return self.output_projection(hidden) if narrow else hidden
 

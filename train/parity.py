@@ -24,11 +24,11 @@ class ParityConfig:
     output_tolerance: float = 1e-5
     """largest absolute error of any output, and of the loss"""
     gradient_tolerance: float = 1e-4
-    """largest relative error of any gradient tensor, as a share of the reference's norm"""
+    """largest relative error of any gradient tensor, as a fraction of the reference's norm"""
 
 
 def main(config: ParityConfig) -> int:
-    """Run the fixtures and print; 0 where all are within tolerance, else 1."""
+    """Run the fixtures and print the errors; return 0 if all are within tolerance, else 1."""
     from ..models.checkpoints.parity import check  # here, since it needs JAX, for which --help need not wait
 
     if not config.folders:
@@ -48,7 +48,7 @@ def main(config: ParityConfig) -> int:
 
 
 def describe(report: "Report") -> list[str]:
-    """A report as lines of text."""
+    """Format a report as lines of text."""
     verdict = "ok" if report.passed else "FAILED"
     if report.error is not None:
         return [f"{report.folder}: {verdict}: {report.error}"]

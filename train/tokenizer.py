@@ -17,7 +17,7 @@ FAMILIES = {"wordpiece": ("bert",), "byte-bpe": ("roberta", "gpt2"), "unigram": 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Train a tokenizer and write it in the released format."""
+    """Train a tokenizer, and save it in the released format."""
 
     corpus: tuple[str, ...]
     """Files or folders of text, Markdown, WikiText or JSON lines (.gz and .zst too), prepared tensorflow-datasets
@@ -38,7 +38,8 @@ class TokenizerConfig:
     text_field: str = "text"
     """Field of JSON lines, or feature of a tensorflow-datasets folder, that holds the text."""
     blank_line: Literal["paragraph", "document"] = "paragraph"
-    """What blank lines separate in plain text: paragraphs, or documents with a sentence a line (BERT's own format)."""
+    """What blank lines separate in plain text: paragraphs, or documents with one sentence per line (BERT's own
+    format)."""
 
     def __post_init__(self) -> None:
         families = FAMILIES[self.kind]
@@ -63,5 +64,5 @@ def main(config: TokenizerConfig) -> int:
     else:
         tokenizer = train_unigram(corpus, family=family, lowercase=config.lowercase, **common)
     tokenizer.save(config.out)
-    progress.line(f"{config.out}: {tokenizer.vocab_size:,} pieces from {corpus.counts.documents:,} documents")
+    progress.line(f"{config.out}: {tokenizer.vocab_size:,} tokens from {corpus.counts.documents:,} documents")
     return 0

@@ -3,8 +3,8 @@
 Rajpurkar et al. 2016 and 2018. The files are one JSON object; data sets in other languages share the format (XQuAD,
 GermanQuAD, KorQuAD, ...). Positions count characters (Unicode code points) of the context.
 
-A context that is longer than a row is cut into windows that overlap; an answer is mapped to the tokens that it touches,
-and a window that does not hold the whole answer points at [CLS] (Devlin et al. 2018, 4.2 and 4.3).
+A context that is longer than a row is cut into overlapping windows; an answer is mapped to the tokens that it touches,
+and a window that does not contain the whole answer points at [CLS] (Devlin et al. 2018, 4.2 and 4.3).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..reading import read_text
 from ..tokenizers.tokenizer import Tokenizer
 
-_SHOWN = 3  # of many bad answers, how many the message quotes
+_SHOWN = 3  # maximum number of bad answers to quote in a message
 
 
 class Answer(NamedTuple):
@@ -36,8 +36,8 @@ class Answer(NamedTuple):
 class Question:
     """A question about a context.
 
-    `answers` are all that the file holds, empty where there is none or where none is told. `impossible` is None in
-    files of version 1.1, which do not say.
+    `answers` are all answers in the file, empty if there are none or if they are unknown. `impossible` is None in files
+    of version 1.1, which do not have it.
     """
 
     key: str
@@ -48,7 +48,7 @@ class Question:
 
 
 class SquadFile(NamedTuple):
-    """The questions of a file, in its order, and how many were left out since their answer is not in their context."""
+    """Questions of a file, in order, and the number skipped because their answer is not in their context."""
 
     questions: list[Question]
     skipped: int
@@ -61,14 +61,14 @@ def read_squad(
 
     Args:
         path: the file; .gz and .zst are decompressed.
-        labelled: every question must have an answer, or be marked as impossible.
-        check_answers: each answer must stand in its context where the file says, as training needs it. The official
-            evaluation compares texts alone, so a file to evaluate on does not need this.
-        skip_bad_answers: leave out questions whose answer does not, and count them, instead of refusing the file.
+        labelled: whether every question must have an answer or be marked as impossible.
+        check_answers: whether each answer must be at the given position of its context, as training needs. The official
+            evaluation compares texts only, so a file to evaluate on does not need this.
+        skip_bad_answers: skip and count questions whose answer is not there, instead of refusing the file.
 
     Raises:
-        DataError: not JSON (with the line), not SQuAD's structure, no questions, a question's id twice, a question
-            without an answer, or one that is not in its context, with the question's id.
+        DataError: the file is not JSON (with the line), does not have SQuAD's structure, or has no questions or a
+            duplicate id; or a question has no answer, or one that is not in its context (with the question's id).
     """
     try:
         document = json.loads(read_text(path))
@@ -89,21 +89,21 @@ def read_squad(
         lines = "".join(f"\n  {line}" for line in bad[:_SHOWN])
         raise DataError(
             f"{path}: {len(bad)} of {total} questions have an answer that is not in their context:{lines}{more}\n"
-            "Positions count Unicode characters from 0. Correct the file, or leave them out with --skip-bad-answers."
+            "Positions count Unicode characters from 0. Correct the file, or skip them with --skip-bad-answers."
         )
     if not questions:
         raise DataError(f"{path}: no questions" + (f" but {len(bad)} with bad answers." if bad else "."))
     repeated = [key for key, count in Counter(question.key for question in questions).items() if count > 1]
     if repeated:
         raise DataError(
-            f'{path}: {len(repeated)} ids stand for several questions, as "{repeated[0]}". Predictions are written by '
-            "id, so each must be there once."
+            f'{path}: {len(repeated)} ids belong to several questions, such as "{repeated[0]}". Predictions are '
+            "written by id, so ids must be unique."
         )
     return SquadFile(questions, len(bad))
 
 
 def _questions(document: Any, path: Path) -> Any:
-    """(question, what is wrong with its answers or None), one by one."""
+    """Yield (question, what is wrong with its answers, or None)."""
     for a, article in enumerate(_list(document, "data", f"{path}")):
         for p, paragraph in enumerate(_list(article, "paragraphs", f"{path}, article {a + 1}")):
             where = f"{path}, article {a + 1}, paragraph {p + 1}"
@@ -171,7 +171,7 @@ def _short(text: str) -> str:
 
 @dataclass
 class Windows:
-    """W windows, a question's next to each other, and how their tokens lie in the contexts.
+    """W windows, those of a question adjacent, and the positions of their tokens in the contexts.
 
     A window is the question and part of the context, joined as the tokenizer's family joins a pair: BERT's is
     [CLS] question [SEP] part of the context [SEP], of the types 0 ... 0 1 ... 1.
@@ -182,21 +182,21 @@ class Windows:
     types: list[np.ndarray] = field(default_factory=list)
     """W arrays [length] int32, token types"""
     context_starts: list[int] = field(default_factory=list)
-    """where in the window the context's first token stands"""
+    """index in the window of the context's first token"""
     question: list[int] = field(default_factory=list)
     """number of the question"""
     first: list[int] = field(default_factory=list)
-    """where in the window the answer's first token stands; 0, the window's first, where it does not hold it"""
+    """index in the window of the answer's first token; 0, the window's first token, if the answer is not in it"""
     last: list[int] = field(default_factory=list)
-    """the answer's last token"""
+    """index of the answer's last token"""
     spans: list[np.ndarray] = field(default_factory=list)
-    """W arrays [tokens of the context, 2] int32: each token's first character in the context, and the one after it"""
+    """W arrays [tokens of the context, 2] int32: [start, stop) of each token in the context, in characters"""
     best_context: list[np.ndarray] = field(default_factory=list)
-    """W arrays [tokens of the context] bool: of the windows with this token, this one shows most around it"""
+    """W arrays [tokens of the context] bool: of all windows with this token, this one has the most context around it"""
     cut_tokens: int = 0
-    """tokens of questions that were beyond `max_question`"""
+    """number of tokens truncated from questions longer than `max_question`"""
     unheld: list[int] = field(default_factory=list)
-    """numbers of the questions whose answer no window holds as a whole, or the tokenizer has no token for"""
+    """numbers of the questions whose answer no window contains as a whole, or has no tokens"""
 
 
 def make_windows(
@@ -210,11 +210,11 @@ def make_windows(
     """Cut questions' contexts into windows.
 
     Args:
-        tokenizer: of the model.
-        questions: the first of a question's answers is the one to learn.
-        max_length: tokens of a window, the special ones and the question included.
-        doc_stride: tokens from one window's start to the next one's.
-        max_question: tokens of a question; what is beyond them is cut off, and counted.
+        tokenizer: tokenizer of the model.
+        questions: the questions; the first of a question's answers is the one to learn.
+        max_length: maximum length of a window, in tokens, special tokens and the question included.
+        doc_stride: distance between the starts of consecutive windows, in tokens.
+        max_question: maximum length of a question, in tokens; longer questions are truncated, and counted.
 
     Raises:
         DataError: lengths that leave no room for the context.
@@ -266,13 +266,13 @@ class _Context:
         self.ids, self.spans = ids, spans
 
     def tokens_of(self, answer: Answer) -> tuple[int, int] | None:
-        """The first and the last token that the answer touches; None if there is none (zero-width characters, say)."""
+        """Return the first and last token that the answer touches; None if there is none (zero-width characters)."""
         first = int(np.searchsorted(self.spans[:, 1], answer.start, side="right"))
         last = int(np.searchsorted(self.spans[:, 0], answer.start + len(answer.text), side="left")) - 1
         return (first, last) if first <= last else None
 
     def parts(self, room: int, stride: int) -> list[tuple[int, int]]:
-        """[start, stop) of each window; an empty context has one, empty window."""
+        """Return [start, stop) of each window; an empty context has one empty window."""
         parts, start = [], 0
         while True:
             stop = min(start + room, len(self.ids))
@@ -283,10 +283,10 @@ class _Context:
 
 
 def _best_context(parts: list[tuple[int, int]], start: int, stop: int) -> np.ndarray:
-    """Whether [start, stop) is the window that shows most around each of its tokens.
+    """Tell for each token whether [start, stop) is the window with the most context around it.
 
-    As the released code has it: the smaller of what stands left and right of the token, and a hundredth of the
-    window's length; of equal windows the first.
+    As in the released code: the smaller of the contexts left and right of the token, plus a hundredth of the window's
+    length; among equals, the first window.
     """
     if len(parts) == 1:
         return np.ones(stop - start, np.bool_)

@@ -1,8 +1,8 @@
-"""Tagged sentences: entities in CoNLL columns (IOB1 or IOB2), parts of speech in CoNLL-U.
+"""Read tagged sentences: entities in CoNLL columns (IOB1 or IOB2), parts of speech in CoNLL-U.
 
-Entity tags are held in IOB2 always: B-x begins an entity of kind x, I-x goes on with it, O is outside. In IOB1, as the
-CoNLL-2003 files are, an entity begins with I-x, and with B-x only right after another one of its kind (Ramshaw and
-Marcus 1995; Tjong Kim Sang and Veenstra 1999).
+Entity tags are always stored as IOB2: B-x begins an entity of type x, I-x continues it, O is outside. In IOB1, the
+scheme of the CoNLL-2003 files, an entity begins with I-x, and with B-x only directly after another entity of its type
+(Ramshaw and Marcus 1995; Tjong Kim Sang and Veenstra 1999).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PartOfSpeech = Literal["upos", "xpos"]
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and, where they are told, their tags; `line` is the first word's line of `file`."""
+    """Words and, if known, their tags; `line` is the first word's line of `file`."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...] | None
@@ -34,12 +34,12 @@ class Sentence:
     """of each word"""
 
     def where(self, word: int) -> str:
-        """File and line of a word."""
+        """Return file and line of a word."""
         return f"{self.file}, line {self.lines[word]}"
 
 
 class TaggedFile(NamedTuple):
-    """A file's sentences, and how many tags were repaired."""
+    """Sentences of a file, and the number of repaired tags."""
 
     sentences: list[Sentence]
     repaired: int
@@ -54,21 +54,22 @@ def read_conll(
     tag_column: int = -1,
     labelled: bool = True,
 ) -> TaggedFile:
-    """Read entities from columns, a word a line, sentences apart by blank lines.
+    """Read entities from columns, one word per line, sentences separated by blank lines.
 
-    Columns are separated by tabs in a line that holds one, else by spaces. A line of nothing but spaces and tabs is
-    blank. Lines that begin with -DOCSTART- are left out.
+    Columns are separated by tabs in a line that contains one, else by spaces. A line of only spaces and tabs is blank.
+    Lines that begin with -DOCSTART- are skipped.
 
     Args:
         path: the file; .gz and .zst are decompressed.
-        scheme: what the file's tags are in; they are given in IOB2.
-        repair: read an I-x that goes on with nothing as B-x, and count it, instead of refusing the file.
-        word_column, tag_column: from 0; negative ones from the end.
-        labelled: whether there are tags to read.
+        scheme: tagging scheme of the file; the result is IOB2.
+        repair: read an I-x that continues no entity as B-x, and count it, instead of refusing the file.
+        word_column: column of the words, from 0; negative numbers count from the end.
+        tag_column: column of the tags, likewise.
+        labelled: whether to read tags.
 
     Raises:
-        DataError: a line with too few columns, a tag of another form, an I-x in IOB2 that goes on with nothing, an
-            empty file; with file and line.
+        DataError: a line has too few columns, a tag is invalid, an I-x in IOB2 continues no entity, or the file is
+            empty; with file and line.
     """
     sentences, repaired = [], 0
     for rows in _blocks(path):
@@ -96,7 +97,7 @@ def read_conll(
 def _to_iob2(
     tags: list[str], scheme: Scheme, repair: bool, path: Path, lines: tuple[int, ...]
 ) -> tuple[tuple[str, ...], int]:
-    """(the tags in IOB2, how many were repaired)."""
+    """Return (the tags in IOB2, the number of repaired tags)."""
     converted: list[str] = []
     repaired = 0
     before = OUTSIDE
@@ -108,7 +109,7 @@ def _to_iob2(
             if scheme == "iob2" and not repair:
                 after = "at the sentence's start" if len(converted) == 0 else f"after {before}"
                 raise DataError(
-                    f"{path}, line {line}: {tag} {after} goes on with nothing, which IOB2 does not allow. If the file "
+                    f"{path}, line {line}: {tag} {after} continues no entity, which IOB2 does not allow. If the file "
                     f"is in IOB1, pass --scheme iob1; to read such tags as B-{kind}, pass --repair."
                 )
             repaired += scheme == "iob2"
@@ -121,15 +122,15 @@ def _to_iob2(
 def read_conllu(path: Path, *, column: PartOfSpeech = "upos", labelled: bool = True) -> TaggedFile:
     """Read words and parts of speech from CoNLL-U (universaldependencies.org/format.html).
 
-    Words are the syntactic ones: lines of multiword tokens (1-2) and of empty nodes (1.1) are left out.
+    Words are syntactic words: lines of multiword tokens (1-2) and of empty nodes (1.1) are skipped.
 
     Args:
         path: the file; .gz and .zst are decompressed.
-        column: upos, the universal tag, or xpos, the language's own.
-        labelled: whether there are tags to read.
+        column: upos (universal tags) or xpos (language-specific tags).
+        labelled: whether to read tags.
 
     Raises:
-        DataError: a line without ten fields or without the tag, an empty file; with file and line.
+        DataError: a line does not have ten fields or has no tag, or the file is empty; with file and line.
     """
     sentences = []
     for rows in _blocks(path, comments=True):
@@ -157,10 +158,10 @@ def read_conllu(path: Path, *, column: PartOfSpeech = "upos", labelled: bool = T
 
 
 def _blocks(path: Path, *, comments: bool = False) -> Iterator[list[tuple[int, list[str]]]]:
-    """The lines between blank ones, as (line's number, its fields)."""
+    """Yield the groups of lines between blank lines, as (line number, fields)."""
     block: list[tuple[int, list[str]]] = []
     for number, line in enumerate(read_lines(path), 1):
-        # Only these two are blank: a no-break space or an ideographic one may be a word.
+        # Only these two are blank: a no-break or ideographic space may be a word.
         stripped = line.strip(" \t")
         if not stripped:
             if block:
@@ -191,7 +192,7 @@ def _some(sentences: list[Sentence], path: Path) -> list[Sentence]:
 
 
 def tag_set(sentences: Sequence[Sentence], *, entities: bool) -> tuple[str, ...]:
-    """The tags of sentences in a fixed order; those of entities O first, and for every kind both B-x and I-x."""
+    """Return the tag set of sentences in a fixed order; for entities, O first, and both B-x and I-x for every type."""
     found = {tag for sentence in sentences for tag in sentence.tags or ()}
     if not entities:
         return tuple(sorted(found))
@@ -211,7 +212,7 @@ def check_tags(sentences: Sequence[Sentence], labels: Sequence[str]) -> None:
 
 
 class TokenisedSentences(NamedTuple):
-    """P pieces: sentences, or stretches of words of sentences that are longer than a row."""
+    """P pieces: sentences, or parts of sentences that are longer than a row."""
 
     ids: list[np.ndarray]  # P arrays [T] int32, special tokens included
     types: list[np.ndarray]  # P arrays [T] int32, token types
@@ -225,11 +226,11 @@ class TokenisedSentences(NamedTuple):
 def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_length: int) -> TokenisedSentences:
     """Tokenise word by word; a sentence of more than `max_length` tokens is cut between words into several pieces.
 
-    A word that the tokenizer gives nothing for (a control character, say) stands as the unknown token, so that every
-    word has a first token. A single word that is longer than a piece keeps as many tokens as fit.
+    A word without tokens (a control character, say) becomes the unknown token, so that every word has a first token. A
+    single word that is longer than a piece is truncated.
 
     Raises:
-        DataError: a length that leaves no room for a word.
+        DataError: the length leaves no room for a word.
     """
     around = tokenizer.template.cost(pair=False)
     room = max_length - around

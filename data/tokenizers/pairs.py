@@ -1,21 +1,21 @@
-"""Subword tokenizers for translation, trained here or loaded: SentencePiece (unigram, BPE) and BPE over words.
+"""Subword tokenizers for translation, trained here or loaded: SentencePiece (unigram, BPE) and BPE within words.
 
-A `PairTokenizer` holds a source and a target side, which are one and the same where the vocabulary is joint, and what
-is done to a text before it is cut up: lower-casing, and the Moses tokeniser's normalisation and word splitting. Its
-folder is part of a model's checkpoint folder:
+A `PairTokenizer` consists of a source and a target side, which are the same object if the vocabulary is joint, and of
+the preparation of texts: lower-casing, and the Moses tokeniser's normalisation and word splitting. Its folder is part
+of a model's checkpoint folder:
 
     subwords.json             kind, whether joint, the languages, lower-casing, Moses
-    tokenizer_config.json     what the reference implementation asks for
+    tokenizer_config.json     settings for the reference implementation
     source.spm, target.spm    SentencePiece, in the format of released Marian models, with
     vocab.json                the ids of the source's pieces, or of both sides', and target_vocab.json where they differ
-    tokenizer.json            or BPE over words (`tokenizers`), joint; else source.json and target.json
+    tokenizer.json            or BPE within words (`tokenizers`), joint; else source.json and target.json
 
-transformers' AutoTokenizer loads a folder with SentencePiece's files, or with tokenizer.json, to the same ids; a text
-that is to be lower-cased or split into words must be so before. A released Marian folder loads here without
-subwords.json: its pieces are SentencePiece's, their ids those of vocab.json.
+transformers' AutoTokenizer loads a folder with SentencePiece's files, or with tokenizer.json, to the same ids; texts
+must be lower-cased and split into words beforehand where that applies. A released Marian folder loads here without
+subwords.json: its subwords are SentencePiece's, with the ids of vocab.json.
 
-Subword regularisation (`segmentation`) gives a text another segmentation each time, a pure function of (seed, epoch,
-index). Since a piece never crosses a space, words are drawn one by one.
+Subword regularisation (`segmentation`) samples a new segmentation of a text each time, a pure function of (seed, epoch,
+index). Since a subword never crosses a space, words are sampled separately.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LONGEST = "model_max_length"
 
 
 class Side(Protocol):
-    """The pieces of one language. `size` counts them; the ids are those of the special ones, `bos_id` may be None."""
+    """Subwords of one language. `size` is their number; the ids are those of special tokens, `bos_id` may be None."""
 
     size: int
     pad_id: int
@@ -54,46 +54,46 @@ class Side(Protocol):
     unk_id: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without the special ones."""
+        """Return the ids of each text, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ones but the unknown are left out."""
+        """Return the text of ids; special tokens except the unknown token are dropped."""
         ...
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each id's piece, special ones too."""
+        """Return the subword of each id, including special tokens."""
         ...
 
     def words(self, text: str) -> list[str]:
-        """What `draw` takes: no piece crosses from one to the next."""
+        """Split a text into the words that `draw` takes; no subword crosses from one to the next."""
         ...
 
     def draw(self, word: str, number: int, amount: float, key: tuple[int, ...]) -> list[int]:
-        """A segmentation of a word. `number` is uniform in 64 bits; `amount` is alpha, or the dropout of merges."""
+        """Sample a segmentation of a word. `number` is uniform in 64 bits; `amount` is alpha, or the merge dropout."""
         ...
 
     def save(self, path: Path) -> None:
-        """Write the file that `path`, without its ending, names."""
+        """Write the side's file; `path` is its name without the ending."""
         ...
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The id of each piece."""
+        """Return the id of each subword."""
         ...
 
     @property
     def state(self) -> bytes:
-        """What decides the ids, to be hashed."""
+        """Return everything that determines the ids, for hashing."""
         ...
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """What is done to a text before it is cut into pieces, and undone after.
+    """Preparation of a text before it is split into subwords, undone afterwards.
 
     `lowercase` is not undone. `moses` normalises punctuation and splits words as the Moses scripts do, in the order of
-    Multi30k's own files (lower-cased, normalised, split), by sacremoses; a translation is joined again.
+    Multi30k's own files (lower-cased, normalised, split), with sacremoses; a translation is detokenised.
     """
 
     languages: tuple[str, str] = ("en", "de")
@@ -101,7 +101,7 @@ class TextForm:
     moses: bool = False
 
     def prepare(self, text: str, target: bool) -> str:
-        """The text that is cut into pieces."""
+        """Return the text to split into subwords."""
         if self.lowercase:
             text = text.lower()
         if self.moses:
@@ -110,7 +110,7 @@ class TextForm:
         return text
 
     def finish(self, text: str) -> str:
-        """Running text of a prepared target text."""
+        """Turn a prepared target text back into running text."""
         return self._moses[1][2].detokenize(text.split(" ")) if self.moses else text
 
     @cached_property
@@ -128,22 +128,22 @@ class TextForm:
 
 
 class PairTokenizer:
-    """The two sides of a translation, and the form that their texts are brought into.
+    """Tokenizer of both sides of a translation, with the preparation of their texts.
 
     Attributes:
-        longest: most tokens of a text, its end among them, that the model was trained on; None where nobody said.
+        longest: maximum length of a text in the model's training, in tokens, end token included; None if unknown.
     """
 
     def __init__(self, kind: str, source: Side, target: Side, form: TextForm, longest: int | None = None):
         self.kind, self.source, self.target, self.form, self.longest = kind, source, target, form, longest
 
     def with_longest(self, longest: int) -> PairTokenizer:
-        """The same for a model that was trained on texts of at most so many tokens."""
+        """Return a copy for a model that was trained on texts of at most `longest` tokens."""
         return PairTokenizer(self.kind, self.source, self.target, self.form, longest)
 
     @property
     def joint(self) -> bool:
-        """Whether both sides have one vocabulary."""
+        """Whether both sides share one vocabulary."""
         return self.source is self.target or self.source.vocabulary == self.target.vocabulary
 
     def language_code(self, text: str) -> str:
@@ -151,31 +151,31 @@ class PairTokenizer:
         return language_code(text) if self.kind == "marian" else ""
 
     def encode_source(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of source texts, without special ones."""
+        """Return the ids of source texts, without special tokens."""
         return self.source.encode([self.form.prepare(text, target=False) for text in texts])
 
     def encode_target(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of target texts, without special ones."""
+        """Return the ids of target texts, without special tokens."""
         return self.target.encode([self.form.prepare(text, target=True) for text in texts])
 
     def decode_prepared(self, ids: Sequence[int]) -> str:
-        """The target text in its prepared form (split into words with `moses`), which tokenised BLEU compares."""
+        """Return the target text in its prepared form (with `moses`, split into words), for tokenised BLEU."""
         return self.target.decode(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Running target text of ids."""
+        """Return the running target text of ids."""
         return self.form.finish(self.target.decode(ids))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; equal for two that give every text the same ids."""
+        """Hexadecimal; equal for tokenizers that give every text the same ids."""
         digest = hashlib.sha256(json.dumps([self.kind, asdict(self.form)]).encode())
         for side in (self.source, self.target):
             digest.update(side.state)
         return digest.hexdigest()[:32]
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into `folder`, which is made if it is not there."""
+        """Write the tokenizer's files to `folder`, which is created if missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         words = self.kind == "word-bpe"
@@ -201,7 +201,7 @@ class PairTokenizer:
 
 
 class SentencePieceSide:
-    """One side by a SentencePiece model. A model without a padding piece gets one after its last."""
+    """One side with a SentencePiece model. A model without a padding token gets one after its last id."""
 
     def __init__(self, model: bytes, where: str = "the SentencePiece model"):
         import sentencepiece
@@ -216,7 +216,7 @@ class SentencePieceSide:
         self.bos_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_id, self.unk_id = sp.eos_id(), sp.unk_id()
         if self.eos_id < 0:
-            raise DataError(f"{where}: it has no end-of-sentence piece (eos_id -1), which decoding stops at.")
+            raise DataError(f"{where}: no end-of-sentence token (eos_id -1), which decoding needs to stop.")
         self._special = {self.pad_id, self.bos_id, self.eos_id}
         self._drawn: dict[Any, Any] = {}
 
@@ -262,13 +262,13 @@ class SentencePieceSide:
         crossing = next((piece for piece in pieces if SPACE in piece[1:]), None)
         if crossing is not None:
             raise DataError(
-                f"The SentencePiece model has pieces that cross spaces ({crossing!r}): it cannot be sampled from."
+                f"The SentencePiece model has subwords that cross spaces ({crossing!r}), so they cannot be sampled."
             )
         return pieces
 
     @cached_property
     def unigram(self) -> bool:
-        """Whether the pieces have probabilities of a unigram model; else they are BPE's."""
+        """Whether this is a unigram model, whose subwords have probabilities; else it is BPE."""
         try:
             self.processor.nbest_encode("a", nbest_size=2)
         except RuntimeError:
@@ -277,7 +277,7 @@ class SentencePieceSide:
 
     @cached_property
     def _bounds(self) -> tuple[int, float]:
-        """Characters of the longest piece, and the score of an unknown character, which is the library's."""
+        """Length of the longest subword, in characters, and the library's score of an unknown character."""
         return max(map(len, self._pieces)), min(score for _, score in self._pieces.values()) - 10.0
 
     def _merge(self, word: str, dropout: float, draw: Iterator[float]) -> list[int]:
@@ -291,7 +291,7 @@ class SentencePieceSide:
         return self._joined([pieces[piece][0] if piece in pieces else self.unk_id for piece in merged])
 
     def _joined(self, ids: list[int]) -> list[int]:
-        """One unknown piece for several in turn, as the library has it."""
+        """Merge consecutive unknown tokens into one, as the library does."""
         return [i for i, before in zip(ids, [None, *ids], strict=False) if i != self.unk_id or i != before]
 
 
@@ -349,7 +349,7 @@ def language_code(text: str) -> str:
 
 
 class WordBpeSide:
-    """One side by BPE within words that spaces part (Sennrich et al. 2016), of the `tokenizers` library."""
+    """One side with BPE within space-separated words (Sennrich et al. 2016), by the `tokenizers` library."""
 
     def __init__(self, backend: Any, where: str = "the tokenizer"):
         self.backend = backend
@@ -399,15 +399,16 @@ class WordBpeSide:
 def sample(
     side: Side, texts: Iterable[str], amount: float, *, seed: int, epoch: int, indexes: Iterable[int], role: int
 ) -> list[list[int]]:
-    """Ids of each prepared text, cut up at random.
+    """Return the ids of each prepared text, with sampled segmentations.
 
     Args:
-        side: the tokenizer.
+        side: the tokenizer of one side.
         texts: prepared texts.
-        amount: alpha of a unigram model, or the dropout of a BPE.
-        seed, epoch: with each text's index, what decides.
-        indexes: of the texts.
-        role: 0 for the source, 1 for the target, so that equal words on both sides are cut up independently.
+        amount: alpha of a unigram model, or the merge dropout of BPE.
+        seed: random seed.
+        epoch: number of the epoch.
+        indexes: index of each text; with `seed` and `epoch`, it determines the segmentation.
+        role: 0 for the source, 1 for the target, so that equal words on both sides are sampled independently.
     """
     split = [side.words(text) for text in texts]
     counts = np.array([len(words) for words in split], np.int64)
@@ -435,22 +436,23 @@ def train_subwords(
     form: TextForm,
     split_digits: bool = False,
 ) -> PairTokenizer:
-    """Learn the pieces; the same text always gives the same ones.
+    """Train subwords, deterministically.
 
     Args:
-        kind: `unigram` or `bpe` of SentencePiece, or `word-bpe`, the merges within words of `tokenizers`.
-        source, target: give the prepared texts, anew at each call.
-        vocab_size: pieces, the four special ones counted in; of each side where they are separate. A small text may
-            give fewer.
-        joint: one vocabulary for both sides.
-        form: how the texts were prepared.
-        split_digits: make every digit a piece of its own; SentencePiece only.
+        kind: `unigram` or `bpe` (SentencePiece), or `word-bpe`, BPE within words (`tokenizers`).
+        source: returns the prepared source texts; called more than once.
+        target: returns the prepared target texts; called more than once.
+        vocab_size: vocabulary size, the four special tokens included; per side if they are separate. A small text may
+            give fewer subwords.
+        joint: whether both sides share one vocabulary.
+        form: the preparation of the texts.
+        split_digits: split numbers into single digits; SentencePiece only.
 
     Raises:
-        DataError: a vocabulary that does not hold the text's characters.
+        DataError: the vocabulary is too small for the text's characters.
     """
     if kind == "word-bpe" and split_digits:
-        raise DataError("BPE within words cannot keep digits apart; take SentencePiece's pieces for that.")
+        raise DataError("BPE within words cannot split digits; use SentencePiece for that.")
     train = _train_word_bpe if kind == "word-bpe" else partial(_train_sentencepiece, split_digits=split_digits)
 
     def both() -> Iterator[str]:
@@ -480,7 +482,7 @@ def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_si
             unk_id=3,
             hard_vocab_limit=False,
             split_digits=split_digits,
-            num_threads=16,  # the sums depend on their number, so that it is a fixed one
+            num_threads=16,  # fixed, since sums depend on the number of threads
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -497,13 +499,13 @@ def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int)
         for word in text.split():
             characters.update(word)
             last.add(word[-1] + WORD_END)
-    # Named as special tokens the characters have their ids before the trainer starts, whose own numbering of them
-    # follows a hash table, another one in each process.
+    # Declared as special tokens, the characters get their ids before the trainer starts, whose own numbering follows a
+    # hash table that differs from process to process.
     given = [PAD, BOS, EOS, UNK, *sorted(characters), *sorted(last)]
     if vocab_size <= len(given):
         raise DataError(
-            f"A vocabulary of {vocab_size} pieces: too small. The four special ones and the text's characters, inside "
-            f"of words and at their ends, take {len(given)}."
+            f"A vocabulary of {vocab_size} is too small: the four special tokens and the text's characters, within "
+            f"words and at their ends, need {len(given)}."
         )
     backend = tokenizers.Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix=WORD_END))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -515,7 +517,7 @@ def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int)
         show_progress=False,
     )
     backend.train_from_iterator(texts(), trainer)
-    # Made again with its vocabulary alone: here the characters are pieces like any other.
+    # Build it again from its vocabulary alone, in which the characters are ordinary subwords.
     content = json.loads(backend.to_str())["model"]
     merges = [tuple(pair) for pair in content["merges"]]
     trained = tokenizers.Tokenizer(models.BPE(content["vocab"], merges, unk_token=UNK, end_of_word_suffix=WORD_END))
@@ -531,14 +533,14 @@ def _train_word_bpe(_: str, texts: Callable[[], Iterable[str]], vocab_size: int)
 
 
 def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokenizer:
-    """The tokenizer of a folder, or of one SentencePiece model file for both sides.
+    """Load the tokenizer of a folder, or of one SentencePiece model file for both sides.
 
     Args:
-        path: a folder as `PairTokenizer.save` writes it or in Marian's released format; or an .spm or .model file.
-        form: of a model file, which does not say it.
+        path: a folder written by `PairTokenizer.save` or in Marian's released format; or an .spm or .model file.
+        form: preparation of texts, for a model file, which does not specify it.
 
     Raises:
-        DataError: nothing of the kind there.
+        DataError: there is no such tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -551,7 +553,7 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
             kind, joint = content.pop("kind"), content.pop("joint")
             found = TextForm(**{**content, "languages": tuple(content["languages"])})
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path / _CONFIG}: not as this program writes it ({error}).") from None
+            raise DataError(f"{path / _CONFIG}: not in the format that bestiary writes ({error}).") from None
         if joint:
             side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"))
             return PairTokenizer(kind, side, side, found, _longest(reference))
@@ -561,7 +563,7 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     if (path / "source.spm").is_file() and (path / "vocab.json").is_file():
         return _load_marian(path, form, reference)
     raise DataError(
-        f"{path}: no tokenizer for translation there. Expected {_CONFIG}, or source.spm, target.spm and vocab.json."
+        f"{path}: no translation tokenizer found. Expected {_CONFIG}, or source.spm, target.spm and vocab.json."
     )
 
 
@@ -584,12 +586,12 @@ def _load_side(path: Path) -> Side:
 
 
 def _read_reference_config(path: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says, if it is there."""
+    """Read tokenizer_config.json, if it exists."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _longest(reference: dict[str, Any]) -> int | None:
-    """The longest text by tokenizer_config.json; other things than a number of tokens stand for none there."""
+    """Return the maximum length in tokenizer_config.json; None if it is not a number of tokens."""
     found = reference.get(_LONGEST)
     return found if isinstance(found, int) and found > 1 else None
 

@@ -239,7 +239,7 @@ def train_unigram(
             model_type="unigram",
             character_coverage=0.9995,
             hard_vocab_limit=False,
-            num_threads=16,  # the sums depend on their number, so that it is a fixed one
+            num_threads=16,  # fixed, since sums depend on the number of threads
             max_sentence_length=1 << 16,
             minloglevel=2,
             **special,

@@ -257,7 +257,7 @@ def norm_entries(
 
 
 class Placed(NamedTuple):
-    """Where the names of a checkpoint go."""
+    """Assignment of a checkpoint's names to a table."""
 
     sources: dict[str, str]  # the table's name -> the checkpoint's name
     repeated: dict[str, str]  # the checkpoint's name of a tied copy or buffer -> the table's name for it

@@ -81,7 +81,7 @@ def test_what_is_not_squad_is_refused(tmp_path: Path, content: str, message: str
 
 def test_an_id_twice_is_refused(tmp_path: Path):
     path = write(tmp_path / "twice.json", answered("a", "May", 3), answered("a", "May", 30))
-    with pytest.raises(DataError, match='1 ids stand for several questions, as "a"'):
+    with pytest.raises(DataError, match='1 ids belong to several questions, such as "a"'):
         read_squad(path)
 
 

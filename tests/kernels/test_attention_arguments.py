@@ -48,8 +48,8 @@ def test_a_call_that_fits():
         ({"key": Shape((2, 7, 3, 8), jnp.float32)}, r"key: expected .* K dividing 4, for query \[2, 5, 4, 8\], found"),
         ({"value": Shape((2, 6, 2, 6), jnp.float32)}, r"value: expected \[2, 7, 2, Dv\], for key .* \[2, 6, 2, 6\]"),
         ({"value": Shape((2, 7, 4, 6), jnp.float32)}, r"value: expected \[2, 7, 2, Dv\], for key .* \[2, 7, 4, 6\]"),
-        ({"query_segment_ids": IDS[0]}, r"key_segment_ids: expected them beside query_segment_ids, found None"),
-        ({"key_segment_ids": IDS[1]}, r"query_segment_ids: expected them beside key_segment_ids, found None"),
+        ({"query_segment_ids": IDS[0]}, r"key_segment_ids: expected together with query_segment_ids, found None"),
+        ({"key_segment_ids": IDS[1]}, r"query_segment_ids: expected together with key_segment_ids, found None"),
         (
             {"query_segment_ids": IDS[0], "key_segment_ids": IDS[0]},
             r"key_segment_ids: expected int32 \[2, 7\], found int32 \[2, 5\]",

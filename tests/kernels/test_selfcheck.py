@@ -1,4 +1,4 @@
-"""A kernel that has not run on a chip is taken unasked only where it gives the reference's numbers."""
+"""A kernel that has not run on a chip is selected automatically only if it agrees with the reference."""
 
 import dataclasses
 
@@ -86,8 +86,8 @@ def test_taken_where_it_agrees(offer, arrays):
     ("fault", "message"),
     [
         (broken, "illegal instruction"),
-        (leaks, "its output is off by"),
-        (wrong_gradient, "its gradient of value is off"),
+        (leaks, "its output has an error of"),
+        (wrong_gradient, "its gradient of value has an error"),
     ],
 )
 def test_left_out_where_it_does_not(offer, arrays, fault, message):

@@ -27,40 +27,40 @@ YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Which features."""
+    """Options of feature extraction."""
 
     model: Path
-    """Checkpoint folder of an encoder, or a sentence-transformers folder, whose pooling, normalisation and length are
-    then the defaults."""
+    """Checkpoint folder of an encoder, or a sentence-transformers folder, whose pooling, normalisation and maximum
+    length are then the defaults."""
     layers: str = "-1"
-    """Layers whose hidden states are taken, by numbers with commas: 0 is the embeddings, 1 the first layer, -1 the
-    last; `all` for every one."""
+    """Layers to take hidden states from, as numbers separated by commas: 0 is the embeddings, 1 the first layer, -1 the
+    last; `all` for every layer."""
     combine: Literal["sum", "mean", "concat"] = "mean"
-    """How several layers become one."""
+    """How to combine several layers."""
     pooling: str | None = None
-    """What a text's vector is made of: cls (its first token), mean, max or mean_sqrt_len (over its tokens), several
-    with commas side by side; or token: no pooling. None: what the folder says, else mean."""
+    """How to make one vector per text: cls (the first token), mean, max or mean_sqrt_len (over the tokens), or several
+    of them, separated by commas, concatenated; token: no pooling. None: what the folder says, else mean."""
     normalize: Annotated[bool | None, YES_OR_NO] = None
-    """Divide each vector by its length. Default: what the folder says; tokens' vectors stay as they are."""
+    """Scale each vector to length 1. None: what the folder says; vectors of tokens are not scaled."""
     max_length: int | None = None
-    """Tokens of a text, special ones included; what is longer is cut. None: what the folder says, else what the model
-    takes."""
+    """Maximum length of a text, in tokens, special tokens included; longer texts are truncated. None: what the folder
+    says, else the model's maximum."""
     prompt: str | None = None
-    """Put before every text. None: what the folder says."""
+    """Text to put before every text. None: what the folder says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the encoder is computed in."""
+    """Data type of the encoder's computation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(FeatureConfig):
-    """Turn texts, one a line, into vectors: one a line, in the lines' order, as float32 in NumPy's format.
+    """Turn texts, one per line, into vectors: a float32 array [lines, width] in NumPy's format.
 
     With --pooling token, an .npz file: vectors [tokens, width], starts [lines + 1] (where each line's tokens begin) and
-    input_ids [tokens]. The text is streamed: files larger than the memory are fine.
+    input_ids [tokens]. The text is streamed: files may be larger than memory.
     """
 
     input: Path | None = None
-    """Text file (.gz and .zst too). None: standard input."""
+    """Text file, one text per line (.gz and .zst too). None: standard input."""
     out: Path | None = None
     """File to write, .npy or .npz. None: standard output."""
 
@@ -70,47 +70,47 @@ class EmbedConfig(FeatureConfig):
         if self.out is not None and self.out.suffix == ".npy" and self.pooling == "token":
             raise RunError(f"--out {self.out}: vectors of tokens need an .npz file, which says where each line begins.")
         if self.out is None and sys.stdout.isatty():
-            raise RunError("Vectors are no text: give --out FILE, or send the output into a file.")
+            raise RunError("The output is binary: give --out FILE, or redirect the output to a file.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Train logistic or ridge regression on an encoder's features of a task, and give its official metrics."""
+    """Train logistic or ridge regression on an encoder's features for a task, and report the official metrics."""
 
     task: GlueName | None = None
-    """A task of GLUE. None: --data is a table."""
+    """GLUE task. None: --data is a table."""
     data: str
-    """With --task: the task's folder, as `bestiary finetune` takes it. Else training examples: .tsv, .csv or .jsonl
+    """With --task: the task's folder, as for `bestiary finetune`. Otherwise the training examples: .tsv, .csv or .jsonl
     with named columns."""
     dev: Path | None = None
-    """A table to evaluate on. None: a share of the training examples is held out."""
+    """Table to evaluate on. None: a fraction of the training examples is held out."""
     dev_fraction: float = 0.1
-    """Share that is held out of a table where there is no --dev."""
+    """Fraction of the table to hold out if there is no --dev."""
     text: str = "sentence"
-    """Column of the text, or of a pair's first text."""
+    """Column of the text, or of the first text of a pair."""
     text_pair: str | None = None
-    """Column of a pair's second text."""
+    """Column of the second text of a pair."""
     label: str = "label"
     """Column of the label."""
     labels: tuple[str, ...] = ()
-    """The label set. None: every label of the training file."""
+    """The labels. None: all labels in the training file."""
     regression: bool = False
-    """The labels are numbers to be predicted as such."""
+    """The labels are numbers to predict."""
     pairs: Literal["apart", "together"] = "apart"
-    """Of two texts: apart, |u - v| and u · v of their vectors u and v (Conneau and Kiela 2018); together, the vector of
-    both, read by the encoder at once."""
+    """How to encode a pair of texts. apart: |u - v| and u · v of their vectors u and v (Conneau and Kiela 2018);
+    together: the vector of both, encoded as one input."""
     mix: bool = False
-    """Learn how much of each of --layers (all of them, unless they are named) is taken, with a softmax and a factor
-    (Peters et al. 2018), instead of --combine."""
+    """Learn a weighted sum of --layers (default: all), with softmax weights and a scale (Peters et al. 2018), instead
+    of --combine."""
     strength: float | None = None
-    """Inverse strength of the regularisation. None: chosen by cross-validation on the training examples."""
+    """Inverse regularisation strength. None: chosen by cross-validation on the training examples."""
     train_examples: int = 0
-    """Train on so many examples, drawn by the seed; 0: all."""
+    """Number of training examples to sample; 0: all."""
     seed: int = 0
-    """Of what is drawn."""
+    """Seed of the sampling and of held-out examples."""
     features: Annotated[FeatureConfig, tyro.conf.arg(name="")]
     cache: Path | None = None
-    """Folder for features, which later probes share. None: bestiary/ in the user's cache folder."""
+    """Folder to cache features in, which later probes reuse. None: bestiary/ in the user's cache folder."""
     out: Path = Path("runs/probe")
     """Folder for results.json, head.npz and predictions/."""
 
@@ -118,7 +118,7 @@ class ProbeConfig:
         if self.strength is not None and not self.strength > 0:
             raise RunError(f"--strength is {self.strength}; it must be above 0.")
         if self.features.pooling == "token":
-            raise RunError("--pooling token: a probe needs one vector a text; choose cls, mean or max.")
+            raise RunError("--pooling token: a probe needs one vector per text; choose cls, mean or max.")
         if self.regression and self.labels:
             raise RunError("--regression predicts numbers: leave --labels out.")
         if self.train_examples < 0:

@@ -169,7 +169,7 @@ class Search:
         return scores
 
     def _normaliser(self, length: Array) -> Array:
-        """What the log probability of `length` tokens is divided by."""
+        """Return the length normaliser of `length` tokens, by which the log probability is divided."""
         c = self.config
         length = jnp.maximum(length, 1).astype(jnp.float32)
         return ((5.0 + length) / 6.0 if c.length_penalty_form == "gnmt" else length) ** c.length_penalty

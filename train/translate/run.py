@@ -38,23 +38,24 @@ class RunConfig:
     """Run folder, or checkpoint folder with its tokenizer."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
-    """Sentences translated together."""
+    """Sentences per batch."""
     window: int = 2048
-    """Most lines read before their translations are written. More lines sort better by length, and wait longer."""
+    """Maximum number of lines to read before writing their translations. A larger window sorts better by length, but
+    the first translation comes later."""
     longest: int = 0
-    """Most tokens of a line. 0: as many as in training (the model_max_length of its tokenizer_config.json), since the
-    model has learnt nothing about longer lines, or as many as it has positions."""
+    """Maximum length of a line, in tokens. 0: the length used in training (model_max_length in tokenizer_config.json),
+    since the model has learned nothing about longer lines; if unknown, the model's number of positions."""
     too_long: TooLong = "split"
-    """What to do with longer lines: split them, translate the parts and report how many there were, or refuse them."""
+    """What to do with longer lines: split them, translate the parts and report how many there were; or refuse them."""
     scores: bool = False
-    """Write each translation's score and a tab before it. With --n-best above 1, scores are always written, and each
-    line has N answers."""
+    """Write each translation's score and a tab before it. With --n-best above 1, scores are always written, and there
+    are N output lines per input line."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the computation."""
     generation_config: bool = False
-    """Decode with the settings in the checkpoint's generation_config.json, instead of the flags of decoding."""
+    """Use the decoding settings in the checkpoint's generation_config.json, instead of the decoding flags."""
     attention: Path | None = None
-    """HTML file for a drawing of the cross-attention, from the first 20 lines' translations to their sources."""
+    """HTML file to draw the cross-attention of the first 20 lines to."""
     layers: tuple[int, ...] = ()
     """With --attention: layers to draw, from 1. None: the last one."""
     heads: tuple[int, ...] = ()

@@ -28,7 +28,7 @@ BREAKS = (".!?;:", ",", " ")  # characters that a long line is split after, the 
 
 
 class Part(NamedTuple):
-    """What the model read and wrote in one piece: a whole line, unless that was too long."""
+    """Input and output of one pass through the model: a whole line, or part of a long line."""
 
     source: list[int]  # token ids, with the end token
     target: list[int]  # token ids, without the start and the end token
@@ -165,7 +165,7 @@ class Translator:
         return list(self.answers(lines))
 
     def answers(self, lines: Iterable[str]) -> Iterator[list[Translation]]:
-        """As `translate`, line by line: if a line is refused, those before it have been answered."""
+        """Translate line by line: if a line is refused, those before it have been answered."""
         sources: list[list[int]] = []
         counts: list[int] = []  # parts of each line
         first, refusal = self.lines + 1, None

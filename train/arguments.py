@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 
+from .errors import RunError
+
+# Flags of earlier versions -> what to give instead.
+RENAMED = {"take": "--select", "next_sentence": "--objective mlm+nsp", "no_next_sentence": "--objective mlm"}
+
 
 def flags(arguments: Sequence[str]) -> dict[str, str]:
     """Find the flags that a command line gives.
@@ -22,3 +27,10 @@ def flags(arguments: Sequence[str]) -> dict[str, str]:
             name, equals, value = argument.removeprefix("--").partition("=")
             found[name.replace("-", "_")] = value if equals else following
     return found
+
+
+def refuse_renamed(arguments: Sequence[str]) -> None:
+    """Raise RunError for a flag of an earlier version, and say what it is called now."""
+    for name in flags(arguments):
+        if name in RENAMED:
+            raise RunError(f"--{name.replace('_', '-')} is now {RENAMED[name]}.")

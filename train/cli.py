@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from .arguments import refuse_renamed
 from .cpu import prepare_cpu
 
 
@@ -26,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("pretrain",): Command(
         ".pretrain.config:PretrainConfig",
-        "pretrain BERT (MLM + NSP); with no arguments, a small one on Python's own documentation",
+        "pretrain a model on text; with no arguments, a small BERT on Python's own documentation",
         ".pretrain.loop",
     ),
     ("translate", "train"): Command(
@@ -157,6 +158,7 @@ def _parse(options: Any, arguments: list[str], name: str) -> Any:
 
     A flag that does not exist ends the process with status 2. What the config itself refuses is raised.
     """
+    refuse_renamed(arguments)
     if hasattr(options, "check_arguments"):  # refuses what cannot be seen from the parsed values
         options.check_arguments(arguments)
 

@@ -1,15 +1,10 @@
-"""What every train loop shares between its configuration and `fit`: a new state, one update, and where a run starts.
-
-A run starts from, in this order: (1) its own newest whole checkpoint, (2) a checkpoint named to resume from,
-(3) weights named to initialise from, (4) scratch.
-"""
+"""What every job shares of training proper: a new state, and one update of it."""
 
 import math
-import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +13,26 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from .checkpoint import Checkpoints, check_space, restore_from
-from .config import LoopConfig, OptimConfig
 from .cpu import lacks_bfloat16
 from .errors import RunError
-from .loop import Batches, Best, Fitted, Stop, TrainState, fit
-from .metrics import Sums
-from .optim import optimizer
-from .progress import Progress
-from .run_folder import RunFolder
-from .sharding import Replicas, Spread, logical_specs
+from .optim import OptimConfig, optimizer
+from .sharding import Replicas, logical_specs
 
 Names = tuple[str, ...]  # along the way to a parameter
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything on the devices that the next step depends on.
+
+    step: [] int32, updates done. params and opt_state: trees of float32. key: [2] uint32, the run's PRNG key data; a
+    step draws from it folded with `step`, masking from it folded with each row's numbers.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
 
 
 class Learner(NamedTuple):
@@ -173,118 +176,30 @@ def gradient_step(
     )
 
 
-def kept_params(state: TrainState, optim: OptimConfig) -> Any:
-    """The parameters to evaluate and to leave behind: with --ema the running mean, of what trains."""
-    if not optim.ema:
-        return state.params
-    return _join(optax.tree.get(state.opt_state, "running_mean"), state.params)
+def ema_or_params(state: TrainState) -> Any:
+    """The parameters to evaluate and to export: with --ema the running mean, of what trains."""
+    mean = optax.tree.get(state.opt_state, "running_mean")
+    return state.params if mean is None else _join(mean, state.params)
 
 
-class Start(NamedTuple):
-    """What a run that has no checkpoint of its own starts from."""
+def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
+    """A new state that starts from other parameters.
 
-    resume_from: Path | None = None  # a run folder, or one step of its checkpoints
-    weights: Callable[[], Any] | None = None  # -> parameters on the host; None: those that the learner makes
-    described: str = ""  # where the weights come from, for the log
-
-
-def learn(
-    *,
-    run: RunFolder,
-    loop: LoopConfig,
-    learner: Learner,
-    spread: Spread,
-    step: Callable[[TrainState, Any, Replicas], tuple[TrainState, Sums]],
-    steps: int,
-    batches: Batches,
-    evaluate: Callable[[TrainState, Stop], dict[str, float] | None],
-    start: Start,
-    show: tuple[str, ...],
-    counts: dict[str, str],
-    progress: Progress,
-    stop: Stop,
-    best: Best | None = None,
-) -> Fitted:
-    """Train from wherever the run stands to `steps`; the arguments that are not explained here are those of `fit`.
-
-    Returns:
-        what `fit` returned, with the whole state. When it was stopped, this has been said.
+    Args:
+        state: as `learner.make` gives it.
+        learner: what trains.
+        params: on the host; they are placed on the devices as those of `state` are.
     """
-    abstract = spread.abstract(learner.make, learner.specs)
-    run.begin()
-    if jax.process_index() == 0:
-        check_space(run.folder, (loop.keep + 1) * count_bytes(abstract))
-    checkpoints = Checkpoints(run.checkpoints, keep=loop.keep, report=progress.line)
-    whole, done, beside = _starting_state(start, steps, learner, spread, abstract, checkpoints, progress)
-    run.rewind(done)
-    if beside is not None:
-        batches.set_state(beside["batches"])
-    fitted = fit(
-        config=loop,
-        steps=steps,
-        run=run,
-        checkpoints=checkpoints,
-        spread=spread,
-        train=spread.train(step, learner.specs),
-        state=spread.enter(whole),
-        batches=batches,
-        start=done,
-        beside=beside,
-        evaluate=evaluate,
-        learning_rate=learner.rate,
-        show=show,
-        counts=counts,
-        progress=progress,
-        stop=stop,
-        best=best,
-    )
-    checkpoints.close()
-    if fitted.stopped is not None:
-        run.close()
-        progress.line(f"stopped and saved at step {fitted.step}; the same command goes on from here")
-    return fitted._replace(state=spread.leave(fitted.state))
 
+    def place(leaf: jax.Array, host: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(host)[index])
 
-def exit_status(fitted: Fitted) -> int:
-    """Of a command whose run ended: 0, also after SIGTERM; 130 after an interrupt."""
-    return 0 if fitted.stopped in (None, signal.SIGTERM) else 128 + fitted.stopped
-
-
-def _starting_state(
-    start: Start,
-    steps: int,
-    learner: Learner,
-    spread: Spread,
-    abstract: Any,
-    checkpoints: Checkpoints,
-    progress: Progress,
-) -> tuple[TrainState, int, dict[str, Any] | None]:
-    """The whole state to start from, its step, and what was saved beside it (None for a new start)."""
-    restored = checkpoints.restore(abstract)
-    if restored is None and start.resume_from is not None:
-        restored = restore_from(start.resume_from, abstract, progress.line)
-        if restored.step >= steps:
-            raise RunError(
-                f"{start.resume_from} is at step {restored.step}, and this run has {steps}: nothing is left to do. "
-                "Raise --steps."
-            )
-    if restored is not None:
-        progress.line(f"going on from step {restored.step}")
-        return restored.state, restored.step, restored.progress
-    state = spread.initialise(learner.make, learner.specs)
-    if start.weights is not None:
-
-        def place(leaf: jax.Array, host: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(host)[index])
-
-        params = jax.tree.map(place, state.params, start.weights())
-        opt_state = state.opt_state
-        if optax.tree.get(opt_state, "running_mean") is not None:  # it starts where the parameters start
-            copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(_split(params, learner.trains)[0])
-            opt_state = optax.tree.set(opt_state, running_mean=copied)
-        state = state.replace(params=params, opt_state=opt_state)
-        progress.line(f"starting from {start.described}")
-    return state, 0, None
+    placed = jax.tree.map(place, state.params, params)
+    opt_state = state.opt_state
+    if optax.tree.get(opt_state, "running_mean") is not None:  # it starts where the parameters start
+        copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(_split(placed, learner.trains)[0])
+        opt_state = optax.tree.set(opt_state, running_mean=copied)
+    return TrainState(state.step, placed, opt_state, state.key)
 
 
 def compute_dtype(asked: str) -> str:

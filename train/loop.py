@@ -1,16 +1,15 @@
-"""The loop that every task shares: draw a batch, step, log, evaluate, checkpoint; stop cleanly, resume exactly.
+"""The loop that every job shares: draw a batch, step, log, evaluate, checkpoint; stop cleanly, resume exactly.
 
-A step is a pure function `(state, batch) -> (state, sums)`. Its sums are read on the host one step late, after the next
-step was sent off, so that the device does not wait for the host.
+A step is a pure function `(state, batch, replicas) -> (state, sums)`. Its sums are read on the host one step late,
+after the next step was dispatched, so that the device does not wait for the host.
 """
 
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
-import flax.struct
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -18,63 +17,11 @@ from jax.experimental import multihost_utils
 from .checkpoint import Checkpoints
 from .config import LoopConfig
 from .errors import RunError
-from .metrics import Meter, finite
+from .learner import Learner, TrainState
+from .metrics import Meter, Sums, finite
 from .progress import Progress, duration
 from .run_folder import RunFolder
-from .sharding import Spread
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything on the devices that the next step depends on.
-
-    step: [] int32, updates done. params and opt_state: trees of float32. key: [2] uint32, the run's PRNG key data; a
-    step draws from it folded with `step`, masking from it folded with each row's numbers.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    key: jax.Array
-
-
-class Batches(Protocol):
-    """An endless iterator of this process's share of the batches, whose state is JSON."""
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
-
-
-class Best(NamedTuple):
-    """What the best evaluation is, what is done at it, and how many without a better one end the run."""
-
-    metric: str
-    """Of the held-out means."""
-    larger: bool
-    """Whether a larger value is the better one."""
-    patience: int
-    """Evaluations without a better value after which the run ends; 0: it never ends early."""
-    keep: Callable[[int, Any], None]
-    """(step, running state), called at every evaluation that is better than all before it."""
-    counts_after: int = 0
-    """Updates whose evaluations do not count against the patience, as while the learning rate rises."""
-
-
-class Fitted(NamedTuple):
-    """What `fit` returns."""
-
-    state: Any  # the running state
-    step: int  # updates done
-    totals: dict[str, float]  # what was counted, all starts together
-    timed: dict[str, float]  # the part of it that was seen in `seconds`
-    seconds: float  # spent in steps, without each start's first, which compiles
-    best: tuple[int, float] | None  # step and value of the best evaluation, where one was asked for
-    stopped: int | None  # the signal that ended the run early
-
-    def rate(self, name: str) -> float | None:
-        """What was counted as `name`, a second; None before a second step."""
-        return self.timed.get(name, 0.0) / self.seconds if self.seconds else None
+from .sharding import Parallelism, Replicas
 
 
 class Stop:
@@ -89,7 +36,7 @@ class Stop:
         self.preparing = True
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._old[number] = signal.signal(number, self._request)
         return self
@@ -105,28 +52,108 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
+    @property
+    def requested(self) -> bool:
+        """Whether long work may end half-way: never with several processes, which would not agree on where."""
+        return self.signal is not None and jax.process_count() == 1
+
     def agreed(self, step: int) -> bool:
         """Whether to stop after `step`; with several processes, all of them give the same answer."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = self.signal or signal.SIGTERM
             return True
-        return jax.process_count() == 1 and self.signal is not None
+        return self.requested
 
 
-class _Counts:
+class Batches(Protocol):
+    """An endless iterator of this process's share of the batches, whose state is JSON."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class Best(NamedTuple):
+    """Which evaluation is the best one, what is done at it, and how many without a better one end the run."""
+
+    metric: str  # of the held-out means; the largest value is the best
+    patience: int  # evaluations without a better value after which the run ends; 0: it never ends early
+    keep: Callable[[int, Any], None]  # (step, state), called at every evaluation that is better than all before it
+    counts_after: int = 0  # evaluations up to this step do not count against the patience, as during the warmup
+
+
+class InitialWeights(NamedTuple):
+    """Parameters that a new run starts from."""
+
+    load: Callable[[], Any]  # -> parameters on the host, a tree like the learner's
+    described: str  # where they come from, for the log
+
+
+class Training(NamedTuple):
+    """What a run trains, on what, and how it learns how well it does."""
+
+    learner: Learner
+    step: Callable[[TrainState, Any, Replicas], tuple[TrainState, Sums]]
+    steps: int  # updates in all
+    batches: Batches
+    evaluate: Callable[[TrainState, Stop], dict[str, float] | None]  # held-out means; None: it was stopped
+    shown: tuple[str, ...]  # metrics on the progress line
+    counted: Mapping[str, str]  # metrics that are added up over the run, and what one per second is called
+    evaluate_every: int | None = None  # steps between evaluations; None: what the run's settings say
+    initial: InitialWeights | None = None  # None: what the learner makes
+    best: Best | None = None
+
+
+class Fitted(NamedTuple):
+    """How a run's training ended."""
+
+    state: TrainState
+    step: int  # updates done
+    totals: dict[str, float]  # what was counted, over all starts of the run
+    timed: dict[str, float]  # the part of it that was seen in `seconds`
+    seconds: float  # spent in steps, without each start's first, which compiles
+    best: tuple[int, float] | None  # step and value of the best evaluation, where one was asked for
+    stopped: int | None  # the signal that ended the run early
+
+    def rate(self, name: str) -> float | None:
+        """What was counted as `name`, per second; None before a second step."""
+        return self.timed.get(name, 0.0) / self.seconds if self.seconds else None
+
+    @property
+    def exit_status(self) -> int:
+        """Of the command: 0, also after SIGTERM; 130 after an interrupt."""
+        return 0 if self.stopped in (None, signal.SIGTERM) else 128 + self.stopped
+
+
+class Session(Protocol):
+    """What the loop asks of the run that it is part of."""
+
+    @property
+    def intervals(self) -> LoopConfig: ...
+    @property
+    def folder(self) -> RunFolder: ...
+    @property
+    def parallelism(self) -> Parallelism: ...
+    @property
+    def progress(self) -> Progress: ...
+    @property
+    def stop(self) -> Stop: ...
+
+
+class _Counters:
     """Adds up what a run sees and how long it takes: in all, and since the last line of the log."""
 
-    def __init__(self, names: Iterable[str], past: dict[str, Any]):
-        self.totals = dict.fromkeys(names, 0.0) | past.get("totals", {})
-        self.timed = dict.fromkeys(names, 0.0) | past.get("timed", {})
-        self.seconds: float = past.get("seconds", 0.0)
+    def __init__(self, names: Iterable[str], saved: dict[str, Any]):
+        self.totals = dict.fromkeys(names, 0.0) | saved.get("totals", {})
+        self.timed = dict.fromkeys(names, 0.0) | saved.get("timed", {})
+        self.seconds: float = saved.get("seconds", 0.0)
         self._compiling = True
         self._clock = time.perf_counter()
         self.new_window()
 
     def new_window(self) -> None:
-        self.window = dict.fromkeys(self.totals, 0.0)
-        self.window_seconds, self.window_steps = 0.0, 0
+        self._window = dict.fromkeys(self.totals, 0.0)
+        self._window_seconds, self._window_steps = 0.0, 0
 
     def restart_clock(self) -> None:
         """Leave out what was done since the last step: logging, evaluating, saving."""
@@ -140,44 +167,49 @@ class _Counts:
             self.totals[name] += seen
             if not self._compiling:
                 self.timed[name] += seen
-                self.window[name] += seen
+                self._window[name] += seen
         if not self._compiling:
             self.seconds += now - self._clock
-            self.window_seconds += now - self._clock
-            self.window_steps += 1
+            self._window_seconds += now - self._clock
+            self._window_steps += 1
         self._clock, self._compiling = now, False
 
     def rates(self) -> dict[str, float]:
-        """Of the window, a second; empty before anything was timed."""
-        if not self.window_steps:
+        """What was counted in the window, per second; empty before anything was timed."""
+        if not self._window_steps:
             return {}
-        return {f"{name}_per_second": seen / self.window_seconds for name, seen in self.window.items()}
+        return {name: seen / self._window_seconds for name, seen in self._window.items()}
+
+    def seconds_per_step(self) -> float | None:
+        """Of the window; None before anything was timed."""
+        return self._window_seconds / self._window_steps if self._window_steps else None
 
     def state(self) -> dict[str, Any]:
         """What goes into the checkpoint, as JSON."""
         return {"totals": self.totals, "timed": self.timed, "seconds": self.seconds}
 
 
-class _Judge:
-    """Remembers the best evaluation."""
+class _EarlyStopping:
+    """Remembers the best evaluation, and says when there has been none for too long."""
 
-    def __init__(self, best: Best | None, past: dict[str, Any]):
+    def __init__(self, best: Best | None, saved: dict[str, Any]):
         self._best = best
-        self.at: tuple[int, float] | None = tuple(past["best"]) if past.get("best") else None
-        self._since: int = past.get("since_best", 0)
+        self.at: tuple[int, float] | None = tuple(saved["best"]) if saved.get("best") else None
+        self._since: int = saved.get("since_best", 0)
 
-    def judge(self, number: int, values: dict[str, float], state: Any) -> None:
+    def update(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Keep the state if its evaluation is the best one."""
         if self._best is None:
             return
         value = values[self._best.metric]
-        if self.at is None or (value > self.at[1] if self._best.larger else value < self.at[1]):
-            self.at, self._since = (number, value), 0
-            self._best.keep(number, state)
-        elif number > self._best.counts_after:
+        if self.at is None or value > self.at[1]:
+            self.at, self._since = (step, value), 0
+            self._best.keep(step, state)
+        elif step > self._best.counts_after:
             self._since += 1
 
-    def given_up(self) -> bool:
+    @property
+    def should_stop(self) -> bool:
         """Whether too many evaluations in turn were no better."""
         return self._best is not None and 0 < self._best.patience <= self._since
 
@@ -186,140 +218,140 @@ class _Judge:
         return {"best": self.at, "since_best": self._since}
 
 
-def fit(
-    *,
-    config: LoopConfig,
-    steps: int,
-    run: RunFolder,
-    checkpoints: Checkpoints,
-    spread: Spread,
-    train: Callable[[Any, Any], tuple[Any, Any]],
-    state: Any,
-    batches: Batches,
-    start: int,
-    beside: dict[str, Any] | None,
-    evaluate: Callable[[Any, Stop], dict[str, float] | None],
-    learning_rate: Callable[[int], Any],
-    show: tuple[str, ...],
-    counts: dict[str, str],
-    progress: Progress,
-    stop: Stop,
-    best: Best | None = None,
-) -> Fitted:
-    """Train from step `start` to `steps`.
+class Loop:
+    """Trains from where a run stands to its last step.
 
     Args:
-        config: intervals.
-        steps: total number of updates.
-        run: where metrics go.
+        session: the run.
+        training: what is trained.
         checkpoints: where the state goes.
-        spread: how arrays come and go.
-        train: compiled step on the running state.
-        state: running state at `start`.
-        batches: iterator, already at `start`.
+        state: to start from.
         start: updates that were already done.
-        beside: what was saved beside the state at `start`, or None.
-        evaluate: running state -> held-out means, or None if it was stopped half-way; a resumed run then does it first.
-        learning_rate: step -> rate, for the log.
-        show: the metrics on the progress line.
-        counts: metrics that are counted over the run, and what a second's worth of each is called.
-        progress: shows lines.
-        stop: asked after every step.
-        best: which evaluation is kept, and whether the run ends when none is better.
-
-    Raises:
-        RunError: a step's metrics are not finite; the batch was saved.
+        extra_state: what was saved beside the state, or None; `training.batches` are already there.
     """
-    past = beside or {"meter": None, "evaluation_due": False}
-    meter, counted, judge = Meter(past["meter"]), _Counts(counts, past), _Judge(best, past)
-    waiting: tuple[int, Any, dict[str, np.ndarray]] | None = None
 
-    def settle() -> None:
-        """Bring the last step's sums home, and stop the clock on it."""
-        nonlocal waiting
-        if waiting is None:
+    def __init__(
+        self,
+        session: Session,
+        training: Training,
+        checkpoints: Checkpoints,
+        *,
+        state: TrainState,
+        start: int,
+        extra_state: dict[str, Any] | None,
+    ):
+        self._session, self._training, self._checkpoints = session, training, checkpoints
+        self._state, self._start = state, start
+        saved = extra_state or {"meter": None, "evaluation_due": False}
+        self._evaluation_due: bool = saved["evaluation_due"]  # a stop fell into it: the resumed run does it first
+        self._meter = Meter(saved["meter"])
+        self._counters = _Counters(training.counted, saved)
+        self._early_stopping = _EarlyStopping(training.best, saved)
+        self._in_flight: tuple[int, Any, dict[str, np.ndarray]] | None = None  # a step whose sums were not read yet
+
+    def run(self) -> Fitted:
+        """Train.
+
+        Raises:
+            RunError: a step's metrics are not finite; the batch was saved.
+        """
+        training, intervals, stop = self._training, self._session.intervals, self._session.stop
+        stop.preparing = False
+        if self._evaluation_due and not self._evaluate(self._start):
+            return self._fitted(self._start, stop.signal)
+        if self._early_stopping.should_stop:
+            return self._fitted(self._start, None)
+        evaluate_every = intervals.evaluate_every if training.evaluate_every is None else training.evaluate_every
+        train = self._session.parallelism.compile_train(training.step, training.learner.specs)
+        if self._start < training.steps:
+            to_do = f"{training.steps - self._start} of {training.steps} steps to do"
+            self._session.progress.update(f"compiling the training step; {to_do}", force=True)
+        for step in range(self._start + 1, training.steps + 1):
+            batch = next(training.batches)
+            self._state, sums = train(self._state, self._session.parallelism.shard_batch(batch))
+            self._flush_metrics()
+            self._in_flight = (step, sums, batch)
+            last = step == training.steps
+            stopping = stop.agreed(step)
+            log = last or step % intervals.log_every == 0
+            evaluate = last or (evaluate_every > 0 and step % evaluate_every == 0)
+            save = last or step % intervals.checkpoint_every == 0
+            if log or evaluate or save or stopping:
+                self._flush_metrics()
+            if log:
+                self._log(step)
+            self._evaluation_due = evaluate and (stopping or not self._evaluate(step))
+            ended = self._early_stopping.should_stop
+            if save or stopping or self._evaluation_due or ended:
+                self._save(step)
+            self._checkpoints.poll()
+            if log or evaluate or save:
+                self._counters.restart_clock()
+            if stopping or self._evaluation_due:
+                return self._fitted(step, stop.signal)
+            if ended:
+                since = self._early_stopping.at[0] if self._early_stopping.at else 0
+                self._say(step, f"no better evaluation since step {since}: ended early")
+                return self._fitted(step, None)
+        return self._fitted(training.steps, None)
+
+    def _flush_metrics(self) -> None:
+        """Read the sums of the step in flight, which waits for its end, and count it."""
+        if self._in_flight is None:
             return
-        number, sums, batch = waiting
-        sums, waiting = spread.fetch(sums), None
+        step, sums, batch = self._in_flight
+        sums, self._in_flight = jax.device_get(sums), None
         if not finite(sums):
             values = ", ".join(f"{name} {float(total):g}" for name, (total, _) in sums.items())
-            path = run.save_batch(number, batch)
+            path = self._session.folder.save_batch(step, batch)
             raise RunError(
-                f"Step {number}: the loss or its gradient is not finite ({values}). The batch was saved as {path}. "
+                f"Step {step}: the loss or its gradient is not finite ({values}). The batch was saved as {path}. "
                 "The last checkpoint is from before; a lower --learning-rate or a longer --warmup may help."
             )
-        meter.add(sums)
-        counted.add(sums)
+        self._meter.add(sums)
+        self._counters.add(sums)
 
-    def save(number: int, evaluation_due: bool) -> None:
-        beside = {
-            "meter": meter.state(),
-            **counted.state(),
-            **judge.state(),
-            "evaluation_due": evaluation_due,
-            "batches": batches.get_state(),
-        }
-        checkpoints.save(number, spread.leave(state), beside)
+    def _log(self, step: int) -> None:
+        """Write and show the means since the last line."""
+        training, rates = self._training, self._counters.rates()
+        means = {name: value for name, value in self._meter.means().items() if name not in training.counted}
+        means |= {"learning_rate": float(np.asarray(training.learner.rate(step - 1))), **self._counters.totals}
+        speeds = {f"{name}_per_second": rate for name, rate in rates.items()}
+        self._session.folder.write_metrics(step, means, speeds)
+        parts = [f"step {step}/{training.steps}", *(f"{n} {means[n]:.4g}" for n in training.shown if n in means)]
+        parts += [f"{rate:,.0f} {training.counted[name]}" for name, rate in rates.items()]
+        seconds = self._counters.seconds_per_step()
+        if seconds is not None:
+            parts.append(f"{duration((training.steps - step) * seconds)} left")
+        self._session.progress.update("  ".join(parts), force=step == training.steps)
+        self._meter.reset()
+        self._counters.new_window()
 
-    def held_out(number: int) -> bool:
-        """Evaluate; True if it was stopped half-way."""
-        values = evaluate(state, stop)
+    def _evaluate(self, step: int) -> bool:
+        """Evaluate on held-out data; False if it was stopped half-way."""
+        values = self._training.evaluate(self._state, self._session.stop)
         if values is None:
-            return True
-        run.write_metrics(number, {f"eval/{name}": value for name, value in values.items()})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        progress.line(f"step {number}/{steps}  held out: {shown}")
-        judge.judge(number, values, state)
-        return False
+            return False
+        self._session.folder.write_metrics(step, {f"eval/{name}": value for name, value in values.items()})
+        self._say(step, "held out: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self._early_stopping.update(step, values, self._state)
+        return True
 
-    def fitted(number: int, stopped: int | None) -> Fitted:
-        return Fitted(state, number, counted.totals, counted.timed, counted.seconds, judge.at, stopped)
+    def _save(self, step: int) -> None:
+        extra_state = {
+            "meter": self._meter.state(),
+            **self._counters.state(),
+            **self._early_stopping.state(),
+            "evaluation_due": self._evaluation_due,
+            "batches": self._training.batches.get_state(),
+        }
+        self._checkpoints.save(step, self._state, extra_state)
 
-    stop.preparing = False
-    if past["evaluation_due"] and held_out(start):
-        return fitted(start, stop.signal)
-    if judge.given_up():
-        return fitted(start, None)
-    if start < steps:
-        progress.update(f"compiling the training step; {steps - start} of {steps} steps to do", force=True)
-    for number in range(start + 1, steps + 1):
-        batch = next(batches)
-        state, sums = train(state, spread.put(batch))
-        settle()
-        waiting = (number, sums, batch)
-        last = number == steps
-        stopping = stop.agreed(number)
-        log = last or number % config.log_every == 0
-        evaluation = last or (config.evaluate_every > 0 and number % config.evaluate_every == 0)
-        saving = last or number % config.checkpoint_every == 0
-        if log or evaluation or saving or stopping:
-            settle()
-        if log:
-            means = {name: value for name, value in meter.means().items() if name not in counts}
-            means |= {"learning_rate": float(learning_rate(number - 1)), **counted.totals}
-            line = f"step {number}/{steps}  " + "  ".join(f"{name} {means[name]:.4g}" for name in show)
-            rates = counted.rates()
-            if rates:
-                line += "".join(f"  {rates[f'{name}_per_second']:,.0f} {called}" for name, called in counts.items())
-                line += f"  {duration((steps - number) * counted.window_seconds / counted.window_steps)} left"
-            run.write_metrics(number, means, rates)
-            progress.update(line, force=last)
-            meter.reset()
-            counted.new_window()
-        evaluation_due = evaluation and (stopping or held_out(number))
-        given_up = judge.given_up()
-        if saving or stopping or evaluation_due or given_up:
-            save(number, evaluation_due)
-        checkpoints.poll()
-        if log or evaluation or saving:
-            counted.restart_clock()
-        if stopping or evaluation_due:
-            checkpoints.finish()
-            return fitted(number, stop.signal)
-        if given_up:
-            since = judge.at[0] if judge.at else 0
-            progress.line(f"step {number}/{steps}  no better evaluation since step {since}: ended early")
-            checkpoints.finish()
-            return fitted(number, None)
-    checkpoints.finish()
-    return fitted(steps, None)
+    def _say(self, step: int, text: str) -> None:
+        self._session.progress.line(f"step {step}/{self._training.steps}  {text}")
+
+    def _fitted(self, step: int, stopped: int | None) -> Fitted:
+        self._checkpoints.finish()
+        counters = self._counters
+        best = self._early_stopping.at
+        return Fitted(self._state, step, counters.totals, counters.timed, counters.seconds, best, stopped)

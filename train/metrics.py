@@ -7,9 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 Sums = dict[str, tuple[Any, Any]]
 
 
@@ -27,12 +24,8 @@ class Meter:
             kept[1] += float(weight)
 
     def means(self) -> dict[str, float]:
-        """The means since the last reset; NaN where the weight is zero."""
-        return {name: total / weight if weight else math.nan for name, (total, weight) in self._sums.items()}
-
-    def weight(self, name: str) -> float:
-        """The added weight of one metric."""
-        return self._sums[name][1]
+        """The means since the last reset, of what has any weight: the mean of nothing does not exist."""
+        return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
 
     def state(self) -> dict[str, list[float]]:
         """What a new Meter needs to go on."""
@@ -41,11 +34,6 @@ class Meter:
     def reset(self) -> None:
         """Start a new window."""
         self._sums = {}
-
-
-def fetch(sums: Sums) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Bring a step's sums to the host in one transfer; waits for the step."""
-    return jax.device_get(sums)
 
 
 def finite(sums: Mapping[str, tuple[Any, Any]]) -> bool:

@@ -7,14 +7,14 @@ one's. Speeds are shown while the run goes, and are in TensorBoard and results.j
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from ..data.files import write_text
 from .errors import RunError
 
 
@@ -25,19 +25,27 @@ class RunFolder:
         folder: an earlier start's, or one that is empty or missing.
         config: a frozen dataclass, the run's whole configuration.
         free: names of fields (`optim.beta1` for nested ones) that may differ when the run is started again.
+        upgrade: from an earlier version's config.json to what this one would have written; None: nothing changed.
 
     Raises:
         RunError: the folder holds a run of another configuration, or something that is not a run.
     """
 
-    def __init__(self, folder: Path, config: Any, free: frozenset[str]):
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        free: frozenset[str],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ):
         self.folder = folder
         self.main = jax.process_index() == 0
         self._events: Any = None
         self._asked = to_json(config)
         path = folder / "config.json"
         if path.exists():
-            self._compare(json.loads(path.read_text()), self._asked, free)
+            stored = json.loads(path.read_text())
+            self._compare(stored if upgrade is None else upgrade(stored), self._asked, free)
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise RunError(f"{folder} exists and is not a run folder (it has no config.json). Choose another --out.")
 
@@ -150,18 +158,8 @@ def to_json(config: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,28 +1,29 @@
-"""How a step is spread over devices: one table of rules, and two ways of using it.
+"""How a step is divided over devices: one table of rules, and two ways of using it.
 
     mesh   jit over a mesh with axes data, fsdp and tensor; the compiler inserts the communication. Parameters are
            divided by RULES, batches by rows.
-    pmap   every device holds a whole replica and a share of the rows; gradients are averaged with `jax.lax.pmean`.
+    pmap   every device holds the whole state and a share of the rows; gradients are averaged with `jax.lax.pmean`.
 
 Both give the losses of one device, since masking and dropout are drawn from each row's number in the whole batch.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..kernels import splitting
-from .config import SpreadConfig
+from .config import ParallelConfig
 from .errors import RunError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -69,52 +70,6 @@ class Replicas:
         """[local] uint32: numbers, in the whole batch, of the rows that this replica holds."""
         rows = jnp.arange(local, dtype=jnp.uint32)
         return rows if self.axis is None else rows + jax.lax.axis_index(self.axis).astype(jnp.uint32) * local
-
-
-class Spread(Protocol):
-    """One way of running a step on all devices. A *whole* state has every array once, as checkpoints hold it."""
-
-    def share(self, rows: int) -> tuple[int, int]:
-        """(index, count): this process reads the index-th of `count` equal shares of a batch of `rows` rows."""
-        ...
-
-    def divisor(self) -> int:
-        """What the number of a batch's rows must be a multiple of."""
-        ...
-
-    def put(self, batch: Mapping[str, np.ndarray]) -> Any:
-        """Bring this process's share of a batch, arrays [rows / count, ...], to its devices."""
-        ...
-
-    def initialise(self, make: Callable[[], Any], specs: Any) -> Any:
-        """Run `make` on the devices; returns the whole state."""
-        ...
-
-    def abstract(self, make: Callable[[], Any], specs: Any) -> Any:
-        """Shapes, dtypes and shardings of the whole state, without computing it."""
-        ...
-
-    def enter(self, whole: Any) -> Any:
-        """From a whole state to the form that the step takes."""
-        ...
-
-    def leave(self, running: Any) -> Any:
-        """From the form that the step takes to a whole state."""
-        ...
-
-    def train(
-        self, step: Callable[[Any, Any, Replicas], tuple[Any, Any]], specs: Any
-    ) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Compile (state, batch) -> (state, sums); the old state's memory is reused."""
-        ...
-
-    def evaluate(self, step: Callable[[Any, Any, Replicas], Any], specs: Any) -> Callable[[Any, Any], Any]:
-        """Compile (params, batch) -> sums."""
-        ...
-
-    def fetch(self, sums: Any) -> Any:
-        """Sums on the host."""
-        ...
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
@@ -176,153 +131,122 @@ def mesh_sharding(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, P(*axes))
 
 
-class OverMesh:
-    """jit over a mesh. The whole state and the running state are the same arrays."""
+class Parallelism:
+    """jit over a mesh: how a state lies on all devices, and how a step runs there."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self._batch = NamedSharding(mesh, P(BATCH_AXES))
         self._everywhere = NamedSharding(mesh, P())
 
+    @property
     def divisor(self) -> int:
+        """What the number of a batch's rows must be a multiple of."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def share(self, rows: int) -> tuple[int, int]:
-        parts = self.divisor()
-        if rows % parts:
-            raise RunError(f"A batch of {rows} rows cannot be divided over {parts} devices (mesh axes data x fsdp).")
+        """(index, count): this process reads the index-th of `count` equal shares of a batch of `rows` rows.
+
+        Raises:
+            RunError: the devices do not divide the batch.
+        """
+        if rows % self.divisor:
+            raise RunError(
+                f"A batch of {rows} rows cannot be divided over {self.divisor} devices (mesh axes data x fsdp)."
+            )
         slices = [index[0] for index in self._batch.addressable_devices_indices_map((rows,)).values() if index]
         first = min(part.start or 0 for part in slices)
         last = max(rows if part.stop is None else part.stop for part in slices)
         return first // (last - first), rows // (last - first)
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> Any:
+    def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Any:
+        """Bring this process's share of a batch, arrays [rows / count, ...], to its devices."""
         return {name: jax.make_array_from_process_local_data(self._batch, value) for name, value in batch.items()}
 
     def _shardings(self, shapes: Any, specs: Any) -> Any:
         return jax.tree.map(lambda leaf, spec: mesh_sharding(self.mesh, spec, leaf.shape), shapes, specs)
 
     def initialise(self, make: Callable[[], Any], specs: Any) -> Any:
-        shardings = self._shardings(jax.eval_shape(make), specs)
-        return jax.jit(make, out_shardings=shardings)()
+        """Run `make` on the devices; returns the state, divided as its logical `specs` say."""
+        return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make), specs))()
 
     def abstract(self, make: Callable[[], Any], specs: Any) -> Any:
+        """Shapes, dtypes and shardings of what `initialise` gives, without computing it."""
         shapes = jax.eval_shape(make)
         shardings = self._shardings(shapes, specs)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-    def enter(self, whole: Any) -> Any:
-        return whole
-
-    def leave(self, running: Any) -> Any:
-        return running
-
-    def train(
+    def compile_train(
         self, step: Callable[[Any, Any, Replicas], tuple[Any, Any]], specs: Any
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
-        def spread(state: Any, batch: Any) -> tuple[Any, Any]:
+        """Compile (state, batch) -> (state, sums); the old state's memory is reused."""
+
+        def sharded(state: Any, batch: Any) -> tuple[Any, Any]:
             with self._attention():
                 state, sums = step(state, batch, Replicas())
             # The state comes out divided as it went in, so that steps never move parameters.
-            shardings = self._shardings(state, specs)
-            return jax.lax.with_sharding_constraint(state, shardings), sums
+            return jax.lax.with_sharding_constraint(state, self._shardings(state, specs)), sums
 
-        return jax.jit(spread, donate_argnums=0)
+        return jax.jit(sharded, donate_argnums=0)
 
-    def evaluate(self, step: Callable[[Any, Any, Replicas], Any], specs: Any) -> Callable[[Any, Any], Any]:
-        def spread(params: Any, batch: Any) -> Any:
+    def compile_evaluate(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
+        """Compile (params, batch) -> sums, or whatever else is the same on all devices in the end."""
+
+        def sharded(params: Any, batch: Any) -> Any:
             with self._attention():
                 return step(params, batch, Replicas())
 
-        return jax.jit(spread, out_shardings=self._everywhere)
+        return jax.jit(sharded, out_shardings=self._everywhere)
 
     def _attention(self) -> AbstractContextManager[None]:
         """Attention's Pallas kernels are told how they are split; the compiler divides the rest by itself."""
         return splitting(self.mesh, batch=BATCH_AXES, heads="tensor")
 
-    def fetch(self, sums: Any) -> Any:
-        return jax.device_get(sums)
 
-
-class OverPmap:
-    """Replicas by `jax.pmap`. The running state has a leading axis of local devices."""
+class PmapParallelism(Parallelism):
+    """`jax.pmap`: every device holds the whole state, and steps say what they add up over the replicas."""
 
     axis = "replica"
 
     def __init__(self) -> None:
-        self.mesh = Mesh(np.array(jax.devices()), (self.axis,))
-        self._stacked = NamedSharding(self.mesh, P(self.axis))
-        self._whole = NamedSharding(self.mesh, P())
+        devices = np.array(jax.devices()).reshape(-1, 1, 1)
+        super().__init__(Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
 
-    def divisor(self) -> int:
-        return jax.device_count()
-
-    def share(self, rows: int) -> tuple[int, int]:
-        if rows % jax.device_count():
-            raise RunError(
-                f"A batch of {rows} rows cannot be divided over {jax.device_count()} devices (--parallel pmap)."
-            )
-        return jax.process_index(), jax.process_count()
-
-    def put(self, batch: Mapping[str, np.ndarray]) -> Any:
+    def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Any:
         devices = jax.local_device_count()
         return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
 
-    def initialise(self, make: Callable[[], Any], specs: Any) -> Any:
-        return jax.jit(make, out_shardings=self._whole)()
+    # Axes of None: state and sums are the same in all replicas, and are held as one array on all devices.
 
-    def abstract(self, make: Callable[[], Any], specs: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole), jax.eval_shape(make)
-        )
-
-    def enter(self, whole: Any) -> Any:
-        # Copies, since the step gives its state's memory away while the whole state may still be in use.
-        copy = jax.pmap(jnp.copy, axis_name=self.axis)
-
-        def stack(array: jax.Array) -> jax.Array:
-            parts = [shard.data[None] for shard in array.addressable_shards]
-            shape = (jax.device_count(), *array.shape)
-            return copy(jax.make_array_from_single_device_arrays(shape, self._stacked, parts))
-
-        return jax.tree.map(stack, whole)
-
-    def leave(self, running: Any) -> Any:
-        def pick(array: jax.Array) -> jax.Array:
-            parts = [shard.data[0] for shard in array.addressable_shards]
-            return jax.make_array_from_single_device_arrays(array.shape[1:], self._whole, parts)
-
-        return jax.tree.map(pick, running)
-
-    def train(
+    def compile_train(
         self, step: Callable[[Any, Any, Replicas], tuple[Any, Any]], specs: Any
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
+        replica = self._replica(step)
+        return jax.pmap(replica, axis_name=self.axis, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+
+    def compile_evaluate(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
+        return jax.pmap(self._replica(step), axis_name=self.axis, in_axes=(None, 0), out_axes=None)
+
+    def _replica(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
         replicas = Replicas(self.axis)
-        return jax.pmap(lambda state, batch: step(state, batch, replicas), axis_name=self.axis, donate_argnums=0)
-
-    def evaluate(self, step: Callable[[Any, Any, Replicas], Any], specs: Any) -> Callable[[Any, Any], Any]:
-        replicas = Replicas(self.axis)
-        return jax.pmap(lambda params, batch: step(params, batch, replicas), axis_name=self.axis)
-
-    def fetch(self, sums: Any) -> Any:
-        return jax.tree.map(lambda array: np.asarray(array.addressable_shards[0].data)[0], sums)
+        return lambda state, batch: step(state, batch, replicas)
 
 
-def start_spread(config: SpreadConfig) -> Spread:
-    """Join the other processes, if there are any, and spread over all their devices.
+def start_parallelism(config: ParallelConfig) -> Parallelism:
+    """Join the other processes, if there are any, and take all their devices.
 
     Raises:
         RunError: the mesh does not fit the devices, or pmap was asked to divide parameters.
     """
     start_processes(config.coordinator, config.processes, config.process)
     if config.parallel == "mesh":
-        return OverMesh(make_mesh(config.mesh))
+        return Parallelism(make_mesh(config.mesh))
     sizes = parse_mesh(config.mesh, jax.device_count())
     if sizes["data"] != jax.device_count():
         raise RunError(
             f"--parallel pmap holds whole replicas: --mesh {config.mesh} must put all devices on the data axis."
         )
-    return OverPmap()
+    return PmapParallelism()
 
 
 def start_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -342,3 +266,17 @@ def start_processes(coordinator: str | None, processes: int | None, process: int
         or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     ):
         jax.distributed.initialize()
+
+
+@contextmanager
+def first_process_first(name: str) -> Iterator[None]:
+    """Run the block in process 0 first and then in the others, which find what it has made.
+
+    Args:
+        name: of the point where they wait, the same in all processes.
+    """
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices(name)
+    yield
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
+from ..files import write_text
 from .corpus import Corpus
 
 _SETTLED_SECONDS = 2.0  # a file changed less than this ago might change again within the resolution of its date
@@ -43,7 +43,5 @@ def corpus_fingerprint(corpus: Corpus, notes: Path | None = None) -> str:
             parts.append([name, note[0], note[2]])
     if notes is not None and changed:
         notes.parent.mkdir(parents=True, exist_ok=True)
-        temporary = notes.with_name(f".{notes.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        temporary.replace(notes)
+        write_text(notes, json.dumps(known))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -94,7 +94,7 @@ def test_a_batch_that_is_no_multiple_of_the_length(refused):
         (["--dropout", "1"], "--dropout is 1.0"),
         (["--warmup", "100"], "The warm-up takes 100 steps, but the phase has 24"),
         (["--phases", "32:10", "64:5"], "leave --sequence-length and --steps out"),
-        (["--log-every", "0"], "log_every is 0"),
+        (["--log-every", "0"], "--log-every is 0; it must be at least 1."),
         (["--process", "1"], "need --coordinator, --processes and --process together"),
         (["--parallel", "pmap", "--mesh", "data=4,tensor=2"], "must put all devices on the data axis"),
     ],

@@ -20,7 +20,7 @@ from bestiary.data.tasks.glue import GLUE
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.train.cli import main
-from bestiary.train.config import SpreadConfig
+from bestiary.train.config import ParallelConfig
 from bestiary.train.finetune.commands.glue import GlueConfig
 from bestiary.train.finetune.commands.glue_suite import GlueSuiteConfig, planned, task_score
 from bestiary.train.finetune.config import FinetuneConfig
@@ -29,7 +29,7 @@ from bestiary.train.finetune.prediction import Predictor
 from bestiary.train.finetune.tasks.glue import glue_task
 from bestiary.train.finetune.tasks.scores import metric, scored
 from bestiary.train.progress import Progress
-from bestiary.train.sharding import logical_specs, start_spread
+from bestiary.train.sharding import start_parallelism
 
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "dull")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town")
@@ -166,7 +166,7 @@ def test_what_the_last_evaluation_predicted_is_not_predicted_again(encoder, sst2
     monkeypatch.setattr(Predictor, "__call__", counted)
     assert main([*command(encoder, sst2, tmp_path / "last"), "--steps", "1"]) == 0
     assert calls == [64, 20]
-    assert main([*command(encoder, sst2, tmp_path / "best"), "--steps", "1", "--take", "best"]) == 0
+    assert main([*command(encoder, sst2, tmp_path / "best"), "--steps", "1", "--select", "best"]) == 0
     assert calls[2:] == [64, 64, 20], "the weights that were kept are read again"
 
 
@@ -240,9 +240,7 @@ def test_replicas_and_parts_give_the_same_numbers(encoder, sst2, finetuned, tmp_
 def make_predictor(folder: Path, max_length: int = 32):
     task = glue_task("sst2", max_length)
     loaded = models.load(folder, head="classification", **task.model_changes())
-    ids = jnp.zeros((1, 8), jnp.int32)
-    specs = logical_specs(jax.eval_shape(lambda: loaded.model.init(jax.random.key(0), ids))["params"])
-    return task, loaded, Predictor(task, loaded.model, 0, start_spread(SpreadConfig()), specs)
+    return task, loaded, Predictor(task, loaded.model, 0, start_parallelism(ParallelConfig()))
 
 
 def padded(features, count: int, slots: int) -> dict[str, np.ndarray]:

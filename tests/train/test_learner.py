@@ -1,5 +1,9 @@
 """What trains, what each parameter's rate is, and when a run ends early."""
 
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,14 +11,13 @@ import numpy as np
 import pytest
 
 from bestiary.train.checkpoint import Checkpoints, restore_from
-from bestiary.train.config import LoopConfig, OptimConfig, SpreadConfig
+from bestiary.train.config import FREE, LoopConfig, OptimConfig, ParallelConfig
 from bestiary.train.errors import RunError
-from bestiary.train.learner import Start, gradient_step, learn, make_learner
-from bestiary.train.loop import Best, Stop
+from bestiary.train.learner import gradient_step, make_learner
+from bestiary.train.loop import Best, Training
 from bestiary.train.optim import schedule
-from bestiary.train.progress import Progress
-from bestiary.train.run_folder import RunFolder
-from bestiary.train.sharding import Replicas, start_spread
+from bestiary.train.run import start_run
+from bestiary.train.sharding import Replicas
 
 STEPS = 8
 OPTIM = OptimConfig(learning_rate=0.1, warmup=0.0, decay="constant", weight_decay=0.0)
@@ -94,32 +97,39 @@ class Numbers:
         self.at = state
 
 
-def run_once(folder, values, kept, patience, counts_after=0):
+@dataclass(frozen=True)
+class Settings:
+    out: Path
+    seed: int = 0
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(evaluate_every=1, checkpoint_every=2))
+    parallelism: ParallelConfig = field(default_factory=ParallelConfig)
+    resume_from: Path | None = None
+
+
+def run_once(folder, values, kept, patience, counts_after=0, **settings):
     """Train with an evaluation after every step, which reads its value from a list."""
     learner = learner_of()
-    spread = start_spread(SpreadConfig())
-    run = RunFolder(folder, OPTIM, frozenset())
-    best = Best("score", True, patience, lambda number, state: kept.append(number), counts_after)
 
     def evaluate(state, stop):
         return {"score": values[int(np.asarray(state.step)) - 1]}
 
-    with Stop() as stop:
-        return learn(
-            run=run,
-            loop=LoopConfig(evaluate_every=1, checkpoint_every=2),
-            learner=learner,
-            spread=spread,
-            step=step_of(learner),
-            steps=STEPS,
-            batches=Numbers(),
-            evaluate=evaluate,
-            start=Start(),
-            show=("loss",),
-            counts={"tokens": "tokens/s"},
-            progress=Progress(shown=False),
-            stop=stop,
-            best=best,
+    with start_run(Settings(folder, **settings), FREE) as run:
+
+        def keep(number, state):
+            kept.append(number)
+            run.keep_best(number, state)
+
+        return run.fit(
+            Training(
+                learner=learner,
+                step=step_of(learner),
+                steps=STEPS,
+                batches=Numbers(),
+                evaluate=evaluate,
+                shown=("loss",),
+                counted={"tokens": "tokens/s"},
+                best=Best("score", patience, keep, counts_after),
+            )
         )
 
 
@@ -145,7 +155,7 @@ def test_best_is_remembered_over_a_restart(tmp_path):
     whole = run_once(tmp_path / "run", values, kept, patience=0)
     assert (whole.step, whole.best, kept) == (STEPS, (4, 6.0), [1, 2, 4])
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, report=print)
-    assert checkpoints.restore(jax.eval_shape(lambda: whole.state)).progress["best"] == [4, 6.0]
+    assert checkpoints.restore(jax.eval_shape(lambda: whole.state)).extra_state["best"] == [4, 6.0]
     checkpoints.close()
 
 
@@ -154,3 +164,20 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     other = whole.state.replace(opt_state=(whole.state.opt_state, {"running_mean": whole.state.params}))
     with pytest.raises(RunError, match=r"step 8: these are the arrays of another model or optimiser"):
         restore_from(tmp_path / "run", jax.eval_shape(lambda: other), print)
+
+
+def test_a_checkpoint_that_cannot_be_resumed_from_leaves_no_run_behind(tmp_path):
+    run_once(tmp_path / "run", [1.0] * STEPS, [], patience=0)
+    for named, error in ((tmp_path / "none", FileNotFoundError), (tmp_path / "run", RunError)):
+        with pytest.raises(error):
+            run_once(tmp_path / "other", [], [], patience=0, resume_from=named)
+        assert not (tmp_path / "other").exists()
+
+
+def test_its_own_checkpoints_come_before_the_named_one(tmp_path):
+    """A run that began from another's checkpoint needs that no more once it has its own."""
+    run_once(tmp_path / "first", [1.0] * STEPS, [], patience=0)
+    named = tmp_path / "first" / "checkpoints" / "6"
+    run_once(tmp_path / "second", [1.0] * STEPS, [], patience=0, resume_from=named)
+    shutil.rmtree(tmp_path / "first")
+    assert run_once(tmp_path / "second", [], [], patience=0, resume_from=named).step == STEPS

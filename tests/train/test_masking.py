@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bestiary.train.pretrain.config import MaskingKind
-from bestiary.train.pretrain.masking import UNIT_LENGTHS, Masking, prediction_slots
+from bestiary.train.pretrain.masking import UNIT_LENGTHS, Masked, Masking
 
 VOCAB, MASK, FIRST_WORD, FIRST_CONTINUATION = 1000, 4, 5, 600
 ROWS, LENGTH = 48, 128
@@ -75,7 +75,7 @@ def test_budget_is_exact_for_tokens_and_never_exceeded(kind, batch, masked):
     maskable = ((batch["segment_ids"] > 0) & ~tables()[0][batch["input_ids"]]).sum(1)
     budget = np.round(0.15 * maskable)
     counts = masked.weights.sum(1)
-    assert masked.weights.shape[1] == prediction_slots(0.15, LENGTH)
+    assert masked.weights.shape[1] == Masking(kind, 0.15, MASK, *tables()).slots(LENGTH)
     assert (counts <= budget).all()
     if kind == "token":
         np.testing.assert_array_equal(counts, budget)
@@ -154,3 +154,71 @@ def test_unit_lengths_are_the_papers():
     assert UNIT_LENGTHS["span"].sum() == pytest.approx(1)
     mean = (UNIT_LENGTHS["span"] * np.arange(1, 11)).sum()
     assert mean == pytest.approx(3.8, abs=0.01)  # Joshi et al. 2019, 3.1
+
+
+# --- RoBERTa's rules --------------------------------------------------------------------------------------------------
+
+ROBERTA_ROWS = 1024
+
+
+@pytest.fixture(scope="module", params=["token", "word"])
+def roberta(request) -> tuple[str, np.ndarray, np.ndarray, Masked]:
+    """(kind, ids, lengths, what was masked) of 10^5 tokens in rows `<s> ... </s>` of 70 to 128 tokens."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(FIRST_WORD, VOCAB, (ROBERTA_ROWS, LENGTH)).astype(np.int32)
+    lengths = rng.integers(70, LENGTH + 1, ROBERTA_ROWS)
+    ids[:, 0] = 2
+    ids[np.arange(ROBERTA_ROWS), lengths - 1] = 3
+    inside = np.arange(LENGTH)[None] < lengths[:, None]
+    ids[~inside] = 0
+    row_ids = np.stack([np.zeros(ROBERTA_ROWS), np.arange(ROBERTA_ROWS)], 1).astype(np.uint32)
+    masking = jax.jit(Masking(request.param, 0.15, MASK, *tables(), rules="roberta"))
+    return request.param, ids, lengths, jax.tree.map(np.asarray, masking(KEY, ids, inside.astype(np.int32), row_ids))
+
+
+def test_roberta_masks_the_right_number_on_average(roberta):
+    kind, _, lengths, masked = roberta
+    counts = masked.weights.sum(1)
+    wanted = 0.15 * lengths
+    assert (counts <= np.ceil(wanted)).all()
+    if kind == "token":  # fairseq's int(0.15 * length + U[0, 1)); words may not fill the budget
+        assert (counts >= np.floor(wanted)).all()
+        assert counts.sum() == pytest.approx(wanted.sum(), abs=4 * np.sqrt(0.25 * ROBERTA_ROWS))
+    else:
+        assert counts.sum() > 0.97 * wanted.sum()
+
+
+def test_roberta_masks_special_tokens_as_often_as_others(roberta):
+    kind, ids, lengths, masked = roberta
+    chosen = np.zeros(ids.shape, bool)
+    np.put_along_axis(chosen, masked.positions, masked.weights > 0, 1)
+    chosen[:, 0] = (masked.positions[:, 0] == 0) & (masked.weights[:, 0] > 0)  # unused slots point at 0 too
+    ends = chosen[np.arange(ROBERTA_ROWS), lengths - 1]
+    for share in (chosen[:, 0].mean(), ends.mean()):
+        assert share == pytest.approx(
+            0.15, abs=4 * np.sqrt(0.15 * 0.85 / ROBERTA_ROWS) + (0.02 if kind == "word" else 0)
+        )
+
+
+def test_roberta_replaces_by_ordinary_tokens(roberta):
+    _, _, _, masked = roberta
+    used = masked.weights > 0
+    hidden, labels = np.take_along_axis(masked.input_ids, masked.positions, 1)[used], masked.labels[used]
+    tolerance = 4 * np.sqrt(0.8 * 0.2 / used.sum())
+    assert (hidden == MASK).mean() == pytest.approx(0.8, abs=tolerance)
+    assert (hidden == labels).mean() == pytest.approx(0.1, abs=tolerance)
+    others = hidden[(hidden != MASK) & (hidden != labels)]
+    assert (others >= FIRST_WORD).all()
+    assert others.mean() == pytest.approx((FIRST_WORD + VOCAB - 1) / 2, rel=0.05)
+
+
+def test_a_word_does_not_join_the_special_token_before_it(roberta):
+    """The first piece of a text has no space before it, and yet begins a word of its own."""
+    kind, ids, _, masked = roberta
+    if kind == "word":
+        first = ids[:, 1] >= FIRST_CONTINUATION
+        chosen = np.zeros(ids.shape, bool)
+        np.put_along_axis(chosen, masked.positions, masked.weights > 0, 1)
+        starts = (masked.positions[:, 0] == 0) & (masked.weights[:, 0] > 0)
+        assert (starts & ~chosen[:, 1])[first].any()
+        assert (~starts & chosen[:, 1])[first].any()

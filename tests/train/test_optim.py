@@ -122,10 +122,10 @@ def test_phases_go_on_or_warm_up_anew():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(learning_rate=0.0), "learning_rate is 0.0"),
-        (dict(beta2=1.0), "beta2 is 1.0"),
-        (dict(weight_decay=-1.0), "weight_decay is -1.0"),
-        (dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (dict(learning_rate=0.0), "--learning-rate is 0.0; it must be above 0."),
+        (dict(beta2=1.0), "--beta2 is 1.0"),
+        (dict(weight_decay=-1.0), "--weight-decay is -1.0"),
+        (dict(learning_rate=float("nan")), "--learning-rate is nan"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):

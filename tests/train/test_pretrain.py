@@ -11,9 +11,12 @@ import pytest
 from bestiary import models
 from bestiary.models.bert import BertConfig
 from bestiary.train.cli import main
-from bestiary.train.pretrain.config import PretrainConfig, parse_phases
-from bestiary.train.pretrain.loop import make_model, train_step
+from bestiary.train.errors import RunError
+from bestiary.train.pretrain.config import PretrainConfig, upgrade
+from bestiary.train.pretrain.loop import train_step
 from bestiary.train.pretrain.masking import Masking
+from bestiary.train.pretrain.mlm_nsp import MaskedWordsAndNextSentence
+from bestiary.train.pretrain.model import make_model
 from bestiary.train.sharding import Replicas
 
 
@@ -70,7 +73,7 @@ def test_two_phases(workshop):
 
 def test_phases_of_the_configuration():
     config = PretrainConfig(phases=("128:90", "512:10:1e-4"), batch_tokens=4096)
-    assert parse_phases(config) == [(128, 90, None), (512, 10, 1e-4)]
+    assert config.plan == ((128, 32, 90, None), (512, 8, 10, 1e-4))
 
 
 def test_an_untrained_tokenizer_is_trained_once_for_a_corpus(workshop, uninterrupted):
@@ -113,15 +116,16 @@ def batch() -> dict[str, jax.Array]:
 def update_of(**changes):
     """A small model's learner, and the step that trains it."""
     sizes = dict(vocab_size=60, width=16, layers=2, heads=2, feed_forward=32, positions=16)
-    model, learner = make_model(PretrainConfig(), BertConfig(**{**sizes, **changes}))
+    model, learner = make_model(PretrainConfig(), BertConfig(**{**sizes, **changes}), OBJECTIVE.head)
 
     def step(state, batch):
-        return train_step(state, batch, Replicas(), model=model, learner=learner, masking=MASKING, accumulate=1)
+        return train_step(state, batch, Replicas(), objective=OBJECTIVE, model=model, learner=learner, accumulate=1)
 
     return learner, jax.jit(step)
 
 
 MASKING = Masking("token", 0.15, 4, np.arange(60) < 5, np.zeros(60, bool))
+OBJECTIVE = MaskedWordsAndNextSentence(MASKING, None)  # pyright: ignore[reportArgumentType]
 
 
 def program_size(batch: dict[str, jax.Array], **changes) -> int:
@@ -148,3 +152,54 @@ def test_weights_of_zero_teach_nothing(batch):
     jax.tree.map(np.testing.assert_array_equal, (first.params, sums), (second.params, others))
     moved = jax.tree.map(lambda after, before: bool((after != before).any()), first.params, state.params)
     assert all(jax.tree.leaves(moved))
+
+
+def test_masked_words_alone(workshop):
+    """No next-sentence head, and no word of it in metrics, results and model."""
+    out = workshop.folder / "mlm"
+    said = workshop.pretrain(out, "--objective", "mlm", "--masking", "word", steps="8", evaluate_every="4")
+    assert "nsp" not in said
+    assert "nan" not in said
+    written = (out / "metrics.jsonl").read_text() + (out / "results.json").read_text()
+    assert "nsp" not in written
+    held_out = json.loads((out / "results.json").read_text())["held_out"]
+    assert held_out["loss"] == held_out["mlm_loss"]
+    assert json.loads((out / "model" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective", "rtd"], "--objective rtd: BERT can learn mlm+nsp, mlm."),
+        (["--rows", "full-sentences"], "--rows full-sentences: --objective mlm+nsp has rows of its own"),
+        (["--no-next-sentence"], "--no-next-sentence is now --objective mlm"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused(workshop, tmp_path, capsys, flags, message):
+    assert main(workshop.arguments(tmp_path / "run", *flags)) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_before_goes_on(uninterrupted, tmp_path):
+    """Its settings had other names; what it learnt beside masked words cannot go on without it."""
+    stored = json.loads((uninterrupted / "config.json").read_text())
+    old = {name: value for name, value in stored.items() if name not in ("objective", "rows", "parallelism")}
+    old |= {"next_sentence": True, "spread": stored["parallelism"]}
+    assert upgrade(old) == stored
+    with pytest.raises(RunError, match="begun by an earlier version with --no-next-sentence"):
+        upgrade({**old, "next_sentence": False})
+
+
+@pytest.mark.parametrize("kind", ["full-sentences", "doc-sentences"])
+def test_sentences_without_pairs(workshop, kind):
+    """RoBERTa's rows; a run that goes on from a checkpoint ends as the one that was not stopped."""
+    flags = ["--objective", "mlm", "--rows", kind]
+    settings = dict(steps="6", evaluate_every="0", checkpoint_every="3")
+    out = workshop.folder / kind
+    said = workshop.pretrain(out, *flags, **settings)
+    assert "nan" not in said
+    resumed = workshop.folder / f"{kind}-resumed"
+    workshop.pretrain(resumed, *flags, "--resume-from", str(out / "checkpoints" / "3"), **settings)
+    found, expected = ((folder / "model" / "model.safetensors").read_bytes() for folder in (resumed, out))
+    assert found == expected

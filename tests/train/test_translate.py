@@ -25,10 +25,11 @@ from bestiary.train.cli import main as cli
 from bestiary.train.config import LoopConfig, OptimConfig
 from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
-from bestiary.train.learner import kept_params
-from bestiary.train.loop import Stop, TrainState
+from bestiary.train.learner import TrainState, ema_or_params
+from bestiary.train.loop import Stop
 from bestiary.train.optim import running_mean, schedule
-from bestiary.train.translate.config import TranslateConfig
+from bestiary.train.run import start_run
+from bestiary.train.translate.config import FREE, TranslateConfig, upgrade
 from bestiary.train.translate.run import Lines, RunConfig
 from bestiary.train.translate.score import bleu_language, corpus_scores
 from bestiary.train.translate.train import Means, translate
@@ -124,11 +125,17 @@ class StopAfter(Stop):
         return step == self.step
 
 
+def train(config: TranslateConfig, stop: Stop | None = None) -> int:
+    """What the command does."""
+    with start_run(config, FREE, upgrade=upgrade, stop=stop) as run:
+        return translate(run, config)
+
+
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """The folder of a run that nothing disturbed: with R-Drop, sampled pieces, a running mean and batches in parts."""
     config = make_config(folder, "whole")
-    assert translate(config, Stop()) == 0
+    assert train(config) == 0
     return config.out
 
 
@@ -148,16 +155,16 @@ def test_the_run_folder_is_whole(trained: Path):
 
 def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, trained: Path):
     config = make_config(folder, "stopped")
-    assert translate(config, StopAfter(7)) == 0
+    assert train(config, StopAfter(7)) == 0
     assert not (config.out / "results.json").exists()
-    assert translate(config, Stop()) == 0
+    assert train(config) == 0
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (config.out / name).read_bytes() == (trained / name).read_bytes()
 
 
 def test_a_finished_run_is_left_alone(folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    assert translate(make_config(folder, trained.name), Stop()) == 0
+    assert train(make_config(folder, trained.name)) == 0
     assert "holds the finished run" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
@@ -177,7 +184,7 @@ def test_an_early_end_and_separate_vocabularies(folder: Path):
         optim=OptimConfig(learning_rate=1e-9, warmup=2, decay="inverse_sqrt", weight_decay=0.0),
         loop=LoopConfig(evaluate_every=2),
     )
-    assert translate(config, Stop()) == 0
+    assert train(config) == 0
     results = json.loads((config.out / "results.json").read_text())
     assert results["steps"] == 4  # the second evaluation was no better than the first
     assert results["best"]["step"] == 2
@@ -190,7 +197,7 @@ def test_a_dev_source_longer_than_the_model_takes_is_translated_in_parts(
     for side, word in (("en", "one "), ("de", "eins ")):
         (tmp_path / f"dev.{side}").write_text((folder / f"dev.{side}").read_text() + word * 600 + "\n")
     config = make_config(folder, "long", dev=(str(tmp_path / "dev.en"), str(tmp_path / "dev.de")), steps=4)
-    assert translate(config, Stop()) == 0
+    assert train(config) == 0
     assert "dev: 1 pair is too long for a row" in capsys.readouterr().err
     assert json.loads((config.out / "results.json").read_text())["steps"] == 4
 
@@ -233,9 +240,9 @@ def test_a_running_mean_is_what_is_evaluated():
     state = TrainState(
         jax.numpy.int32(0), {"kernel": jax.numpy.array([3.0]), "frozen": jax.numpy.array([5.0])}, (mean,), None
     )  # pyright: ignore
-    found = {name: leaf.tolist() for name, leaf in kept_params(state, OptimConfig(ema=0.5)).items()}
+    found = {name: leaf.tolist() for name, leaf in ema_or_params(state).items()}
     assert found == {"kernel": [1.0], "frozen": [5.0]}
-    assert kept_params(state, OptimConfig())["kernel"].tolist() == [3.0]
+    assert ema_or_params(state.replace(opt_state=()))["kernel"].tolist() == [3.0]
 
 
 def test_means_keep_the_last_or_the_best(tmp_path: Path, folder: Path):
@@ -453,11 +460,11 @@ def test_chinese_is_scored_by_characters():
 def test_bad_input_is_refused_before_any_work(folder: Path, trained: Path, tmp_path: Path):
     (tmp_path / "short.de").write_text("eins\n")
     with pytest.raises(ValueError, match=r"400 lines .* 1:"):
-        translate(make_config(folder, "bad", target=tmp_path / "short.de"), Stop())
+        train(make_config(folder, "bad", target=tmp_path / "short.de"))
     with pytest.raises(RunError, match="longer than a row of 8"):
-        translate(make_config(folder, "bad", row_tokens=8, too_long="refuse", vocab_size=22), Stop())
+        train(make_config(folder, "bad", row_tokens=8, too_long="refuse", vocab_size=22))
     with pytest.raises(RunError, match="vocabulary"):
-        translate(make_config(folder, "bad", init_from=trained / "model", vocab_size=30), Stop())
+        train(make_config(folder, "bad", init_from=trained / "model", vocab_size=30))
     with pytest.raises(RunError, match="come together"):
         make_config(folder, "bad", target=None)
     with pytest.raises(RunError, match="text of your own"):

@@ -24,23 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ...models.bert import BertConfig
-from ..config import OptimConfig, SpreadConfig
+from ..config import OptimConfig, ParallelConfig
 from ..learner import count_parameters
 from ..loop import Stop
 from ..pretrain.config import PretrainConfig
-from ..pretrain.loop import (
-    Evaluation,
-    PhasedBatches,
-    make_masking,
-    make_model,
-    model_config,
-    prepare_data,
-    train_step,
-)
+from ..pretrain.data import PhasedBatches, prepare_data
+from ..pretrain.loop import Evaluation, train_step
+from ..pretrain.model import asked_family, make_model, model_config
+from ..pretrain.objectives import make_objective, with_defaults
 from ..progress import Progress
 from ..run_folder import write_json
-from ..sharding import start_spread
+from ..sharding import start_parallelism
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class BenchConfig:
     """As for `bestiary pretrain`."""
     attention: str | None = None
     """As for `bestiary pretrain`."""
-    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
     seed: int = 0
     """Seed of everything random."""
     out: Path | None = None
@@ -91,30 +85,31 @@ def main(config: BenchConfig) -> int:
         steps=config.steps,
         dtype=config.dtype,
         attention=config.attention,
-        spread=config.spread,
+        parallelism=config.parallelism,
         seed=config.seed,
         optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, decay="constant"),
         evaluation_rows=16 * config.rows,
     )
-    spread = start_spread(config.spread)
+    training = with_defaults(training, asked_family(training))
+    parallelism = start_parallelism(config.parallelism)
     data = prepare_data(training, progress)
-    architecture = model_config(training, data.tokenizer)
-    model, learner = make_model(training, architecture)
-    masking = make_masking(training, data.tokenizer)
-    evaluate = Evaluation(training, data, model, learner, masking, spread)
+    objective = make_objective(training, data.tokenizer)
+    architecture = model_config(training, data.tokenizer, objective.head)
+    model, learner = make_model(training, architecture, objective.head)
+    evaluate = Evaluation(training, data, objective, model, parallelism)
 
     matmul = matmul_rate(architecture.dtype)
-    pipeline = pipeline_rate(PhasedBatches(training, data, spread.share), config.steps)
-    stream = PhasedBatches(training, data, spread.share)
-    state = spread.enter(spread.initialise(learner.make, learner.specs))
-    update = partial(train_step, model=model, learner=learner, masking=masking, accumulate=1)
-    step = spread.train(update, learner.specs)
+    pipeline = pipeline_rate(PhasedBatches(training, data, objective, parallelism.share), config.steps)
+    stream = PhasedBatches(training, data, objective, parallelism.share)
+    state = parallelism.initialise(learner.make, learner.specs)
+    update = partial(train_step, objective=objective, model=model, learner=learner, accumulate=1)
+    step = parallelism.compile_train(update, learner.specs)
     seconds, tokens, needed, losses = [], [], [], []
     for number in range(config.steps):
         batch = next(stream)
         clock = time.perf_counter()
-        state, sums = step(state, spread.put(batch))
-        sums = spread.fetch(sums)
+        state, sums = step(state, parallelism.shard_batch(batch))
+        sums = jax.device_get(sums)
         seconds.append(time.perf_counter() - clock)
         tokens.append(int((batch["segment_ids"] > 0).sum()))
         needed.append(needed_operations(architecture, batch, predictions=float(sums["mlm_loss"][1])))
@@ -183,8 +178,14 @@ def pipeline_rate(stream: PhasedBatches, count: int) -> float:
     return tokens / (time.perf_counter() - clock)
 
 
-def needed_operations(config: BertConfig, batch: dict[str, np.ndarray], predictions: float) -> float:
-    """Return the floating-point operations of a training step that any implementation needs."""
+def needed_operations(config: Any, batch: dict[str, np.ndarray], predictions: float) -> float:
+    """Return the floating-point operations of an encoder's training step that any implementation needs.
+
+    Args:
+        config: the encoder's: `layers`, `width`, `feed_forward` and `vocab_size`.
+        batch: of the step.
+        predictions: number of predicted tokens.
+    """
     segments = batch["segment_ids"]
     tokens = (segments > 0).sum()
     area = sum(float((np.bincount(row)[1:] ** 2).sum()) for row in segments)

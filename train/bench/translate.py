@@ -24,13 +24,13 @@ import tyro
 
 from ...data.reading import read_lines
 from ...data.stream import training_batches
-from ..config import SpreadConfig
+from ..config import ParallelConfig
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..learner import count_parameters, on_host
 from ..progress import Progress
 from ..run_folder import write_json
-from ..sharding import start_spread
+from ..sharding import start_parallelism
 from ..translate.config import TranslateConfig
 from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
 from ..translate.translator import Translator, open_translator
@@ -68,7 +68,7 @@ class BenchConfig:
     """As for `bestiary translate train`."""
     attention: str | None = None
     """As for `bestiary translate train`."""
-    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
     model: Path | None = None
     """Run folder or checkpoint folder of the model that translates --test, instead of the model trained here."""
     test: Path | None = None
@@ -123,29 +123,29 @@ def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str,
     }
     shared = {name: getattr(config, name) for name in names - {"out", "steps"}}
     training = TranslateConfig(**shared, steps=max(config.steps, 400))
-    spread = start_spread(config.spread)
+    parallelism = start_parallelism(config.parallelism)
     data = prepare_data(training, progress)
     architecture = model_config(training, data.tokenizer)
     model, learner = make_model(training, architecture)
     rows = make_rows(training, data, architecture.decoder_start_token_id, progress)
-    index, count = spread.share(training.rows)
+    index, count = parallelism.share(training.rows)
     stream = training_batches(rows, batch_rows=training.rows, host_index=index, host_count=count)
     update = partial(train_step, model=model, learner=learner, smoothing=0.1, r_drop=0.0, accumulate=1)
-    step = spread.train(update, learner.specs)
-    state = spread.enter(spread.initialise(learner.make, learner.specs))
+    step = parallelism.compile_train(update, learner.specs)
+    state = parallelism.initialise(learner.make, learner.specs)
     seconds, tokens, losses = [], [], []
     for number in range(config.steps):
         batch = next(stream)
         clock = time.perf_counter()
-        state, sums = step(state, spread.put(batch))
-        sums = spread.fetch(sums)
+        state, sums = step(state, parallelism.shard_batch(batch))
+        sums = jax.device_get(sums)
         seconds.append(time.perf_counter() - clock)
         tokens.append(float(sums["target_tokens"][0]))
         losses.append(float(sums["loss"][0] / sums["loss"][1]))
         rate = tokens[-1] / seconds[-1]
         progress.update(f"step {number + 1}/{config.steps}  loss {losses[-1]:.3f}  {rate:,.0f} target tokens/s")
     timed = slice(config.skip, None)
-    params = on_host(spread.leave(state).params)
+    params = on_host(state.params)
     figures = {
         "target_tokens_per_second": sum(tokens[timed]) / sum(seconds[timed]),
         "target_tokens_per_second_of_median_step": statistics.median(tokens[timed]) / statistics.median(seconds[timed]),

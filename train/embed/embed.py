@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from ...data.errors import DataError
+from ...data.files import replacing
 from ...data.reading import read_lines
 from ..progress import Progress
 from .config import EmbedConfig
@@ -80,13 +81,8 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        yield file
 
 
 def main(config: EmbedConfig) -> int:

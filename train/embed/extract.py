@@ -27,7 +27,7 @@ from ...models.heads import encoder_inputs
 from ...models.pooling import POOLINGS, combine, normalize, pool
 from ..errors import RunError
 from ..finetune.tasks.task import Kept, gather_kept
-from ..sharding import OverMesh, Replicas, make_mesh
+from ..sharding import Parallelism, Replicas, make_mesh
 from .config import FeatureConfig
 
 ROW_LENGTHS = (64, 128, 256, 512)
@@ -87,10 +87,10 @@ class Extractor:
         self.settings = _settings(config, folder, model_config, apart)
         self.truncated = 0  # tokens cut off so far
         self._limit = model_config.max_length or ROW_LENGTHS[-1]  # tokens of the longest row
-        spread = OverMesh(make_mesh("data=-1"))
-        self._spread = spread
-        self._params = jax.device_put(params, NamedSharding(spread.mesh, P()))
-        self._step = spread.evaluate(self._features, None)
+        parallelism = Parallelism(make_mesh("data=-1"))
+        self._parallelism = parallelism
+        self._params = jax.device_put(params, NamedSharding(parallelism.mesh, P()))
+        self._step = parallelism.compile_evaluate(self._features)
 
     def _features(self, params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> jax.Array:
         del replicas
@@ -126,7 +126,7 @@ class Extractor:
         parts: list[tuple[Kept, Placed]] = []
         running: deque[tuple[jax.Array, Placed]] = deque()
         for placed in self._batches(features):
-            running.append((self._step(self._params, self._spread.put(placed.batch)), placed))
+            running.append((self._step(self._params, self._parallelism.shard_batch(placed.batch)), placed))
             if len(running) > 1:  # the next batch is put together while this one is computed
                 parts.append(_fetched(*running.popleft(), pooled=bool(s.pooling)))
         parts.extend(_fetched(*some, pooled=bool(s.pooling)) for some in running)
@@ -139,8 +139,8 @@ class Extractor:
         for shorter, length in zip([0, *lengths], lengths, strict=False):
             mine = np.flatnonzero((features.lengths > shorter) & (features.lengths <= length))
             slots = max(1, length // 4)
-            most = max(1, BATCH_TOKENS // length) * self._spread.divisor()
-            few = max(1, BATCH_TOKENS // length // FEW) * self._spread.divisor()
+            most = max(1, BATCH_TOKENS // length) * self._parallelism.divisor
+            few = max(1, BATCH_TOKENS // length // FEW) * self._parallelism.divisor
             row_of, needed = pack(features.lengths[mine], length, slots)
             order = np.argsort(row_of, kind="stable")
             for first in range(0, needed, most):

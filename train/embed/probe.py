@@ -12,7 +12,6 @@ standardised features.
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -22,9 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 from ...data.batches import pack_features
 from ...data.errors import DataError
+from ...data.files import replacing, user_cache_folder
 from ...data.random import RandomStream
 from ...data.tasks.tables import TextExample
 from ...models.pooling import mix
@@ -32,7 +33,6 @@ from ..finetune.tasks.glue import glue_data, glue_task
 from ..finetune.tasks.table import table_task
 from ..finetune.tasks.task import Kept, TaskData, hold_out
 from ..finetune.tasks.text import TextTask
-from ..pretrain.loop import user_cache_folder
 from ..progress import Progress, duration
 from ..run_folder import RunFolder, write_json
 from .config import FeatureConfig, ProbeConfig
@@ -101,10 +101,8 @@ class FeatureStore:
             before = self._extract.truncated
             vectors = self._computed(name, texts, seconds)
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
-                np.savez(file, vectors=vectors, truncated=self._extract.truncated - before)
-            partial.replace(path)
+            with replacing(path) as unfinished:
+                np.savez(unfinished, vectors=vectors, truncated=self._extract.truncated - before)
         with np.load(path) as stored:
             self.truncated += int(stored["truncated"])
             return stored["vectors"]
@@ -157,8 +155,7 @@ class Mix(NamedTuple):
     @property
     def shares(self) -> list[float]:
         """Of each layer, which add up to 1."""
-        exponentials = np.exp(self.weights - self.weights.max())
-        return (exponentials / exponentials.sum()).tolist()
+        return softmax(self.weights).tolist()
 
 
 def learn_mix(vectors: Sequence[np.ndarray], targets: np.ndarray, classes: int | None, steps: int = 200) -> Mix:

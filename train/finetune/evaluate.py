@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from ..config import SpreadConfig
+from ..config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class EvaluateConfig:
     """Which split of a folder."""
     out: Path | None = None
     """Folder for the metrics and for the predictions in the benchmark's format."""
-    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
 
 def main(config: EvaluateConfig) -> int:
@@ -34,7 +34,7 @@ def main(config: EvaluateConfig) -> int:
     from ..run_folder import write_json
     from .prediction import open_run, read_examples
 
-    run = open_run(config.run, config.spread)
+    run = open_run(config.run, config.parallelism)
     examples = read_examples(run.task, config.data, config.split, labelled=True)
     features, predicted = run.predict(examples)
     metrics = {**predicted.means, **run.task.metrics(predicted.kept, features, examples)}

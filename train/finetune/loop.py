@@ -2,48 +2,39 @@
 
 Examples share packed rows, and a step always takes the same number of them (data/examples.py); its loss is the mean
 over their predictions, so rows, devices and accumulation change nothing but the speed. What a task is, train/task.py.
-
-A run starts from, in this order: (1) its own newest whole checkpoint, (2) the checkpoint named by --resume-from, (3)
-the weights of --model, whose head is drawn anew where it is not the task's.
+What a run is beside its loop, a `Run` (train/run.py); it starts from the weights of --model, whose head is newly
+initialised where it is not the task's.
 """
 
-import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 from ...data.batches import Features, Shapes, TrainingBatches, batches_in_epoch, plan_shapes
 from ...data.tokenizers.tokenizer import Tokenizer
-from ...models import save
 from ...models.checkpoints.folder import Loaded
-from ..config import OptimConfig
 from ..errors import RunError
 from ..learner import (
     Learner,
-    Start,
+    TrainState,
     count_parameters,
     describe_dtype,
-    exit_status,
+    ema_or_params,
     gradient_step,
-    kept_params,
-    learn,
     on_host,
 )
-from ..loop import Best, Fitted, Stop, TrainState
+from ..loop import Best, Fitted, InitialWeights, Stop, Training
 from ..metrics import Sums
-from ..progress import Progress, duration
-from ..run_folder import RunFolder, write_json
-from ..sharding import Replicas, start_spread
-from ..weights import read_params, write_params
+from ..progress import Progress
+from ..run import Run, start_run
+from ..run_folder import write_json
+from ..sharding import Replicas
 from .adapt import AdaptedModel, adaptation
-from .config import FREE, FinetuneConfig
+from .config import FREE, FinetuneConfig, upgrade
 from .model import Depths, load_model, make_optimiser, parameter_depths, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
 from .tasks.task import Task, TaskData, hold_out, settings
@@ -134,15 +125,13 @@ class Evaluation:
     `latest` is the last state that was evaluated, and what it predicted: the end of a run need not predict it again.
     """
 
-    def __init__(
-        self, task: Task, optim: OptimConfig, predictor: Predictor, examples: Sequence[Any], features: Features
-    ):
-        self._task, self._optim, self._predictor = task, optim, predictor
+    def __init__(self, task: Task, predictor: Predictor, examples: Sequence[Any], features: Features):
+        self._task, self._predictor = task, predictor
         self._examples, self._features = examples, features
         self.latest: tuple[TrainState, Predicted] | None = None
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
-        predicted = self._predictor(kept_params(state, self._optim), self._features, stop)
+        predicted = self._predictor(ema_or_params(state), self._features, stop)
         if predicted is None:
             return None
         self.latest = state, predicted
@@ -158,31 +147,26 @@ def finetune(config: Any, run_config: FinetuneConfig, task: Task, read: Callable
         task: the task.
         read: reads the examples.
     """
-    with Stop() as stop:
-        return _finetune(config, run_config, task, read, stop)
+    with start_run(run_config, FREE, command=config, upgrade=upgrade) as run:
+        return _finetune(run, run_config, task, read)
 
 
-def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], TaskData], stop: Stop) -> int:
-    started = time.perf_counter()
-    spread = start_spread(c.spread)
-    main_process = jax.process_index() == 0
-    progress = Progress(shown=main_process)
-    run = RunFolder(c.out, config, FREE)
+def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskData]) -> int:
     data = read()
-    loaded = load_model(c, task, progress)
+    loaded = load_model(c, task, run.progress)
     if loaded.tokenizer is None:
         raise RunError(f"{c.model}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
-    plan = adaptation(c.adapt, loaded.model, loaded.params)
-    plain = loaded.model
+    pad_id, plain = loaded.tokenizer.pad_id, loaded.model
+    plan = adaptation(c.adapt, plain, loaded.params)
     if plan is not None:
         extended = plan.extend(loaded.params, jax.random.key(c.seed))
         loaded = loaded._replace(model=AdaptedModel(plain, plan), params=extended)
-    encoded = encode_data(c, task, data, loaded.tokenizer, progress)
+    encoded = encode_data(c, task, data, loaded.tokenizer, run.progress)
     features = encoded.train
     per_epoch = batches_in_epoch(features.units, c.batch_size)
     steps = c.steps or max(1, round(c.epochs * per_epoch))
     learner = make_optimiser(c, task, loaded, steps, None if plan is None else plan.trains)
-    divisor = spread.divisor() * c.accumulate
+    divisor = run.parallelism.divisor * c.accumulate
     shapes = plan_shapes(
         features.unit_lengths,
         features.unit_size,
@@ -193,91 +177,72 @@ def _finetune(config: Any, c: FinetuneConfig, task: Task, read: Callable[[], Tas
         divisor=divisor,
         multiple=8 if jax.default_backend() == "cpu" else 128,  # of the attention kernels' blocks
     )
-    describe(c, loaded, shapes, features, learner, progress)
-    index, count = spread.share(divisor)
+    describe(run, c, loaded, shapes, features, learner)
+    index, count = run.parallelism.share(divisor)
     batches = TrainingBatches(
-        features,
-        batch=c.batch_size,
-        shapes=shapes,
-        seed=c.seed,
-        pad_id=loaded.tokenizer.pad_id,
-        index=index,
-        count=count,
+        features, batch=c.batch_size, shapes=shapes, seed=c.seed, pad_id=pad_id, index=index, count=count
     )
-    predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, spread, learner.specs.params)
-    first, evaluated = next(iter(encoded.evaluation.items()))
-    evaluate = Evaluation(task, c.optim, predictor, *evaluated)
-    kept_best = c.out / "best.safetensors"
-    take_best = c.take == "best" or (c.take is None and c.patience > 0)
-
-    def keep(_: int, state: TrainState) -> None:
-        params = on_host(spread.leave(kept_params(state, c.optim)))
-        if main_process:
-            write_params(kept_best, params)
-        if jax.process_count() > 1:  # all of them read it at the end
-            multihost_utils.sync_global_devices("best_kept")
-
-    every = c.loop.evaluate_every or max(1, round(c.evaluate_epochs * per_epoch))
-    fitted = learn(
-        run=run,
-        loop=dataclasses.replace(c.loop, evaluate_every=every),
+    step = partial(
+        train_step,
+        task=task,
+        model=loaded.model,
         learner=learner,
-        spread=spread,
-        step=partial(
-            train_step,
-            task=task,
-            model=loaded.model,
-            learner=learner,
-            depths=parameter_depths(loaded.model),
-            frozen=c.freeze_layers,
-            accumulate=c.accumulate,
-            unit_size=features.unit_size,
-        ),
+        depths=parameter_depths(loaded.model),
+        frozen=c.freeze_layers,
+        accumulate=c.accumulate,
+        unit_size=features.unit_size,
+    )
+    predictor = Predictor(task, loaded.model, pad_id, run.parallelism)
+    first, evaluated = next(iter(encoded.evaluation.items()))
+    evaluate = Evaluation(task, predictor, *evaluated)
+    export_best = c.select == "best" or (c.select is None and c.patience > 0)
+    training = Training(
+        learner=learner,
+        step=step,
         steps=steps,
         batches=batches,
         evaluate=evaluate,
-        start=Start(c.resume_from, lambda: loaded.params, f"the weights of {c.model}"),
-        show=("loss",),
-        counts={"tokens": "real tokens/s", "examples": "examples/s"},
-        progress=progress,
-        stop=stop,
-        best=Best(task.best, True, c.patience, keep) if take_best else None,
+        evaluate_every=c.loop.evaluate_every or max(1, round(c.evaluate_epochs * per_epoch)),
+        shown=("loss",),
+        counted={"tokens": "real tokens/s", "examples": "examples/s"},
+        initial=InitialWeights(lambda: loaded.params, f"the weights of {c.model}"),
+        best=Best(task.best, c.patience, run.keep_best) if export_best else None,
     )
+    fitted = run.fit(training)
     if fitted.stopped is not None:
-        return exit_status(fitted)
-    whole = kept_params(fitted.state, c.optim)
-    if take_best:
-        whole = jax.tree.map(place, whole, read_params(kept_best))
-    running = spread.enter(whole)
-    params = on_host(whole)
+        return fitted.exit_status
+    chosen = ema_or_params(fitted.state)
+    if export_best:
+        chosen = jax.tree.map(place, chosen, run.best_params())
+    params = on_host(chosen)
     known: dict[str, Predicted] = {}
-    if evaluate.latest is not None and evaluate.latest[0] is fitted.state and not take_best:
+    if evaluate.latest is not None and evaluate.latest[0] is fitted.state and not export_best:
         known[first] = evaluate.latest[1]
     metrics: dict[str, dict[str, float]] = {}
     for split, (examples, some) in {**encoded.evaluation, **encoded.prediction}.items():
-        predicted = known.get(split) or predictor(running, some)
+        predicted = known.get(split) or predictor(chosen, some)
         assert predicted is not None
         if split in encoded.evaluation:
             metrics[split] = {**predicted.means, **task.metrics(predicted.kept, some, examples)}
             task = task.settled(metrics[split]) if len(metrics) == 1 else task
-        if main_process:
+        if run.main:
             task.write_predictions(c.out / "predictions", split, predicted.kept, some, examples)
-    if main_process:
-        if plan is not None:
-            plan.save(c.out / "adapter", plain, params, str(c.model))
-            params = plan.merged(params)
-        save(c.out / "model", plain, params, loaded.tokenizer)
+    if plan is not None and run.main:
+        plan.save(c.out / "adapter", plain, params, str(c.model))
+        params = plan.merged(params)
+    if run.main:
         write_json(c.out / "task.json", settings(task))
-        run.finish(results(c, task, fitted, metrics, count_parameters(params), features))
-        for split, values in metrics.items():
-            progress.line(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        progress.line(f"done in {duration(time.perf_counter() - started)}; the model is in {c.out / 'model'}")
-    run.close()
-    return 0
+    results = run.results(task.name, fitted, figures(c, task, fitted, metrics, count_parameters(params), features))
+    lines = (
+        f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        for split, values in metrics.items()
+    )
+    run.finish(plain, params, loaded.tokenizer, results, lines)
+    return fitted.exit_status
 
 
 def describe(
-    config: FinetuneConfig, loaded: Loaded, shapes: Shapes, features: Features, learner: Learner, progress: Progress
+    run: Run, config: FinetuneConfig, loaded: Loaded, shapes: Shapes, features: Features, learner: Learner
 ) -> None:
     """Say what is about to be done."""
     params = learner.shapes().params
@@ -287,19 +252,17 @@ def describe(
     examples = min(config.batch_size, features.units)
     area = features.unit_lengths.mean() * examples
     rows = " or ".join(map(str, shapes.rows))
-    devices = jax.devices()
-    progress.line(
+    run.progress.line(
         f"a step: {examples} examples in {rows} rows of {shapes.length} tokens, about "
         f"{area / (shapes.rows[-1] * shapes.length):.0%} full"
     )
-    progress.line(
+    run.progress.line(
         f"model: {count_parameters(params):,} parameters, {count_parameters(training):,} of them train, computed in "
-        f"{describe_dtype(loaded.config.dtype)}, on {len(devices)} x {devices[0].device_kind} "
-        f"(--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
+        f"{describe_dtype(loaded.config.dtype)}, on {run.devices}"
     )
 
 
-def results(
+def figures(
     config: FinetuneConfig,
     task: Task,
     fitted: Fitted,
@@ -307,22 +270,16 @@ def results(
     parameters: int,
     features: Features,
 ) -> dict[str, Any]:
-    """The content of results.json."""
+    """What results.json says of fine-tuning alone."""
     return {
-        "task": task.name,
         "model": str(config.model),
-        "seed": config.seed,
         "metrics": metrics,
-        "steps": fitted.step,
         "best": None if fitted.best is None else {"step": fitted.best[0], task.best: fitted.best[1]},
         "parameters": parameters,
         "training_examples": int(features.units),
         "truncated_tokens": features.truncated,
         "examples": fitted.totals["examples"],
         "real_tokens": fitted.totals["tokens"],
-        "seconds_in_steps": fitted.seconds,
         "examples_per_second": fitted.rate("examples"),
         "real_tokens_per_second": fitted.rate("tokens"),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax")},
     }

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from ..config import SpreadConfig
+from ..config import ParallelConfig
 from ..errors import RunError
 
 
@@ -38,7 +38,7 @@ class PredictConfig:
     """Which split, where --input is a folder."""
     out: Path | None = None
     """Folder for predictions in the benchmark's format."""
-    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if (self.input is None) == (not self.words()):
@@ -54,7 +54,7 @@ def main(config: PredictConfig) -> int:
     """`bestiary predict`; returns the exit status."""
     from .prediction import open_run, read_examples  # here, since they need JAX, for which --help need not wait
 
-    run = open_run(config.run, config.spread)
+    run = open_run(config.run, config.parallelism)
     if config.input is None:
         examples = run.task.from_words(config.words())
     else:

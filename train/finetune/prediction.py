@@ -14,11 +14,11 @@ from ...data.batches import Features, prediction_batches
 from ...data.errors import DataError
 from ...models import load
 from ...models.registry import init_params
-from ..config import SpreadConfig
+from ..config import ParallelConfig
 from ..errors import RunError
 from ..loop import Stop
 from ..metrics import Meter, Sums
-from ..sharding import Replicas, Spread, logical_specs, start_spread
+from ..sharding import Parallelism, Replicas, logical_specs, start_parallelism
 from .tasks.registry import make_task
 from .tasks.task import Kept, Task, gather_kept
 
@@ -44,38 +44,37 @@ class Predictor:
         task: what is kept.
         model: the model.
         pad_id: the token that fills up.
-        spread: the devices.
-        specs: the parameters' logical PartitionSpecs.
+        parallelism: the devices.
     """
 
-    def __init__(self, task: Task, model: Any, pad_id: int, spread: Spread, specs: Any):
-        self._pad_id, self._spread, self._longest = pad_id, spread, row_limit(model.config)
+    def __init__(self, task: Task, model: Any, pad_id: int, parallelism: Parallelism):
+        self._pad_id, self._parallelism, self._longest = pad_id, parallelism, row_limit(model.config)
 
         def step(params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> tuple[Kept, Sums]:
             batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
             outputs = task.forward(model, params, batch, deterministic=True)
             return replicas.gather(task.keep(outputs, batch)), replicas.sum(task.loss(outputs, batch))
 
-        self._step = spread.evaluate(step, specs)
+        self._step = parallelism.compile_evaluate(step)
 
     def __call__(self, params: Any, features: Features, stop: Stop | None = None) -> Predicted | None:
         """Predict; None if it was stopped half-way.
 
         Args:
-            params: in the form that the step takes (`Spread.enter`).
+            params: on the devices.
             features: at least one.
             stop: asked after every batch.
         """
         meter, parts = Meter(), []
-        divisor = self._spread.divisor()
-        index, count = self._spread.share(divisor)
+        divisor = self._parallelism.divisor
+        index, count = self._parallelism.share(divisor)
         for placed in prediction_batches(features, pad_id=self._pad_id, positions=self._longest, divisor=divisor):
             share = len(placed.features) // count
             mine = {name: values[index * share : (index + 1) * share] for name, values in placed.batch.items()}
-            kept, sums = self._spread.fetch(self._step(params, self._spread.put(mine)))
+            kept, sums = jax.device_get(self._step(params, self._parallelism.shard_batch(mine)))
             meter.add(sums)
             parts.append((kept, placed))
-            if stop is not None and stop.signal is not None and jax.process_count() == 1:
+            if stop is not None and stop.requested:
                 return None
         return Predicted(gather_kept(parts, features), meter.means())
 
@@ -96,7 +95,7 @@ class FinetunedRun(NamedTuple):
         return features, predicted
 
 
-def open_run(folder: Path, config: SpreadConfig, **changes: Any) -> FinetunedRun:
+def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedRun:
     """The model and the task of a run folder; `changes` are those of `models.load`.
 
     Raises:
@@ -106,14 +105,14 @@ def open_run(folder: Path, config: SpreadConfig, **changes: Any) -> FinetunedRun
     if not path.is_file() or not (folder / "model" / "config.json").is_file():
         raise RunError(f"{folder}: not the folder of a finished fine-tuning run (no task.json and model/ in it).")
     task = make_task(json.loads(path.read_text()), str(path))
-    spread = start_spread(config)
+    parallelism = start_parallelism(config)
     loaded = load(folder / "model", **changes)
     initial = partial(init_params, loaded.model, jax.random.key(0))
     specs = logical_specs(jax.eval_shape(initial))
-    predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, spread, specs)
-    shapes = spread.abstract(lambda: nn.unbox(initial()), specs)
+    predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, parallelism)
+    shapes = parallelism.abstract(lambda: nn.unbox(initial()), specs)
     params = jax.tree.map(place, shapes, loaded.params)
-    return FinetunedRun(task, loaded.tokenizer, predictor, spread.enter(params))
+    return FinetunedRun(task, loaded.tokenizer, predictor, params)
 
 
 def place(like: Any, host: np.ndarray) -> jax.Array:

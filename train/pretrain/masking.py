@@ -4,8 +4,10 @@ Every row draws from a key folded with the row's own numbers, so neither the mes
 number of hosts changes what is masked. Dynamic and static masking are the same code: the data set decides whether a
 row comes back under new numbers in the next epoch (dynamic) or under its old ones (static, with a number of copies).
 
-A row's budget is exactly `round(rate * maskable tokens)` (at least one), where a token is maskable if it is not one of
-the special tokens. Units are drawn in random order until the budget is full:
+By BERT's rules a token is maskable if it is not one of the special tokens, and a row's budget is exactly
+`round(rate * maskable tokens)`, at least one. By RoBERTa's (fairseq's mask_tokens_dataset.py) all tokens are maskable,
+`<s>` and `</s>` too, the budget is `rate * tokens` rounded up or down at random, so that it is right on average, and
+random tokens are never special ones. Units are drawn in random order until the budget is full:
 
     token   single tokens (Devlin et al. 2018)
     word    whole words; a word that no longer fits is passed over (whole-word masking, BERT release of May 2019)
@@ -13,14 +15,17 @@ the special tokens. Units are drawn in random order until the budget is full:
     span    one to ten whole words, geometric with p = 0.2, replaced all in the same way (Joshi et al. 2019, 3.1)
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .config import MaskingKind
+
+Rules = Literal["bert", "roberta"]
 
 # Probability of a unit of 1, 2, ... whole words.
 UNIT_LENGTHS: dict[str, np.ndarray] = {
@@ -31,17 +36,12 @@ UNIT_LENGTHS: dict[str, np.ndarray] = {
 
 
 class Masked(NamedTuple):
-    """A batch after masking. P is the number of prediction slots a row, `prediction_slots(rate, L)`."""
+    """A batch after masking. P is the number of prediction slots per row, `Masking.slots(L)`."""
 
     input_ids: jax.Array  # [B, L] int32, with hidden tokens replaced
     positions: jax.Array  # [B, P] int32, where something is predicted, ascending; 0 in unused slots
     labels: jax.Array  # [B, P] int32, the tokens that stood there; 0 in unused slots
     weights: jax.Array  # [B, P] float32, 1 for a prediction, 0 in unused slots
-
-
-def prediction_slots(rate: float, length: int) -> int:
-    """Slots a row of `length` tokens needs: no budget of any row exceeds it, so nothing is ever dropped."""
-    return max(1, round(rate * length))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,13 @@ class Masking:
 
     Args:
         kind: the unit that is masked; see the module's docstring.
-        rate: share of the maskable tokens that is predicted, in (0, 1].
+        rate: fraction of the maskable tokens that is predicted, in (0, 1].
         mask_id: id of [MASK].
-        special: [V] bool, tokens that are never masked ([CLS], [SEP], [PAD], ...).
+        special: [V] bool, the special tokens ([CLS], [SEP], [PAD], ...).
         continuation: [V] bool, tokens that continue the word before them (`##ing`).
-        keep: share of the predicted tokens that stays as it is.
-        random: share of the predicted tokens that becomes a random token of the vocabulary; the rest becomes [MASK].
+        rules: whose; see the module's docstring.
+        keep: fraction of the predicted tokens that stays as it is.
+        random: fraction of the predicted tokens that becomes a random token; the rest becomes [MASK].
     """
 
     kind: MaskingKind
@@ -63,8 +64,14 @@ class Masking:
     mask_id: int
     special: np.ndarray
     continuation: np.ndarray
+    rules: Rules = "bert"
     keep: float = 0.1
     random: float = 0.1
+
+    def slots(self, length: int) -> int:
+        """Predictions that a row of `length` tokens has room for: no row's budget exceeds it, so none is dropped."""
+        wanted = self.rate * length
+        return max(1, round(wanted)) if self.rules == "bert" else min(length, math.floor(wanted) + 1)
 
     def __call__(self, key: jax.Array, input_ids: jax.Array, segment_ids: jax.Array, row_ids: jax.Array) -> Masked:
         """Mask a batch.
@@ -81,21 +88,30 @@ class Masking:
         key = jax.random.fold_in(jax.random.fold_in(key, row_id[0]), row_id[1])
         order_key, length_key, action_key, token_key = jax.random.split(key, 4)
         length = input_ids.shape[0]
-        slots = prediction_slots(self.rate, length)
-        maskable = (segment_ids > 0) & ~jnp.asarray(self.special)[input_ids]
-        available = maskable.sum()
-        budget = jnp.where(available > 0, jnp.maximum(1, jnp.round(self.rate * available).astype(jnp.int32)), 0)
+        slots = self.slots(length)
+        special = jnp.asarray(self.special)[input_ids]
+        if self.rules == "bert":
+            maskable = (segment_ids > 0) & ~special
+            available = maskable.sum()
+            budget = jnp.where(available > 0, jnp.maximum(1, jnp.round(self.rate * available).astype(jnp.int32)), 0)
+            random_tokens = np.arange(len(self.special))
+        else:
+            maskable = segment_ids > 0
+            rounding = jax.random.uniform(jax.random.fold_in(key, 4))
+            budget = jnp.floor(self.rate * maskable.sum() + rounding).astype(jnp.int32)
+            random_tokens = np.flatnonzero(~self.special)
         budget = jnp.minimum(budget, slots)
         priority = jax.random.uniform(order_key, (length,))
         if self.kind == "token":
             rank = jnp.argsort(jnp.argsort(jnp.where(maskable, priority, 2.0)))
             chosen, unit = maskable & (rank < budget), jnp.arange(length)
         else:
-            chosen, unit = self._choose_units(priority, length_key, input_ids, maskable, budget)
+            chosen, unit = self._choose_units(priority, length_key, input_ids, maskable, special, budget)
         # A span's tokens share one fate; in the other kinds each token draws its own.
         drawn = jax.random.uniform(action_key, (length,))
         drawn = drawn[unit] if self.kind == "span" else drawn
-        replacement = jax.random.randint(token_key, (length,), 0, self.special.shape[0], dtype=input_ids.dtype)
+        drawn_tokens = jax.random.randint(token_key, (length,), 0, len(random_tokens), dtype=input_ids.dtype)
+        replacement = jnp.asarray(random_tokens, input_ids.dtype)[drawn_tokens]
         hidden = jnp.where(
             drawn < self.keep, input_ids, jnp.where(drawn < self.keep + self.random, replacement, self.mask_id)
         )
@@ -110,7 +126,13 @@ class Masking:
         )
 
     def _choose_units(
-        self, priority: jax.Array, length_key: jax.Array, input_ids: jax.Array, maskable: jax.Array, budget: jax.Array
+        self,
+        priority: jax.Array,
+        length_key: jax.Array,
+        input_ids: jax.Array,
+        maskable: jax.Array,
+        special: jax.Array,
+        budget: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Take units of whole words in random order while they fit.
 
@@ -119,9 +141,10 @@ class Masking:
         length = input_ids.shape[0]
         probabilities = UNIT_LENGTHS[self.kind]
         longest = len(probabilities)
-        # A word starts at a maskable token that does not continue a maskable token before it.
+        # A word starts at a maskable token that does not continue a maskable token before it; a special one is a word.
         follows = jnp.concatenate([jnp.zeros(1, bool), maskable[:-1]])
-        starts = maskable & ~(jnp.asarray(self.continuation)[input_ids] & follows)
+        joins = ~special & ~jnp.concatenate([jnp.zeros(1, bool), special[:-1]])
+        starts = maskable & ~(jnp.asarray(self.continuation)[input_ids] & follows & joins)
         word = jnp.cumsum(starts) - 1  # number of the word that a maskable token belongs to
         slot = jnp.where(maskable, word, length)
         # One word beyond the last for the tokens of none, and room for a unit that starts at the last word.

@@ -1,5 +1,6 @@
 """What a pretrained model fills in, for people to read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data import Tokenizer
-from ...models.bert import BertForPreTraining
 
 LONGEST = 40  # tokens shown of a text
 EVERY = 9  # one whole word in about so many tokens is hidden
 
 
 def fill_in(
-    model: BertForPreTraining, params: Any, tokenizer: Tokenizer, rows: dict[str, np.ndarray], count: int = 4
+    apply: Callable[..., Any], params: Any, tokenizer: Tokenizer, rows: dict[str, np.ndarray], count: int = 4
 ) -> list[str]:
     """Hide whole words of held-out text and let the model fill them in.
 
     Args:
-        model, params: the model and its parameters.
+        apply: ({"params": params}, input_ids, segment_ids) -> logits of every token [B, L, V].
+        params: of the model.
         tokenizer: its tokenizer.
         rows: a batch of held-out rows; the first example of each is used.
         count: how many texts, at most.
@@ -34,10 +35,14 @@ def fill_in(
     ids = np.full((len(texts), LONGEST), tokenizer.pad_id, np.int32)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = text
+
+    def word(token: int) -> str:
+        return tokenizer.decode([int(token)]).strip()
+
     # A word to hide is one token that is neither special nor continued nor punctuation.
     alone = ~tokenizer.special[ids] & ~tokenizer.continuation[ids]
     alone[:, :-1] &= ~tokenizer.continuation[ids[:, 1:]]
-    alone &= np.vectorize(lambda token: tokenizer.tokens[token].isalnum())(ids)
+    alone &= np.vectorize(lambda token: word(token).isalnum(), otypes=[bool])(ids)
     hidden = np.zeros_like(alone)
     for row, candidates in zip(hidden, alone, strict=True):
         last = -EVERY // 2
@@ -48,8 +53,7 @@ def fill_in(
 
     @jax.jit
     def guess(params: Any, ids: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        predicted: Any = model.apply({"params": params}, ids, segments)
-        logits = predicted.mlm_logits
+        logits = apply({"params": params}, ids, segments)
         probabilities = jax.nn.softmax(logits.astype(jnp.float32))
         return probabilities.max(-1), probabilities.argmax(-1)
 
@@ -58,14 +62,14 @@ def fill_in(
     for row in range(len(ids)):
         words: list[str] = []
         for place in np.flatnonzero(~tokenizer.special[ids[row]]):
-            token = tokenizer.tokens[ids[row, place]]
+            text = word(ids[row, place])
             if hidden[row, place]:
-                found = tokenizer.tokens[guessed[row, place]]
-                mark = "ok" if found == token else f"for {token}"
+                found = word(guessed[row, place])
+                mark = "ok" if guessed[row, place] == ids[row, place] else f"for {text}"
                 words.append(f"[{found} {sure[row, place]:.0%}, {mark}]")
             elif tokenizer.continuation[ids[row, place]] and words:
-                words[-1] += token.removeprefix("##")
+                words[-1] += text.removeprefix("##")
             else:
-                words.append(token)
+                words.append(text)
         lines.append(" ".join(words))
     return lines

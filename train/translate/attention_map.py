@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...data.files import write_text
 from ...models.incremental import cross_attention_maps
 from ...models.transformer import TransformerConfig
 from ..errors import RunError
-from ..run_folder import write_text
 from .translator import Translation, Translator
 
 MOST = 20  # translations that are drawn

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 
 from ..arguments import flags
-from ..config import LoopConfig, OptimConfig, SpreadConfig
+from ..config import FREE as EVERY_FREE
+from ..config import LoopConfig, OptimConfig, ParallelConfig
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 
@@ -187,7 +188,7 @@ class TranslateConfig:
     """Run folder, or one step of its checkpoints, for a new run to continue from, with optimiser and data position."""
     init_from: Path | None = None
     """Checkpoint folder (config.json, model.safetensors) whose weights a new run starts from."""
-    spread: Annotated[SpreadConfig, tyro.conf.arg(name="")] = field(default_factory=SpreadConfig)
+    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if (self.source is None) != (self.target is None):
@@ -235,8 +236,10 @@ class TranslateConfig:
         return self.batch_tokens // self.row_tokens
 
 
-# Settings that change neither the numbers of a run nor its results: they may differ when it is resumed.
-FREE = frozenset({
-    "out", "cache", "remat", "scan_layers", "loop.keep", "loop.checkpoint_every",
-    *(f"spread.{f.name}" for f in dataclasses.fields(SpreadConfig)),
-})  # fmt: skip
+# Settings that change neither the numbers of a run nor what it exports: they may differ when it is started again.
+FREE = (*EVERY_FREE, "cache")
+
+
+def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
+    """A run folder's settings as this version would have written them."""
+    return {"parallelism" if name == "spread" else name: value for name, value in stored.items()}

@@ -200,7 +200,8 @@ def check_language(language: str) -> None:
 def main(config: ScoreConfig) -> int:
     """`bestiary translate score`; returns the exit status."""
     # Imported here, since they need JAX, for which --help need not wait.
-    from ..run_folder import write_json, write_text
+    from ...data.files import write_text
+    from ..run_folder import write_json
     from .translator import open_translator
 
     progress = Progress()

@@ -14,10 +14,7 @@ A run starts from, in this order: (1) its own newest whole checkpoint, (2) the c
 
 import dataclasses
 import hashlib
-import os
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -29,37 +26,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data.corpus.parallel import Pair, ParallelText
+from ...data.files import build_once, user_cache_folder
 from ...data.rows.translation import PairStore, TranslationRows, build_pairs, describe_pairs
 from ...data.stream import evaluation_batches, training_batches
 from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, train_subwords
-from ...models import load, save
+from ...models import load
 from ...models.losses import SmoothedSums
 from ...models.marian import Marian, MarianConfig, from_transformer
 from ...models.transformer import Transformer, TransformerConfig
+from ..checkpoint import read_params, write_params
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..learner import (
     Learner,
-    Start,
+    TrainState,
     compute_dtype,
     count_parameters,
     describe_dtype,
-    exit_status,
+    ema_or_params,
     gradient_step,
-    kept_params,
-    learn,
     make_learner,
     on_host,
 )
-from ..loop import Best, Fitted, Stop, TrainState
+from ..loop import Best, Fitted, InitialWeights, Stop, Training
 from ..metrics import Meter, Sums
 from ..optim import schedule, warmup_steps
-from ..pretrain.loop import user_cache_folder
-from ..progress import Progress, duration
-from ..run_folder import RunFolder
-from ..sharding import Replicas, Spread, start_spread
-from ..weights import read_params, write_params
-from .config import FREE, TranslateConfig
+from ..progress import Progress
+from ..run import Run, start_run
+from ..sharding import Replicas, first_process_first
+from .config import FREE, TranslateConfig, upgrade
 from .score import Scores, bleu_language, deciding, translation_scores
 from .translator import Translation, Translator, check_vocabulary, longest_output
 
@@ -129,27 +124,23 @@ class Data(NamedTuple):
 
 def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
     """Tokenizer and tokenised pairs, made where they are missing."""
-    from jax.experimental import multihost_utils
-
-    if jax.process_index() > 0:
-        multihost_utils.sync_global_devices("data_prepared")
     root = (config.cache or user_cache_folder()) / "translation"
-    texts = read_texts(config)
 
     def show(report: Any) -> None:
         progress.update(str(report))
 
-    form = TextForm(config.languages, config.lowercase, config.moses)
-    if config.tokenizer is not None:
-        tokenizer = load_subwords(config.tokenizer, form)
-    else:
-        tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
-    store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
-    train = store(texts.train, fingerprint=texts.fingerprint, as_text=bool(config.sample_subwords), notes=texts.notes)
-    kept = [pair for pair in texts.dev if pair.source and pair.target]
-    dev_store = store(lambda: kept, fingerprint=fingerprint(texts.dev))
-    if jax.process_index() == 0 and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data_prepared")
+    with first_process_first("data_prepared"):
+        texts = read_texts(config)
+        form = TextForm(config.languages, config.lowercase, config.moses)
+        if config.tokenizer is not None:
+            tokenizer = load_subwords(config.tokenizer, form)
+        else:
+            tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
+        store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
+        as_text = config.sample_subwords > 0
+        train = store(texts.train, fingerprint=texts.fingerprint, as_text=as_text, notes=texts.notes)
+        kept = [pair for pair in texts.dev if pair.source and pair.target]
+        dev_store = store(lambda: kept, fingerprint=fingerprint(texts.dev))
     for line in (*describe_pairs(train, texts.described), *describe_pairs(dev_store, "dev")):
         progress.line(line)
     return Data(tokenizer, train, texts.dev, dev_store)
@@ -162,7 +153,8 @@ def trained_tokenizer(
     split_digits = config.subwords != "word-bpe" if config.split_digits is None else config.split_digits
     key = f"{config.subwords} {config.vocab_size} {config.joint} {split_digits} {form} {texts.fingerprint}"
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not folder.is_dir():
+
+    def build(unfinished: Path) -> None:
         progress.line(f"learning {config.vocab_size:,} pieces ({config.subwords})")
         trained = train_subwords(
             config.subwords,
@@ -173,15 +165,9 @@ def trained_tokenizer(
             form=form,
             split_digits=split_digits,
         )
-        unfinished = root / f"{folder.name}.{os.getpid()}"
         trained.save(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has just made the same one
-                raise
-            shutil.rmtree(unfinished)
-    return load_subwords(folder)
+
+    return load_subwords(build_once(folder, build))
 
 
 def make_rows(
@@ -362,19 +348,17 @@ class Evaluation:
 
     def __init__(
         self,
+        run: Run,
         config: TranslateConfig,
         data: Data,
         model: Transformer,
-        learner: Learner,
-        spread: Spread,
         keep: "Means",
-        progress: Progress,
     ):
-        self._tokenizer, self._spread, self._keep, self._optim = data.tokenizer, spread, keep, config.optim
-        rows = make_rows(config, data, model.config.decoder_start_token_id, progress, dev=True)
-        index, count = spread.share(config.rows)
+        self._tokenizer, self._parallelism, self._keep = data.tokenizer, run.parallelism, keep
+        rows = make_rows(config, data, model.config.decoder_start_token_id, run.progress, dev=True)
+        index, count = run.parallelism.share(config.rows)
         self.batches = partial(evaluation_batches, rows, batch_rows=config.rows, host_index=index, host_count=count)
-        self._step = spread.evaluate(partial(evaluation_step, model=model), learner.specs)
+        self._step = run.parallelism.compile_evaluate(partial(evaluation_step, model=model))
         self._references = [pair.target for pair in data.dev]
         self._sources = [pair.source for pair in data.dev]
         longest = max(len(ids) + 1 for ids in data.tokenizer.encode_source(self._sources))
@@ -398,17 +382,17 @@ class Evaluation:
         return translation_scores(translations, self._references, self._tokenizer.form)
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
-        running = kept_params(state, self._optim)
+        params = ema_or_params(state)
         meter = Meter()
         for batch in self.batches():
-            meter.add(self._spread.fetch(self._step(running, self._spread.put(batch))))
-            if stop.signal is not None and jax.process_count() == 1:
+            meter.add(jax.device_get(self._step(params, self._parallelism.shard_batch(batch))))
+            if stop.requested:
                 return None
-        params = on_host(self._spread.leave(running))
+        params = on_host(params)
         scores = self.scores(self.translate(params, self._beam)).values
-        if stop.signal is not None and jax.process_count() == 1:
+        if stop.requested:
             return None
-        self._keep(int(on_host(self._spread.leave(state.step))), params, scores[self.deciding])
+        self._keep(int(on_host(state.step)), params, scores[self.deciding])
         return {**meter.means(), **scores}
 
 
@@ -457,119 +441,92 @@ class Means:
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-def describe(
-    config: TranslateConfig, rows: TranslationRows, model: TransformerConfig, params: Any, progress: Progress
-) -> None:
+def describe(run: Run, config: TranslateConfig, rows: TranslationRows, model: TransformerConfig, params: Any) -> None:
     """Say what is about to be done, and what the data came to."""
-    progress.line(f"an epoch: {rows.statistics()}; {rows.statistics().rows / config.rows:,.1f} updates")
-    devices = jax.devices()
-    progress.line(
+    statistics = rows.statistics()
+    run.progress.line(f"an epoch: {statistics}; {statistics.rows / config.rows:,.1f} updates")
+    run.progress.line(
         f"model: {model.encoder_layers}+{model.decoder_layers} layers, {model.width} wide, vocabulary "
         f"{model.vocab_size:,}, {count_parameters(params):,} parameters, computed in {describe_dtype(model.dtype)}, on "
-        f"{len(devices)} x {devices[0].device_kind} (--parallel {config.spread.parallel} --mesh {config.spread.mesh})"
+        f"{run.devices}"
     )
 
 
-def results(
-    config: TranslateConfig,
-    data: Data,
-    fitted: Fitted,
-    held_out: Mapping[str, float | str],
-    means: list[int],
-    parameters: int,
+def figures(
+    data: Data, fitted: Fitted, held_out: Mapping[str, float | str], means: list[int], parameters: int
 ) -> dict[str, Any]:
-    """The content of results.json."""
+    """What results.json says of translation alone."""
     return {
-        "task": "translate",
-        "steps": fitted.step,
-        "seed": config.seed,
         "parameters": parameters,
         "held_out": dict(held_out),
         "best": None if fitted.best is None else {"step": fitted.best[0], "bleu": fitted.best[1]},
         "mean_of_steps": means,
         "target_tokens": fitted.totals["target_tokens"],
-        "seconds_in_steps": fitted.seconds,
         "target_tokens_per_second": fitted.rate("target_tokens"),
         "text": dataclasses.asdict(data.train.counts),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax", "sacrebleu")},
+        "sacrebleu": version("sacrebleu"),
     }
 
 
-def translate(config: TranslateConfig, stop: Stop) -> int:
+def translate(run: Run, config: TranslateConfig) -> int:
     """Train; returns the exit status."""
-    started = time.perf_counter()
-    spread = start_spread(config.spread)
-    main_process = jax.process_index() == 0
-    progress = Progress(shown=main_process)
     if config.rows % config.accumulate:
         raise RunError(f"A batch of {config.rows} rows cannot be computed in {config.accumulate} parts.")
-    spread.share(config.rows // config.accumulate)
-    run = RunFolder(config.out, config, FREE)
-    if run.finished:
-        progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
+    run.parallelism.share(config.rows // config.accumulate)
+    if run.folder.finished:
+        run.progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
         return 0
     bleu_language(config.languages[1])  # what is missing is named before the work
-    data = prepare_data(config, progress)
+    data = prepare_data(config, run.progress)
     architecture = model_config(config, data.tokenizer)
     model, learner = make_model(config, architecture)
-    rows = make_rows(config, data, architecture.decoder_start_token_id, progress)
-    describe(config, rows, architecture, spread.abstract(learner.make, learner.specs).params, progress)
+    rows = make_rows(config, data, architecture.decoder_start_token_id, run.progress)
+    describe(run, config, rows, architecture, learner.shapes().params)
     means = Means(config.out, config)
-    evaluate = Evaluation(config, data, model, learner, spread, means, progress)
-    index, count = spread.share(config.rows)
-    best_file = config.out / "best.safetensors"
-
-    def keep_best(_: int, state: TrainState) -> None:
-        params = on_host(spread.leave(kept_params(state, config.optim)))
-        if main_process:
-            write_params(best_file, params)
-
-    init = config.init_from
-    fitted = learn(
-        run=run,
-        loop=config.loop,
+    evaluate = Evaluation(run, config, data, model, means)
+    index, count = run.parallelism.share(config.rows)
+    step = partial(
+        train_step,
+        model=model,
         learner=learner,
-        spread=spread,
-        step=partial(
-            train_step,
-            model=model,
-            learner=learner,
-            smoothing=config.label_smoothing,
-            r_drop=config.r_drop,
-            accumulate=config.accumulate,
-        ),
+        smoothing=config.label_smoothing,
+        r_drop=config.r_drop,
+        accumulate=config.accumulate,
+    )
+    init, warmup = config.init_from, warmup_steps(config.optim, config.steps)
+    training = Training(
+        learner=learner,
+        step=step,
         steps=config.steps,
         batches=training_batches(rows, batch_rows=config.rows, host_index=index, host_count=count),
         evaluate=evaluate,
-        start=Start(config.resume_from, init and (lambda: load(init).params), f"the weights of {init}"),
-        show=("loss", "nll", "accuracy"),
-        counts={"target_tokens": "target tokens/s"},
-        progress=progress,
-        stop=stop,
-        best=Best(evaluate.deciding, True, config.patience, keep_best, warmup_steps(config.optim, config.steps)),
+        shown=("loss", "nll", "accuracy"),
+        counted={"target_tokens": "target tokens/s"},
+        initial=init and InitialWeights(lambda: load(init).params, f"the weights of {init}"),
+        best=Best(evaluate.deciding, config.patience, run.keep_best, counts_after=warmup),
     )
+    fitted = run.fit(training)
     if fitted.stopped is not None:
-        return exit_status(fitted)
-    last = on_host(kept_params(fitted.state, config.optim))  # by all processes together
-    if main_process:  # it alone wrote the other weights
+        return fitted.exit_status
+    last = on_host(ema_or_params(fitted.state))  # by all processes together
+    if run.main:  # it alone wrote the other weights
         params, over = means.mean()
         if params is None:
-            params = read_params(best_file) if config.patience else last
-        save(config.out / "model", *released(model, params), data.tokenizer.with_longest(config.row_tokens))
+            params = run.best_params() if config.patience else last
         translations = evaluate.translate(params, config.final_beam)
-        found = evaluate.scores(translations)
-        progress.line(f"dev, beam {config.final_beam}: {found}")
-        run.finish(results(config, data, fitted, found.values | found.signatures, over, count_parameters(params)))
-        for pair, translation in list(zip(data.dev, translations, strict=True))[:5]:
-            mark = "ok" if translation.text == pair.target else f"for {pair.target}"
-            progress.line(f"  {pair.source} → {translation.text} ({mark})")
-        progress.line(f"done in {duration(time.perf_counter() - started)}; the model is in {config.out / 'model'}")
-    run.close()
-    return 0
+        scores = evaluate.scores(translations)
+        run.progress.line(f"dev, beam {config.final_beam}: {scores}")
+        held = figures(data, fitted, scores.values | scores.signatures, over, count_parameters(params))
+        samples = [
+            f"  {pair.source} → {found.text} ({'ok' if found.text == pair.target else f'for {pair.target}'})"
+            for pair, found in list(zip(data.dev, translations, strict=True))[:5]
+        ]
+        tokenizer = data.tokenizer.with_longest(config.row_tokens)
+        run.finish(*released(model, params), tokenizer, run.results("translate", fitted, held), samples)
+    return fitted.exit_status
 
 
 def main(config: TranslateConfig) -> int:
     """`bestiary translate train`; returns the exit status."""
-    with Stop() as stop:
-        return translate(config, stop)
+    with start_run(config, FREE, upgrade=upgrade) as run:
+        return translate(run, config)

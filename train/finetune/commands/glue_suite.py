@@ -108,7 +108,8 @@ def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
 
 def main(config: GlueSuiteConfig) -> int:
     """`bestiary finetune glue`; returns the exit status."""
-    from ...run_folder import write_json, write_text
+    from ....data.files import write_text
+    from ...run_folder import write_json
 
     runs = planned(config)
     check(runs, {run.run.out / "model" for run in runs})

@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
+from ....data.files import write_text
 from ....data.tasks.multiple_choice import CHOICES, Choice, read_codah, read_swag
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from ...run_folder import write_text
 from .task import Arrays, Kept, PlainTask, apply_segments
 
 # Files of a split in a folder, by what the distributors call them.
@@ -109,8 +110,7 @@ class ChoiceTask(PlainTask):
 
     def show(self, kept: Kept, features: Features, examples: Sequence[Choice]) -> list[dict[str, Any]]:
         scores = self.scores(kept).astype(np.float64)
-        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        shares /= shares.sum(axis=-1, keepdims=True)
+        shares = softmax(scores, axis=-1)
         return [
             {"id": example.key, "choice": int(some.argmax()), "ending": example.pairs[int(some.argmax())][1],
              "probabilities": some.tolist()}

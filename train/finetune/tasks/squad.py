@@ -17,12 +17,12 @@ import numpy as np
 
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
+from ....data.files import write_text
 from ....data.tasks.squad import Question, Windows, make_windows, read_squad
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.losses import span_sums
 from ...errors import RunError
 from ...metrics import Sums
-from ...run_folder import write_text
 from .squad_answers import Answers, find_answers
 from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
 from .task import Arrays, Kept, PlainTask, apply_tokens

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import softmax
 
 from ....data.tasks.squad import Question, Windows
 
@@ -51,8 +52,7 @@ class Answers(NamedTuple):
             options.append(("", *self.null))
         options.sort(key=lambda option: -(option[1] + option[2]))
         scores = np.array([option[1] + option[2] for option in options])
-        shares = np.exp(scores - scores.max())
-        shares /= shares.sum()
+        shares = softmax(scores)
         return [
             {"text": text, "probability": float(share), "start_logit": start, "end_logit": end}
             for (text, start, end), share in zip(options, shares, strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
+from ....data.files import write_text
 from ....data.tasks.tagging import (
     PartOfSpeech,
     Scheme,
@@ -31,7 +32,6 @@ from ....models.crf import CrfWeights, constrained, decode, log_likelihood
 from ....models.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from ...run_folder import write_text
 from .task import Arrays, Kept, PlainTask, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}

@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 from ....data.batches import Features, pack_features
+from ....data.files import write_text
 from ....data.tasks.tables import TextExample
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.losses import sequence_losses
 from ...errors import RunError
 from ...metrics import Sums
-from ...run_folder import write_text
 from .scores import scored
 from .task import Arrays, Kept, PlainTask, apply_segments
 
@@ -112,8 +113,7 @@ class TextTask(PlainTask):
         if self.label_names is None:
             return [{"value": float(value)} for value in self.predicted(kept)]
         logits = kept.segment["logits"].astype(np.float64)
-        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        shares /= shares.sum(axis=-1, keepdims=True)
+        shares = softmax(logits, axis=-1)
         return [
             {
                 "label": self.label_names[int(row.argmax())],

@@ -1,0 +1,138 @@
+"""The text of a pretraining run: its tokenizer, its tokenised cache, and the batches of its phases."""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...data import (
+    EMBEDDED,
+    Corpus,
+    TokenCache,
+    Tokenizer,
+    build_cache,
+    load_tokenizer,
+    train_byte_bpe,
+    train_wordpiece,
+    training_batches,
+)
+from ...data.corpus.fingerprint import corpus_fingerprint
+from ...data.files import build_once, user_cache_folder
+from ...data.store import Split
+from ..errors import RunError
+from ..progress import Progress
+from ..sharding import first_process_first
+from .config import Phase, PretrainConfig
+from .model import asked_family
+from .objective import Objective, RowSource
+
+
+class Data(NamedTuple):
+    """The tokenised text of a run."""
+
+    tokenizer: Tokenizer
+    train: TokenCache
+    validation: TokenCache  # the same cache where a fraction of the documents is held out
+
+
+def prepare_data(config: PretrainConfig, progress: Progress) -> Data:
+    """Tokenizer and cache, made where they are missing: by process 0 first, then opened by the others."""
+    root = config.cache or user_cache_folder()
+    options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
+
+    def show(report: Any) -> None:
+        progress.update(str(report))
+
+    with first_process_first("data_prepared"):
+        corpus = Corpus(config.corpus or (EMBEDDED,), **options)
+        held_out = Corpus(config.validation_corpus, **options) if config.validation_corpus else None
+        folder = config.tokenizer or trained_tokenizer(config, corpus, root / "tokenizers", show)
+        tokenizer = load_tokenizer(folder)
+        build = partial(
+            build_cache,
+            tokenizer=tokenizer,
+            root=root / "tokenised",
+            language=config.language,
+            processes=config.workers or None,
+            progress=show,
+        )
+        train = build(corpus)
+        validation = train if held_out is None else build(held_out)
+    return Data(tokenizer, train, validation)
+
+
+def trained_tokenizer(config: PretrainConfig, corpus: Corpus, root: Path, show: Any) -> Path:
+    """The folder of a tokenizer of this corpus, of the kind that the model's family has; trained if it is not there.
+
+    Raises:
+        RunError: the family's kind is none that is trained here.
+    """
+    kind, fingerprint = asked_family(config).tokenizer, corpus_fingerprint(corpus)
+    if kind == "WordPiece":
+        train = partial(train_wordpiece, lowercase=config.lowercase)
+        key = f"wordpiece {config.vocab_size} {config.lowercase} {fingerprint}"
+    elif kind == "byte-level BPE":
+        train, key = train_byte_bpe, f"byte-bpe {config.vocab_size} {fingerprint}"
+    else:
+        raise RunError(f"--model {config.model} has a {kind} tokenizer: train one first, and give it by --tokenizer.")
+
+    def build(unfinished: Path) -> None:
+        train(corpus, vocab_size=config.vocab_size, progress=show).save(unfinished)
+
+    return build_once(root / hashlib.sha256(key.encode()).hexdigest()[:16], build)
+
+
+def make_rows(
+    config: PretrainConfig, data: Data, objective: Objective, length: int, split: Split = "train"
+) -> RowSource:
+    """Rows of one sequence length: those that are trained on, or those that are held out, alike for every seed."""
+    training = split == "train"
+    return objective.rows(
+        data.train if training else data.validation,
+        "all" if config.validation_corpus else split,
+        sequence_length=length,
+        seed=config.seed if training else 0,
+        copies=(config.static_masks or None) if training else None,
+        validation_fraction=config.validation_fraction,
+    )
+
+
+class PhasedBatches:
+    """The training batches of all phases, one after the other. The state is JSON: which phase, and where in it.
+
+    Args:
+        config: with the phases.
+        data: the text.
+        objective: what its rows are.
+        share: rows of a batch -> (index, count), as `Parallelism.share`.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, data: Data, objective: Objective, share: Callable[[int], tuple[int, int]]
+    ):
+        def batches(phase: Phase) -> Any:
+            index, count = share(phase.rows)
+            rows = make_rows(config, data, objective, phase.length)
+            return training_batches(rows, batch_rows=phase.rows, host_index=index, host_count=count)
+
+        self._phases, self._open = config.plan, batches
+        self._phase, self._done, self._batches = 0, 0, batches(self._phases[0])
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while self._done == self._phases[self._phase].steps:
+            self._phase, self._done = self._phase + 1, 0
+            self._batches = self._open(self._phases[self._phase])
+        self._done += 1
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"phase": self._phase, "done": self._done, "batches": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["phase"] != self._phase:
+            self._batches = self._open(self._phases[state["phase"]])
+        self._phase, self._done = state["phase"], state["done"]
+        self._batches.set_state(state["batches"])

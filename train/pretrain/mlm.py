@@ -1,0 +1,98 @@
+"""Masked words: the tokens that were hidden are predicted from what surrounds them (Devlin et al. 2018, 3.1).
+
+Rows are BERT's without pairs, or RoBERTa's full sentences and document sentences (Liu et al. 2019, 4.2). Masks go with
+them: BERT hides a fixed number of tokens that are none of the special ones; RoBERTa a number that is right on average,
+of all tokens, and its random tokens are never special ones.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from ...data import FullSentenceRows, SentencePairRows, TokenCache, Tokenizer
+from ...data.store import Split
+from ...data.stream import RowSource
+from ...models.heads import encoder_inputs
+from ...models.losses import PredictionSums, prediction_sums
+from .config import PretrainConfig, RowKind
+from .masking import Masking, Rules
+from .objective import Batch
+from .samples import fill_in
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedWords:
+    """The objective `mlm`, with the loss "mlm"."""
+
+    masking: Masking
+    tokenizer: Tokenizer
+    kind: RowKind
+    head = "masked_lm"
+    shown = ("mlm_accuracy",)
+
+    @staticmethod
+    def default_rows(family: str) -> RowKind:
+        """Full sentences for RoBERTa."""
+        return "full-sentences" if family == "roberta" else "sentences"
+
+    @classmethod
+    def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
+        """With a run's settings."""
+        kind = config.rows or "sentences"
+        return cls(make_masking(config, tokenizer, "bert" if kind == "sentences" else "roberta"), tokenizer, kind)
+
+    def rows(self, cache: TokenCache, split: Split, **settings: Any) -> RowSource:
+        """As `Objective.rows`."""
+        if self.kind == "sentences":
+            return SentencePairRows(cache, self.tokenizer, split, next_sentence=False, **settings)
+        across = self.kind == "full-sentences"
+        return FullSentenceRows(cache, self.tokenizer, split, cross_documents=across, **settings)
+
+    def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
+        """Hide tokens."""
+        return mask(self.masking, key, batch)
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """Number of predictions."""
+        return {"mlm": batch["mlm_weights"].sum()}
+
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
+        """Cross-entropy of the hidden tokens."""
+        logits = model.apply(
+            {"params": params},
+            *encoder_inputs(model.config, batch),
+            mlm_positions=batch["mlm_positions"],
+            rows=batch["rows"],
+            **mode,
+        )
+        return {"mlm": prediction_sums(logits, batch["mlm_labels"], batch["mlm_weights"])}
+
+    def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
+        """Texts with words hidden and filled in."""
+        return fill_in(model.apply, params, self.tokenizer, rows)
+
+
+def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "bert") -> Masking:
+    """The masking that a run's settings ask for, over a vocabulary.
+
+    Raises:
+        RunError: the tokenizer has no mask token.
+    """
+    return Masking(
+        config.masking, config.mask_rate, tokenizer.mask_id, tokenizer.special, tokenizer.continuation, rules
+    )
+
+
+def mask(masking: Masking, key: jax.Array, batch: Batch) -> Batch:
+    """The batch with tokens hidden, and where they were: `mlm_positions`, `mlm_labels`, `mlm_weights` [B, P]."""
+    masked = masking(key, batch["input_ids"], batch["segment_ids"], batch["row_ids"])
+    return {
+        **batch,
+        "input_ids": masked.input_ids,
+        "mlm_positions": masked.positions,
+        "mlm_labels": masked.labels,
+        "mlm_weights": masked.weights,
+    }

@@ -1,0 +1,80 @@
+"""The model that is pretrained: a released size, or the checkpoint that a run starts from."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from ...data import Tokenizer
+from ...models import load
+from ...models.checkpoints.folder import family_of_folder, read_config
+from ...models.family import EncoderConfig, Family
+from ...models.registry import family_of, init_params, presets
+from ..errors import RunError
+from ..learner import Learner, compute_dtype, make_learner
+from ..loop import InitialWeights
+from ..optim import schedule
+from .config import PretrainConfig
+
+
+def asked_family(config: PretrainConfig) -> Family:
+    """The family of the model that the settings ask for.
+
+    Raises:
+        RunError: there is no model of that name.
+    """
+    if config.init_from is not None:
+        return family_of_folder(read_config(config.init_from), config.init_from)
+    known = presets()
+    if config.model not in known:
+        learn = ", ".join(name for name, family in known.items() if family.objectives)
+        raise RunError(f"--model {config.model}: known are {learn}.")
+    return known[config.model]
+
+
+def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> EncoderConfig:
+    """The model's configuration: a preset, or that of the checkpoint it starts from.
+
+    Args:
+        config: the run's settings.
+        tokenizer: whose vocabulary and padding token a new model has.
+        head: the kind of model.
+
+    Raises:
+        RunError: the vocabularies or the lengths do not fit.
+    """
+    run: dict[str, Any] = dict(
+        dtype=compute_dtype(config.dtype),
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        attention_implementation=config.attention,
+    )
+    if config.init_from is not None:
+        found: Any = load(config.init_from, head=head).config
+        if found.vocab_size != tokenizer.vocab_size:
+            raise RunError(
+                f"{config.init_from} has a vocabulary of {found.vocab_size}, the tokenizer one of "
+                f"{tokenizer.vocab_size}. Give the checkpoint's own with --tokenizer {config.init_from}."
+            )
+    else:
+        vocabulary = dict(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
+        found = asked_family(config).config.preset(config.model, **vocabulary)
+    model = dataclasses.replace(found, **run, **found.dropout_fields(config.dropout))
+    longest = max(phase.length for phase in config.plan)
+    if model.max_length is not None and longest > model.max_length:
+        raise RunError(f"The sequence length {longest} is beyond the model's {model.max_length} positions.")
+    return model
+
+
+def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -> tuple[Any, Learner]:
+    """The model and how it is trained; nothing is computed yet."""
+    model = family_of(architecture).build(head, architecture)
+    rate = schedule(config.optim, [(phase.steps, phase.learning_rate) for phase in config.plan])
+    return model, make_learner(partial(init_params, model), optim=config.optim, rate=rate, seed=config.seed)
+
+
+def initial_weights(config: PretrainConfig, head: str) -> InitialWeights | None:
+    """Those of --init-from; the parameters of a head that the checkpoint lacks are newly initialised."""
+    folder = config.init_from
+    if folder is None:
+        return None
+    return InitialWeights(lambda: load(folder, head=head, seed=config.seed).params, f"the weights of {folder}")

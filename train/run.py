@@ -1,0 +1,216 @@
+"""A run of a training command: everything around its loop, once for all jobs.
+
+    with start_run(config, FREE) as run:
+        ...                                     data, model, optimiser
+        fitted = run.fit(Training(...))         from wherever the run stands to its last step
+        if fitted.stopped is None:
+            run.finish(model, params, tokenizer, results)
+        return fitted.exit_status
+
+A run starts from, in this order: (1) its own newest whole checkpoint, (2) a checkpoint named to resume from,
+(3) weights named to initialise from, (4) scratch.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+
+from ..models import save
+from .checkpoint import Checkpoints, Restored, check_space, read_params, restore_from, write_params
+from .config import LoopConfig, ParallelConfig
+from .errors import RunError
+from .learner import TrainState, count_bytes, ema_or_params, on_host, with_params
+from .loop import Fitted, Loop, Stop, Training
+from .progress import Progress, duration
+from .run_folder import RunFolder
+from .sharding import Parallelism, start_parallelism
+
+
+class RunConfig(Protocol):
+    """The settings that every run has."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def parallelism(self) -> ParallelConfig: ...
+    @property
+    def resume_from(self) -> Path | None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has started; see `start_run`."""
+
+    config: RunConfig
+    folder: RunFolder
+    parallelism: Parallelism
+    progress: Progress
+    stop: Stop
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and shows what is the same in all of them."""
+        return jax.process_index() == 0
+
+    @property
+    def intervals(self) -> LoopConfig:
+        """How often the loop logs, evaluates and saves."""
+        return self.config.loop
+
+    @property
+    def devices(self) -> str:
+        """The devices, in words."""
+        asked = self.config.parallelism
+        return f"{devices_in_words()} (--parallel {asked.parallel} --mesh {asked.mesh})"
+
+    def fit(self, training: Training) -> Fitted:
+        """Train from wherever the run stands to the last step. When it was stopped, this has been said.
+
+        Raises:
+            RunError: a checkpoint to resume from that does not fit; a step's metrics are not finite.
+            OSError: the checkpoints do not fit on the disk.
+        """
+        learner = training.learner
+        abstract = self.parallelism.abstract(learner.make, learner.specs)
+        if self.main:
+            check_space(self.folder.folder, (self.intervals.keep + 1) * count_bytes(abstract))
+        # A checkpoint that cannot be resumed from is refused before anything is written.
+        new = not self.folder.checkpoints.exists()
+        named = self._named_checkpoint(training.steps, abstract) if new else None
+        self.folder.begin()
+        checkpoints = Checkpoints(self.folder.checkpoints, keep=self.intervals.keep, report=self.progress.line)
+        with closing(checkpoints):
+            restored = checkpoints.restore(abstract) or named or self._named_checkpoint(training.steps, abstract)
+            if restored is None:
+                state, start, extra_state = self._new_state(training), 0, None
+            else:
+                state, start, extra_state = restored
+                self.progress.line(f"going on from step {start}")
+            self.folder.rewind(start)
+            if extra_state is not None:
+                training.batches.set_state(extra_state["batches"])
+            fitted = Loop(self, training, checkpoints, state=state, start=start, extra_state=extra_state).run()
+        if fitted.stopped is not None:
+            self.progress.line(f"stopped and saved at step {fitted.step}; the same command goes on from here")
+        return fitted
+
+    def _named_checkpoint(self, steps: int, abstract: Any) -> Restored | None:
+        """The checkpoint of --resume-from, if one is named."""
+        named = self.config.resume_from
+        if named is None:
+            return None
+        restored = restore_from(named, abstract, self.progress.line)
+        if restored.step >= steps:
+            raise RunError(
+                f"{named} is at step {restored.step}, and this run has {steps}: nothing is left to do. Raise --steps."
+            )
+        return restored
+
+    def _new_state(self, training: Training) -> TrainState:
+        learner, initial = training.learner, training.initial
+        state = self.parallelism.initialise(learner.make, learner.specs)
+        if initial is None:
+            return state
+        state = with_params(state, learner, initial.load())
+        self.progress.line(f"starting from {initial.described}")
+        return state
+
+    def keep_best(self, _: int, state: TrainState) -> None:
+        """Keep the parameters of the best evaluation so far, for `best_params`."""
+        params = on_host(ema_or_params(state))
+        if self.main:
+            write_params(self._best, params)
+        if jax.process_count() > 1:  # all of them read it at the end
+            multihost_utils.sync_global_devices("best_kept")
+
+    def best_params(self) -> Any:
+        """The parameters that `keep_best` kept last, on the host."""
+        return read_params(self._best)
+
+    @property
+    def _best(self) -> Path:
+        return self.folder.folder / "best.safetensors"
+
+    def results(self, task: str, fitted: Fitted, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of results.json.
+
+        Args:
+            task: what was learnt.
+            fitted: how the training ended.
+            figures: the job's own.
+        """
+        return {
+            "task": task,
+            "seed": self.config.seed,
+            "steps": fitted.step,
+            **figures,
+            "seconds_in_steps": fitted.seconds,
+            "devices": devices_in_words(),
+            "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax")},
+        }
+
+    def finish(
+        self, model: Any, params: Any, tokenizer: Any, results: Mapping[str, Any], lines: Iterable[str] = ()
+    ) -> None:
+        """Export the model as a checkpoint folder, write curves.png and results.json, and say so. Process 0 does it.
+
+        Args:
+            model: of a family that has a checkpoint format.
+            params: its parameters on the host.
+            tokenizer: saved beside them.
+            results: the content of results.json.
+            lines: to show; they may take their time, all else is written before.
+        """
+        if not self.main:
+            return
+        exported = self.folder.folder / "model"
+        save(exported, model, params, tokenizer)
+        self.folder.finish(results)
+        for line in lines:
+            self.progress.line(line)
+        self.progress.line(f"done in {duration(time.perf_counter() - self.started)}; the model is in {exported}")
+
+
+@contextmanager
+def start_run(
+    config: RunConfig,
+    free: Iterable[str],
+    *,
+    command: Any = None,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    stop: Stop | None = None,
+) -> Iterator[Run]:
+    """Start a run, or start it again: join the other processes, and check the run folder. Nothing is written yet.
+
+    Args:
+        config: the run's settings.
+        free: names of the settings that may differ when it is started again, `loop.keep` for nested ones.
+        command: the command's whole configuration, where `config` is only a part of it.
+        upgrade: from the settings of an earlier version's config.json to this one's.
+        stop: what ends the run early; None: signals do.
+
+    Raises:
+        RunError: the devices or the run folder do not fit.
+    """
+    with stop or Stop() as stop:  # before JAX's own handler of SIGTERM, which several processes agree by
+        parallelism = start_parallelism(config.parallelism)
+        folder = RunFolder(config.out, config if command is None else command, frozenset(free), upgrade)
+        with closing(folder):
+            yield Run(config, folder, parallelism, Progress(shown=jax.process_index() == 0), stop)
+
+
+def devices_in_words() -> str:
+    """`8 x NVIDIA H100`."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -69,6 +69,10 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("probe",): Command(
         ".embed.config:ProbeConfig", "train a cheap head on a pretrained encoder's features of a task", ".embed.probe"
     ),
+    ("models",): Command(
+        ".zoo:ModelsConfig", "the families of models: sizes, parameters, heads, objectives, tokenizer, paper"
+    ),
+    ("models", "show"): Command(".zoo:ShowConfig", "the parameters of one size: shapes, logical axes, bytes"),
     ("parity",): Command(
         ".parity:ParityConfig",
         "run fixtures of the reference implementation: errors of outputs, losses and gradients",

@@ -77,7 +77,7 @@ class Loaded(NamedTuple):
 class Report(NamedTuple):
     """What a checkpoint and the model made from it did not have in common."""
 
-    initialised: tuple[str, ...]  # stored names of parameters that were drawn anew
+    initialised: tuple[str, ...]  # stored names of parameters that the checkpoint lacks
     unused: tuple[str, ...]  # the checkpoint's tensors that the model has no place for
 
 
@@ -95,10 +95,11 @@ def load(
         folder: a local folder with config.json and model.safetensors (or its shards and index).
         head: None for the model that the checkpoint holds, entirely. Or the kind of model to make from its encoder
             ("encoder", "pretraining", "masked_lm", "classification", "tokens", "crf", "span", "choice" for BERT; crf is
-            tokens with transitions between them): the parameters that the checkpoint lacks are drawn anew, and those
-            and its unused tensors are logged.
-        num_labels: classes of the head; where the checkpoint's head has another number it is drawn anew (with `head`).
-        seed: of what is drawn anew.
+            tokens with transitions between them): the parameters that the checkpoint lacks are newly initialised, and
+            those and its unused tensors are logged.
+        num_labels: classes of the head; where the checkpoint's head has another number it is newly initialised (with
+            `head`).
+        seed: of what is newly initialised.
         changes: to fields of the config, as `dtype="bfloat16"`, `remat=True`, `dropout=0.0`.
 
     Raises:
@@ -108,9 +109,9 @@ def load(
     """
     loaded, report = load_with_report(folder, head=head, num_labels=num_labels, seed=seed, **changes)
     if report.initialised:
-        log.warning("%s: freshly initialised, not from the checkpoint: %s", folder, ", ".join(report.initialised))
+        log.warning("newly initialised (not in checkpoint %s): %s", folder, ", ".join(report.initialised))
     if report.unused:
-        log.warning("%s: in the checkpoint, but of no use to this model: %s", folder, ", ".join(report.unused))
+        log.warning("not used (in checkpoint %s): %s", folder, ", ".join(report.unused))
     return loaded
 
 

@@ -52,7 +52,7 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         loaded = loaded._replace(params={**loaded.params, **new_head(loaded.model, config.seed)})
         new.append(f"the head, whose classes are {', '.join(held or ['not named'])}")
     if new:
-        progress.line(f"newly initialised (not in {config.model}): {', '.join(new)}")
+        progress.line(f"newly initialised (not in checkpoint {config.model}): {', '.join(new)}")
     return loaded
 
 

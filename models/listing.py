@@ -1,0 +1,72 @@
+"""What the families offer, as plain data: sizes, heads, and the parameters of one size.
+
+Nothing is computed: shapes come from tracing the models alone.
+"""
+
+import math
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from .family import Family, FamilyConfig
+from .registry import init_params, presets
+
+BYTES = 4  # of a parameter, which is float32 always
+
+
+class UnknownModelError(ValueError):
+    """A size or a head that no family has."""
+
+
+def describe_family(family: Family) -> dict[str, Any]:
+    """One family: its sizes, and what its models can do."""
+    sizes = {name: _count(family, family.config.preset(name)) for name in family.config.PRESETS}
+    return {
+        "family": family.name,
+        "title": family.title,
+        "paper": family.paper,
+        "tokenizer": family.tokenizer,
+        "heads": list(family.heads),
+        "objectives": list(family.objectives),
+        "sizes": sizes,
+    }
+
+
+def describe_model(name: str, head: str | None = None) -> dict[str, Any]:
+    """The parameters of one size with one head.
+
+    Raises:
+        UnknownModelError: there is no such size, or its family has no such head.
+    """
+    known = presets()
+    if name not in known:
+        raise UnknownModelError(f"{name!r} is not a size of this version; known: {', '.join(known)}.")
+    family = known[name]
+    head = family.heads[0] if head is None else head
+    if head not in family.heads:
+        raise UnknownModelError(f"{family.title} has no head {head!r}; known: {', '.join(family.heads)}.")
+    leaves = jax.tree_util.tree_leaves_with_path(
+        _shapes(family, head, family.config.preset(name)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
+    parameters = [
+        {
+            "name": "/".join(str(part.key) for part in path),
+            "shape": list(leaf.value.shape),
+            "axes": list(leaf.names),
+            "bytes": BYTES * math.prod(leaf.value.shape),
+        }
+        for path, leaf in leaves
+    ]
+    total = sum(parameter["bytes"] for parameter in parameters)
+    return {"size": name, "family": family.name, "head": head, "parameters": total // BYTES, "bytes": total,
+            "tree": parameters}  # fmt: skip
+
+
+def _shapes(family: Family, head: str, config: FamilyConfig) -> Any:
+    model = family.build(head, config)
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def _count(family: Family, config: FamilyConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(family, family.heads[0], config)))

@@ -1,0 +1,64 @@
+"""What models there are: `bestiary models`, and `bestiary models show NAME` for one's parameters."""
+
+import json as json_text
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ModelsConfig:
+    """List the families and their sizes, with what can be done with them."""
+
+    json: bool = False
+    """Print one JSON array instead of text."""
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Show the parameters of one size: names, shapes, logical axes, bytes."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A size, as `bestiary models` lists them: bert-base, roberta-base, ..."""
+    head: str | None = None
+    """What the model is for: encoder, masked_lm, classification, ... None: the first that the family has."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main(config: ModelsConfig | ShowConfig) -> int:
+    """Run either command; returns the exit status."""
+    from ..models.listing import describe_family, describe_model
+    from ..models.registry import families
+
+    if isinstance(config, ShowConfig):
+        shown = describe_model(config.name, config.head)
+        print(json_text.dumps(shown, indent=2) if config.json else "\n".join(_tree(shown)))
+        return 0
+    found = [describe_family(family) for family in families()]
+    print(json_text.dumps(found, indent=2) if config.json else "\n\n".join(map(_block, found)))
+    return 0
+
+
+def _block(family: dict[str, Any]) -> str:
+    lines = [f"{family['title']} ({family['family']}): {family['paper']}; {family['tokenizer']}"]
+    lines.append(f"  heads       {', '.join(family['heads'])}")
+    if family["objectives"]:
+        lines.append(f"  objectives  {', '.join(family['objectives'])}")
+    width = max(map(len, family["sizes"]), default=0)
+    lines += [f"  {name:<{width}}  {count:>13,} parameters" for name, count in family["sizes"].items()]
+    return "\n".join(lines)
+
+
+def _tree(shown: dict[str, Any]) -> list[str]:
+    width = max(len(parameter["name"]) for parameter in shown["tree"])
+    lines = [
+        f"{parameter['name']:<{width}}  {parameter['bytes']:>14,} bytes  "
+        f"{' x '.join(f'{axis} {size}' for axis, size in zip(parameter['axes'], parameter['shape'], strict=True))}"
+        for parameter in shown["tree"]
+    ]
+    total = (
+        f"{shown['size']} ({shown['head']}): {shown['parameters']:,} parameters, {shown['bytes']:,} bytes in float32"
+    )
+    return [*lines, total]

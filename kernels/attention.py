@@ -144,7 +144,7 @@ def _choose(call: Call, implementation: str | None) -> backends.Backend:
             reasons[name] = "its interpreter is not in use"  # skip importing Pallas, which takes a second
             continue
         reason = known[name].supports(call)
-        if reason is None and name in backends.UNPROVEN and not agrees(name, str(call.query.dtype)):
+        if reason is None and name in backends.NEEDS_SELF_CHECK and not agrees(name, str(call.query.dtype)):
             reason = "disagrees with the reference on this device"
         if reason is None:
             return known[name]

@@ -44,7 +44,7 @@ BACKENDS: Mapping[str, Backend] = _Backends(hopper=".hopper.backend", tpu=".tpu.
 
 # Compiled for their chips and tested in their interpreters, but not yet run on a chip: selected automatically only if
 # they agree with the reference on this device (selfcheck.py).
-UNPROVEN = frozenset({"hopper", "tpu"})
+NEEDS_SELF_CHECK = frozenset({"hopper", "tpu"})
 
 # Written in Pallas. On a CPU, context managers in their modules interpret them or compile them for a chip.
 PALLAS = frozenset({"hopper", "tpu"})

@@ -55,7 +55,7 @@ def test_an_i_that_goes_on_with_nothing_is_an_error_in_iob2_unless_repaired(file
     repaired = read_conll(path, repair=True)
     assert repaired.sentences[1].tags == ("B-x", "I-x", "B-y")
     assert repaired.repaired == 2
-    with pytest.raises(DataError, match="line 2: I-y after B-x goes on with nothing"):
+    with pytest.raises(DataError, match="line 2: I-y after B-x continues no entity"):
         read_conll(file("other.conll", "a\tB-x\nb\tI-y\n"))
 
 

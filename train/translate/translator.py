@@ -17,7 +17,7 @@ from ...data.corpus.parallel import Findings, clean_line
 from ...data.tokenizers.pairs import PairTokenizer
 from ...models import load
 from ...models.transformer import TransformerConfig
-from ..cpu import run_in_callers, spare_callers
+from ..cpu import yield_to_callers
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..generate.generator import Generator, Hypothesis
@@ -77,7 +77,7 @@ def open_translator(
 ) -> "Translator":
     """Load a translator, for a process that translates and does nothing else.
 
-    On a CPU this also sets up the process's threads (`cpu.run_in_callers`, `cpu.spare_callers`).
+    On a CPU this also sets up the process's threads (`cpu.yield_to_callers`).
 
     Args:
         folder: run folder or checkpoint folder.
@@ -90,7 +90,6 @@ def open_translator(
     Raises:
         RunError: another kind of model, or a tokenizer that is not this model's.
     """
-    run_in_callers()
     folder = model_folder(folder)
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     loaded = load(folder, **changes)
@@ -105,7 +104,7 @@ def open_translator(
         decode, special = read_generation_config(folder)
         model = model.clone(config=dataclasses.replace(loaded.config, **special))
     translator = Translator(model, loaded.params, tokenizer, decode, rows=rows, longest=longest, too_long=too_long)
-    spare_callers()
+    yield_to_callers()
     return translator
 
 

@@ -152,7 +152,7 @@ def load_with_report(
     model: Any = model.clone(config=config)
     if placed.missing:
         params = merge(params, _initialise(model, table, placed, seed))
-    return Loaded(model, params, config, _load_tokenizer(folder)), report
+    return Loaded(model, params, config, _load_tokenizer(folder, config)), report
 
 
 def save(
@@ -457,7 +457,7 @@ def _sync(path: Path) -> None:
 # Tokenizers
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path, config: Any) -> Any:
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         return None
     if any((folder / name).is_file() for name in ("subwords.json", "source.spm")):
@@ -465,8 +465,11 @@ def _load_tokenizer(folder: Path) -> Any:
 
         return load_subwords(folder)
     from ...data.tokenizers.loading import load_tokenizer
+    from ...data.tokenizers.tokenizer import check_vocabulary
 
-    return load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size, str(folder))
+    return tokenizer
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None) -> None:

@@ -20,10 +20,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bestiary import models
+from bestiary.data import DataError
 from bestiary.models.bert import FAMILY, Bert, BertConfig, BertForPreTraining
 from bestiary.models.checkpoints.config import ConfigError
-from bestiary.models.checkpoints.folder import PROBLEMS_SHOWN, load_with_report
-from bestiary.models.checkpoints.tables import CheckpointError, Reshaped, Transposed, flatten
+from bestiary.models.checkpoints.folder import load_with_report
+from bestiary.models.checkpoints.tables import PROBLEMS_SHOWN, CheckpointError, Reshaped, Transposed, flatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HEADS = ["bert_pretraining", "bert_model", "bert_classification", "bert_tokens", "bert_span", "bert_choice"]
@@ -448,16 +449,22 @@ def test_a_real_checkpoint_gives_the_reference_numbers(tmp_path: Path) -> None:
 
 def test_a_tokenizer_is_loaded_and_saved_with_its_model(tmp_path: Path) -> None:
     loaded = models.load(FIXTURES / "bert_span")
-    models.save(tmp_path / "copied", loaded.model, loaded.params, real())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *["attention", "is", "all", "you", "need", "."]]
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    models.save(tmp_path / "copied", loaded.model, loaded.params, tmp_path)
     tokenizer = models.load(tmp_path / "copied").tokenizer
     assert tokenizer is not None
     models.save(tmp_path / "written", loaded.model, loaded.params, tokenizer)
     written = models.load(tmp_path / "written").tokenizer
     sentence = "Attention is all you need."
-    assert written.backend.encode(sentence).ids == tokenizer.backend.encode(sentence).ids
+    assert written.encode_batch([sentence]) == tokenizer.encode_batch([sentence]) == [[5, 6, 7, 8, 9, 10]]
     with pytest.raises(FileNotFoundError, match="no tokenizer files"):
         models.save(tmp_path / "none", loaded.model, loaded.params, FIXTURES / "bert_span")
     assert not (tmp_path / "none").exists()
+    words += [f"word{number}" for number in range(loaded.config.vocab_size)]
+    (tmp_path / "copied" / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    with pytest.raises(DataError, match=f"pieces, and the model's embedding table {loaded.config.vocab_size} rows"):
+        models.load(tmp_path / "copied")
 
 
 def test_importing_the_package_is_light() -> None:

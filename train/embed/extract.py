@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ...data.batches import Features, Placed, assemble, pack_features
 from ...data.packing import pack
 from ...models import load
-from ...models.checkpoints.folder import VOCABULARY_FILES, family_of_folder, read_config
+from ...models.checkpoints.folder import TOKENIZER_FILES, family_of_folder, read_config
 from ...models.checkpoints.sentence_folder import SentenceFolder, read_sentence_folder
 from ...models.heads import encoder_inputs
 from ...models.pooling import POOLINGS, combine, normalize, pool
@@ -155,7 +155,7 @@ class Extractor:
         """Hexadecimal; another one for other weights, another tokenizer or other settings."""
         digest = hashlib.sha256()
         for path in sorted(self.settings.encoder.iterdir()):
-            if path.suffix == ".safetensors" or path.name in ("config.json", *VOCABULARY_FILES):
+            if path.suffix == ".safetensors" or path.name in ("config.json", *TOKENIZER_FILES):
                 with path.open("rb") as file:
                     digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         digest.update(json.dumps(self.settings._replace(encoder=Path())._asdict(), default=str).encode())

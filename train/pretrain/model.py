@@ -50,7 +50,8 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
     )
     if config.init_from is not None:
         found: Any = load(config.init_from, head=head).config
-        if found.vocab_size != tokenizer.vocab_size:
+        # A table may have more rows than there are pieces: it is padded to a multiple of at most 128.
+        if not 0 <= found.vocab_size - tokenizer.vocab_size < 128:
             raise RunError(
                 f"{config.init_from} has a vocabulary of {found.vocab_size}, the tokenizer one of "
                 f"{tokenizer.vocab_size}. Give the checkpoint's own with --tokenizer {config.init_from}."

@@ -1,6 +1,5 @@
 """The wheel holds what the repository holds, and the commands that need no JAX do not import it."""
 
-import ast
 import subprocess
 import sys
 import tomllib
@@ -78,16 +77,3 @@ def test_an_unknown_command_is_named():
 def test_half_a_command_is_told_the_rest(capsys: pytest.CaptureFixture[str]):
     assert main(["translate", "--help"]) == 2
     assert "translate train, translate run, translate score" in capsys.readouterr().err
-
-
-def test_rooms_import_one_way(repository):
-    """train -> models -> kernels, train -> data; kernels and data know nobody."""
-    allowed = {"train": {"models", "kernels", "data"}, "models": {"kernels", "data"}, "kernels": set(), "data": set()}
-    for room in ROOMS:
-        for path in (repository / room).rglob("*.py"):
-            package = path.relative_to(repository).parent.parts
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.level > len(package):
-                    assert node.level == len(package) + 1, f"{path}: {ast.unparse(node)}"
-                    target = (node.module or "").split(".")[0]
-                    assert target in allowed[room], f"{path}: {ast.unparse(node)}"

@@ -103,7 +103,7 @@ def optimizer(
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     steps = [
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     ]
     if config.optimizer == "lamb":
@@ -114,6 +114,17 @@ def optimizer(
     if config.ema:
         steps.append(running_mean(config.ema))
     return optax.chain(*steps)
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+    """Adam's moments; Optax raises a float to an integer power, which strict promotion of dtypes forbids."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return adam.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 class RunningMean(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,13 +21,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bestiary.kernels import (
-    AlibiBias,
-    DenseBias,
-    RelativeBias,
-    attention,
-    row_seeds,
-)
+from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention, row_seeds, xla
 from bestiary.kernels.bias import bucket_edges
 from bestiary.kernels.hash import keep, key_words, query_words
 from bestiary.kernels.hopper import backend as hopper
@@ -565,46 +558,43 @@ def test_reference_gradients_against_finite_differences():
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-6)
 
 
-class TestXla:
-    """What is the reference backend's own."""
+def test_xla_in_float64_is_exact():
+    with jax.enable_x64(True):
+        drawn = draw(EVERYTHING, "float64")
+        found = with_gradients(call(EVERYTHING, drawn, "xla"))(drawn.primals, drawn.cotangents)
+    for ours, expected in zip(found, reference(EVERYTHING, drawn), strict=True):
+        assert ours.dtype == jnp.float64
+        assert error(ours, expected) < 1e-12
 
-    def test_float64_is_exact(self):
-        case = EVERYTHING
-        with jax.enable_x64(True):
-            drawn = draw(case, "float64")
-            found = with_gradients(call(case, drawn, "xla"))(drawn.primals, drawn.cotangents)
-        for ours, expected in zip(found, reference(case, drawn), strict=True):
-            assert ours.dtype == jnp.float64
-            assert error(ours, expected) < 1e-12
 
-    @pytest.mark.parametrize("case", [CASES[9], EVERYTHING], ids=lambda case: case.name)
-    def test_blocks_of_queries_change_nothing(self, monkeypatch, case):
-        drawn = draw(case)
-        q_len, k_len = case.sizes[1:3]
-        monkeypatch.setattr(sys.modules["bestiary.kernels.xla"], "BLOCK_SCORES", q_len * k_len // 3)
-        found = with_gradients(call(case, drawn, "xla"))(drawn.primals, drawn.cotangents)
-        for ours, expected in zip(found, reference(case, drawn), strict=True):
-            assert error(ours, expected) < 2e-6
+@pytest.mark.parametrize("case", [CASES[9], EVERYTHING], ids=lambda case: case.name)
+def test_xlas_blocks_of_queries_change_nothing(monkeypatch, case):
+    drawn = draw(case)
+    monkeypatch.setattr(xla, "BLOCK_SCORES", case.sizes[1] * case.sizes[2] // 3)
+    found = with_gradients(call(case, drawn, "xla"))(drawn.primals, drawn.cotangents)
+    for ours, expected in zip(found, reference(case, drawn), strict=True):
+        assert error(ours, expected) < 2e-6
 
-    def test_nothing_of_the_scores_size_is_kept_for_the_backward_pass(self):
-        case = Case("long", (1, 64, 64, 2, 2, 8, 8), segments="packed", rate=0.1)
-        drawn = draw(case)
-        pull = jax.eval_shape(lambda *primals: jax.vjp(call(case, drawn, "xla"), *primals)[1], *drawn.primals)
-        kept = [x.size for x in jax.tree.leaves(pull)]
-        assert kept
-        assert max(kept) < 64 * 64
 
-    def test_mask_of_minus_infinity_in_a_dense_bias(self):
-        case = Case("masking bias", bias="dense", bias_shape=(2, 1))
-        drawn = draw(case)
-        bias = np.where(np.arange(17) < 9, drawn.primals[3], np.float32(-np.inf))
-        bias[0, 0, 3] = -np.inf
-        drawn.cotangents[1][0, 3] = np.nan
-        out, lse, *gradients = with_gradients(call(case, drawn, "xla"))((*drawn.primals[:3], bias), drawn.cotangents)
-        shorter = attention(
-            drawn.primals[0], drawn.primals[1][:, :9], drawn.primals[2][:, :9], bias=DenseBias(bias[..., :9])
-        )
-        np.testing.assert_allclose(out, shorter, rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(np.asarray(out)[0, 3], 0)
-        np.testing.assert_array_equal(np.asarray(lse)[0, 3], -np.inf)
-        assert all(np.isfinite(x).all() for x in gradients)
+def test_xla_keeps_nothing_of_the_scores_size_for_the_backward_pass():
+    case = Case("long", (1, 64, 64, 2, 2, 8, 8), segments="packed", rate=0.1)
+    drawn = draw(case)
+    pull = jax.eval_shape(lambda *primals: jax.vjp(call(case, drawn, "xla"), *primals)[1], *drawn.primals)
+    kept = [x.size for x in jax.tree.leaves(pull)]
+    assert kept
+    assert max(kept) < 64 * 64
+
+
+def test_xla_takes_minus_infinity_in_a_dense_bias():
+    case = Case("masking bias", bias="dense", bias_shape=(2, 1))
+    drawn = draw(case)
+    bias = np.where(np.arange(17) < 9, drawn.primals[3], np.float32(-np.inf))
+    bias[0, 0, 3] = -np.inf
+    drawn.cotangents[1][0, 3] = np.nan
+    out, lse, *gradients = with_gradients(call(case, drawn, "xla"))((*drawn.primals[:3], bias), drawn.cotangents)
+    query, key, value, _ = drawn.primals
+    shorter = attention(query, key[:, :9], value[:, :9], bias=DenseBias(bias[..., :9]))
+    np.testing.assert_allclose(out, shorter, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(out)[0, 3], 0)
+    np.testing.assert_array_equal(np.asarray(lse)[0, 3], -np.inf)
+    assert all(np.isfinite(x).all() for x in gradients)

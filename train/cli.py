@@ -78,19 +78,24 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "run fixtures of the reference implementation: errors of outputs, losses and gradients",
     ),
     ("bench", "pretrain"): Command(
-        ".bench.pretrain:BenchConfig",
+        ".bench.config:PretrainBenchConfig",
         "measure pretraining: real tokens/s, loss, share of the matmul rate, data pipeline",
+        ".bench.pretrain",
     ),
     ("bench", "translate"): Command(
-        ".bench.translate:BenchConfig", "measure translation: target tokens/s of training, sentences/s of decoding"
+        ".bench.config:TranslateBenchConfig",
+        "measure translation: target tokens/s of training, sentences/s of decoding",
+        ".bench.translate",
     ),
     ("bench", "attention"): Command(
-        "..kernels.bench.attention:BenchConfig",
+        "..kernels.bench.config:AttentionBenchConfig",
         "measure attention beside whatever is installed, or --tune its block sizes",
+        "..kernels.bench.attention",
     ),
     ("bench", "layers"): Command(
-        "..kernels.bench.layers:LayersConfig",
+        "..kernels.bench.config:LayersBenchConfig",
         "measure self-attention, recurrent and convolutional layers over the row's length",
+        "..kernels.bench.layers",
     ),
 }
 

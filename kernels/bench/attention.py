@@ -18,10 +18,8 @@ import io
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +37,7 @@ from .cases import (
     parse_shapes,
     parse_window,
 )
+from .config import AttentionBenchConfig
 from .peers import OURS, Refused, contestants, enter, first_line, known_peers
 from .timing import METHOD, Ceilings, Seconds, machine, measure_ceilings, table, write, write_json
 from .tune import tune
@@ -54,44 +53,7 @@ PACKED = {False: "1x1024x4x64", True: "32x512x32x64,8x2048x32x64,4x4096x32x64"}
 TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 2e-3}
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Measure attention kernels, forward and backward, or tune the block sizes of ours."""
-
-    shapes: str = ""
-    """Shapes to measure: BxLxHxD (batch, length, heads, head size) or BxLxSxHxKxD, separated by commas. Empty: small
-    shapes on a CPU, 16k tokens of width 2048 on an accelerator."""
-    bias: str = "none"
-    """Biases to measure, separated by commas: none, relative (T5, with the gradient of its table), alibi, dense."""
-    causal: bool = False
-    """Mask later keys."""
-    window: str = ""
-    """Attention window LEFT,RIGHT: numbers of keys visible before and after the query; an empty side has no limit."""
-    packed: str | None = None
-    """Pack rows with documents of simulated lengths: wikipedia (mean 261 tokens) or short (mean 131)."""
-    dropout: float = 0.0
-    """Dropout rate. Measures our backends only, since others generate different bits."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the inputs. auto: float32 on a CPU, else bfloat16."""
-    peers: str = "all"
-    """Other implementations to measure, separated by commas: all, none, or names (jax.nn, tokamax, splash, torch)."""
-    samples: int = 7
-    """Number of samples per time; the median is reported, with the shortest and the longest."""
-    sample_seconds: float = 0.0
-    """Minimum duration of a sample, in seconds; 0: 0.05 on a CPU, else 0.2."""
-    seed: int = 0
-    """Seed of the inputs and lengths."""
-    tune: bool = False
-    """Tune the block sizes of our kernels for these shapes instead, and write them to the table (see `tuning.py`)."""
-    chip: str | None = None
-    """With --tune, without the chip: the chip to compile for (h200, v5e, v5p, v6e); nothing is timed then."""
-    table: Path | None = None
-    """With --tune: the table to write. None: that of the package."""
-    out: Path = Path("bench")
-    """Folder to write the results to."""
-
-
-def main(config: BenchConfig) -> int:
+def main(config: AttentionBenchConfig) -> int:
     """Run `bestiary bench attention`; return the exit status: 0 done, 1 wrong results of ours, 2 bad arguments."""
     try:
         cases, names = plan(config)
@@ -125,7 +87,7 @@ def main(config: BenchConfig) -> int:
     return 1 if wrong else 0
 
 
-def plan(config: BenchConfig) -> tuple[list[Case], list[str]]:
+def plan(config: AttentionBenchConfig) -> tuple[list[Case], list[str]]:
     """Return the cases and the names of the contestants; raise a BenchError that names an invalid option."""
     on_cpu = jax.default_backend() == "cpu" and config.chip is None
     default = PACKED[not on_cpu] if config.packed else SMALL if on_cpu else LARGE
@@ -157,7 +119,7 @@ def plan(config: BenchConfig) -> tuple[list[Case], list[str]]:
     return cases, contestants(peers)
 
 
-def run(config: BenchConfig, cases: Sequence[Case], names: Sequence[str]) -> dict[str, Any]:
+def run(config: AttentionBenchConfig, cases: Sequence[Case], names: Sequence[str]) -> dict[str, Any]:
     """Measure; return the contents of the JSON file."""
     on_cpu = jax.default_backend() == "cpu"
     timing = {"samples": config.samples, "least_seconds": config.sample_seconds or (0.05 if on_cpu else 0.2)}

@@ -25,50 +25,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from matplotlib.figure import Figure
 
-from ..attention import attention
+from ..dispatch import attention
 from ..tuning import chip
 from .attention import command, png
 from .cases import BenchError
+from .config import LayersBenchConfig
 from .timing import METHOD, machine, table, time_jax, write, write_json
 
 HEAD = 64
 
 Layer = Callable[[Array, tuple[Array, ...]], Array]
 """A layer: a function from sequences [B, n, d] and the layer's weights to sequences of the same shape."""
-
-
-@dataclass(frozen=True)
-class LayersConfig:
-    """Measure self-attention, recurrent, convolutional and restricted self-attention layers by sequence length."""
-
-    lengths: str = "64,128,256,512,1024"
-    """Sequence lengths, in positions, separated by commas."""
-    tokens: int = 2048
-    """Positions per batch; the number of sequences follows from their length."""
-    width: int = 512
-    """Number of channels, d; a multiple of 64. The paper's base model has 512."""
-    kernel: int = 3
-    """Kernel width of the convolution, k, in positions."""
-    neighbourhood: int = 64
-    """Neighbourhood of restricted attention, r, in positions: half of them on each side."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype to compute in. auto: float32 on a CPU, else bfloat16."""
-    samples: int = 5
-    """Number of samples per time; the median is reported."""
-    sample_seconds: float = 0.05
-    """Minimum duration of a sample, in seconds."""
-    seed: int = 0
-    """Seed of the inputs and weights."""
-    out: Path = Path("bench")
-    """Folder to write the results to."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +93,7 @@ def convolve(rows: Array, weights: tuple[Array, ...]) -> Array:
     return lax.conv_general_dilated(rows, weights[0], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
 
-def layers(config: LayersConfig, dtype: str) -> list[tuple[Layer, tuple[Array, ...]]]:
+def layers(config: LayersBenchConfig, dtype: str) -> list[tuple[Layer, tuple[Array, ...]]]:
     """Return the layers in the order of `describe`, each with its weights."""
     keys = jax.random.split(jax.random.key(config.seed), 3)
 
@@ -135,7 +109,7 @@ def layers(config: LayersConfig, dtype: str) -> list[tuple[Layer, tuple[Array, .
     ]
 
 
-def main(config: LayersConfig) -> int:
+def main(config: LayersBenchConfig) -> int:
     """Run `bestiary bench layers`; return the exit status."""
     try:
         lengths = check(config)
@@ -154,7 +128,7 @@ def main(config: LayersConfig) -> int:
     return 0
 
 
-def check(config: LayersConfig) -> list[int]:
+def check(config: LayersBenchConfig) -> list[int]:
     """Return the lengths; raise a BenchError that names an invalid option."""
     parts = [part.strip() for part in config.lengths.split(",")]
     if not all(part.isdecimal() and int(part) > 1 for part in parts):
@@ -173,7 +147,7 @@ def check(config: LayersConfig) -> list[int]:
     return lengths
 
 
-def run(config: LayersConfig, lengths: Sequence[int]) -> dict[str, Any]:
+def run(config: LayersBenchConfig, lengths: Sequence[int]) -> dict[str, Any]:
     """Measure; return the contents of the JSON file."""
     name = chip() or "cpu"
     dtype = config.dtype if config.dtype != "auto" else "float32" if name == "cpu" else "bfloat16"

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..attention import attention
 from ..backends import BACKENDS
 from ..bias import dense_bias
+from ..dispatch import attention
 from .cases import Arrays, Case, bias_of
 from .timing import Seconds, time_jax
 

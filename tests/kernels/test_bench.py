@@ -226,7 +226,7 @@ def test_operations_of_layers_by_hand():
 
 
 def test_layers_compute_what_they_are_called():
-    config = layers_bench.LayersConfig(width=64, neighbourhood=2)
+    config = layers_bench.LayersBenchConfig(width=64, neighbourhood=2)
     rows = jax.random.normal(jax.random.key(1), (2, 5, 64))
     (attend, _), (recur, (inputs, state)), (convolve, (kernel,)), (near, _) = layers_bench.layers(config, "float32")
     hidden = jnp.zeros((2, 64))

@@ -12,19 +12,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from ..config import OptimConfig, ParallelConfig
+from ..config import OptimConfig
 from ..learner import count_parameters
 from ..loop import Stop
 from ..pretrain.config import PretrainConfig
@@ -35,44 +32,10 @@ from ..pretrain.objectives import make_objective, with_defaults
 from ..progress import Progress
 from ..run_folder import write_json
 from ..sharding import start_parallelism
+from .config import PretrainBenchConfig
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Measure pretraining steps on this machine. Only the figures are saved."""
-
-    corpus: tuple[str, ...] = ()
-    """As for `bestiary pretrain`."""
-    tokenizer: Path | None = None
-    """As for `bestiary pretrain`."""
-    cache: Path | None = None
-    """As for `bestiary pretrain`."""
-    model: str = "bert-mini"
-    """Size of the model."""
-    sequence_length: int = 512
-    """Length of a packed row, in tokens."""
-    rows: int = 8
-    """Rows per step, over all devices."""
-    steps: int = 60
-    """Number of steps; each is timed separately."""
-    skip: int = 5
-    """Number of initial steps to exclude from the timing."""
-    learning_rate: float = 5e-4
-    """Peak learning rate, constant after warmup."""
-    warmup: int = 20
-    """Warmup steps."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """As for `bestiary pretrain`."""
-    attention: str | None = None
-    """As for `bestiary pretrain`."""
-    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
-    seed: int = 0
-    """Seed of everything random."""
-    out: Path | None = None
-    """JSON file to write, in addition to printing it."""
-
-
-def main(config: BenchConfig) -> int:
+def main(config: PretrainBenchConfig) -> int:
     """Run `bestiary bench pretrain`; return the exit status."""
     progress = Progress()
     training = PretrainConfig(

@@ -12,21 +12,15 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
-import tyro
 
 from ...data.reading import read_lines
 from ...data.stream import training_batches
-from ..config import ParallelConfig
-from ..errors import RunError
-from ..generate.config import DecodeConfig
 from ..learner import count_parameters, on_host
 from ..progress import Progress
 from ..run_folder import write_json
@@ -34,63 +28,10 @@ from ..sharding import start_parallelism
 from ..translate.config import TranslateConfig
 from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
 from ..translate.translator import Translator, open_translator
+from .config import TranslateBenchConfig
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Measure training steps and decoding on this machine. Only the figures are saved."""
-
-    source: Path | None = None
-    """File of source sentences to train on."""
-    target: Path | None = None
-    """File of their translations."""
-    tokenizer: Path | None = None
-    """As for `bestiary translate train`."""
-    subwords: Literal["unigram", "bpe", "word-bpe"] = "unigram"
-    """As for `bestiary translate train`."""
-    vocab_size: int = 8000
-    """As for `bestiary translate train`."""
-    cache: Path | None = None
-    """As for `bestiary translate train`."""
-    preset: str = "transformer-tiny"
-    """As for `bestiary translate train`."""
-    dropout: float = 0.3
-    """As for `bestiary translate train`."""
-    row_tokens: int = 64
-    """As for `bestiary translate train`."""
-    batch_tokens: int = 4096
-    """As for `bestiary translate train`."""
-    steps: int = 60
-    """Number of steps; each is timed separately."""
-    skip: int = 5
-    """Number of initial steps to exclude from the timing."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """As for `bestiary translate train`."""
-    attention: str | None = None
-    """As for `bestiary translate train`."""
-    parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
-    model: Path | None = None
-    """Run folder or checkpoint folder of the model that translates --test, instead of the model trained here."""
-    test: Path | None = None
-    """File of sentences to translate."""
-    limit: int = 1000
-    """Number of lines of --test to translate."""
-    batch: int = 64
-    """Sentences per batch."""
-    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: DecodeConfig(beam=5, max_length=64)
-    )
-    out: Path | None = None
-    """JSON file to write, in addition to printing it."""
-
-    def __post_init__(self) -> None:
-        if self.source is None and (self.model is None or self.test is None):
-            raise RunError("Nothing to measure: give --source and --target, or --model and --test.")
-        if self.steps <= self.skip:
-            raise RunError(f"--steps {self.steps} leaves nothing to time after --skip {self.skip}.")
-
-
-def main(config: BenchConfig) -> int:
+def main(config: TranslateBenchConfig) -> int:
     """Run `bestiary bench translate`; return the exit status."""
     progress = Progress()
     result: dict[str, Any] = {"bench": "translate"}
@@ -116,7 +57,7 @@ def main(config: BenchConfig) -> int:
     return 0
 
 
-def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str, Any], Translator]:
+def measure_training(config: TranslateBenchConfig, progress: Progress) -> tuple[dict[str, Any], Translator]:
     """Train a new model; return the figures, and a translator with the model."""
     names = {field.name for field in dataclasses.fields(TranslateConfig)} & {
         field.name for field in dataclasses.fields(config)
@@ -165,7 +106,7 @@ def measure_training(config: BenchConfig, progress: Progress) -> tuple[dict[str,
     return figures, Translator(model, jax.device_put(params), data.tokenizer, config.decode, rows=config.batch)
 
 
-def measure_decoding(config: BenchConfig, translator: Translator, progress: Progress) -> dict[str, Any]:
+def measure_decoding(config: TranslateBenchConfig, translator: Translator, progress: Progress) -> dict[str, Any]:
     """Translate the test file; return the figures."""
     assert config.test is not None
     lines = list(read_lines(config.test, "utf-8"))[: config.limit]

@@ -54,14 +54,14 @@ class LoraError(ValueError):
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Of all adapters of a model."""
+    """Settings of all adapters of a model."""
 
     rank: int = 8
-    """Inner width of an adapter, r."""
+    """Rank of the adapters, r."""
     alpha: float = 16.0
-    """What an adapter gives is multiplied by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Dropout rate of the inputs of the adapters."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -73,7 +73,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What an adapter's product is multiplied by."""
+        """Factor of an adapter's product."""
         return self.alpha / self.rank
 
 
@@ -161,7 +161,7 @@ def _matches(pattern: str, path: tuple[str, ...], name: str) -> bool:
 
 
 def ends_with(name: str, pattern: str) -> bool:
-    """How peft compares an entry of a list of target_modules with a module's name."""
+    """Compare an entry of a list of target_modules with a module's name, as peft does."""
     return name == pattern or name.endswith(f".{pattern}")
 
 

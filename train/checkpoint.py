@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one atomic step of everything that the next step depends on (Orbax), known to be whole.
+"""Checkpoints of a run: one atomic, verified save of everything that the next step depends on (Orbax).
 
     checkpoints/120/            Orbax: `state` (arrays) and `progress` (JSON: data iterator, metrics window)
     checkpoints/120.json        the manifest, written last: size and CRC-32 of every file of the step
@@ -32,7 +32,7 @@ CHUNK = 1 << 22
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read back."""
+    """A restored checkpoint."""
 
     state: Any
     step: int
@@ -40,11 +40,11 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run folder.
+    """Checkpoints of one run folder.
 
     Args:
-        folder: where they are; made if it is missing.
-        keep: number of newest checkpoints that stay; at least 2 guard against a damaged newest.
+        folder: folder of the checkpoints, created if missing.
+        keep: number of most recent checkpoints to keep; at least 2, in case the newest is damaged.
         report: called with a line for the user.
     """
 
@@ -62,17 +62,17 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 step_format_fixed_length=None,
-                # On a CPU the arrays' memory is the host's own and the next step reuses it: a save must end before.
+                # On a CPU, the next step reuses the memory of the arrays, so a save must finish first.
                 enable_async_checkpointing=jax.default_backend() != "cpu",
             ),
         )
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, ascending."""
+        """Return the steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, extra_state: dict[str, Any]) -> None:
-        """Save; on an accelerator the writing goes on in the background."""
+        """Save; on an accelerator, writing continues in the background."""
         self.finish()
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(extra_state))
@@ -81,7 +81,7 @@ class Checkpoints:
         self.poll()
 
     def poll(self) -> None:
-        """Write the manifest of a save that has ended; cheap, called every step."""
+        """Write the manifest of a save that has finished; cheap enough to call at every step."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.finish()
 
@@ -99,19 +99,19 @@ class Checkpoints:
         self._pending = None
 
     def restore(self, abstract: Any) -> Restored | None:
-        """The newest whole checkpoint, or None.
+        """Restore the newest complete checkpoint, or return None if there is none.
 
         Args:
             abstract: shapes, dtypes and shardings of the state; the devices may differ from those that saved it.
 
         Raises:
-            RunError: the checkpoint holds other arrays: another model's or another optimiser's.
+            RunError: the checkpoint holds the arrays of another model or optimiser.
         """
         steps = self.steps()
         return _read(self._manager, steps[-1], abstract) if steps else None
 
     def close(self) -> None:
-        """Finish and let go."""
+        """Finish saving and release the checkpoint manager."""
         self.finish()
         self._manager.close()
 
@@ -124,17 +124,17 @@ class Checkpoints:
                     shutil.rmtree(target, ignore_errors=True)
                     path.rename(target)
                     (self.folder / f"{path.name}.json").unlink(missing_ok=True)
-                    self._report(f"Checkpoint {path} is not whole: {why}. It was set aside as {target.name}.")
+                    self._report(f"Checkpoint {path} is damaged: {why}. It was moved to {target.name}.")
 
 
 def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> Restored:
-    """Read a named checkpoint: a run folder, its `checkpoints` folder (newest whole step) or one step's folder.
+    """Restore a named checkpoint: a run folder, its `checkpoints` folder (newest complete step) or one step's folder.
 
     Nothing in the folder is changed.
 
     Raises:
-        FileNotFoundError: no whole checkpoint is there.
-        RunError: it holds other arrays: another model's or another optimiser's.
+        FileNotFoundError: there is no complete checkpoint.
+        RunError: it holds the arrays of another model or optimiser.
     """
     folder = folder.absolute()
     if folder.name.isdigit():
@@ -146,14 +146,14 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
     for step in candidates:
         why = damage(folder, step)
         if why:
-            report(f"Checkpoint {folder / str(step)} is not whole: {why}. Trying the one before it.")
+            report(f"Checkpoint {folder / str(step)} is damaged: {why}. Trying the previous one.")
             continue
         with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
             return _read(manager, step, abstract)
-    raise FileNotFoundError(f"{folder}: no whole checkpoint is there to resume from.")
+    raise FileNotFoundError(f"{folder}: no complete checkpoint to resume from.")
 
 
-# What Orbax says of arrays, or of a tree of them, that are not those asked for.
+# Orbax's messages for arrays, or trees of them, that differ from those asked for.
 OTHER_ARRAYS = ("Structure mismatch", "structures do not match", "not compatible with the stored")
 
 
@@ -165,8 +165,8 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
         if not any(said in str(error) for said in OTHER_ARRAYS):
             raise
         raise RunError(
-            f"{manager.directory}, step {step}: these are the arrays of another model or optimiser. Give the options "
-            "that they were saved with, or start a new run from the weights alone."
+            f"{manager.directory}, step {step}: the arrays belong to another model or optimiser. Give the options they "
+            "were saved with, or start a new run from the weights alone."
         ) from error
     return Restored(found.state, step, found.progress)
 
@@ -184,18 +184,18 @@ def read_params(path: Path) -> Any:
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Record size and CRC-32 of every file of a step, atomically."""
+    """Write size and CRC-32 of every file of a step, atomically."""
     files = {name: list(_measure(folder / str(step) / name)) for name in _files(folder / str(step))}
     write_json(folder / f"{step}.json", files)
 
 
 def damage(folder: Path, step: int) -> str | None:
-    """Why a step is not whole, or None."""
+    """Return why a step is incomplete or damaged, or None."""
     manifest = folder / f"{step}.json"
     try:
         expected = json.loads(manifest.read_text())
     except FileNotFoundError:
-        return "it has no manifest, so it was cut short"
+        return "it has no manifest, so the save was interrupted"
     except ValueError:
         return f"its manifest {manifest.name} cannot be read"
     present = set(_files(folder / str(step)))
@@ -211,7 +211,7 @@ def damage(folder: Path, step: int) -> str | None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise OSError (ENOSPC) before the work starts if `needed` bytes of checkpoints cannot fit beside `folder`."""
+    """Raise OSError (ENOSPC) before the work starts if `needed` bytes of checkpoints do not fit on `folder`'s disk."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

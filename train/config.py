@@ -13,7 +13,7 @@ class OptimConfig:
     """The optimiser and the learning-rate schedule."""
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2017), or LAMB (You et al. 2019) for batches of thousands of rows."""
+    """Optimiser: AdamW (Loshchilov and Hutter 2017), or LAMB (You et al. 2019) for batches of thousands of rows."""
     learning_rate: float = 1e-4
     """Peak learning rate, reached at the end of the warmup."""
     warmup: float = 0.01
@@ -27,9 +27,9 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment."""
     epsilon: float = 1e-6
     """Added to the square root of the second moment."""
     clip_norm: float = 1.0
@@ -51,9 +51,9 @@ class LoopConfig:
     """How often a run logs, evaluates and saves."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl, each the mean over those steps."""
+    """Steps between lines of metrics.jsonl; each line is the mean over these steps."""
     evaluate_every: int = 0
-    """Steps between evaluations on held-out data; 0: at the end only."""
+    """Steps between evaluations on held-out data; 0: only at the end."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2

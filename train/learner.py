@@ -36,7 +36,7 @@ class TrainState:
 
 
 class Learner(NamedTuple):
-    """How a tree of parameters is trained. Parameters that do not train have neither gradients nor optimiser state."""
+    """How to train a tree of parameters. Frozen parameters have neither gradients nor optimiser state."""
 
     transform: optax.GradientTransformation
     rate: optax.Schedule
@@ -81,7 +81,7 @@ def make_learner(
     specs = logical_specs(boxed)
     mask = _along(specs, trains or (lambda _: True))
     if not any(jax.tree.leaves(mask)):
-        raise RunError("Nothing trains: every parameter is frozen.")
+        raise RunError("Nothing to train: every parameter is frozen.")
     trained_specs = _split(specs, mask)[0]
     stacked = jax.tree.map(lambda spec: spec[:1] == ("layers",), trained_specs)
     factors = None if scales is None else _along(trained_specs, scales)
@@ -203,14 +203,14 @@ def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
 
 
 def compute_dtype(asked: str) -> str:
-    """What --dtype stands for: auto is bfloat16 on an accelerator, float32 on a CPU."""
+    """Resolve --dtype: auto is bfloat16 on an accelerator, float32 on a CPU."""
     if asked != "auto":
         return asked
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def describe_dtype(dtype: str) -> str:
-    """What is computed in, with a warning where that is the slower choice."""
+    """Describe the compute dtype, with a warning if it is the slower choice."""
     slow = dtype == "bfloat16" and jax.default_backend() == "cpu" and lacks_bfloat16()
     return f"{dtype} (slower than float32 here: this CPU has no instructions for it)" if slow else dtype
 

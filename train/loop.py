@@ -185,7 +185,7 @@ class _Counters:
         return self._window_seconds / self._window_steps if self._window_steps else None
 
     def state(self) -> dict[str, Any]:
-        """What goes into the checkpoint, as JSON."""
+        """Return the state to save in a checkpoint, as JSON."""
         return {"totals": self.totals, "timed": self.timed, "seconds": self.seconds}
 
 
@@ -214,7 +214,7 @@ class _EarlyStopping:
         return self._best is not None and 0 < self._best.patience <= self._since
 
     def state(self) -> dict[str, Any]:
-        """What goes into the checkpoint, as JSON."""
+        """Return the state to save in a checkpoint, as JSON."""
         return {"best": self.at, "since_best": self._since}
 
 
@@ -291,7 +291,7 @@ class Loop:
                 return self._fitted(step, stop.signal)
             if ended:
                 since = self._early_stopping.at[0] if self._early_stopping.at else 0
-                self._say(step, f"no better evaluation since step {since}: ended early")
+                self._say(step, f"no improvement since step {since}: early stopping")
                 return self._fitted(step, None)
         return self._fitted(training.steps, None)
 

@@ -28,7 +28,7 @@ class Meter:
         return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
 
     def state(self) -> dict[str, list[float]]:
-        """What a new Meter needs to go on."""
+        """Return the state from which a new Meter can continue."""
         return {name: list(pair) for name, pair in self._sums.items()}
 
     def reset(self) -> None:

@@ -97,13 +97,13 @@ class Run:
                 state, start, extra_state = self._new_state(training), 0, None
             else:
                 state, start, extra_state = restored
-                self.progress.line(f"going on from step {start}")
+                self.progress.line(f"resuming from step {start}")
             self.folder.rewind(start)
             if extra_state is not None:
                 training.batches.set_state(extra_state["batches"])
             fitted = Loop(self, training, checkpoints, state=state, start=start, extra_state=extra_state).run()
         if fitted.stopped is not None:
-            self.progress.line(f"stopped and saved at step {fitted.step}; the same command goes on from here")
+            self.progress.line(f"stopped and saved at step {fitted.step}; give the same command again to resume")
         return fitted
 
     def _named_checkpoint(self, steps: int, abstract: Any) -> Restored | None:

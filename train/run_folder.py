@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, model/.
+"""The run folder: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, model/.
 
 `metrics.jsonl` holds only what the seed decides (no speeds, no times), so a resumed run's file equals the uninterrupted
 one's. Speeds are shown while the run goes, and are in TensorBoard and results.json.
@@ -66,8 +66,8 @@ class RunFolder:
         if changed:
             lines = "".join(f"\n  {key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in changed)
             raise RunError(
-                f"{self.folder} holds a run of another configuration:{lines}\n"
-                "Choose another --out, or give the same settings to go on with that run."
+                f"{self.folder} holds a run with another configuration:{lines}\n"
+                "Choose another --out, or give the same settings to resume that run."
             )
 
     @property

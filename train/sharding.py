@@ -46,7 +46,7 @@ RULES: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Replicas:
-    """What a step says where replicas differ. Under jit over a mesh there is one: the compiler does the rest."""
+    """The replicas of a step. Under jit over a mesh there is only one: the compiler does the rest."""
 
     axis: str | None = None  # name of the pmap axis
 
@@ -93,7 +93,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != devices:
         raise RunError(
             f"--mesh {text} needs {' x '.join(str(size) for size in sizes.values())} devices, but {devices} "
-            f"{'is' if devices == 1 else 'are'} there. Let the sizes multiply to {devices}, or use -1 for one axis."
+            f"{'was' if devices == 1 else 'were'} found. Their product must be {devices}; -1 for one axis makes it so."
         )
     return sizes
 
@@ -141,7 +141,7 @@ class Parallelism:
 
     @property
     def divisor(self) -> int:
-        """What the number of a batch's rows must be a multiple of."""
+        """Number of which the rows of a batch must be a multiple."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def share(self, rows: int) -> tuple[int, int]:
@@ -244,7 +244,7 @@ def start_parallelism(config: ParallelConfig) -> Parallelism:
     sizes = parse_mesh(config.mesh, jax.device_count())
     if sizes["data"] != jax.device_count():
         raise RunError(
-            f"--parallel pmap holds whole replicas: --mesh {config.mesh} must put all devices on the data axis."
+            f"--parallel pmap uses whole replicas: --mesh {config.mesh} must put all devices on the data axis."
         )
     return PmapParallelism()
 

@@ -86,7 +86,7 @@ def test_all_of_it_trains_unless_something_else_is_asked_for():
     ("settings", "said"),
     [
         ({"lora_rank": -1}, "--lora-rank is -1"),
-        ({"lora_rank": 2, "bitfit": True}, "exclude each other"),
+        ({"lora_rank": 2, "bitfit": True}, "mutually exclusive"),
         ({"lora_rank": 2, "lora_dropout": 1.5}, "dropout is 1.5"),
     ],
 )

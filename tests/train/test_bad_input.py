@@ -73,7 +73,7 @@ def test_a_length_beyond_the_positions(refused):
 
 
 def test_a_mesh_that_does_not_divide_the_devices(refused):
-    assert "--mesh data=3 needs 3 x 1 x 1 devices, but 8 are there" in refused("--mesh", "data=3")
+    assert "--mesh data=3 needs 3 x 1 x 1 devices, but 8 were found" in refused("--mesh", "data=3")
 
 
 def test_a_mesh_that_does_not_divide_the_batch(refused):
@@ -93,7 +93,7 @@ def test_a_batch_that_is_no_multiple_of_the_length(refused):
         (["--mask-rate", "0"], "--mask-rate is 0.0"),
         (["--dropout", "1"], "--dropout is 1.0"),
         (["--warmup", "100"], "The warm-up takes 100 steps, but the phase has 24"),
-        (["--phases", "32:10", "64:5"], "leave --sequence-length and --steps out"),
+        (["--phases", "32:10", "64:5"], "leave out --sequence-length and --steps"),
         (["--log-every", "0"], "--log-every is 0; it must be at least 1."),
         (["--process", "1"], "need --coordinator, --processes and --process together"),
         (["--parallel", "pmap", "--mesh", "data=4,tensor=2"], "must put all devices on the data axis"),

@@ -67,7 +67,7 @@ def test_only_what_trains_has_state_and_moves():
     after, _ = step_of(learner)(before, jax.tree.map(jnp.asarray, batch_of(0)), Replicas())
     np.testing.assert_array_equal(after.params["kernel"], before.params["kernel"])
     assert (after.params["bias"] != before.params["bias"]).all()
-    with pytest.raises(RunError, match="Nothing trains"):
+    with pytest.raises(RunError, match="Nothing to train"):
         learner_of(trains=lambda names: False)
 
 
@@ -162,7 +162,7 @@ def test_best_is_remembered_over_a_restart(tmp_path):
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     whole = run_once(tmp_path / "run", [1.0] * STEPS, [], patience=0)
     other = whole.state.replace(opt_state=(whole.state.opt_state, {"running_mean": whole.state.params}))
-    with pytest.raises(RunError, match=r"step 8: these are the arrays of another model or optimiser"):
+    with pytest.raises(RunError, match=r"step 8: the arrays belong to another model or optimiser"):
         restore_from(tmp_path / "run", jax.eval_shape(lambda: other), print)
 
 

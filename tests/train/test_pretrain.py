@@ -49,7 +49,7 @@ def test_resuming_from_a_named_checkpoint_goes_on_as_that_run_would(workshop, un
     step = sorted(int(path.stem) for path in (uninterrupted / "checkpoints").glob("*.json"))[0]
     out = workshop.folder / "resumed-elsewhere"
     said = workshop.pretrain(out, "--resume-from", str(uninterrupted / "checkpoints" / str(step)))
-    assert f"going on from step {step}" in said
+    assert f"resuming from step {step}" in said
     found = (out / "model" / "model.safetensors").read_bytes()
     assert found == (uninterrupted / "model" / "model.safetensors").read_bytes()
     assert metrics(out) == [record for record in metrics(uninterrupted) if record["step"] > step]

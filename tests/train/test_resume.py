@@ -32,7 +32,7 @@ def test_killed_at_several_moments(workshop, uninterrupted):
     for step in (4, 8, 16):
         status, _ = start_and_send(workshop, out, signal.SIGKILL, after_step=step)
         assert status == -signal.SIGKILL
-    assert "going on from step" in workshop.pretrain(out)
+    assert "resuming from step" in workshop.pretrain(out)
     assert_same_run(out, uninterrupted)
 
 
@@ -70,6 +70,6 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(worksho
     else:
         (out / "checkpoints" / f"{steps[-1]}.json").unlink()
     said = workshop.pretrain(out)
-    assert f"checkpoints/{steps[-1]} is not whole" in said
-    assert f"going on from step {steps[-2]}" in said
+    assert f"checkpoints/{steps[-1]} is damaged" in said
+    assert f"resuming from step {steps[-2]}" in said
     assert_same_run(out, uninterrupted)

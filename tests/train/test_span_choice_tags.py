@@ -142,7 +142,7 @@ def test_an_answer_beyond_the_windows_is_refused_before_training(encoder, tmp_pa
         "--out", str(tmp_path / "run"), "--steps", "1", *FAST, *WINDOWS,
     )  # fmt: skip
     said = refused(capsys, *command)
-    assert "1 of 1 questions to train on have an answer that no window holds" in said
+    assert "1 of 1 training questions have an answer that no window contains" in said
     assert 'question "long"' in said
     assert not (tmp_path / "run").exists()
 

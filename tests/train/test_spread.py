@@ -62,7 +62,7 @@ def test_two_processes_of_four_devices(workshop, uninterrupted, parallel):
     assert [one.returncode for one in both] == [0, 0], said
     assert "stopped and saved at step" in said[0]
     assert "step" not in said[1]  # only process 0 speaks
-    assert "going on from step" in workshop.pretrain(out)
+    assert "resuming from step" in workshop.pretrain(out)
     assert_same_losses(out, uninterrupted)
 
 
@@ -80,7 +80,7 @@ def test_mesh_sizes():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data=3", "needs 3 x 1 x 1 devices, but 8 are there"),
+        ("data=3", "needs 3 x 1 x 1 devices, but 8 were found"),
         ("data=3,fsdp=-1", "needs 3 x -1 x 1 devices"),
         ("rows=8", "found 'rows=8'"),
         ("data=0", "found 'data=0'"),

@@ -1,4 +1,4 @@
-"""Vectors of sentences, or of their tokens, from a pretrained encoder.
+"""Compute vectors of sentences or tokens with a pretrained encoder.
 
 bestiary embed --model FOLDER < sentences.txt > vectors.npy
 bestiary embed --model FOLDER --layers -1,-2 --combine concat --pooling mean --normalize --input a.txt.gz --out a.npy
@@ -26,7 +26,7 @@ from .extract import Extractor, windows
 
 
 class ArrayFile:
-    """An array that grows along its first axis, on disk, in NumPy's .npy format. `file` can be sought in and read."""
+    """An array on disk in NumPy's .npy format that grows along its first axis. `file` must be readable and seekable."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -48,7 +48,7 @@ class ArrayFile:
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def finish(self) -> IO[bytes]:
-        """Write the final shape; the file, at its beginning."""
+        """Write the final shape; return the file, rewound to its beginning."""
         self._file.seek(0)
         self._write_header()
         self._file.seek(0)
@@ -56,10 +56,10 @@ class ArrayFile:
 
 
 def lines_of(path: Path | None) -> Iterator[str]:
-    """The lines of a file or of standard input.
+    """Yield the lines of a file or of standard input.
 
     Raises:
-        DataError: bytes that are not UTF-8, with the line.
+        DataError: bytes are not UTF-8; the message names the line.
     """
     if path is not None:
         if not path.is_file():
@@ -76,7 +76,7 @@ def lines_of(path: Path | None) -> Iterator[str]:
 
 @contextmanager
 def _target(path: Path | None) -> Iterator[IO[bytes]]:
-    """Where the result goes: a file appears whole or not at all."""
+    """Open the output; a file is written completely or not at all."""
     if path is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -86,12 +86,12 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
 
 
 def main(config: EmbedConfig) -> int:
-    """`bestiary embed`; returns the exit status."""
+    """Run `bestiary embed`; return the exit status."""
     progress = Progress()
     lines = lines_of(config.input)
-    first = next(lines, None)  # nothing to read is said before the model is loaded
+    first = next(lines, None)  # report empty input before loading the model
     if first is None:
-        raise DataError(f"{config.input or 'standard input'}: empty. Expected a text a line.")
+        raise DataError(f"{config.input or 'standard input'}: empty. Expected one text per line.")
     extract = Extractor(config)
     tokens_too = not extract.settings.pooling
     started, done = time.perf_counter(), 0
@@ -119,7 +119,7 @@ def main(config: EmbedConfig) -> int:
             else:
                 shutil.copyfileobj(arrays["vectors"].finish(), target, 1 << 20)
     seconds = time.perf_counter() - started
-    cut = f", {extract.truncated:,} tokens cut off (--max-length)" if extract.truncated else ""
+    cut = f", {extract.truncated:,} tokens truncated (--max-length)" if extract.truncated else ""
     progress.line(f"{done:,} texts, {tokens:,} tokens{cut}, {done / seconds:,.0f} texts/s")
     return 0
 

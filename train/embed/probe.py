@@ -1,11 +1,11 @@
-"""Train a cheap head on features that a pretrained encoder gives once: what do its layers know of a task?
+"""Probe a pretrained encoder: train a cheap head on its features, which are computed once.
 
     bestiary probe --task mrpc --data glue/MRPC --model FOLDER --out runs/probe-mrpc
     bestiary probe --task cola --data glue/CoLA --model FOLDER --layers all --mix --out runs/probe-cola
     bestiary probe --data reviews.csv --text review --label stars --model FOLDER --out runs/probe-stars
 
-The features lie in the cache under a name made of all that decides them (weights, tokenizer, settings, texts), so that
-a second probe of them reads a file. The head is scikit-learn's logistic regression, or ridge regression for numbers, on
+The features are cached under a fingerprint of everything that determines them (weights, tokenizer, settings, texts), so
+that a second probe reads a file. The head is scikit-learn's logistic regression, or ridge regression for numbers, on
 standardised features.
 """
 
@@ -39,21 +39,21 @@ from .config import FeatureConfig, ProbeConfig
 from .extract import Extractor, Settings, windows
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""Inverse regularisation strengths that are tried for a classifier (scikit-learn's C)."""
+"""Inverse regularisation strengths to try for a classifier (scikit-learn's C)."""
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
-"""Penalties that are tried for ridge regression (scikit-learn's alpha)."""
+"""Penalties to try for ridge regression (scikit-learn's alpha)."""
 TRIED_EXAMPLES = 4000
-"""Training examples that a classifier's strength is chosen on, at most."""
+"""Maximum number of training examples for choosing a classifier's regularisation strength."""
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
 def read_data(config: ProbeConfig) -> tuple[TextTask, TaskData]:
-    """The task and its examples.
+    """Read the task and its examples.
 
     Raises:
-        DataError: with file and line.
+        DataError: the data is invalid; with file and line.
     """
     length = 1  # a task's own encoding is not used
     if config.task is not None:
@@ -85,14 +85,14 @@ def read_data(config: ProbeConfig) -> tuple[TextTask, TaskData]:
 
 
 class FeatureStore:
-    """Features of texts, computed once and kept as files."""
+    """Features of texts, computed once and stored as files."""
 
     def __init__(self, extract: Extractor, folder: Path, progress: Progress):
         self._extract, self._folder, self._progress = extract, folder, progress
-        self.truncated = 0  # tokens cut off, of all texts so far
+        self.truncated = 0  # truncated tokens of all texts so far
 
     def __call__(self, name: str, texts: Sequence[str], seconds: Sequence[str] | None = None) -> np.ndarray:
-        """[n, ...] float32 of n texts, or of pairs that are read together; `name` is for people."""
+        """Return features [n, ...] float32 of n texts, or of pairs encoded together; `name` is for messages."""
         key = json.dumps([self._extract.fingerprint, list(texts), None if seconds is None else list(seconds)])
         path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
         if path.is_file():
@@ -120,7 +120,7 @@ class FeatureStore:
 
 
 def features_of(store: FeatureStore, name: str, examples: Sequence[TextExample], together: bool) -> list[np.ndarray]:
-    """[n, ...] of the examples' texts: one array, or two of pairs that are read apart."""
+    """Return features [n, ...] of the examples' texts: one array, or two for pairs that are encoded separately."""
     first = [example.first for example in examples]
     if examples[0].second is None:
         return [store(name, first)]
@@ -131,7 +131,7 @@ def features_of(store: FeatureStore, name: str, examples: Sequence[TextExample],
 
 
 def joined(vectors: Sequence[Any]) -> Any:
-    """The vectors u of texts, or |u - v| and u · v of pairs, side by side: [n, E] each -> [n, E] or [n, 2 E]."""
+    """Return the vectors u of texts, or |u - v| and u · v of pairs, concatenated: [n, E] each -> [n, E] or [n, 2 E]."""
     if len(vectors) == 1:
         return vectors[0]
     u, v = vectors
@@ -142,30 +142,30 @@ def joined(vectors: Sequence[Any]) -> Any:
 
 
 class Mix(NamedTuple):
-    """How much of each layer is taken."""
+    """Weights of a sum of layers."""
 
     weights: np.ndarray  # [K], before the softmax
     gamma: float
 
     def __call__(self, vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """[n, K, E] each -> [n, E] each."""
+        """Mix the layers: [n, K, E] each -> [n, E] each."""
         weights, gamma = jnp.asarray(self.weights, jnp.float32), jnp.float32(self.gamma)
         return [np.asarray(mix(jnp.asarray(array), weights, gamma)) for array in vectors]
 
     @property
     def shares(self) -> list[float]:
-        """Of each layer, which add up to 1."""
+        """Return the normalised weight of each layer; they add up to 1."""
         return softmax(self.weights).tolist()
 
 
 def learn_mix(vectors: Sequence[np.ndarray], targets: np.ndarray, classes: int | None, steps: int = 200) -> Mix:
-    """Fit a linear head together with the mix of layers, by L-BFGS on all examples (at a weak penalty of the head).
+    """Fit a linear head together with the mix of layers, by L-BFGS on all examples (with a weak penalty on the head).
 
     Args:
-        vectors: [n, K, E] of the texts, or two of pairs.
-        targets: [n] classes, or numbers.
-        classes: their number; None for regression.
-        steps: of the optimiser, at most.
+        vectors: [n, K, E] of the texts, or two such arrays for pairs.
+        targets: [n] classes or numbers.
+        classes: number of classes; None for regression.
+        steps: maximum number of optimiser steps.
     """
     from scipy.optimize import minimize
 
@@ -212,20 +212,20 @@ class Head(NamedTuple):
     strength: float  # inverse strength of its regularisation
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """[n, E] -> [n, C] logits, or values."""
+        """Compute logits or values [n, C] from features [n, E]."""
         return ((inputs - self.centre) / self.spread) @ self.kernel + self.bias
 
 
 def fit_head(inputs: np.ndarray, targets: np.ndarray, classes: int | None, strength: float | None, seed: int) -> Head:
-    """Ridge regression, or logistic regression over `classes` classes.
+    """Fit ridge regression, or logistic regression over `classes` classes.
 
     Args:
         inputs: [n, E].
         targets: [n].
-        classes: number of classes; those that no example has get a logit of -inf. None for regression.
-        strength: inverse strength of the regularisation (C, or 1 / alpha); None for cross-validation: leave-one-out for
-            ridge regression, three folds of at most `TRIED_EXAMPLES` for logistic regression.
-        seed: of the examples that are tried.
+        classes: number of classes; classes without examples get a logit of -inf. None for regression.
+        strength: inverse regularisation strength (C, or 1 / alpha); None for cross-validation: leave-one-out for ridge
+            regression, three folds of at most `TRIED_EXAMPLES` examples for logistic regression.
+        seed: seed of the sample for cross-validation.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -256,7 +256,7 @@ def fit_head(inputs: np.ndarray, targets: np.ndarray, classes: int | None, stren
     kernel = np.zeros((inputs.shape[1], classes))
     bias = np.full(classes, -np.inf)
     seen = logistic.classes_
-    if len(seen) == 2:  # scikit-learn has one function for two classes: the second against the first
+    if len(seen) == 2:  # for two classes scikit-learn has one decision function: the second class against the first
         kernel[:, seen[1]], bias[seen[0]], bias[seen[1]] = logistic.coef_[0], 0.0, logistic.intercept_[0]
     else:
         kernel[:, seen], bias[seen] = logistic.coef_.T, logistic.intercept_
@@ -274,7 +274,7 @@ def main(config: ProbeConfig) -> int:
     task, data = read_data(config)
     targets = np.array([example.label for example in data.train])
     if task.labels is not None and len(np.unique(targets)) < 2:
-        raise DataError(f"{config.data}: all training examples have one label; there is nothing to tell apart.")
+        raise DataError(f"{config.data}: all training examples have the same label; there is nothing to learn.")
     wanted = config.features
     if config.mix and wanted.layers == FeatureConfig.layers:
         wanted = dataclasses.replace(wanted, layers="all")
@@ -293,7 +293,7 @@ def main(config: ProbeConfig) -> int:
     progress.line(f"fitting a head to {len(targets):,} examples of {inputs['train'].shape[1]:,} features")
     head = fit_head(inputs["train"], targets, classes, config.strength, config.seed)
     metrics: dict[str, Any] = {}
-    unused = pack_features([], [])  # a task's own encoding, which its metrics do not look at
+    unused = pack_features([], [])  # the task's own encoding, which its metrics ignore
     for name, examples in splits.items():
         kept = Kept(segment={"logits": head(inputs[name])})
         if name in ("train", *data.evaluation):
@@ -321,7 +321,7 @@ def results(
     metrics: Mapping[str, Any],
     inputs: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """The content of results.json."""
+    """Return the content of results.json."""
     return {
         "task": config.task or "classification",
         "model": str(config.features.model),

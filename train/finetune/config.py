@@ -1,4 +1,4 @@
-"""What all tasks are fine-tuned with. No JAX here: `--help` is to be quick."""
+"""Settings shared by all fine-tuning tasks. Does not import JAX, so that `--help` is fast."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..config import LoopConfig, OptimConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """What is trained of a model, if not all of it."""
+    """Which parameters of a model to train, if not all."""
 
     lora_rank: int = 0
     """LoRA: rank of the adapters; the model's own weights are frozen. 0: no adapters."""
@@ -25,20 +25,20 @@ class AdaptConfig:
     lora_dropout: float = 0.0
     """LoRA: dropout rate of an adapter's inputs."""
     lora_targets: tuple[str, ...] = ("query", "value")
-    """LoRA: which linear maps: query, key, value, output, attention, feed-forward, all-linear, the end of a name in the
-    checkpoint (as peft's target_modules), or a regular expression for such a name."""
+    """LoRA: linear layers to adapt: query, key, value, output, attention, feed-forward, all-linear, the end of a name
+    in the checkpoint (as in peft's target_modules), or a regular expression for such a name."""
     bitfit: bool = False
-    """BitFit: train the biases (and the head) alone."""
+    """BitFit: train only the biases and the head."""
 
     def __post_init__(self) -> None:
         check_setting(self, "lora_rank", least=0)
         if self.lora_rank and self.bitfit:
-            raise RunError("--lora-rank and --bitfit exclude each other.")
+            raise RunError("--lora-rank and --bitfit are mutually exclusive.")
         if self.lora_rank:
             self.lora()
 
     def lora(self) -> "LoraConfig":
-        """The adapters' settings; `LoraError` says what is wrong with them."""
+        """Return the settings of the adapters; raise LoraError if they are invalid."""
         from ...models.lora import LoraConfig
 
         return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)
@@ -46,11 +46,11 @@ class AdaptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """What all tasks are fine-tuned with."""
+    """Settings shared by all fine-tuning tasks."""
 
     model: Path
-    """Checkpoint folder to start from (config.json, model.safetensors, tokenizer files); with another head than the
-    task's, its encoder is taken."""
+    """Checkpoint folder to start from (config.json, model.safetensors, tokenizer files). If it has another head than
+    the task needs, only its encoder is used."""
     epochs: float = 3.0
     """Number of passes over the training examples."""
     steps: int = 0
@@ -58,24 +58,26 @@ class FinetuneConfig:
     batch_size: int = 32
     """Examples per update."""
     accumulate: int = 1
-    """Gradient accumulation: number of micro-batches that a batch is computed in, to save memory."""
+    """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory."""
     max_length: int = 128
-    """Maximum number of tokens per example; longer ones are truncated."""
+    """Maximum length of an example, in tokens, special tokens included; longer examples are truncated. Short examples
+    are packed into shared rows."""
     train_examples: int = 0
     """Number of training examples to sample; 0: all."""
     seed: int = 0
-    """Random seed of the new head, the order of the examples and dropout."""
+    """Seed of the new head, the order of the examples and dropout."""
     dropout: float | None = None
-    """Dropout rate of hidden values and of attention probabilities. None: what the checkpoint says."""
+    """Dropout rate of hidden states and attention probabilities. None: that of the checkpoint."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; parameters are always float32. auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Data type of the computation; parameters are always float32. auto: bfloat16 on an accelerator, float32 on a
+    CPU."""
     remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    """Recompute each layer in the backward pass: less memory, about a third more computation."""
     scan_layers: bool | None = None
-    """Compile one layer and loop over it; off writes all layers out: same numbers and faster steps, longer compilation.
-    None: models of up to 8 layers are written out."""
+    """Compile one layer and loop over it. Off: unroll the layers, with the same results and faster steps, but longer
+    compilation. None: unroll models of up to 8 layers."""
     attention: str | None = None
-    """Backend of the attention kernel; None takes the fastest that supports the call."""
+    """Attention backend. None: the fastest that supports the call."""
     freeze_layers: int = 0
     """Freeze the embeddings and the lowest N layers; 0: nothing is frozen."""
     layer_decay: float = 1.0
@@ -86,16 +88,17 @@ class FinetuneConfig:
     )
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     evaluate_epochs: float = 1.0
-    """Epochs between evaluations, where --evaluate-every is 0."""
+    """Epochs between evaluations, if --evaluate-every is 0."""
     patience: int = 0
     """Early stopping: end after this many evaluations in turn that are no better than the best; 0: never."""
     select: Literal["last", "best"] | None = None
     """Which checkpoint to export: the last, or that of the best evaluation. None: best with --patience, else last."""
 
     out: Path
-    """Run folder. A run that was stopped goes on when the same command is given again."""
+    """Run folder. To resume a run that was stopped, give the same command again."""
     resume_from: Path | None = None
-    """Run folder, or one step of its checkpoints, that a new run goes on from, with optimiser and data position."""
+    """Run folder, or one step of its checkpoints, from which a new run continues, with optimiser state and data
+    position."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -20,11 +20,11 @@ class EvaluateConfig:
     run: tyro.conf.Positional[Path]
     """Folder of a finished fine-tuning run."""
     data: Path
-    """The examples, in the format that the run's task reads: a file, or a folder with the split's file."""
+    """The examples, in the format of the run's task: a file, or a folder with a file for --split."""
     split: str = "dev"
-    """Which split of a folder."""
+    """Split of a folder to evaluate."""
     out: Path | None = None
-    """Folder for the metrics and for the predictions in the benchmark's format."""
+    """Folder for the metrics, and for the predictions in the benchmark's format."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
 

@@ -100,7 +100,7 @@ def encode_data(
         cut = f", {features.truncated:,} tokens cut off" if features.truncated else ""
         note = f", {features.note}" if features.note else ""
         progress.line(
-            f"{name}: {len(examples):,} examples, {len(features.input_ids):,} tokens in {features.count:,} pieces of "
+            f"{name}: {len(examples):,} examples, {len(features.input_ids):,} tokens in {features.count:,} features of "
             f"up to {int(features.lengths.max()):,}{cut}{note}"
         )
         return features
@@ -253,11 +253,11 @@ def describe(
     area = features.unit_lengths.mean() * examples
     rows = " or ".join(map(str, shapes.rows))
     run.progress.line(
-        f"a step: {examples} examples in {rows} rows of {shapes.length} tokens, about "
+        f"batch: {examples} examples in {rows} rows of {shapes.length} tokens, about "
         f"{area / (shapes.rows[-1] * shapes.length):.0%} full"
     )
     run.progress.line(
-        f"model: {count_parameters(params):,} parameters, {count_parameters(training):,} of them train, computed in "
+        f"model: {count_parameters(params):,} parameters, {count_parameters(training):,} of them trained, in "
         f"{describe_dtype(loaded.config.dtype)}, on {run.devices}"
     )
 

@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of new examples.
+"""Predict new examples with a fine-tuned model.
 
 bestiary predict runs/mrpc --text "The cat sat." --text-pair "A cat was sitting."
 bestiary predict runs/squad --question "Who?" --context "It was him."
@@ -18,24 +18,24 @@ from ..errors import RunError
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Print what a fine-tuned model says, a JSON object an example."""
+    """Print the predictions of a fine-tuned model, one JSON object per example."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a finished fine-tuning run."""
     text: tuple[str, ...] = ()
-    """Texts to classify, rate or tag."""
+    """Texts to classify, score or tag."""
     text_pair: tuple[str, ...] = ()
-    """The second texts of pairs, as many."""
+    """Second texts of the pairs, one per --text."""
     question: tuple[str, ...] = ()
     """Questions to answer."""
     context: tuple[str, ...] = ()
-    """Where their answers are looked for: one for each question, or one for all."""
+    """Contexts to find the answers in: one per question, or one for all."""
     endings: tuple[str, ...] = ()
-    """Choices of how --text goes on."""
+    """Candidate endings of --text."""
     input: Path | None = None
-    """Examples in the format that the run's task reads, instead of texts."""
+    """Examples in the format of the run's task, instead of texts: a file, or a folder with a file for --split."""
     split: str = "test"
-    """Which split, where --input is a folder."""
+    """Split to predict, if --input is a folder."""
     out: Path | None = None
     """Folder for predictions in the benchmark's format."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
@@ -45,7 +45,7 @@ class PredictConfig:
             raise RunError("Give either texts (--text, or --question and --context) or --input FILE.")
 
     def words(self) -> dict[str, tuple[str, ...]]:
-        """The texts that were given."""
+        """Return the texts on the command line."""
         named = {name: getattr(self, name) for name in ("text", "text_pair", "question", "context", "endings")}
         return {name: texts for name, texts in named.items() if texts}
 

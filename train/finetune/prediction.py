@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of features: shared by evaluation while training, `evaluate` and `predict`."""
+"""Predict features with a fine-tuned model: shared by evaluation during training, `evaluate` and `predict`."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ LONGEST_ROW = 512  # tokens of a packed row: longer ones cost more attention and
 
 
 class Predicted(NamedTuple):
-    """Of all features."""
+    """Predictions for all features."""
 
     kept: Kept  # on the host, in the features' order
     means: dict[str, float]  # of the task's losses; they mean nothing where there are no labels

@@ -24,7 +24,7 @@ class PretrainConfig:
 
     corpus: tuple[str, ...] = ()
     """Files or folders of text, Markdown, WikiText or JSON lines (.gz and .zst too), prepared tensorflow-datasets
-    folders, or tfds:NAME. None: the documentation that every Python carries."""
+    folders, or tfds:NAME. None: the documentation that comes with Python."""
     validation_corpus: tuple[str, ...] = ()
     """Held-out text, like --corpus. None: a fraction of the corpus's documents is held out."""
     validation_fraction: float = 0.05
@@ -40,11 +40,12 @@ class PretrainConfig:
     lowercase: bool = True
     """Whether a WordPiece tokenizer that is trained here lower-cases the text and strips accents."""
     language: str = "en"
-    """Language of the corpus (ISO 639-1), for the rules that sentences are split by."""
+    """Language of the corpus (ISO 639-1), for splitting it into sentences."""
     blank_line: Literal["paragraph", "document"] = "paragraph"
-    """What blank lines separate in plain text: paragraphs, or documents with a sentence a line (BERT's own format)."""
+    """What blank lines separate in plain text: paragraphs, or documents with one sentence per line (BERT's own
+    format)."""
     cache: Path | None = None
-    """Folder for tokenised corpora, which later runs share. None: bestiary/ in the user's cache folder."""
+    """Folder to cache tokenised corpora in, which later runs reuse. None: bestiary/ in the user's cache folder."""
     workers: int = 0
     """Processes that tokenise; 0: one per core."""
 
@@ -58,37 +59,38 @@ class PretrainConfig:
     short ones share a row), full-sentences (RoBERTa's: rows are filled across documents, and masks cover <s> and </s>
     too) or doc-sentences (the same within one document). None: full-sentences for RoBERTa, sentences for others."""
     dropout: float = 0.1
-    """Dropout rate of hidden values and of attention probabilities."""
+    """Dropout rate of hidden states and attention probabilities."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; parameters are always float32. auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Data type of the computation; parameters are always float32. auto: bfloat16 on an accelerator, float32 on a
+    CPU."""
     scan_layers: bool = True
-    """Compile one layer and loop over it; off writes all layers out: same numbers, longer compilation."""
+    """Compile one layer and loop over it. Off: unroll the layers, with the same results but longer compilation."""
     remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    """Recompute each layer in the backward pass: less memory, about a third more computation."""
     attention: str | None = None
-    """Backend of the attention kernel; None takes the fastest that supports the call."""
+    """Attention backend. None: the fastest that supports the call."""
 
     sequence_length: int | None = None
-    """Tokens per row; short examples share rows. None: 128."""
+    """Length of a packed row, in tokens; short examples share rows. None: 128."""
     batch_tokens: int = 2048
-    """Tokens per step, padding included: rows per step times the sequence length."""
+    """Tokens per step, padding included: rows per step times --sequence-length."""
     steps: int | None = None
-    """Updates. None: 1,200."""
+    """Number of training steps. None: 1,200."""
     phases: tuple[str, ...] = ()
-    """LENGTH:STEPS[:LEARNING_RATE] of each phase, instead of --sequence-length and --steps: `128:18000 512:2000` as in
-    the paper. A phase with a learning rate of its own warms up and decays anew."""
+    """Phases LENGTH:STEPS[:LEARNING_RATE], instead of --sequence-length and --steps: `128:18000 512:2000` as in the
+    paper. A phase with a learning rate of its own has its own warmup and decay."""
     accumulate: int = 1
-    """Gradient accumulation: number of micro-batches that a batch is computed in, to save memory; the numbers stay the
-    same."""
+    """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory. The
+    results stay the same."""
     masking: MaskingKind = "token"
-    """What is hidden at once: a token, a whole word, an n-gram of up to 3 words, or a span of up to 10."""
+    """Unit of masking: a token, a whole word, an n-gram of up to 3 words, or a span of up to 10 words."""
     mask_rate: float = 0.15
     """Fraction of the tokens to predict: of these 80 % become [MASK], 10 % a random token, 10 % stay."""
     static_masks: int = 0
-    """Copies of the corpus with masks and pairs of their own, repeated after that, as the original did (with 10).
-    0: new ones in every epoch."""
+    """Number of copies of the corpus with different masks and pairs, which are then repeated, as in the original (10
+    copies). 0: new masks in every epoch."""
     seed: int = 0
-    """Random seed of everything: initial weights, order of the text, masks, dropout."""
+    """Seed of everything random."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=1e-3, warmup=0.1)
     )
@@ -97,17 +99,18 @@ class PretrainConfig:
     """Maximum number of held-out rows per evaluation; 0: all."""
 
     out: Path = Path("runs/pretrain")
-    """Run folder. A run that was stopped goes on when the same command is given again."""
+    """Run folder. To resume a run that was stopped, give the same command again."""
     resume_from: Path | None = None
-    """Run folder, or one step of its checkpoints, that a new run goes on from, with optimiser and data position."""
+    """Run folder, or one step of its checkpoints, from which a new run continues, with optimiser state and data
+    position."""
     init_from: Path | None = None
-    """Checkpoint folder (config.json, model.safetensors) whose weights a new run starts from."""
+    """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run."""
 
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.phases and (self.sequence_length is not None or self.steps is not None):
-            raise RunError("--phases has lengths and steps of its own: leave --sequence-length and --steps out.")
+            raise RunError("--phases includes lengths and steps: leave out --sequence-length and --steps.")
         check_setting(self, "mask_rate", above=0, most=1)
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "accumulate", least=1)

@@ -175,7 +175,7 @@ def describe(
         run.progress.line(f"rows of {phase.length}: {rows.statistics(0, windows=8)}")
     run.progress.line(
         f"model: {architecture.layers} layers, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "
-        f"{parameters:,} parameters, computed in {describe_dtype(architecture.dtype)}, on {run.devices}"
+        f"{parameters:,} parameters, in {describe_dtype(architecture.dtype)}, on {run.devices}"
     )
 
 

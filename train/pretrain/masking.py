@@ -1,4 +1,4 @@
-"""Which tokens are hidden, on the device and inside the step (Devlin et al. 2018, 3.1 and A.1).
+"""Masking of tokens, on the device and inside the step (Devlin et al. 2018, 3.1 and A.1).
 
 Every row draws from a key folded with the row's own numbers, so neither the mesh, nor gradient accumulation, nor the
 number of hosts changes what is masked. Dynamic and static masking are the same code: the data set decides whether a
@@ -38,9 +38,9 @@ UNIT_LENGTHS: dict[str, np.ndarray] = {
 class Masked(NamedTuple):
     """A batch after masking. P is the number of prediction slots per row, `Masking.slots(L)`."""
 
-    input_ids: jax.Array  # [B, L] int32, with hidden tokens replaced
+    input_ids: jax.Array  # [B, L] int32, with masked tokens replaced
     positions: jax.Array  # [B, P] int32, where something is predicted, ascending; 0 in unused slots
-    labels: jax.Array  # [B, P] int32, the tokens that stood there; 0 in unused slots
+    labels: jax.Array  # [B, P] int32, the original tokens; 0 in unused slots
     weights: jax.Array  # [B, P] float32, 1 for a prediction, 0 in unused slots
 
 
@@ -80,7 +80,7 @@ class Masking:
             key: a PRNG key, the same for the whole run.
             input_ids: [B, L] int32.
             segment_ids: [B, L] int32; 0 is padding.
-            row_ids: [B, 2] uint32, the row's numbers, unique to what should be masked independently.
+            row_ids: [B, 2] uint32, ids of the rows; rows with different ids are masked independently.
         """
         return jax.vmap(self._row, in_axes=(None, 0, 0, 0))(key, input_ids, segment_ids, row_ids)
 
@@ -107,7 +107,7 @@ class Masking:
             chosen, unit = maskable & (rank < budget), jnp.arange(length)
         else:
             chosen, unit = self._choose_units(priority, length_key, input_ids, maskable, special, budget)
-        # A span's tokens share one fate; in the other kinds each token draws its own.
+        # All tokens of a span are replaced in the same way; with the other kinds, each token is drawn separately.
         drawn = jax.random.uniform(action_key, (length,))
         drawn = drawn[unit] if self.kind == "span" else drawn
         drawn_tokens = jax.random.randint(token_key, (length,), 0, len(random_tokens), dtype=input_ids.dtype)
@@ -134,9 +134,10 @@ class Masking:
         special: jax.Array,
         budget: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Take units of whole words in random order while they fit.
+        """Choose units of whole words in random order while they fit into the budget.
 
-        Returns [L] bool, what was chosen, and [L] int32, the number of each chosen token's unit.
+        Returns:
+            [L] bool, the chosen tokens, and [L] int32, the number of each chosen token's unit.
         """
         length = input_ids.shape[0]
         probabilities = UNIT_LENGTHS[self.kind]

@@ -1,4 +1,4 @@
-"""What a pretrained model fills in, for people to read."""
+"""Show what a pretrained model predicts for masked words."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,24 +9,24 @@ import numpy as np
 
 from ...data import Tokenizer
 
-LONGEST = 40  # tokens shown of a text
-EVERY = 9  # one whole word in about so many tokens is hidden
+LONGEST = 40  # maximum number of tokens to show per text
+EVERY = 9  # about one whole word per this many tokens is masked
 
 
 def fill_in(
     apply: Callable[..., Any], params: Any, tokenizer: Tokenizer, rows: dict[str, np.ndarray], count: int = 4
 ) -> list[str]:
-    """Hide whole words of held-out text and let the model fill them in.
+    """Mask whole words of held-out text and let the model predict them.
 
     Args:
         apply: ({"params": params}, input_ids, segment_ids) -> logits of every token [B, L, V].
         params: of the model.
         tokenizer: its tokenizer.
-        rows: a batch of held-out rows; the first example of each is used.
-        count: how many texts, at most.
+        rows: a batch of held-out rows; the first example of each row is used.
+        count: maximum number of texts.
 
     Returns:
-        For each text, a line with [hidden → the model's guess, its probability] and `ok` where the guess is right.
+        One line per text, with [prediction probability, `ok` or the masked word] for each masked word.
     """
     texts = [row[segments == 1] for row, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)]
     texts = [np.append(text[: LONGEST - 1], tokenizer.sep_id) for text in texts if len(text) >= 12][:count]
@@ -39,7 +39,7 @@ def fill_in(
     def word(token: int) -> str:
         return tokenizer.decode([int(token)]).strip()
 
-    # A word to hide is one token that is neither special nor continued nor punctuation.
+    # A word to mask is one token that is neither special nor continued nor punctuation.
     alone = ~tokenizer.special[ids] & ~tokenizer.continuation[ids]
     alone[:, :-1] &= ~tokenizer.continuation[ids[:, 1:]]
     alone &= np.vectorize(lambda token: word(token).isalnum(), otypes=[bool])(ids)

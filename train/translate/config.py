@@ -18,7 +18,7 @@ Subwords = Literal["unigram", "bpe", "word-bpe"]
 TooLong = Literal["split", "refuse"]
 
 DECODE = DecodeConfig(beam=5, max_length=256)
-"""How the commands decode, unless their flags say otherwise."""
+"""Default decoding options of the commands."""
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 # The settings for text of your own, by --preset, where they differ from the defaults of `TranslateConfig` (which are
@@ -77,17 +77,17 @@ class TranslateConfig:
     """
 
     source: Path | None = None
-    """File of source sentences, one a line (.gz and .zst too)."""
+    """File of source sentences, one per line (.gz and .zst too)."""
     target: Path | None = None
-    """File of their translations, with as many lines."""
+    """File of target sentences, line by line the translations of --source."""
     pairs: str | None = None
-    """Instead of both: a .tsv or .jsonl file, a prepared tensorflow-datasets folder such as wmt14_translate's, or
-    tfds:NAME."""
+    """Instead of --source and --target: a .tsv or .jsonl file, a prepared tensorflow-datasets folder (such as
+    wmt14_translate), or tfds:NAME."""
     fields: tuple[str, str] | None = None
     """Source and target in --pairs: column numbers of a .tsv, from 1, or names of fields or features. None: the first
     two columns, or the fields that --languages names."""
     languages: tuple[str, str] = ("en", "de")
-    """Source and target (ISO 639-1)."""
+    """Source and target language (ISO 639-1)."""
     dev: tuple[str, ...] = ()
     """Held-out text: two files, or one as for --pairs (the validation split of a data set). None: --dev-pairs pairs of
     the training text are held out."""
@@ -101,31 +101,31 @@ class TranslateConfig:
     vocab_size: int = 8000
     """Size of the vocabulary, four special tokens included; of each side if the vocabularies are separate."""
     joint: bool = True
-    """One vocabulary for both sides."""
+    """Use one vocabulary for both languages."""
     split_digits: bool | None = None
     """Make every digit a token of its own. None: yes for SentencePiece's subwords."""
     lowercase: bool = False
-    """Lower-case both sides."""
+    """Lower-case both languages."""
     moses: bool = False
     """Normalise punctuation and split words as the Moses scripts do; translations are detokenised."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer that was saved with a translator, or a SentencePiece model file for both sides. None: one
-    is trained on the text."""
+    """Tokenizer folder saved with a translator, or a SentencePiece model file for both languages. None: train one on
+    the text."""
     sample_subwords: float = 0.0
     """Subword regularisation: split words differently in every epoch. Alpha of unigram sampling (Kudo 2018), or the
     dropout rate of BPE merges (Provilkov et al. 2020)."""
     cache: Path | None = None
-    """Folder for tokenised text, which later runs share. None: bestiary/ in the user's cache folder."""
+    """Folder to cache tokenised text in, which later runs reuse. None: bestiary/ in the user's cache folder."""
 
     preset: str = "transformer-tiny"
-    """Size: transformer-tiny (4+4 layers, 128 wide), -base or -big."""
+    """Model size: transformer-tiny (4+4 layers, width 128), -base or -big."""
     tying: Literal["all", "decoder", "none"] | None = None
     """Which embeddings are shared: source, target and output (all), target and output (decoder), or none. None: all if
     the vocabulary is joint, else decoder."""
     pre_norm: bool = False
     """Normalise the input of each sub-layer instead of its output (not the paper's)."""
     dropout: float = 0.0
-    """Dropout rate of embeddings and of sub-layers' outputs."""
+    """Dropout rate of embeddings and sub-layer outputs."""
     attention_dropout: float = 0.0
     """Dropout rate of attention probabilities."""
     activation_dropout: float = 0.0
@@ -134,28 +134,30 @@ class TranslateConfig:
     """Data type of the computation; parameters are always float32. auto: bfloat16 on an accelerator, float32 on a
     CPU."""
     scan_layers: bool = True
-    """Compile one layer and loop over it. Without, all layers are compiled: same numbers, longer compilation."""
+    """Compile one layer and loop over it. Off: unroll the layers, with the same results but longer compilation."""
     remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    """Recompute each layer in the backward pass: less memory, about a third more computation."""
     attention: str | None = None
-    """Backend of the attention kernel. None: the fastest that supports the call."""
+    """Attention backend. None: the fastest that supports the call."""
 
     row_tokens: int = 64
-    """Length of a packed row, in tokens, on each side; several pairs share a row."""
+    """Length of a packed row, in tokens, on either side; several pairs share a row. Longer pairs are dropped and
+    counted (see --too-long)."""
     too_long: Literal["drop", "refuse"] = "drop"
     """What to do with pairs that are longer than a row: leave them out and count them, or refuse them."""
     batch_tokens: int = 1024
-    """Target tokens of an update, padding included: the number of rows times --row-tokens."""
+    """Target tokens per step, padding included: rows per step times --row-tokens."""
     accumulate: int = 1
-    """Number of gradient-accumulation micro-batches of an update; they save memory and leave the numbers the same."""
+    """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory. The
+    results stay the same."""
     steps: int = 900
     """Most updates."""
     label_smoothing: float = 0.1
-    """Share of the probability that is spread over all words."""
+    """Label smoothing: probability mass spread over all words."""
     r_drop: float = 0.0
     """Weight of the divergence between two passes with different dropout (R-Drop, Liang et al. 2021). 0: one pass."""
     seed: int = 0
-    """Random seed of everything."""
+    """Seed of everything random."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(
             learning_rate=3e-3,
@@ -180,14 +182,15 @@ class TranslateConfig:
     average: int = 0
     """Export the mean of the weights at this many evaluations. 0: no mean."""
     average_of: Literal["last", "best"] = "last"
-    """Which evaluations --average takes: the last ones, or those with the best dev BLEU."""
+    """Which evaluations --average uses: the last, or those with the best dev BLEU."""
 
     out: Path = Path("runs/translate")
-    """Run folder. The same command again resumes a run that was stopped."""
+    """Run folder. To resume a run that was stopped, give the same command again."""
     resume_from: Path | None = None
-    """Run folder, or one step of its checkpoints, for a new run to continue from, with optimiser and data position."""
+    """Run folder, or one step of its checkpoints, from which a new run continues, with optimiser state and data
+    position."""
     init_from: Path | None = None
-    """Checkpoint folder (config.json, model.safetensors) whose weights a new run starts from."""
+    """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -136,11 +136,11 @@ class ScoreConfig:
     """Translate a test set and score it, or score translations that exist already."""
 
     reference: Path
-    """File of reference translations, one a line (.gz and .zst too)."""
+    """File of reference translations, one per line (.gz and .zst too)."""
     model: Path | None = None
-    """Run folder or checkpoint folder to translate --source with."""
+    """Run folder or checkpoint folder of the model that translates --source."""
     source: Path | None = None
-    """File of source sentences, as many as there are references."""
+    """File of source sentences, line by line the sources of --reference."""
     hypothesis: Path | None = None
     """File of translations to score, instead of --model and --source."""
     language: str | None = None
@@ -150,13 +150,14 @@ class ScoreConfig:
     """Character encoding of the files."""
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")] = DECODE
     batch: int = 64
-    """Sentences translated together."""
+    """Sentences per batch."""
     longest: int = 0
-    """Most tokens of a sentence; longer ones are translated in parts. 0: as many as in training."""
+    """Maximum length of a sentence, in tokens; longer sentences are translated in parts. 0: the length used in
+    training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the computation."""
     generation_config: bool = False
-    """Decode with the settings in the checkpoint's generation_config.json, instead of the flags of decoding."""
+    """Use the decoding settings in the checkpoint's generation_config.json, instead of the decoding flags."""
     translations: Path | None = None
     """With --model: file to write the translations to."""
     out: Path | None = None

@@ -1,8 +1,8 @@
-"""Fine-tune on several tasks of GLUE, with several seeds, and make one table.
+"""Fine-tune on several GLUE tasks, with several seeds, and write one table.
 
     bestiary finetune glue --data glue --tasks cola mrpc stsb rte --seeds 0 1 2 --model FOLDER --out runs/glue
 
-Each run has a folder of its own, `OUT/TASK/seed-N`, and goes on where it was when the same command is given again.
+Each run has its own folder, `OUT/TASK/seed-N`. To resume, give the same command again.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ from ..config import FinetuneConfig
 from .glue import GlueConfig
 from .glue import main as finetune_one
 
-FROM_MNLI = ("rte", "mrpc", "stsb")  # what starts from a model of MNLI, as in Liu et al. 2019, 5.1
+FROM_MNLI = ("rte", "mrpc", "stsb")  # tasks that start from an MNLI model, as in Liu et al. 2019, 5.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlueSuiteConfig:
-    """Fine-tune on several tasks of GLUE and write one table of their official metrics on the development sets."""
+    """Fine-tune on several GLUE tasks and write one table of their official metrics on the development sets."""
 
     data: Path
-    """The folder that holds the tasks' folders: CoLA, SST-2, MRPC, ..."""
+    """Folder that contains the folders of the tasks: CoLA, SST-2, MRPC, ..."""
     tasks: tuple[GlueName, ...] = ()
-    """Which tasks, in this order. None: all of them that are there to train on."""
+    """Tasks to fine-tune on, in this order. None: all tasks with training data in the folder."""
     seeds: tuple[int, ...] = (0,)
-    """A run for each, instead of --seed; the table shows their means."""
+    """One run per seed, instead of --seed; the table shows the means."""
     from_mnli: bool = False
-    """Start rte, mrpc and stsb from this suite's own model of mnli, which is trained first."""
+    """Start rte, mrpc and stsb from this suite's own mnli model, which is trained first."""
     mnli_model: Path | None = None
-    """Start rte, mrpc and stsb from this checkpoint folder, a model of MNLI."""
+    """Start rte, mrpc and stsb from this checkpoint folder, a model fine-tuned on MNLI."""
     diagnostic: str | None = None
-    """The diagnostic set, for mnli."""
+    """Diagnostic set, for mnli: its file or folder."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -50,10 +50,10 @@ class GlueSuiteConfig:
 
 
 def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
-    """The runs, in order.
+    """Return the runs, in order.
 
     Raises:
-        RunError: nothing to train on, or no mnli to start from.
+        RunError: there is no task to train on, or no mnli model to start from.
     """
     tasks = list(config.tasks or (name for name in FINETUNED if _trainable(name, config.data)))
     if not tasks:
@@ -88,14 +88,16 @@ def _start(config: GlueSuiteConfig, task: str, seed: int) -> Path:
 
 
 def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
-    """Read every task's data and every model's config.json, so that nothing bad shows up after hours.
+    """Read every task's data and every model's config.json, so that errors show up now and not after hours.
 
     Args:
-        runs: in order.
-        to_come: models that the runs themselves make.
+        runs: the runs, in order.
+        to_come: models that the runs themselves produce.
 
     Raises:
-        DataError: with file and line. FileNotFoundError, ConfigError: no checkpoint folder.
+        DataError: data is invalid; with file and line.
+        FileNotFoundError: there is no checkpoint folder.
+        ConfigError: a config.json is invalid.
     """
     from ....models.checkpoints.folder import read_config
     from ..tasks.glue import glue_data, glue_task
@@ -137,7 +139,7 @@ def main(config: GlueSuiteConfig) -> int:
 
 
 def table_rows(task: str, results: list[dict[str, Any]]) -> list[str]:
-    """A line for each of a task's official metrics on each of its development sets."""
+    """Return one table row per official metric and development set of a task."""
     rows = []
     for split in results[0]["metrics"]:
         names = GLUE["ax" if split == "ax" else task].metrics
@@ -150,6 +152,6 @@ def table_rows(task: str, results: list[dict[str, Any]]) -> list[str]:
 
 
 def task_score(task: str, result: dict[str, Any]) -> float:
-    """A task's part of GLUE's score: the mean over its development sets that are there, of which MNLI has two."""
+    """Return a task's part of the GLUE score: the mean over its development sets, of which MNLI has two."""
     metrics = result["metrics"]
     return statistics.fmean(metrics[split]["score"] for split in GLUE[task].evaluation if split in metrics)

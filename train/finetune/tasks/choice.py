@@ -1,4 +1,4 @@
-"""Multiple choice, SWAG and CODAH: a score for each ending from its [CLS] (Devlin et al. 2018, 4.4)."""
+"""Multiple choice, SWAG and CODAH: one score per ending, from its [CLS] (Devlin et al. 2018, 4.4)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from ...errors import RunError
 from ...metrics import Sums
 from .task import Arrays, Kept, PlainTask, apply_segments
 
-# Files of a split in a folder, by what the distributors call them.
+# Files of each split in a folder, under the distributors' names.
 SWAG_FILES = {"train": ("train.csv",), "dev": ("val.csv",), "test": ("test.csv",)}
 CODAH_FILES = {"train": ("train.tsv",), "dev": ("dev.tsv", "val.tsv"), "test": ("test.tsv",)}
 
 
 @dataclass(frozen=True)
 class ChoiceTask(PlainTask):
-    """The right one of four endings; `name` is swag or codah."""
+    """Choose the right one of four endings; `name` is swag or codah."""
 
     name: str
     max_length: int
@@ -62,7 +62,7 @@ class ChoiceTask(PlainTask):
         )
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> jax.Array:
-        """[B, X], a score for each segment; the choices of a question stand next to each other."""
+        """Return scores [B, X], one per segment; the choices of a question are adjacent."""
         return apply_segments(model, params, batch, **kwargs)
 
     def weight(self, batch: Arrays) -> jax.Array:
@@ -76,7 +76,7 @@ class ChoiceTask(PlainTask):
         return Kept(segment={"scores": outputs.astype(jnp.float32)})
 
     def scores(self, kept: Kept) -> np.ndarray:
-        """[questions, choices] float32."""
+        """Return the scores [questions, choices] float32."""
         return kept.segment["scores"].reshape(-1, CHOICES)
 
     def metrics(self, kept: Kept, features: Features, examples: Sequence[Choice]) -> dict[str, float]:
@@ -86,7 +86,7 @@ class ChoiceTask(PlainTask):
     def write_predictions(
         self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Choice]
     ) -> None:
-        """SPLIT.csv with a column `pred`, the chosen ending's number from 0, a question a row in the file's order."""
+        """Write SPLIT.csv with a column `pred`, the index of the chosen ending, one row per question in file order."""
         folder.mkdir(parents=True, exist_ok=True)
         chosen = self.scores(kept).argmax(axis=-1)
         write_text(folder / f"{split}.csv", "".join(f"{line}\n" for line in ("pred", *chosen.tolist())))
@@ -119,10 +119,10 @@ class ChoiceTask(PlainTask):
 
 
 def split_file(folder: Path, name: str, split: str) -> Path:
-    """A split's file in a folder.
+    """Return the file of a split in a folder.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
     names = (SWAG_FILES if name == "swag" else CODAH_FILES).get(split, ())
     for candidate in names:

@@ -1,7 +1,7 @@
 """Questions whose answers are spans of a text: SQuAD 1.1 and 2.0 (Devlin et al. 2018, 4.2 and 4.3).
 
-A file with `is_impossible` is of version 2.0: its questions may have no answer, and how much must speak for that is
-chosen on the evaluation data and kept with the model.
+A file with `is_impossible` is version 2.0: its questions may have no answer. The threshold for that is chosen on the
+evaluation data and saved with the model.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from .task import Arrays, Kept, PlainTask, apply_tokens
 
 @dataclass(frozen=True)
 class SquadFeatures(Features):
-    """Windows as features; the feature's example is its question."""
+    """Windows as features; the example of a feature is its question."""
 
     windows: Windows = field(default_factory=Windows)
 
 
 @dataclass(frozen=True)
 class SquadTask(PlainTask):
-    """Spans as answers; the flags of the same names explain the settings."""
+    """Answer questions by spans. The fields are explained by the flags of the same names."""
 
     name: str
     max_length: int
@@ -86,7 +86,7 @@ class SquadTask(PlainTask):
         return SquadFeatures(**fields, windows=windows)
 
     def check(self, features: Features, examples: Sequence[Question]) -> None:
-        """Refuse answers that no window holds, unless bad answers may be passed over."""
+        """Refuse answers that no window contains, unless bad answers are to be skipped."""
         assert isinstance(features, SquadFeatures)
         unheld = features.windows.unheld
         if not unheld or self.skip_bad_answers:
@@ -95,10 +95,10 @@ class SquadTask(PlainTask):
         text = question.answers[0].text
         shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
         raise DataError(
-            f"{len(unheld):,} of {len(examples):,} questions to train on have an answer that no window holds, as "
+            f"{len(unheld):,} of {len(examples):,} training questions have an answer that no window contains, such as "
             f'question "{question.key}": {shown}, {len(text):,} characters. Raise --max-length (it is '
             f"{self.max_length}), lower --doc-stride (it is {self.doc_stride}), or pass --skip-bad-answers: their "
-            "windows are then learnt as without an answer."
+            "windows are then treated as unanswerable."
         )
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +108,7 @@ class SquadTask(PlainTask):
         return batch["segment_weights"].sum()
 
     def loss(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Sums:
-        """Cross-entropy of the first and of the last token, each over the tokens of its own window; their mean."""
+        """Return the mean of the cross-entropies of the first and last token, each over the tokens of its window."""
         slots = jnp.arange(1, batch["cls_positions"].shape[1] + 1)
         own = batch["segment_ids"][:, None, :] == slots[None, :, None]
         starts, ends = (batch["cls_positions"] + batch[f"{side}_positions"] for side in ("start", "end"))
@@ -122,7 +122,7 @@ class SquadTask(PlainTask):
         return Kept(token={"start": outputs[0].astype(jnp.float32), "end": outputs[1].astype(jnp.float32)})
 
     def answers(self, kept: Kept, features: Features, examples: Sequence[Question]) -> list[Answers]:
-        """What is found for each question."""
+        """Find the answers to each question."""
         assert isinstance(features, SquadFeatures)
         return find_answers(
             examples,
@@ -135,9 +135,10 @@ class SquadTask(PlainTask):
         )
 
     def threshold(self, answers: Sequence[Answers], questions: Sequence[Question]) -> float | None:
-        """Above which odds a question is taken to have no answer; None where all have one.
+        """Return the odds above which a question counts as unanswerable; None if all questions have answers.
 
-        Questions of version 2.0 that are told the answers of choose it, unless it was chosen before.
+        It is chosen on the given questions if they are of version 2.0 and their answers are known, unless it has been
+        chosen before.
         """
         if all(question.impossible is None for question in questions):
             told = any(question.answers for question in questions)
@@ -149,7 +150,7 @@ class SquadTask(PlainTask):
         return choose_threshold(questions, texts, odds)
 
     def metrics(self, kept: Kept, features: Features, examples: Sequence[Question]) -> dict[str, float]:
-        """`exact_match` and `f1` of version 1.1; or the official ones of 2.0, and the threshold they are taken at."""
+        """Return `exact_match` and `f1` of version 1.1, or the official metrics of 2.0 and the threshold used."""
         answers = self.answers(kept, features, examples)
         texts = {question.key: found.text for question, found in zip(examples, answers, strict=True)}
         threshold = self.threshold(answers, examples)
@@ -159,13 +160,13 @@ class SquadTask(PlainTask):
         return {**metrics_v2(examples, texts, odds, threshold), "null_threshold": threshold}
 
     def settled(self, metrics: Mapping[str, float]) -> "SquadTask":
-        """With the threshold that was chosen."""
+        """Return the task with the chosen threshold."""
         return dataclasses.replace(self, null_threshold=metrics.get("null_threshold", self.null_threshold))
 
     def write_predictions(
         self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Question]
     ) -> None:
-        """`predictions.json`, `nbest_predictions.json` and, for 2.0, `null_odds.json`, by the questions' ids."""
+        """Write `predictions.json`, `nbest_predictions.json` and, for 2.0, `null_odds.json`, by question id."""
         answers = self.answers(kept, features, examples)
         threshold = self.threshold(answers, examples)
         folder = folder / split
@@ -181,7 +182,7 @@ class SquadTask(PlainTask):
         questions, contexts = words.get("question", ()), words.get("context", ())
         if not questions or len(contexts) not in (1, len(questions)) or set(words) - {"question", "context"}:
             raise RunError(
-                f"squad: give --question, and one --context for all or one for each; found {len(questions)} questions "
+                f"squad: give --question, and one --context for all or one each; found {len(questions)} questions "
                 f"and {len(contexts)} contexts."
             )
         contexts = list(contexts) * (len(questions) if len(contexts) == 1 else 1)
@@ -203,20 +204,20 @@ class SquadTask(PlainTask):
 
 
 def final_text(found: Answers, threshold: float | None) -> str:
-    """The best span's text, or "" where the odds for no answer are above the threshold."""
+    """Return the text of the best span, or "" if the odds for no answer are above the threshold."""
     return "" if threshold is not None and found.null_odds > threshold else found.text
 
 
 def write_answers(path: Path, value: Any) -> None:
-    """JSON by id, in any script as it is."""
+    """Write JSON by id, without escaping non-ASCII text."""
     write_text(path, json.dumps(value, indent=4, ensure_ascii=False) + "\n")
 
 
 def read_questions(task: SquadTask, path: Path, split: str, *, labelled: bool = True) -> tuple[list[Question], int]:
-    """(the questions of a file or of a folder's split, how many were left out); a training split's answers are checked.
+    """Read (the questions of a file or of a folder's split, the number skipped); check the answers of a training split.
 
     Raises:
-        DataError: as `read_squad` does, or a folder without one file `SPLIT-v*.json`.
+        DataError: as `read_squad`, or if a folder does not have exactly one file `SPLIT-v*.json`.
     """
     if path.is_dir():
         files = sorted(path.glob(f"{split}-v*.json"))

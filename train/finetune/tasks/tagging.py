@@ -1,7 +1,7 @@
-"""Tags of words: entities (Devlin et al. 2018, 5.3) and parts of speech.
+"""Tagging of words: entities (Devlin et al. 2018, 5.3) and parts of speech.
 
-A word's tag sits on its first subword; its other subwords have none. With `crf` the tags of a sentence are scored as a
-chain (models/crf.py), else each by itself. Entities are scored by seqeval, as conlleval counts them.
+A word's tag belongs to its first subword; its other subwords have none. With `crf` the tags of a sentence are scored as
+a chain (models/crf.py), else independently. Entities are scored by seqeval, as in conlleval.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "te
 
 
 class Tagged(NamedTuple):
-    """What a tagger says of a batch."""
+    """Outputs of a tagger for a batch."""
 
     logits: jax.Array  # [B, L, C]
     crf: CrfWeights | None
@@ -47,15 +47,15 @@ class Tagged(NamedTuple):
 
 @dataclass(frozen=True)
 class TaggedFeatures(Features):
-    """Sentences as features, or stretches of words of long ones; the feature's example is its sentence."""
+    """Features made of sentences, or of parts of long sentences; the example of a feature is its sentence."""
 
     first: np.ndarray = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """[T] the token is a word's first"""
+    """[T] whether the token is the first of a word"""
 
 
 @dataclass(frozen=True)
 class TaggingTask(PlainTask):
-    """Tags of words; `name` is ner or pos, and the flags of the same names explain the other settings."""
+    """Tag words; `name` is ner or pos. The other fields are explained by the flags of the same names."""
 
     name: str
     max_length: int
@@ -91,7 +91,7 @@ class TaggingTask(PlainTask):
         return sentences
 
     def read_file(self, path: Path, split: str, *, labelled: bool) -> TaggedFile:
-        """As `read`, with any tags, and with how many of them were repaired."""
+        """Read like `read`, with any tags; also return how many of them were repaired."""
         path = split_file(path, split, SUFFIXES[self.name])
         if self.name == "pos":
             return read_conllu(path, column=self.column, labelled=labelled)
@@ -136,7 +136,7 @@ class TaggingTask(PlainTask):
         return batch["label_weights"].sum()
 
     def loss(self, outputs: Tagged, batch: Arrays) -> Sums:
-        """Cross-entropy of each word's tag, or of each sentence's chain of tags; its mean is over words either way."""
+        """Return the cross-entropy of each word's tag, or of each sentence's tag sequence; averaged over words."""
         if outputs.crf is None:
             return {**class_losses(outputs.logits, batch["labels"], batch["label_weights"])}
         tagged = batch["label_weights"] > 0
@@ -151,13 +151,13 @@ class TaggingTask(PlainTask):
         return Kept(token={"tags": tags})
 
     def tags(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> list[list[str]]:
-        """The predicted tags of each sentence's words."""
+        """Return the predicted tags of each sentence's words."""
         assert isinstance(features, TaggedFeatures)
         words = iter(kept.token["tags"][features.first].tolist())
         return [[self.labels[next(words)] for _ in sentence.words] for sentence in examples]
 
     def metrics(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> dict[str, float]:
-        """Accuracy of the words' tags; of entities also precision, recall and F1, all together and by kind."""
+        """Return the accuracy over words; for entities also precision, recall and F1, overall and by type."""
         predicted = self.tags(kept, features, examples)
         wanted = [list(sentence.tags or ()) for sentence in examples]
         right = sum(
@@ -171,7 +171,7 @@ class TaggingTask(PlainTask):
     def write_predictions(
         self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Sentence]
     ) -> None:
-        """SPLIT.conll: word, its tag where it is told, and the predicted one, between tabs (`conlleval -d '\\t'`)."""
+        """Write SPLIT.conll: word, its tag if known, and the predicted tag, tab-separated (`conlleval -d '\\t'`)."""
         folder.mkdir(parents=True, exist_ok=True)
         blocks = []
         for sentence, tags in zip(examples, self.tags(kept, features, examples), strict=True):
@@ -197,7 +197,7 @@ class TaggingTask(PlainTask):
 
 
 def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities by seqeval, as conlleval counts: all together, and F1 by kind."""
+    """Return precision, recall and F1 of whole entities by seqeval, as in conlleval: overall, and F1 by type."""
     from seqeval.metrics import classification_report
 
     if all(tag == "O" for tags in (*wanted, *predicted) for tag in tags):  # seqeval would take the mean of nothing
@@ -213,9 +213,9 @@ def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[s
 
 
 def files_of(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
-    """The files of a split in a folder.
+    """Return the files of a split in a folder.
 
-    A file belongs to a split where a part of its name between dots, hyphens and underscores is the split's, as in
+    A file belongs to a split if a part of its name between dots, hyphens and underscores is the split's name, as in
     train.conll, eng.testa, en_ewt-ud-dev.conllu.
     """
     names = SPLIT_NAMES.get(split, (split,))
@@ -229,10 +229,10 @@ def files_of(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:
 
 
 def split_file(path: Path, split: str, suffixes: Sequence[str]) -> Path:
-    """A split's file: the path itself, or the one file of a folder that is called so.
+    """Return a split's file: the path itself, or the only matching file of a folder.
 
     Raises:
-        DataError: there is none, or there are several.
+        DataError: there is no such file, or there are several.
     """
     if not path.is_dir():
         return path

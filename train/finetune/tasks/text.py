@@ -1,4 +1,4 @@
-"""Tasks with a class, or a value, for each text or pair of texts: what GLUE and tables of one's own have in common."""
+"""Tasks that predict a class or a value for each text or pair of texts: shared by GLUE and users' tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from .task import Arrays, Kept, PlainTask, apply_segments
 
 @dataclass(frozen=True)
 class TextTask(PlainTask):
-    """What GLUE and tables of one's own have in common: a class, or a value, for each text or pair of texts."""
+    """Shared by GLUE and users' tables: predict a class or a value for each text or pair of texts."""
 
     name: str
     max_length: int
     labels: tuple[str, ...] | None
-    """the classes as the data writes them, in the order of their numbers; None for regression"""
+    """class names in the data, in the order of their numbers; None for regression"""
     label_names: tuple[str, ...] | None
-    """the classes' names for people, which config.json keeps"""
+    """readable class names, stored in config.json"""
     metric_names: tuple[str, ...]
     """official metrics; their mean is the score"""
     pairs: bool
@@ -79,7 +79,7 @@ class TextTask(PlainTask):
         return Kept(segment={"logits": outputs.astype(jnp.float32)})
 
     def predicted(self, kept: Kept) -> np.ndarray:
-        """[F] int64 classes, or float32 values."""
+        """Return predicted classes [F] int64, or values [F] float32."""
         logits = kept.segment["logits"]
         return logits[:, 0] if self.labels is None else logits.argmax(axis=-1)
 
@@ -87,7 +87,7 @@ class TextTask(PlainTask):
         return scored(self.metric_names, self.predicted(kept), np.array([example.label for example in examples]))
 
     def answers(self, kept: Kept) -> list[str]:
-        """What is predicted of each example, as the data would write it."""
+        """Return the prediction for each example, in the data's format."""
         predicted = self.predicted(kept)
         if self.labels is None:
             return [f"{value:.3f}" for value in predicted]
@@ -126,7 +126,7 @@ class TextTask(PlainTask):
 
 
 def write_submission(path: Path, examples: Sequence[TextExample], answers: Sequence[str]) -> None:
-    """GLUE's format: `index` and `prediction`, tab between them."""
+    """Write GLUE's format: `index` and `prediction`, separated by a tab."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (f"{example.key}\t{answer}\n" for example, answer in zip(examples, answers, strict=True))
     write_text(path, "index\tprediction\n" + "".join(rows))

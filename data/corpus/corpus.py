@@ -271,16 +271,6 @@ class Corpus:
                 yield Document(text, "lines", source.name, number + 1)
 
 
-def read_documents(paths: Sequence[str | Path], **options: Any) -> Iterator[Document]:
-    """Yield the documents of `paths`, in order; `options` are those of `Corpus`."""
-    return iter(Corpus(paths, **options))
-
-
-def embedded_documents() -> Iterator[Document]:
-    """Yield the documents built into every Python: its manual's topics and its standard library's docstrings."""
-    return iter(Corpus([EMBEDDED]))
-
-
 def _format_of(file: Path) -> Format | None:
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:

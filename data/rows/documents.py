@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..corpus.document_store import DocumentStore, Split
 from ..errors import DataError
 from ..packing import Statistics, ranges
 from ..random import RandomStream
-from ..store import Split, TokenCache
 from ..tokenizers.tokenizer import Tokenizer
 from .rows import WindowedRows
 
@@ -64,9 +64,9 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
     """Rows of whole documents' windows; a subclass plans and assembles them.
 
     Args:
-        cache: the tokenised corpus.
+        store: the tokenised corpus.
         tokenizer: that it was tokenised with.
-        split: which documents, see `TokenCache.documents`.
+        split: which documents, see `DocumentStore.documents`.
         sequence_length: positions of every row.
         seed: of everything random here.
         copies: plan the corpus this many times, and then over again with the same row ids. Masks that depend on row
@@ -83,7 +83,7 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
 
     def __init__(
         self,
-        cache: TokenCache,
+        store: DocumentStore,
         tokenizer: Tokenizer,
         split: Split,
         *,
@@ -99,10 +99,10 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
             raise DataError(f"{copies} copies of the corpus: expected at least 1, or none for dynamic masking.")
         if seed < 0:
             raise DataError(f"A seed of {seed}: expected 0 or more.")
-        self.cache, self.tokenizer, self.split, self.sequence_length = cache, tokenizer, split, sequence_length
+        self.store, self.tokenizer, self.split, self.sequence_length = store, tokenizer, split, sequence_length
         self.seed, self.copies, self.window_tokens = seed, copies, window_tokens
-        self.documents = cache.documents(split, validation_fraction, least=least_documents)
-        self.tokens = int(cache.document_tokens[self.documents].sum())
+        self.documents = store.documents(split, validation_fraction, least=least_documents)
+        self.tokens = int(store.document_tokens[self.documents].sum())
         self._least_documents = least_documents
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -118,7 +118,7 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         epoch, found = self._planned_epoch(epoch), self._order
         if found is None or found[0] != epoch:
             order = self.documents[RandomStream(self.seed, _SHUFFLE, epoch).permutation(len(self.documents))]
-            ends = np.cumsum(self.cache.document_tokens[order])
+            ends = np.cumsum(self.store.document_tokens[order])
             count = max(1, round(self.tokens / self.window_tokens))
             wanted = np.searchsorted(ends, np.arange(1, count) * (self.tokens / count)) + 1
             starts = [0]
@@ -132,9 +132,9 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         """A window's sentences, and the random stream that its plan is drawn from."""
         order, starts = self._windows(epoch)
         documents = order[starts[window] : starts[window + 1]]
-        first = self.cache.document_sentences[documents]
-        counts = self.cache.document_sentences[documents + 1] - first
-        lengths = self.cache.sentence_lengths[ranges(first, counts)].astype(np.int64)
+        first = self.store.document_sentences[documents]
+        counts = self.store.document_sentences[documents + 1] - first
+        lengths = self.store.sentence_lengths[ranges(first, counts)].astype(np.int64)
         sentences = Window(documents, lengths, np.concatenate([[0], np.cumsum(counts)]))
         return sentences, RandomStream(self.seed, _PLAN, epoch, window)
 
@@ -143,17 +143,17 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         raise NotImplementedError
 
     def read_tokens(self, plan: P, rows: np.ndarray | None = None) -> np.ndarray:
-        """A window's tokens end to end; [T] of the cache's dtype.
+        """A window's tokens end to end; [T] of the store's dtype.
 
         With `rows`, only the records that these rows need are read, and the other tokens are 0.
         """
-        first = self.cache.document_records[plan.documents]
-        records = ranges(first, self.cache.document_records[plan.documents + 1] - first)
-        ends = np.cumsum(self.cache.record_tokens[records], dtype=np.int64)
+        first = self.store.document_records[plan.documents]
+        records = ranges(first, self.store.document_records[plan.documents + 1] - first)
+        ends = np.cumsum(self.store.record_tokens[records], dtype=np.int64)
         wanted = np.arange(len(records)) if rows is None else _touched(*self._parts(plan, rows), ends)
-        tokens = np.zeros(int(ends[-1]), self.cache.token_dtype)
+        tokens = np.zeros(int(ends[-1]), self.store.token_dtype)
         for some in np.array_split(wanted, 1 + len(wanted) // _RECORDS_AT_ONCE):
-            for index, content in zip(some.tolist(), self.cache.read_records(records[some]), strict=True):
+            for index, content in zip(some.tolist(), self.store.read_records(records[some]), strict=True):
                 tokens[ends[index] - len(content) : ends[index]] = content
         return tokens
 

@@ -22,9 +22,9 @@ from functools import cached_property
 
 import numpy as np
 
+from ..corpus.document_store import DocumentStore, Split
 from ..errors import DataError
 from ..packing import Statistics, order_by_row, pack, ranges
-from ..store import Split, TokenCache
 from ..tokenizers.tokenizer import Tokenizer
 from .documents import DocumentPlan, DocumentRows, Window
 from .rows import Batch
@@ -102,7 +102,7 @@ class SentencePlan(DocumentPlan):
 
 
 class FullSentenceRows(DocumentRows[SentencePlan]):
-    """The rows that RoBERTa is pretrained on, from a tokenised cache. Tokens are unmasked; masking is the step's.
+    """The rows that RoBERTa is pretrained on, from a tokenised corpus. Tokens are unmasked; masking is the step's.
 
     A batch of rows is a dictionary of arrays (B rows, L = `sequence_length`):
 
@@ -115,9 +115,9 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
                                        says so
 
     Args:
-        cache: see `build_cache`.
+        store: see `build_documents`.
         tokenizer: that it was tokenised with; its `cls_id` begins a row, its `sep_id` ends one and parts documents.
-        split: which documents, see `TokenCache.documents`.
+        split: which documents, see `DocumentStore.documents`.
         sequence_length: L, of every row.
         cross_documents: FULL-SENTENCES, else DOC-SENTENCES.
         seed: of the order of documents and rows.
@@ -134,7 +134,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
 
     def __init__(
         self,
-        cache: TokenCache,
+        store: DocumentStore,
         tokenizer: Tokenizer,
         split: Split = "train",
         *,
@@ -151,7 +151,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
             )
         self.cross_documents = cross_documents
         super().__init__(
-            cache,
+            store,
             tokenizer,
             split,
             sequence_length=sequence_length,
@@ -167,7 +167,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
         """Hexadecimal: equal for two data sets with the same rows under the same numbers."""
         settings = [
             "full sentences" if self.cross_documents else "document sentences",
-            self.cache.fingerprint,
+            self.store.fingerprint,
             self.sequence_length,
             self.seed,
             self.copies,

@@ -23,10 +23,10 @@ from functools import cached_property
 
 import numpy as np
 
+from ..corpus.document_store import DocumentStore, Split
 from ..errors import DataError
 from ..packing import Statistics, order_by_row, pack, ranges
 from ..random import RandomStream
-from ..store import Split, TokenCache
 from ..tokenizers.tokenizer import Tokenizer
 from .documents import DocumentPlan, DocumentRows
 from .rows import Batch
@@ -217,7 +217,7 @@ class PairPlan(DocumentPlan):
 
 
 class SentencePairRows(DocumentRows[PairPlan]):
-    """The rows that BERT is pretrained on, from a tokenised cache. Tokens are unmasked; masking is the step's.
+    """The rows that BERT is pretrained on, from a tokenised corpus. Tokens are unmasked; masking is the step's.
 
     A batch of rows is a dictionary of arrays (B rows, L = `sequence_length`, X = `examples_per_row`):
 
@@ -232,9 +232,9 @@ class SentencePairRows(DocumentRows[PairPlan]):
         next_sentence_weights  [B, X] float32  1, and 0 where the row has no such example
 
     Args:
-        cache: see `build_cache`.
+        store: see `build_documents`.
         tokenizer: that it was tokenised with.
-        split: which documents, see `TokenCache.documents`.
+        split: which documents, see `DocumentStore.documents`.
         sequence_length: L, of every row.
         seed: of everything random here.
         copies: plan the corpus this many times, and then over again with the same row ids. Masks that depend on row
@@ -253,7 +253,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
 
     def __init__(
         self,
-        cache: TokenCache,
+        store: DocumentStore,
         tokenizer: Tokenizer,
         split: Split = "train",
         *,
@@ -276,7 +276,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
             raise DataError(f"{examples_per_row} examples a row: expected at least 1.")
         self.next_sentence, self.short_fraction = next_sentence, short_fraction
         super().__init__(
-            cache,
+            store,
             tokenizer,
             split,
             sequence_length=sequence_length,
@@ -291,7 +291,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
     def fingerprint(self) -> str:
         """Hexadecimal: equal for two data sets with the same rows under the same numbers."""
         settings = [
-            self.cache.fingerprint,
+            self.store.fingerprint,
             self.sequence_length,
             self.seed,
             self.copies,

@@ -1,173 +1,28 @@
-"""Pairs of sentences as rows for an encoder and a decoder: tokenised once, packed by lengths, addressed by number.
-
-`build_pairs` writes a folder of flat arrays that are mapped, not read:
-
-    source.bin, target.bin                ids of all sentences, one after another, without special ones; or, where the
-                                          pieces are sampled anew in each epoch, the prepared texts (UTF-8)
-    source_starts.npy, target_starts.npy  [P+1] int64: where each begins
-    pairs.json                            what it was made from, and the counts
+"""Pairs of sentences as rows for an encoder and a decoder: packed by lengths on both sides, addressed by number.
 
 `TranslationRows` packs several pairs into a row, on both sides at once: a row of the encoder and the row of the
 decoder of the same number hold the same pairs, so that segment ids keep encoder, decoder and cross attention to a pair.
 An epoch shuffles the pairs and parts them into windows; a window is packed from its lengths alone, its rows are
-shuffled and follow those of the window before. It is what `batches` and `evaluation_batches` of stream.py read from.
+shuffled and follow those of the window before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..corpus.parallel import Pair
+from ..corpus.pair_store import PairStore
 from ..errors import DataError
 from ..packing import order_by_row, ranges
-from ..progress import ProgressCallback, Reporter
 from ..random import RandomStream
 from ..tokenizers.pairs import PairTokenizer, sample
 from .rows import Batch, WindowedRows
 
-FORMAT_VERSION = 1
-_PAIRS_AT_ONCE = 4096
 _SHUFFLE, _PLAN = 1, 2  # what a random stream is for
-
-
-@dataclass(frozen=True)
-class PairCounts:
-    """Statistics of a text. Tokens are those of the pairs that were kept, without special tokens."""
-
-    pairs: int = 0
-    source_tokens: int = 0
-    target_tokens: int = 0
-    unknown_tokens: int = 0
-    longest_source: int = 0
-    longest_target: int = 0
-
-
-class PairStore:
-    """Tokenised pairs on disk, see `build_pairs`."""
-
-    def __init__(self, folder: Path):
-        content = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-        self.folder, self.fingerprint, self.as_text = folder, content["fingerprint"], content["as_text"]
-        self.counts = PairCounts(**content["counts"])
-        self.notes: list[str] = content["notes"]
-        kind = np.uint8 if self.as_text else np.dtype(content["dtype"])
-        self._ids, self._starts = [], []
-        for side in ("source", "target"):
-            starts = np.load(folder / f"{side}_starts.npy", mmap_mode="r")
-            flat = np.fromfile(folder / f"{side}.bin", kind) if not starts[-1] else None
-            self._ids.append(np.memmap(folder / f"{side}.bin", kind, "r") if flat is None else flat)
-            self._starts.append(np.asarray(starts))
-
-    def __len__(self) -> int:
-        return len(self._starts[0]) - 1
-
-    def lengths(self, side: int, pairs: np.ndarray) -> np.ndarray:
-        """[n] how many ids, or bytes of text, the side (0 source, 1 target) of each pair has."""
-        starts = self._starts[side]
-        return starts[pairs + 1] - starts[pairs]
-
-    def read(self, side: int, pairs: np.ndarray) -> np.ndarray:
-        """The ids or bytes of these pairs' side, one after another."""
-        return self._ids[side][ranges(self._starts[side][pairs], self.lengths(side, pairs))]
-
-    def texts(self, side: int, pairs: np.ndarray) -> list[str]:
-        """The prepared texts of these pairs' side; only of a store that keeps text."""
-        flat, ends = self.read(side, pairs).tobytes(), np.cumsum(self.lengths(side, pairs)).tolist()
-        return [flat[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def build_pairs(
-    text: Callable[[], Iterable[Pair]],
-    tokenizer: PairTokenizer,
-    root: str | Path,
-    *,
-    fingerprint: str,
-    as_text: bool = False,
-    notes: Callable[[], list[str]] = list,
-    progress: ProgressCallback | None = None,
-) -> PairStore:
-    """Tokenise pairs into a folder below `root`, or open the one that holds them already.
-
-    Args:
-        text: gives the pairs.
-        tokenizer: of both sides.
-        root: folder of such folders.
-        fingerprint: of the text.
-        as_text: keep prepared texts, to be cut into pieces anew in each epoch.
-        notes: what is to be said of the text, asked once it was read; kept with the pairs.
-        progress: hears how far it is.
-    """
-    key = f"{FORMAT_VERSION} {fingerprint} {tokenizer.fingerprint} {as_text}"
-    folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if (folder / "pairs.json").is_file():
-        return PairStore(folder)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    dtype = np.dtype(np.uint16 if max(tokenizer.source.size, tokenizer.target.size) <= 1 << 16 else np.uint32)
-    report = Reporter("tokenising", "thousand pairs", progress)
-    totals, longest, unknown, pairs = [0, 0], [0, 0], 0, 0
-    lengths: list[list[np.ndarray]] = [[], []]
-    sides = (tokenizer.source, tokenizer.target)
-    with (unfinished / "source.bin").open("wb") as source, (unfinished / "target.bin").open("wb") as target:
-        for some in _chunks(text()):
-            for side, out in enumerate((source, target)):
-                texts = [tokenizer.form.prepare(pair.target if side else pair.source, bool(side)) for pair in some]
-                ids = sides[side].encode(texts)
-                counts = np.array([len(tokens) for tokens in ids])
-                totals[side] += int(counts.sum())
-                longest[side] = max(longest[side], int(counts.max()))
-                flat = np.fromiter((token for tokens in ids for token in tokens), dtype, int(counts.sum()))
-                unknown += int((flat == sides[side].unk_id).sum())
-                if as_text:
-                    encoded = [prepared.encode() for prepared in texts]
-                    out.write(b"".join(encoded))
-                    counts = np.array([len(content) for content in encoded])
-                else:
-                    flat.tofile(out)
-                lengths[side].append(counts)
-            pairs += len(some)
-            report(pairs / 1000, None)
-    report(pairs / 1000, None, final=True)
-    for name, parts in zip(("source", "target"), lengths, strict=True):
-        counts = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        np.save(unfinished / f"{name}_starts.npy", np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
-    content = {
-        "fingerprint": hashlib.sha256(key.encode()).hexdigest()[:32],
-        "as_text": as_text,
-        "dtype": dtype.name,
-        "counts": asdict(PairCounts(pairs, totals[0], totals[1], unknown, longest[0], longest[1])),
-        "notes": notes(),
-    }
-    (unfinished / "pairs.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not (folder / "pairs.json").is_file():  # else another run has just made the same one
-            raise
-        shutil.rmtree(unfinished)
-    return PairStore(folder)
-
-
-def _chunks(pairs: Iterable[Pair]) -> Iterable[list[Pair]]:
-    some: list[Pair] = []
-    for pair in pairs:
-        some.append(pair)
-        if len(some) == _PAIRS_AT_ONCE:
-            yield some
-            some = []
-    if some:
-        yield some
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -349,10 +204,10 @@ class TranslationRows(WindowedRows[PairPlan]):
         pairs = self._window_pairs(epoch, window)
         drawn: list[list[list[int]]] | None = None
         if self.sampling:
-            drawn = [self._sample(side, pairs, epoch) for side in (0, 1)]
+            drawn = self._sample(pairs, epoch)
             lengths = np.array([[len(ids) for ids in side] for side in drawn], np.int64) + 1
         else:
-            lengths = np.stack([self.store.lengths(side, pairs) for side in (0, 1)]) + 1
+            lengths = self.store.lengths(pairs) + 1
         fits = (lengths[0] <= self.source_length) & (lengths[1] <= self.target_length)
         kept = np.flatnonzero(fits)
         lengths = lengths[:, kept]
@@ -387,16 +242,20 @@ class TranslationRows(WindowedRows[PairPlan]):
             sampled=sampled,
         )
 
-    def _sample(self, side: int, pairs: np.ndarray, epoch: int) -> list[list[int]]:
-        of = self.tokenizer.target if side else self.tokenizer.source
-        texts = self.store.texts(side, pairs)
-        return sample(of, texts, self.sampling, seed=self.seed, epoch=epoch, indexes=pairs.tolist(), role=side)
+    def _sample(self, pairs: np.ndarray, epoch: int) -> list[list[list[int]]]:
+        """The ids of both sides of these pairs, cut into pieces anew for this epoch."""
+        key = {"seed": self.seed, "epoch": epoch, "indexes": pairs.tolist()}
+        sides = (self.tokenizer.source, self.tokenizer.target)
+        return [
+            sample(of, texts, self.sampling, **key, role=role)
+            for role, (of, texts) in enumerate(zip(sides, self.store.texts(pairs), strict=True))
+        ]
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read_tokens(self, plan: PairPlan, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a window's pairs, in the plan's order, of both sides. All of them, whatever `rows` asks for."""
-        return plan.sampled or (self.store.read(0, plan.pairs), self.store.read(1, plan.pairs))
+        return plan.sampled or self.store.ids(plan.pairs)
 
     def assemble(
         self, plan: PairPlan, tokens: tuple[np.ndarray, np.ndarray], rows: np.ndarray, first_row: int
@@ -441,13 +300,3 @@ class TranslationRows(WindowedRows[PairPlan]):
             "label_weights": np.zeros(target, np.float32),
             "row_ids": np.zeros((rows, 2), np.uint32),
         }
-
-
-def describe_pairs(store: PairStore, name: str) -> list[str]:
-    """Describe a text that was read."""
-    counts: Any = store.counts
-    return [
-        f"{name}: {counts.pairs:,} pairs, {counts.source_tokens:,} source and {counts.target_tokens:,} target tokens, "
-        f"{counts.unknown_tokens:,} of them unknown; the longest {counts.longest_source} and {counts.longest_target}",
-        *(f"{name}: {note}" for note in store.notes),
-    ]

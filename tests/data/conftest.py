@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bestiary.data import Corpus, TokenCache, Tokenizer, build_cache, load_tokenizer
+from bestiary.data import Corpus, DocumentStore, Tokenizer, build_documents, load_tokenizer
 
 WORDS = 3000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -59,9 +59,9 @@ def documents(
 @pytest.fixture(scope="session")
 def cache(
     documents: tuple[Path, list[list[list[str]]]], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> TokenCache:
+) -> DocumentStore:
     """Those documents, tokenised."""
-    return build_cache(Corpus([documents[0]]), tokenizer, tmp_path_factory.mktemp("caches"))
+    return build_documents(Corpus([documents[0]]), tokenizer, tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture

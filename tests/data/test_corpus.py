@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from bestiary.data import Corpus, CorpusError, embedded_documents, read_documents
+from bestiary.data import EMBEDDED, Corpus, CorpusError
 from bestiary.data.corpus.fingerprint import corpus_fingerprint
 from bestiary.data.reading import CHUNK_BYTES
 
@@ -19,7 +19,7 @@ File = Callable[[str, str | bytes], Path]
 
 
 def texts(*paths: str | Path, **options) -> list[str]:
-    return [document.text for document in read_documents(paths, **options)]
+    return [document.text for document in Corpus(paths, **options)]
 
 
 def refusal(*paths: str | Path, **options) -> str:
@@ -33,20 +33,20 @@ def refusal(*paths: str | Path, **options) -> str:
 
 def test_a_text_file_is_a_document(file: File):
     path = file("a.txt", "One\r\nline.\r\n\r\nTwo.")
-    (document,) = read_documents([path])
+    (document,) = Corpus([path])
     assert document.paragraphs() == ["One line.", "Two."]
     assert (document.source, document.line) == ("a.txt", 1)
 
 
 def test_blank_lines_can_part_documents(file: File):
     path = file("a.txt", "\n\nFirst.\nSecond.\n\n \nThird.\n")
-    documents = list(read_documents([path], blank_line="document"))
+    documents = list(Corpus([path], blank_line="document"))
     assert [document.paragraphs() for document in documents] == [["First.", "Second."], ["Third."]]
     assert [document.line for document in documents] == [3, 7]
 
 
 def test_markdown(file: File):
-    (document,) = read_documents([file("a.md", "# Title\n\nSome *words*.")])
+    (document,) = Corpus([file("a.md", "# Title\n\nSome *words*.")])
     assert document.paragraphs() == ["Title", "Some words."]
 
 
@@ -57,7 +57,7 @@ WIKITEXT = (
 
 @pytest.mark.parametrize("name", ["wiki.train.tokens", "wiki.raw", "wiki.txt"])
 def test_wikitext_articles(file: File, name: str):
-    documents = list(read_documents([file(name, WIKITEXT)]))
+    documents = list(Corpus([file(name, WIKITEXT)]))
     assert [document.paragraphs()[0] for document in documents] == ["One", "Two"]
     assert [document.line for document in documents] == [2, 9]
     assert documents[0].paragraphs() == ["One", "Text of one .", "not a title", "Part", "More ."]
@@ -66,7 +66,7 @@ def test_wikitext_articles(file: File, name: str):
 def test_json_lines(file: File):
     lines = [{"text": "One.\nTwo."}, {"text": "Three.", "id": 3}]
     path = file("a.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
-    assert [document.paragraphs() for document in read_documents([path])] == [["One.", "Two."], ["Three."]]
+    assert [document.paragraphs() for document in Corpus([path])] == [["One.", "Two."], ["Three."]]
     other = file("b.json", json.dumps({"body": "Text."}))
     assert texts(other, text_field="body") == ["Text."]
 
@@ -138,7 +138,7 @@ def test_tfds_refusals(tmp_path: Path):
 
 
 def test_the_embedded_corpus_is_english_prose():
-    documents = list(embedded_documents())
+    documents = list(Corpus([EMBEDDED]))
     assert len(documents) > 300
     assert len({document.source for document in documents}) == len(documents)
     words = " ".join(paragraph for document in documents for paragraph in document.paragraphs()).split()
@@ -148,12 +148,12 @@ def test_the_embedded_corpus_is_english_prose():
 
 def test_the_embedded_corpus_is_always_the_same_and_imports_nothing_for_its_docstrings():
     code = (
-        "import sys; from bestiary.data import embedded_documents; from hashlib import sha256;"
-        "print(sha256(repr(list(embedded_documents())).encode()).hexdigest(),"
+        "import sys; from bestiary.data import Corpus; from hashlib import sha256;"
+        "print(sha256(repr(list(Corpus(['embedded:python']))).encode()).hexdigest(),"
         "[name for name in ('antigravity', 'this', 'tkinter', 'turtle', 'pydoc_data.topics') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{sha256(repr(list(embedded_documents())).encode()).hexdigest()} []"
+    assert done.stdout.strip() == f"{sha256(repr(list(Corpus([EMBEDDED]))).encode()).hexdigest()} []"
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -284,10 +284,10 @@ def test_fingerprint_notes_spare_hashing_but_never_hide_a_change(file: File, tmp
 
 
 def test_shared_books_and_wikitext(shared: Path):
-    books = list(read_documents([shared / "data" / "books"]))
+    books = list(Corpus([shared / "data" / "books"]))
     assert len(books) == 51
     assert books[0].paragraphs()[:2] == ["Title: Aesop's Fables", "Author: Aesop"]
     counts = {}
     for split in ("train", "valid", "test"):
-        counts[split] = len(list(read_documents([shared / "data" / "wikitext2" / f"wiki.{split}.tokens"])))
+        counts[split] = len(list(Corpus([shared / "data" / "wikitext2" / f"wiki.{split}.tokens"])))
     assert counts == {"train": 600, "valid": 60, "test": 60}

@@ -8,12 +8,12 @@ from bestiary.data.batches import (
     TrainingBatches,
     assemble,
     epoch_batches,
-    pack_batch,
     pack_features,
     plan_shapes,
     prediction_batches,
 )
 from bestiary.data.errors import DataError
+from bestiary.data.packing import pack
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_neighbours_in_a_batch_are_drawn_anew_in_every_epoch():
 
 def test_rows_hold_what_the_features_say(features):
     units = np.array([3, 140, 7, 21, 60, 61, 62])
-    row_of, rows = pack_batch(features.unit_lengths[units], 64, 8)
+    row_of, rows = pack(features.unit_lengths[units], 64, 8)
     placed = assemble(features, units, row_of, range(rows + 1), length=64, slots=8, pad_id=9)
     batch, seen = placed.batch, []
     for row in range(rows + 1):

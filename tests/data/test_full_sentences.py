@@ -5,7 +5,15 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bestiary.data import Corpus, DataError, TokenCache, Tokenizer, build_cache, evaluation_batches, training_batches
+from bestiary.data import (
+    Corpus,
+    DataError,
+    DocumentStore,
+    Tokenizer,
+    build_documents,
+    evaluation_batches,
+    training_batches,
+)
 from bestiary.data.rows.full_sentences import FullSentenceRows
 from bestiary.data.rows.rows import Batch
 
@@ -60,19 +68,19 @@ def read_back(batch: Batch, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def long_cache(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> TokenCache:
+def long_cache(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> DocumentStore:
     """Documents of one sentence each, some of them longer than a row of 32."""
     folder = tmp_path_factory.mktemp("long")
     lengths = [3, 29, 30, 31, 95, 1, 64, 2, 300, 12]
     text = "\n\n".join("Baao " + "caao " * (length - 2) + "." if length > 1 else "." for length in lengths)
     (folder / "a.txt").write_text(text)
-    return build_cache(Corpus([folder / "a.txt"], blank_line="document"), tokenizer, folder / "caches")
+    return build_documents(Corpus([folder / "a.txt"], blank_line="document"), tokenizer, folder / "caches")
 
 
 @pytest.mark.parametrize("cross", [True, False])
 @pytest.mark.parametrize(("sequence_length", "window_tokens"), [(24, 3000), (64, 10**7), (300, 3000)])
 def test_rows_are_those_made_sentence_by_sentence(
-    cache: TokenCache, tokenizer: Tokenizer, sequence_length: int, window_tokens: int, cross: bool
+    cache: DocumentStore, tokenizer: Tokenizer, sequence_length: int, window_tokens: int, cross: bool
 ):
     rows = FullSentenceRows(
         cache,
@@ -106,7 +114,7 @@ def test_rows_are_those_made_sentence_by_sentence(
 
 
 @pytest.mark.parametrize("cross", [True, False])
-def test_sentences_longer_than_a_row_go_on(long_cache: TokenCache, tokenizer: Tokenizer, cross: bool):
+def test_sentences_longer_than_a_row_go_on(long_cache: DocumentStore, tokenizer: Tokenizer, cross: bool):
     rows = FullSentenceRows(long_cache, tokenizer, "all", sequence_length=32, cross_documents=cross)
     plan = rows.plan(0, 0)
     documents = [[sentence.tolist() for sentence in long_cache.document(number)] for number in plan.documents]
@@ -120,13 +128,13 @@ def test_sentences_longer_than_a_row_go_on(long_cache: TokenCache, tokenizer: To
     assert np.count_nonzero(~special) == long_cache.counts.tokens
 
 
-def test_document_sentences_share_rows(cache: TokenCache, tokenizer: Tokenizer):
+def test_document_sentences_share_rows(cache: DocumentStore, tokenizer: Tokenizer):
     statistics = FullSentenceRows(cache, tokenizer, sequence_length=128, cross_documents=False).statistics()
     assert statistics.examples > statistics.rows
     assert statistics.packing_efficiency > 0.85
 
 
-def test_only_needed_records_are_read(cache: TokenCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_only_needed_records_are_read(cache: DocumentStore, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     rows = FullSentenceRows(cache, tokenizer, sequence_length=64)
     plan = rows.plan(0, 0)
     whole = rows.read_tokens(plan)
@@ -142,7 +150,7 @@ def test_only_needed_records_are_read(cache: TokenCache, tokenizer: Tokenizer, m
 
 @pytest.mark.parametrize("cross", [True, False])
 def test_the_stream_goes_on_from_its_state_and_divides_among_hosts(
-    cache: TokenCache, tokenizer: Tokenizer, cross: bool
+    cache: DocumentStore, tokenizer: Tokenizer, cross: bool
 ):
     def fresh() -> FullSentenceRows:
         return FullSentenceRows(cache, tokenizer, sequence_length=64, cross_documents=cross, seed=5, window_tokens=6000)
@@ -171,7 +179,7 @@ def test_the_stream_goes_on_from_its_state_and_divides_among_hosts(
     stream.close()
 
 
-def test_evaluation_fills_up_with_padding(cache: TokenCache, tokenizer: Tokenizer):
+def test_evaluation_fills_up_with_padding(cache: DocumentStore, tokenizer: Tokenizer):
     rows = FullSentenceRows(cache, tokenizer, "validation", sequence_length=64, validation_fraction=0.3)
     total = rows.statistics().rows
     batches = list(evaluation_batches(rows, batch_rows=8))
@@ -180,13 +188,13 @@ def test_evaluation_fills_up_with_padding(cache: TokenCache, tokenizer: Tokenize
     assert len(used) == 8 * -(-total // 8)
 
 
-def test_other_rows_have_another_fingerprint(cache: TokenCache, tokenizer: Tokenizer):
+def test_other_rows_have_another_fingerprint(cache: DocumentStore, tokenizer: Tokenizer):
     settings = [{}, {"cross_documents": False}, {"seed": 1}, {"sequence_length": 32}, {"copies": 2}, {"split": "all"}]
     made = [FullSentenceRows(cache, tokenizer, **{"sequence_length": 64, **options}) for options in settings]
     assert len({rows.fingerprint for rows in made}) == len(settings)
     assert made[0].fingerprint == FullSentenceRows(cache, tokenizer, sequence_length=64).fingerprint
 
 
-def test_a_row_without_room_is_refused(cache: TokenCache, tokenizer: Tokenizer):
+def test_a_row_without_room_is_refused(cache: DocumentStore, tokenizer: Tokenizer):
     with pytest.raises(DataError, match="A sequence length of 2: no room"):
         FullSentenceRows(cache, tokenizer, sequence_length=2)

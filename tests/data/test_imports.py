@@ -11,7 +11,7 @@ import pytest
     [
         ("import bestiary.data", {"jax", "grain", "tensorflow_datasets", "tokenizers", "numpy"}),
         (
-            "from bestiary.data import Corpus, SentencePairRows, build_cache, load_tokenizer, train_wordpiece;"
+            "from bestiary.data import Corpus, SentencePairRows, build_documents, load_tokenizer, train_wordpiece;"
             "import bestiary.data.store_build",
             {"jax", "grain", "tensorflow_datasets", "tensorflow"},
         ),

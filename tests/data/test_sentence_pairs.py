@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, SentencePairRows, TokenCache, Tokenizer
+from bestiary.data import DataError, DocumentStore, SentencePairRows, Tokenizer
 from bestiary.data.rows.rows import Batch, Position
 
 FIELDS = {
@@ -43,7 +43,7 @@ def place(documents: list[list[int]], tokens: list[int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("sequence_length", "window_tokens"), [(64, 8_000_000), (128, 8_000_000), (64, 5_000)])
-def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int, tokenizer: Tokenizer):
+def test_rows(cache: DocumentStore, sequence_length: int, window_tokens: int, tokenizer: Tokenizer):
     dataset = SentencePairRows(
         cache,
         tokenizer,
@@ -118,7 +118,7 @@ def test_rows(cache: TokenCache, sequence_length: int, window_tokens: int, token
     assert dataset.statistics(0, windows=1) == dataset.plan(0, 0).statistics
 
 
-def test_rows_without_next_sentences(cache: TokenCache, tokenizer: Tokenizer):
+def test_rows_without_next_sentences(cache: DocumentStore, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, "all", sequence_length=64, next_sentence=False)
     rows = epoch_of(dataset)
     assert not rows["next_sentence_weights"].any()
@@ -135,7 +135,7 @@ def test_rows_without_next_sentences(cache: TokenCache, tokenizer: Tokenizer):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_settings_give_the_same_rows(cache: TokenCache, tokenizer: Tokenizer):
+def test_the_same_settings_give_the_same_rows(cache: DocumentStore, tokenizer: Tokenizer):
     def rows(epoch: int = 0, **options) -> Batch:
         return epoch_of(SentencePairRows(cache, tokenizer, sequence_length=64, **{"seed": 1, **options}), epoch)
 
@@ -148,14 +148,14 @@ def test_the_same_settings_give_the_same_rows(cache: TokenCache, tokenizer: Toke
         )
 
 
-def test_row_ids_are_never_the_same_twice(cache: TokenCache, tokenizer: Tokenizer):
+def test_row_ids_are_never_the_same_twice(cache: DocumentStore, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
     ids = [tuple(row) for epoch in range(3) for row in epoch_of(dataset, epoch)["row_ids"].tolist()]
     assert len(set(ids)) == len(ids)
     assert [row for epoch, row in ids if epoch == 1] == list(range(dataset.statistics(1).rows))
 
 
-def test_copies_come_back_with_their_ids(cache: TokenCache, tokenizer: Tokenizer):
+def test_copies_come_back_with_their_ids(cache: DocumentStore, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, sequence_length=64, copies=2, window_tokens=5000)
     epochs = [epoch_of(dataset, epoch) for epoch in range(4)]
     for name in FIELDS:
@@ -165,7 +165,7 @@ def test_copies_come_back_with_their_ids(cache: TokenCache, tokenizer: Tokenizer
     assert (epochs[1]["row_ids"][:, 0] == 1).all()
 
 
-def test_a_row_by_its_number(cache: TokenCache, tokenizer: Tokenizer):
+def test_a_row_by_its_number(cache: DocumentStore, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
     epochs = [epoch_of(dataset, epoch) for epoch in range(2)]
     both = {name: np.concatenate([epoch[name] for epoch in epochs]) for name in FIELDS}
@@ -177,7 +177,7 @@ def test_a_row_by_its_number(cache: TokenCache, tokenizer: Tokenizer):
             np.testing.assert_array_equal(row[name], both[name][number], err_msg=f"{name} of row {number}")
 
 
-def test_positions_are_found_from_any_earlier_one(cache: TokenCache, tokenizer: Tokenizer):
+def test_positions_are_found_from_any_earlier_one(cache: DocumentStore, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=5000)
     positions = [dataset.locate(row) for row in range(0, 3 * dataset.statistics().rows, 37)]
     for before, after in pairwise(positions):
@@ -187,7 +187,7 @@ def test_positions_are_found_from_any_earlier_one(cache: TokenCache, tokenizer: 
     assert positions[-1].epoch >= 2
 
 
-def test_only_needed_records_are_read(cache: TokenCache, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer):
+def test_only_needed_records_are_read(cache: DocumentStore, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, sequence_length=64)
     plan = dataset.plan(0, 0)
     whole = dataset.read_tokens(plan)
@@ -201,14 +201,14 @@ def test_only_needed_records_are_read(cache: TokenCache, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(values, dataset.assemble(plan, whole, rows, 0)[name])
 
 
-def test_splits_share_no_document(cache: TokenCache, tokenizer: Tokenizer):
+def test_splits_share_no_document(cache: DocumentStore, tokenizer: Tokenizer):
     train, held = (SentencePairRows(cache, tokenizer, split, sequence_length=64) for split in ("train", "validation"))
     assert not set(train.documents) & set(held.documents)
     assert len(train.documents) + len(held.documents) == cache.counts.documents
     assert train.fingerprint != held.fingerprint
 
 
-def test_windows_hold_whole_documents_once_each(cache: TokenCache, tokenizer: Tokenizer):
+def test_windows_hold_whole_documents_once_each(cache: DocumentStore, tokenizer: Tokenizer):
     dataset = SentencePairRows(cache, tokenizer, sequence_length=64, window_tokens=3000)
     for epoch in range(2):
         windows = [dataset.plan(epoch, window).documents for window in range(dataset.windows_in_epoch(epoch))]
@@ -231,6 +231,6 @@ def test_windows_hold_whole_documents_once_each(cache: TokenCache, tokenizer: To
         ({"validation_fraction": 2.0}, r"A validation fraction of 2\.0"),
     ],
 )
-def test_refusals(cache: TokenCache, options: dict, message: str, tokenizer: Tokenizer):
+def test_refusals(cache: DocumentStore, options: dict, message: str, tokenizer: Tokenizer):
     with pytest.raises(DataError, match=message):
         SentencePairRows(cache, tokenizer, **{"sequence_length": 64, **options})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bestiary.data import split_sentences
+from bestiary.data.corpus.sentences import split_sentences
 
 
 @pytest.mark.parametrize(

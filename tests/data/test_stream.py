@@ -6,12 +6,12 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, SentencePairRows, TokenCache, Tokenizer, evaluation_batches, training_batches
+from bestiary.data import DataError, DocumentStore, SentencePairRows, Tokenizer, evaluation_batches, training_batches
 from bestiary.data.rows.rows import Batch
 
 
 @pytest.fixture
-def dataset(cache: TokenCache, tokenizer: Tokenizer) -> SentencePairRows:
+def dataset(cache: DocumentStore, tokenizer: Tokenizer) -> SentencePairRows:
     """Several windows an epoch, of uneven numbers of rows."""
     return SentencePairRows(cache, tokenizer, "train", sequence_length=64, seed=5, window_tokens=6000)
 
@@ -44,7 +44,7 @@ def test_batches_are_the_rows_in_order(dataset: SentencePairRows, prefetch: int)
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_take_their_shares_of_the_same_batches(
-    dataset: SentencePairRows, cache: TokenCache, hosts: int, tokenizer: Tokenizer
+    dataset: SentencePairRows, cache: DocumentStore, hosts: int, tokenizer: Tokenizer
 ):
     alone = training_batches(dataset, batch_rows=8)
     shares = [
@@ -73,7 +73,7 @@ def test_a_batch_larger_than_an_epoch(dataset: SentencePairRows):
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 40, 200])
 def test_a_resumed_stream_is_the_uninterrupted_one(
-    dataset: SentencePairRows, cache: TokenCache, stop: int, tokenizer: Tokenizer
+    dataset: SentencePairRows, cache: DocumentStore, stop: int, tokenizer: Tokenizer
 ):
     whole = list(islice(training_batches(dataset, batch_rows=8), stop + 60))
     before = training_batches(dataset, batch_rows=8)
@@ -89,7 +89,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
 
 
 def test_a_resumed_stream_plans_no_window_it_has_passed(
-    dataset: SentencePairRows, cache: TokenCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    dataset: SentencePairRows, cache: DocumentStore, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     before = training_batches(dataset, batch_rows=8, prefetch=0)
     list(islice(before, enough(dataset, 8)))
@@ -121,7 +121,7 @@ def test_a_run_may_go_on_with_other_hosts_and_another_batch_size(
     assert_equal(found, {name: values[: 24 * batch_rows] for name, values in expected.items()})
 
 
-def test_the_state_of_other_data_is_refused(dataset: SentencePairRows, cache: TokenCache, tokenizer: Tokenizer):
+def test_the_state_of_other_data_is_refused(dataset: SentencePairRows, cache: DocumentStore, tokenizer: Tokenizer):
     state = training_batches(dataset, batch_rows=8).get_state()
     other = SentencePairRows(cache, tokenizer, "train", sequence_length=64, seed=6, window_tokens=6000)
     with pytest.raises(DataError, match="The saved position belongs to other data"):
@@ -136,7 +136,7 @@ def test_the_state_of_other_data_is_refused(dataset: SentencePairRows, cache: To
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("rows", [None, 20, 1, 10**9])
 def test_evaluation_is_one_pass_filled_up_with_padding(
-    cache: TokenCache, hosts: int, rows: int | None, tokenizer: Tokenizer
+    cache: DocumentStore, hosts: int, rows: int | None, tokenizer: Tokenizer
 ):
     dataset = SentencePairRows(
         cache, tokenizer, "validation", sequence_length=64, window_tokens=1000, validation_fraction=0.3

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, Document, Tokenizer, embedded_documents, load_tokenizer, train_wordpiece
+from bestiary.data import EMBEDDED, Corpus, DataError, Tokenizer, load_tokenizer, train_wordpiece
+from bestiary.data.corpus.corpus import Document
 
 FIXTURES = Path(__file__).parent / "fixtures" / "wordpiece"
 TEXTS = json.loads((FIXTURES / "texts.json").read_text())
@@ -92,7 +93,7 @@ def test_what_masking_needs_to_know():
 
 
 def test_training_has_one_outcome():
-    documents = [*embedded_documents()][:60]
+    documents = [*Corpus([EMBEDDED])][:60]
     first, second = (train_wordpiece(documents, vocab_size=1000) for _ in range(2))
     assert first.tokens == second.tokens
     assert first.fingerprint == second.fingerprint

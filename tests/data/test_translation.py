@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bestiary.data.corpus.pair_store import PairStore, build_pairs
 from bestiary.data.corpus.parallel import Pair
 from bestiary.data.corpus.phrases import phrase_pairs
 from bestiary.data.errors import DataError
-from bestiary.data.rows.translation import PairStore, TranslationRows, build_pairs, pack_pairs
+from bestiary.data.rows.translation import TranslationRows, pack_pairs
 from bestiary.data.stream import evaluation_batches, training_batches
 from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, train_subwords
 

@@ -15,7 +15,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bestiary import models
 from bestiary.data import load_tokenizer
-from bestiary.data.batches import TrainingBatches, assemble, pack_batch
+from bestiary.data.batches import TrainingBatches, assemble
+from bestiary.data.packing import pack
 from bestiary.data.tasks.glue import GLUE
 from bestiary.models.bert import Bert, BertConfig
 from bestiary.models.checkpoints.tables import flatten
@@ -260,7 +261,7 @@ def padded(features, count: int, slots: int) -> dict[str, np.ndarray]:
 def test_packed_examples_have_the_outputs_and_gradients_of_padded_ones(finetuned, sst2):
     task, loaded, _ = make_predictor(finetuned / "model")
     features = task.encode(loaded.tokenizer, task.read(sst2, "train", labelled=True)[:48])
-    row_of, rows = pack_batch(features.unit_lengths, 32, 4)
+    row_of, rows = pack(features.unit_lengths, 32, 4)
     assert rows < 32
     packed = assemble(features, np.arange(48), row_of, range(48), length=32, slots=4, pad_id=0)
 

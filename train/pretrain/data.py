@@ -11,17 +11,17 @@ import numpy as np
 from ...data import (
     EMBEDDED,
     Corpus,
-    TokenCache,
+    DocumentStore,
     Tokenizer,
-    build_cache,
+    build_documents,
     load_tokenizer,
     train_byte_bpe,
     train_wordpiece,
     training_batches,
 )
+from ...data.corpus.document_store import Split
 from ...data.corpus.fingerprint import corpus_fingerprint
 from ...data.files import build_once, user_cache_folder
-from ...data.store import Split
 from ..errors import RunError
 from ..progress import Progress
 from ..sharding import first_process_first
@@ -34,8 +34,8 @@ class Data(NamedTuple):
     """The tokenised text of a run."""
 
     tokenizer: Tokenizer
-    train: TokenCache
-    validation: TokenCache  # the same cache where a fraction of the documents is held out
+    train: DocumentStore
+    validation: DocumentStore  # the same cache where a fraction of the documents is held out
 
 
 def prepare_data(config: PretrainConfig, progress: Progress) -> Data:
@@ -52,7 +52,7 @@ def prepare_data(config: PretrainConfig, progress: Progress) -> Data:
         folder = config.tokenizer or trained_tokenizer(config, corpus, root / "tokenizers", show)
         tokenizer = load_tokenizer(folder)
         build = partial(
-            build_cache,
+            build_documents,
             tokenizer=tokenizer,
             root=root / "tokenised",
             language=config.language,

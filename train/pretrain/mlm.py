@@ -12,8 +12,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from ...data import FullSentenceRows, SentencePairRows, TokenCache, Tokenizer
-from ...data.store import Split
+from ...data import DocumentStore, FullSentenceRows, SentencePairRows, Tokenizer
+from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.heads import encoder_inputs
 from ...models.losses import PredictionSums, prediction_sums
@@ -44,12 +44,12 @@ class MaskedWords:
         kind = config.rows or "sentences"
         return cls(make_masking(config, tokenizer, "bert" if kind == "sentences" else "roberta"), tokenizer, kind)
 
-    def rows(self, cache: TokenCache, split: Split, **settings: Any) -> RowSource:
+    def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
         """As `Objective.rows`."""
         if self.kind == "sentences":
-            return SentencePairRows(cache, self.tokenizer, split, next_sentence=False, **settings)
+            return SentencePairRows(store, self.tokenizer, split, next_sentence=False, **settings)
         across = self.kind == "full-sentences"
-        return FullSentenceRows(cache, self.tokenizer, split, cross_documents=across, **settings)
+        return FullSentenceRows(store, self.tokenizer, split, cross_documents=across, **settings)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
         """Hide tokens."""

@@ -7,8 +7,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from ...data import SentencePairRows, TokenCache, Tokenizer
-from ...data.store import Split
+from ...data import DocumentStore, SentencePairRows, Tokenizer
+from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.heads import encoder_inputs
 from ...models.losses import PredictionSums, prediction_sums
@@ -44,9 +44,9 @@ class MaskedWordsAndNextSentence:
             raise RunError(f"--rows {config.rows}: --objective mlm+nsp has rows of its own, pairs of sentences.")
         return cls(make_masking(config, tokenizer), tokenizer)
 
-    def rows(self, cache: TokenCache, split: Split, **settings: Any) -> RowSource:
+    def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
         """As `Objective.rows`."""
-        return SentencePairRows(cache, self.tokenizer, split, **settings)
+        return SentencePairRows(store, self.tokenizer, split, **settings)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
         """Hide tokens."""

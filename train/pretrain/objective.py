@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from ...data import TokenCache
-from ...data.store import Split
+from ...data import DocumentStore
+from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.losses import PredictionSums
 
@@ -34,7 +34,7 @@ class Objective(Protocol):
 
     def rows(
         self,
-        cache: TokenCache,
+        store: DocumentStore,
         split: Split,
         *,
         sequence_length: int,

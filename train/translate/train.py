@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...data.corpus.pair_store import PairStore, build_pairs, describe_pairs
 from ...data.corpus.parallel import Pair, ParallelText
 from ...data.files import build_once, user_cache_folder
-from ...data.rows.translation import PairStore, TranslationRows, build_pairs, describe_pairs
+from ...data.rows.translation import TranslationRows
 from ...data.stream import evaluation_batches, training_batches
 from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, train_subwords
 from ...models import load

@@ -17,24 +17,25 @@ from bestiary.data import (
     Corpus,
     CorpusError,
     DataError,
-    Report,
-    TokenCache,
+    DocumentStore,
     Tokenizer,
-    build_cache,
-    open_cache,
+    build_documents,
 )
-from bestiary.data.store import FORMAT_VERSION, INDEX, RECORD_TOKENS
+from bestiary.data.corpus import document_store
+from bestiary.data.corpus.document_store import RECORD_TOKENS
+from bestiary.data.progress import Report
+from bestiary.data.store import FORMAT_VERSION
 from bestiary.data.tokenizers.wordpiece import WordPieceTokenizer
 
 Sentences = list[list[list[str]]]
 
 
-def everything(cache: TokenCache) -> list[np.ndarray]:
+def everything(cache: DocumentStore) -> list[np.ndarray]:
     """The arrays of the index, then all records."""
-    return [*(getattr(cache, name) for name in INDEX), *cache.read_records(range(cache.counts.records))]
+    return [*(getattr(cache, name) for name in cache.index), *cache.read_records(range(cache.counts.records))]
 
 
-def assert_same(one: TokenCache, other: TokenCache) -> None:
+def assert_same(one: DocumentStore, other: DocumentStore) -> None:
     assert one.counts == other.counts
     for mine, theirs in zip(everything(one), everything(other), strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -43,7 +44,7 @@ def assert_same(one: TokenCache, other: TokenCache) -> None:
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def test_every_token_of_every_sentence(cache: TokenCache, documents: tuple[Path, Sentences], tokenizer: Tokenizer):
+def test_every_token_of_every_sentence(cache: DocumentStore, documents: tuple[Path, Sentences], tokenizer: Tokenizer):
     expected = documents[1]
     assert cache.counts.documents == len(expected) == 60
     for number, sentences in enumerate(expected):
@@ -57,7 +58,7 @@ def test_every_token_of_every_sentence(cache: TokenCache, documents: tuple[Path,
     assert counts.characters == sum(len(file.read_text()) for file in documents[0].iterdir())
 
 
-def test_tensorflow_datasets_reads_it(cache: TokenCache, documents: tuple[Path, Sentences]):
+def test_tensorflow_datasets_reads_it(cache: DocumentStore, documents: tuple[Path, Sentences]):
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(cache.folder).as_data_source(split="documents")
@@ -79,7 +80,7 @@ def test_long_documents_lie_in_several_records(tmp_path: Path, tokenizer: Tokeni
     write_documents(tmp_path / "text", 2, sentences=(1500,))
     path = tmp_path / "text" / "9999.txt"
     path.write_text("baao " * (2 * RECORD_TOKENS) + "baao.")  # one sentence, longer than a record
-    cache = build_cache(Corpus([tmp_path / "text"]), tokenizer, tmp_path / "caches")
+    cache = build_documents(Corpus([tmp_path / "text"]), tokenizer, tmp_path / "caches")
     records = cache.read_records(range(cache.counts.records))
     assert len(records) > 3
     assert max(map(len, records)) <= RECORD_TOKENS
@@ -93,7 +94,7 @@ def test_long_documents_lie_in_several_records(tmp_path: Path, tokenizer: Tokeni
 def test_text_without_tokens_is_counted_and_left_out(tmp_path: Path, tokenizer: Tokenizer):
     lines = [{"text": text} for text in ("baao.", "", "\u200b\u200b", "caao unknownword. \u200b", "   ")]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    cache = build_cache(Corpus([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "caches")
+    cache = build_documents(Corpus([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "caches")
     counts = cache.counts
     assert (counts.documents, counts.empty_documents, counts.unknown_tokens) == (2, 3, 1)
     assert [[len(s) for s in cache.document(number)] for number in range(2)] == [[2], [3]]
@@ -101,7 +102,7 @@ def test_text_without_tokens_is_counted_and_left_out(tmp_path: Path, tokenizer: 
 
 def test_special_tokens_written_in_a_text_are_text(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "a.txt").write_text("Baao [SEP] caao [MASK] .")
-    (sentence,) = build_cache(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches").document(0)
+    (sentence,) = build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches").document(0)
     assert tokenizer.sep_id not in sentence
     assert tokenizer.mask_id not in sentence
 
@@ -117,7 +118,7 @@ def test_key_follows_corpus_tokenizer_and_language(tmp_path: Path, tokenizer: To
     backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
     backend.normalizer = normalizers.BertNormalizer(lowercase=False)
     caches = [
-        build_cache(Corpus([tmp_path / name]), used, tmp_path / "caches", language=language)
+        build_documents(Corpus([tmp_path / name]), used, tmp_path / "caches", language=language)
         for name, used, language in (
             ("a.txt", tokenizer, "en"),
             ("b.txt", tokenizer, "en"),
@@ -131,12 +132,12 @@ def test_key_follows_corpus_tokenizer_and_language(tmp_path: Path, tokenizer: To
 
 def test_a_second_build_does_nothing(tmp_path: Path, tokenizer: Tokenizer, documents: tuple[Path, Sentences]):
     reports: list[Report] = []
-    first = build_cache(Corpus([documents[0]]), tokenizer, tmp_path, progress=reports.append)
+    first = build_documents(Corpus([documents[0]]), tokenizer, tmp_path, progress=reports.append)
     assert reports[-1].done == reports[-1].total > 0
     assert "MB/s" in str(reports[-1])
     stamps = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
     reports.clear()
-    second = build_cache(Corpus([documents[0]]), tokenizer, tmp_path, progress=reports.append)
+    second = build_documents(Corpus([documents[0]]), tokenizer, tmp_path, progress=reports.append)
     assert not reports
     assert {file: file.stat().st_mtime_ns for file in second.folder.iterdir()} == stamps
     assert not list(tmp_path.glob("*.building*")), "nothing is left beside the cache"
@@ -147,14 +148,14 @@ def test_a_second_build_does_nothing(tmp_path: Path, tokenizer: Tokenizer, docum
 
 BUILDER = """
 import sys
-from bestiary.data import Corpus, build_cache, load_tokenizer
-from bestiary.data import store_build as cache_build
+from bestiary.data import Corpus, build_documents, load_tokenizer
+from bestiary.data.corpus import document_store
 
 if __name__ == "__main__":
-    cache_build.SMALLEST_CHUNK = 1 << 15
+    document_store.SMALLEST_CHUNK = 1 << 15
     corpus, tokenizer, root, processes = sys.argv[1:]
     print("started", flush=True)
-    print(build_cache(Corpus([corpus]), load_tokenizer(tokenizer), root, processes=int(processes)).folder)
+    print(build_documents(Corpus([corpus]), load_tokenizer(tokenizer), root, processes=int(processes)).folder)
 """
 
 
@@ -204,7 +205,7 @@ def test_a_killed_build_goes_on_where_it_was(
     root = tmp_path / "caches"
     for processes, finished in ((2, 3), (1, 12)):
         builder = start(processes)
-        wait_for(lambda count=finished: len(list(root.glob("*.building/*.npz"))) >= count)
+        wait_for(lambda count=finished: len(list(root.glob("*.building/shard-*.npz"))) >= count)
         helpers = children(builder.pid)
         builder.send_signal(signal.SIGKILL)
         builder.communicate()
@@ -214,43 +215,44 @@ def test_a_killed_build_goes_on_where_it_was(
     done = {file: file.stat().st_mtime_ns for file in root.glob("*.building/shard-*.npz")}
     assert len(done) >= 12
 
-    from bestiary.data import load_tokenizer
-    from bestiary.data import store_build as cache_build
+    from bestiary.data import load_tokenizer, store_build
 
-    monkeypatch.setattr(cache_build, "SMALLEST_CHUNK", 1 << 15)
+    monkeypatch.setattr(document_store, "SMALLEST_CHUNK", 1 << 15)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     reports: list[Report] = []
     written: list[int] = []
-    write = cache_build._Worker._write
+    write = store_build._Worker._write
     monkeypatch.setattr(
-        cache_build._Worker,
+        store_build._Worker,
         "_write",
-        lambda self, chunk, *rest: (written.append(chunk.number), write(self, chunk, *rest)),
+        lambda self, number, encoded: (written.append(number), write(self, number, encoded)),
     )
-    resumed = build_cache(Corpus([big]), tokenizer, root, progress=reports.append)
-    assert len(written) == len(resumed.info.shard_bytes) - len(done), "what was finished is not done again"
+    resumed = build_documents(Corpus([big]), tokenizer, root, progress=reports.append)
+    assert len(written) == len(list(resumed.folder.glob("*.array_record-*"))) - len(done), (
+        "what was finished is not done again"
+    )
     assert reports[-1].resumed > 0
-    assert_same(resumed, build_cache(Corpus([big]), tokenizer, tmp_path / "uninterrupted"))
+    assert_same(resumed, build_documents(Corpus([big]), tokenizer, tmp_path / "uninterrupted"))
 
 
 def test_a_build_that_ends_before_the_last_renaming_is_not_whole(
     tmp_path: Path,
     tokenizer: Tokenizer,
     documents: tuple[Path, Sentences],
-    cache: TokenCache,
+    cache: DocumentStore,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from bestiary.data import store_build as cache_build
+    from bestiary.data import store_build
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_build, "_rename_folder", killed)
+    monkeypatch.setattr(store_build, "_rename_folder", killed)
     with pytest.raises(KeyboardInterrupt):
-        build_cache(Corpus([documents[0]]), tokenizer, tmp_path)
+        build_documents(Corpus([documents[0]]), tokenizer, tmp_path)
     assert not (tmp_path / cache.fingerprint).exists()
     monkeypatch.undo()
-    assert_same(build_cache(Corpus([documents[0]]), tokenizer, tmp_path), cache)
+    assert_same(build_documents(Corpus([documents[0]]), tokenizer, tmp_path), cache)
 
 
 def test_two_builders_at_once(start: Callable, tmp_path: Path, big: Path):
@@ -262,7 +264,7 @@ def test_two_builders_at_once(start: Callable, tmp_path: Path, big: Path):
         folders.append(output.split()[-1])
     assert folders[0] == folders[1]
     assert [path.name for path in (tmp_path / "caches").iterdir() if path.is_dir()] == [Path(folders[0]).name]
-    assert open_cache(folders[0]).counts.documents == 400
+    assert DocumentStore(folders[0]).counts.documents == 400
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_cache(start: Callable, tmp_path: Path):
@@ -276,11 +278,11 @@ def test_a_full_disk_is_told_and_leaves_no_half_cache(start: Callable, tmp_path:
 
 
 def test_a_builder_that_dies_is_told(tmp_path: Path, tokenizer: Tokenizer, big: Path, monkeypatch: pytest.MonkeyPatch):
-    from bestiary.data import store_build as cache_build
+    from bestiary.data import store_build
 
-    monkeypatch.setattr(cache_build, "_do", _die)
+    monkeypatch.setattr(store_build, "_do", _die)
     with pytest.raises(DataError, match=r"A tokenising process died, .* start again with fewer processes"):
-        build_cache(Corpus([big]), tokenizer, tmp_path, processes=2)
+        build_documents(Corpus([big]), tokenizer, tmp_path, processes=2)
 
 
 def _die(chunk: object) -> None:
@@ -290,66 +292,137 @@ def _die(chunk: object) -> None:
 def test_an_unreadable_corpus_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "a.txt").write_bytes(b"good\n\xff")
     with pytest.raises(CorpusError, match="line 2: not UTF-8"):
-        build_cache(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches")
+        build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches")
     assert not [path for path in (tmp_path / "caches").iterdir() if path.is_dir()]
 
 
 def test_a_corpus_of_nothing_but_empty_documents(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "a.txt").write_text("\u200b")
     with pytest.raises(CorpusError, match="an empty corpus, its text gives not one token"):
-        build_cache(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches")
+        build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches")
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_caches_are_refused(tmp_path: Path, tokenizer: Tokenizer):
+@pytest.fixture
+def small(tmp_path: Path, tokenizer: Tokenizer) -> DocumentStore:
+    """A store of one short document, in tmp_path/caches."""
     (tmp_path / "a.txt").write_text("Baao caao.")
-    folder = build_cache(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches").folder
+    return build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches")
+
+
+def test_damaged_stores_are_refused(small: DocumentStore):
+    folder = small.folder
     again = f"Delete the folder {folder}; it will be built again."
 
-    def refusal() -> str:
+    def refusal(**options: bool) -> str:
         with pytest.raises(DataError) as raised:
-            open_cache(folder)
+            DocumentStore(folder, **options)
         return str(raised.value)
 
-    (shard,) = folder.glob("*.array_record-*")
-    content = shard.read_bytes()
-    shard.write_bytes(content[:100])
-    assert refusal() == f"{shard}: 100 bytes, expected {len(content)} bytes. {again}"
-    shard.unlink()
-    assert refusal() == f"{shard}: missing, expected {len(content)} bytes. {again}"
-    shard.write_bytes(content)
-    (folder / "sentence_lengths.npy").write_bytes(b"")
-    assert refusal().startswith(f"{folder}: the index cannot be read")
-    info = json.loads((folder / "cache.json").read_text())
-    (folder / "cache.json").write_text(json.dumps({**info, "version": 0}))
+    for file in (*folder.glob("*.array_record-*"), *folder.glob("*.npy")):
+        content = file.read_bytes()
+        file.write_bytes(content[:100])
+        assert refusal() == f"{file}: 100 bytes, expected {len(content)} bytes. {again}"
+        file.unlink()
+        assert refusal() == f"{file}: missing, expected {len(content)} bytes. {again}"
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert refusal(verify=True) == f"{file}: the contents have changed since it was written. {again}"
+        file.write_bytes(content)
+    header = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**header, "version": 0}))
     assert refusal() == f"{folder / 'cache.json'}: version 0, expected {FORMAT_VERSION}. {again}"
-    (folder / "cache.json").write_text("{")
-    assert "not a cache's description" in refusal()
+    (folder / "cache.json").write_text(json.dumps({**header, "kind": "pairs"}))
+    assert refusal() == f"{folder}: a store of pairs, expected documents."
+    for content in (
+        "{",
+        "[]",
+        "[" * 10**5,
+        json.dumps({**header, "files": 5}),
+        json.dumps({**header, "files": {"a": 1}}),
+    ):
+        (folder / "cache.json").write_text(content)
+        assert "not a cache's description" in refusal()
     (folder / "cache.json").unlink()
     assert "no tokenised cache" in refusal()
+
+
+def test_a_changed_record_is_not_read(small: DocumentStore):
+    (shard,) = small.folder.glob("*.array_record-*")
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"sentence_lengths") if b"sentence_lengths" in content else 100
+    content[place] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"(?s)hash mismatch.*Delete the folder"):
+        DocumentStore(small.folder).document(0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no header"])
+def test_a_damaged_store_is_built_again_with_a_line(
+    small: DocumentStore, tokenizer: Tokenizer, tmp_path: Path, damage: str
+):
+    expected = everything(small)
+    (shard,) = small.folder.glob("*.array_record-*")
+    content = shard.read_bytes()
+    match damage:
+        case "cut":
+            shard.write_bytes(content[:-1])
+        case "changed":
+            shard.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+        case "missing":
+            (small.folder / "document_hashes.npy").unlink()
+        case "no header":
+            (small.folder / "cache.json").write_text("")
+    reports: list[Report] = []
+    again = build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches", progress=reports.append)
+    assert again.folder == small.folder
+    for mine, theirs in zip(everything(again), expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert f"once more: {small.folder}" in str(reports[-1])
+    reports.clear()
+    build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches", progress=reports.append)
+    assert not reports
+
+
+def test_a_store_of_version_1_is_read(small: DocumentStore, tokenizer: Tokenizer, tmp_path: Path):
+    header = json.loads((small.folder / "cache.json").read_text())
+    old = {
+        **header["made_from"],
+        "version": 1,
+        "key": header["key"],
+        "cls_id": 2,
+        "sep_id": 3,
+        "counts": header["counts"],
+        "shard_bytes": {name: size for name, (size, _) in header["files"].items() if not name.endswith(".npy")},
+    }
+    (small.folder / "cache.json").write_text(json.dumps(old))
+    reports: list[Report] = []
+    opened = build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches", progress=reports.append)
+    assert not reports
+    assert_same(opened, small)
+    assert opened.fingerprint == small.fingerprint
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
 def test_splits_are_disjoint_and_do_not_depend_on_the_order_of_documents(
-    cache: TokenCache, documents: tuple[Path, Sentences], tokenizer: Tokenizer, tmp_path: Path
+    cache: DocumentStore, documents: tuple[Path, Sentences], tokenizer: Tokenizer, tmp_path: Path
 ):
     train, held = cache.documents("train", 0.2), cache.documents("validation", 0.2)
     assert len(held) == 12
     np.testing.assert_array_equal(np.sort(np.concatenate([train, held])), cache.documents("all"))
     assert set(cache.documents("validation", 0.1)) < set(held)
     files = sorted(documents[0].iterdir(), reverse=True)
-    backwards = build_cache(Corpus(files), tokenizer, tmp_path)
+    backwards = build_documents(Corpus(files), tokenizer, tmp_path)
     assert set(59 - backwards.documents("validation", 0.2)) == set(held)
 
 
 def test_equal_documents_are_on_the_same_side(tmp_path: Path, tokenizer: Tokenizer):
     lines = [{"text": f"{'baao ' * (number // 3)}."} for number in range(90)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    cache = build_cache(Corpus([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "caches")
+    cache = build_documents(Corpus([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "caches")
     for fraction in (0.02, 0.1, 0.25, 0.5):
         held = cache.documents("validation", fraction)
         assert len(held) >= 90 * fraction
@@ -359,7 +432,7 @@ def test_equal_documents_are_on_the_same_side(tmp_path: Path, tokenizer: Tokeniz
 @pytest.mark.parametrize(("count", "least", "enough"), [(1, 1, False), (2, 1, True), (3, 2, False), (4, 2, True)])
 def test_how_many_documents_a_split_needs(tmp_path: Path, tokenizer: Tokenizer, count: int, least: int, enough: bool):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "baao " * (n + 1)}) for n in range(count)))
-    cache = build_cache(Corpus([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "caches")
+    cache = build_documents(Corpus([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "caches")
     if enough:
         assert len(cache.documents("validation", 0.01, least)) == least
         assert len(cache.documents("train", 0.99, least)) == least
@@ -373,7 +446,7 @@ def test_how_many_documents_a_split_needs(tmp_path: Path, tokenizer: Tokenizer, 
     assert "--validation-corpus" in str(raised.value)
 
 
-def test_split_refusals(cache: TokenCache):
+def test_split_refusals(cache: DocumentStore):
     with pytest.raises(DataError, match=r"A validation fraction of 1\.5: expected one between 0 and 1"):
         cache.documents("train", 1.5)
     with pytest.raises(DataError, match="No split 'test'"):

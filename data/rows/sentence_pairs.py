@@ -50,15 +50,15 @@ class Examples:
     truncated: np.ndarray
 
     @property
-    def lengths(self) -> np.ndarray:
-        """[E] tokens of each example, [CLS] and [SEP] included."""
-        return self.first_length + self.second_length + np.where(self.second_length > 0, 3, 2)
+    def tokens(self) -> np.ndarray:
+        """[E] tokens of each example, without special ones."""
+        return self.first_length + self.second_length
 
 
 def plan_pairs(
     lengths: np.ndarray,
     document_sentences: np.ndarray,
-    sequence_length: int,
+    most: int,
     short_fraction: float,
     random: RandomStream,
 ) -> Examples:
@@ -68,11 +68,10 @@ def plan_pairs(
         lengths: [S] tokens of each sentence, at least 1, document after document.
         document_sentences: [D+1] where each document's sentences start in `lengths`, and where the last one's end;
             D >= 2.
-        sequence_length: positions of a row; an example has at most that many tokens, three special ones included.
+        most: tokens of an example, special ones left out.
         short_fraction: the share of the examples that aim at a random length from 2 up.
         random: what decides.
     """
-    most = sequence_length - 3
     ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]  # ends[i] is where sentence i starts
     bounds = document_sentences.tolist()
     documents = len(bounds) - 1
@@ -154,7 +153,7 @@ def _truncated(
 def plan_singles(
     lengths: np.ndarray,
     document_sentences: np.ndarray,
-    sequence_length: int,
+    most: int,
     short_fraction: float,
     random: RandomStream,
 ) -> Examples:
@@ -163,7 +162,6 @@ def plan_singles(
     A sentence longer than a row goes on in the next example, so that nothing is truncated. Arguments as in
     `plan_pairs`; D >= 1.
     """
-    most = sequence_length - 2
     ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
     bounds = document_sentences.tolist()
     starts, sizes, is_short = [], [], []
@@ -221,7 +219,8 @@ class SentencePairRows(DocumentRows[PairPlan]):
 
     A batch of rows is a dictionary of arrays (B rows, L = `sequence_length`, X = `examples_per_row`):
 
-        input_ids              [B, L] int32    [CLS] A [SEP] B [SEP], several examples one after another, then [PAD]
+        input_ids              [B, L] int32    [CLS] A [SEP] B [SEP], or what the tokenizer's template has in these
+                                               places, several examples one after another, then padding
         segment_ids            [B, L] int32    1, 2, ... for the examples, 0 for padding
         position_ids           [B, L] int32    from 0 in each example
         token_type_ids         [B, L] int32    0 for [CLS] A [SEP], 1 for B [SEP]
@@ -307,13 +306,13 @@ class SentencePairRows(DocumentRows[PairPlan]):
     def _make_plan(self, epoch: int, window: int) -> PairPlan:
         sentences, random = self._read_window(epoch, window)
         plan = plan_pairs if self.next_sentence else plan_singles
-        examples = plan(
-            sentences.lengths, sentences.document_sentences, self.sequence_length, self.short_fraction, random
-        )
-        packed, rows = pack(examples.lengths, self.sequence_length, self.examples_per_row)
+        special = self.tokenizer.template.cost(self.next_sentence)
+        most = self.sequence_length - special
+        examples = plan(sentences.lengths, sentences.document_sentences, most, self.short_fraction, random)
+        packed, rows = pack(examples.tokens + special, self.sequence_length, self.examples_per_row)
         placed = order_by_row(random.permutation(rows)[packed], rows)
         examples = Examples(**{name: values[placed.examples] for name, values in vars(examples).items()})
-        lengths = examples.lengths
+        lengths = examples.tokens + special
         statistics = Statistics(
             sequence_length=self.sequence_length,
             windows=1,
@@ -365,18 +364,25 @@ class SentencePairRows(DocumentRows[PairPlan]):
         first, second, lengths = plan.examples.first_length[of], plan.examples.second_length[of], plan.lengths[of]
         start = row * self.sequence_length + column  # of each example, in the batch read as one line
         places = ranges(start, lengths)
-        position = places - np.repeat(start, lengths)
         batch["segment_ids"].reshape(-1)[places] = np.repeat(slot + 1, lengths)
-        batch["position_ids"].reshape(-1)[places] = position
-        batch["token_type_ids"].reshape(-1)[places] = position >= np.repeat(first + 2, lengths)
+        batch["position_ids"].reshape(-1)[places] = places - np.repeat(start, lengths)
 
+        template = self.tokenizer.template
+        first_at = start + len(template.before)
+        between_at = first_at + first
+        second_at = between_at + len(template.between) * self.next_sentence
+        if template.second_type and self.next_sentence:
+            of_second = places >= np.repeat(second_at, lengths)
+            batch["token_type_ids"].reshape(-1)[places[of_second]] = template.second_type
         ids = batch["input_ids"].reshape(-1)
-        ids[start] = self.tokenizer.cls_id
-        ids[start + 1 + first] = self.tokenizer.sep_id
-        ids[start + lengths - 1] = self.tokenizer.sep_id
-        sources = ranges(plan.examples.first_start[of], first), ranges(plan.examples.second_start[of], second)
-        ids[ranges(start + 1, first)] = tokens[sources[0]]
-        ids[ranges(start + 2 + first, second)] = tokens[sources[1]]
+        ids[ranges(first_at, first)] = tokens[ranges(plan.examples.first_start[of], first)]
+        ids[ranges(second_at, second)] = tokens[ranges(plan.examples.second_start[of], second)]
+        special = [(start, template.before), (second_at + second, template.after)]
+        if self.next_sentence:
+            special.append((between_at, template.between))
+        for where, some in special:
+            for offset, token in enumerate(some):
+                ids[where + offset] = token
         return batch
 
     def padding(self, rows: int) -> Batch:

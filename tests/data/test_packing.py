@@ -86,7 +86,7 @@ def segments(examples: Examples) -> list[tuple[list[int], list[int]]]:
 @pytest.mark.parametrize("short_fraction", [0.0, 0.1, 1.0])
 def test_pairs_are_those_of_the_script(sequence_length: int, short_fraction: float):
     lengths, bounds = window(30, seed=sequence_length)
-    planned = plan_pairs(lengths, bounds, sequence_length, short_fraction, RandomStream(1))
+    planned = plan_pairs(lengths, bounds, sequence_length - 3, short_fraction, RandomStream(1))
     expected = script(lengths, bounds, sequence_length, short_fraction, RandomStream(1))
     assert planned.random.tolist() == [is_random for *_, is_random in expected]
     most = sequence_length - 3
@@ -109,7 +109,7 @@ def test_pairs_are_those_of_the_script(sequence_length: int, short_fraction: flo
 
 def test_every_sentence_is_used_once_where_nothing_is_truncated():
     lengths, bounds = window(40, seed=2, sentences=30)
-    planned = plan_pairs(lengths, bounds, 2048, 0.0, RandomStream(2))
+    planned = plan_pairs(lengths, bounds, 2045, 0.0, RandomStream(2))
     assert not planned.truncated.any()
     used = np.zeros(lengths.sum(), np.int64)
     for (first, second), is_random in zip(segments(planned), planned.random, strict=True):
@@ -120,7 +120,7 @@ def test_every_sentence_is_used_once_where_nothing_is_truncated():
 
 def test_truncated_tokens_are_all_that_is_missing():
     lengths, bounds = window(40, seed=3)
-    planned = plan_pairs(lengths, bounds, 64, 0.1, RandomStream(3))
+    planned = plan_pairs(lengths, bounds, 61, 0.1, RandomStream(3))
     used = np.zeros(lengths.sum(), np.int64)
     for (first, second), is_random in zip(segments(planned), planned.random, strict=True):
         used[first] += 1
@@ -132,7 +132,7 @@ def test_truncated_tokens_are_all_that_is_missing():
 
 def test_random_segments_are_from_another_document_and_the_others_follow():
     lengths, bounds = window(50, seed=4)
-    planned = plan_pairs(lengths, bounds, 128, 0.1, RandomStream(4))
+    planned = plan_pairs(lengths, bounds, 125, 0.1, RandomStream(4))
     token_document = np.repeat(np.arange(50), np.add.reduceat(lengths, bounds[:-1]))
     first, second = token_document[planned.first_start], token_document[planned.second_start]
     assert (first != second)[planned.random].all()
@@ -146,19 +146,19 @@ def test_random_segments_are_from_another_document_and_the_others_follow():
 
 def test_shares():
     lengths, bounds = window(400, seed=5, sentences=400)
-    planned = plan_pairs(lengths, bounds, 128, 0.1, RandomStream(5))
+    planned = plan_pairs(lengths, bounds, 125, 0.1, RandomStream(5))
     count = len(planned.random)
     assert count > 10_000
     assert abs(planned.random.mean() - 0.5) < 4 * 0.5 / count**0.5 + 0.02  # a document's last sentence is left alone
     assert abs(planned.short.mean() - 0.1) < 4 * (0.09 / count) ** 0.5
-    full = planned.lengths[~planned.short & (planned.truncated > 0)]
-    assert (full == 128).all()
+    full = planned.tokens[~planned.short & (planned.truncated > 0)]
+    assert (full == 125).all()
     # Random targets from 2 up, half of the row on average; the last sentence overshoots by half its length or so.
-    assert 128 / 2 < planned.lengths[planned.short].mean() < 128 / 2 + 25
+    assert 125 / 2 < planned.tokens[planned.short].mean() < 125 / 2 + 25
 
 
 def test_two_documents_are_enough():
-    planned = plan_pairs(np.array([5, 5]), np.array([0, 1, 2]), 32, 0.0, RandomStream(0))
+    planned = plan_pairs(np.array([5, 5]), np.array([0, 1, 2]), 29, 0.0, RandomStream(0))
     assert segments(planned) == [
         (list(range(5)), list(range(5, 10))),
         (list(range(5, 10)), list(range(5))),
@@ -184,9 +184,9 @@ def test_truncation_tosses_a_coin_for_each_token():
 def test_singles_lose_nothing():
     lengths, bounds = window(40, seed=7, longest=60)
     lengths[[3, 100]] = [500, 126]
-    planned = plan_singles(lengths, bounds, 64, 0.1, RandomStream(7))
+    planned = plan_singles(lengths, bounds, 62, 0.1, RandomStream(7))
     assert not planned.truncated.any()
-    assert planned.lengths.max() == 64
+    assert planned.tokens.max() == 62
     assert (planned.first_length >= 1).all()
     np.testing.assert_array_equal(planned.first_start[1:], (planned.first_start + planned.first_length)[:-1])
     assert planned.first_start[0] == 0

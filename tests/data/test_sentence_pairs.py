@@ -1,5 +1,6 @@
 """Rows hold the right tokens at the right places, under numbers that always mean the same row."""
 
+import copy
 from collections import Counter
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import pytest
 
 from bestiary.data import DataError, DocumentStore, SentencePairRows, Tokenizer
 from bestiary.data.rows.rows import Batch, Position
+from bestiary.data.tokenizers.tokenizer import Template
 
 FIELDS = {
     "input_ids": np.int32,
@@ -130,6 +132,30 @@ def test_rows_without_next_sentences(cache: DocumentStore, tokenizer: Tokenizer)
     np.testing.assert_array_equal(np.sort(content), np.sort(everything))
     assert dataset.statistics(0).truncated_tokens == 0
     assert special.sum() == 2 * dataset.statistics(0).examples
+
+
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_special_tokens_are_those_of_the_template(cache: DocumentStore, tokenizer: Tokenizer, next_sentence: bool):
+    other = copy.copy(tokenizer)
+    cls, sep = tokenizer.cls_id, tokenizer.sep_id
+    other.template = Template(before=(cls,), between=(sep, sep), after=(sep,))  # RoBERTa's
+    dataset = SentencePairRows(cache, other, "all", sequence_length=64, next_sentence=next_sentence)
+    plan = dataset.plan(0, 0)
+    batch = dataset.assemble(plan, dataset.read_tokens(plan), np.arange(plan.rows), 0)
+    documents = [np.concatenate(cache.document(number)).tolist() for number in plan.documents]
+    text = np.concatenate(documents).tolist()
+    of, example = plan.examples, 0
+    for ids, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True):
+        for segment in range(1, segments.max() + 1):
+            first = text[of.first_start[example] :][: of.first_length[example]]
+            second = text[of.second_start[example] :][: of.second_length[example]]
+            expected, types = other.join(first, second if next_sentence else None)
+            assert ids[segments == segment].tolist() == expected
+            assert not any(types)
+            example += 1
+    assert example == len(plan.lengths)
+    assert not batch["token_type_ids"].any()
+    assert plan.lengths.max() == 64
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import html
 import re
 from typing import Literal
 
+from .delimiters import without_code_marks, without_emphasis, without_strikethrough
+
 Markup = Literal["wrapped", "lines", "markdown", "wikitext", "docstrings"]
 
 
@@ -62,22 +64,18 @@ _FRONT_MATTER = re.compile(r"\A---\n(?:[\w-]+:.*\n|[ \t#-].*\n)*?---\n")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _QUOTE = re.compile(r"(?:\s{0,3}>\s?)+")
 _FENCE = re.compile(r"\s{0,3}(```+|~~~+)")
-_HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*?)(?:\s+#+)?\s*")
+_HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*)")
 _RULE = re.compile(r"\s{0,3}(?:=+|-+|(?:\*\s*){3,}|(?:_\s*){3,}|(?:-\s*){3,})\s*")
 _TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)+(?:\s*:?-+:?\s*)?")
 _DEFINITION = re.compile(r"\s{0,3}\[[^\]]+\]:\s+\S+.*")
 _ITEM = re.compile(r"\s*(?:[-*+]|(\d{1,9})[.)])\s+(.*)")
 _INLINE = [
-    (re.compile(r"!?\[([^\[\]]*)\]\([^()]*(?:\([^()]*\))?[^()]*\)"), r"\1"),  # [text](address), ![text](address)
+    (re.compile(r"!?\[([^\[\]]*)\]\([^()]*(?:\([^()]*\)[^()]*)?\)"), r"\1"),  # [text](address), ![text](address)
     (re.compile(r"!?\[([^\[\]]+)\]\[[^\[\]]*\]"), r"\1"),  # [text][name]
     (re.compile(r"<((?:https?|ftp|mailto):[^<>\s]+)>"), r"\1"),
     (re.compile(r"</?[A-Za-z][^<>]*>"), " "),
-    (re.compile(r"(`+)(.+?)\1"), r"\2"),
-    (re.compile(r"(?<!\\)(\*{1,3})(?=[^\s*])(.+?)(?<=[^\s*\\])\1"), r"\2"),
-    (re.compile(r"(?<![\w\\])(_{1,3})(?=[^\s_])(.+?)(?<=[^\s_\\])\1(?!\w)"), r"\2"),
-    (re.compile(r"~~(?=\S)(.+?)(?<=\S)~~"), r"\1"),
-    (re.compile(r"\\([\\`*_{}\[\]()#+\-.!>~|])"), r"\1"),
 ]
+_ESCAPE = re.compile(r"\\([\\`*_{}\[\]()#+\-.!>~|])")
 _MAY_HAVE_INLINE = re.compile(r"[\[<`*_~\\]")
 
 
@@ -85,11 +83,21 @@ def _markdown_inline(text: str) -> str:
     if _MAY_HAVE_INLINE.search(text):
         for pattern, replacement in _INLINE:
             text = pattern.sub(replacement, text)
+        text = without_strikethrough(without_emphasis(without_emphasis(without_code_marks(text), "*"), "_"))
+        text = _ESCAPE.sub(r"\1", text)
     return html.unescape(text) if "&" in text else text
 
 
+def _heading(text: str) -> str:
+    """A heading's text without the `#` that may close it."""
+    text = text.rstrip()
+    shorter = text.rstrip("#")
+    return shorter if shorter and shorter[-1].isspace() else text
+
+
 def _markdown(text: str) -> list[str]:
-    text = _COMMENT.sub("", _FRONT_MATTER.sub("", text))
+    before, last, after = _FRONT_MATTER.sub("", text).rpartition("-->")  # nothing closes a comment after the last one
+    text = _COMMENT.sub("", before + last) + after
     found: list[str] = []
     current: list[str] = []
     fence = ""
@@ -119,7 +127,7 @@ def _markdown(text: str) -> list[str]:
             fence = opened[1]
         elif heading := _HEADING.fullmatch(line):
             flush()
-            current.append(heading[1])
+            current.append(_heading(heading[1]))
             flush()
         elif _RULE.fullmatch(line) or _DEFINITION.fullmatch(line):
             flush()

@@ -1,7 +1,12 @@
 """Markup is taken out, words are kept."""
 
+import random
+import re
+import time
+
 import pytest
 
+from bestiary.data.corpus.delimiters import without_code_marks, without_emphasis, without_strikethrough
 from bestiary.data.corpus.markup import paragraphs
 
 
@@ -37,6 +42,39 @@ def test_lines_are_paragraphs():
 )
 def test_markdown(markdown: str, expected: list[str]):
     assert paragraphs(markdown, "markdown") == expected
+
+
+@pytest.mark.parametrize(
+    ("take_out", "pattern", "characters"),
+    [
+        (without_code_marks, r"(`+)(?P<text>.+?)\1", "```a b"),
+        (
+            lambda text: without_emphasis(text, "*"),
+            r"(?<!\\)(\*{1,3})(?=[^\s*])(?P<text>.+?)(?<=[^\s*\\])\1",
+            "**_a\u00e9 \\.",
+        ),
+        (
+            lambda text: without_emphasis(text, "_"),
+            r"(?<![\w\\])(_{1,3})(?=[^\s_])(?P<text>.+?)(?<=[^\s_\\])\1(?!\w)",
+            "__*a\u00e9 \\.",
+        ),
+        (without_strikethrough, r"~~(?=\S)(?P<text>.+?)(?<=\S)~~", "~~~a b"),
+    ],
+)
+def test_delimiters_are_taken_out_as_by_regular_expressions(take_out, pattern: str, characters: str):
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(draw.choice(characters) for _ in range(draw.randint(1, 16)))
+        assert take_out(text) == re.sub(pattern, r"\g<text>", text), text
+
+
+@pytest.mark.parametrize("lone", ["*word ", "**word ", "_word ", "`word ``other ", "~~word ", "a* **b "])
+def test_lone_marks_take_no_longer_than_words(lone: str):
+    text = lone * (200_000 // len(lone))
+    start = time.process_time()
+    (paragraph,) = paragraphs(text, "markdown")
+    assert time.process_time() - start < 5
+    assert "word" in paragraph or "b" in paragraph
 
 
 def test_wikitext_headings_lose_their_marks_and_split_tokens_are_joined():

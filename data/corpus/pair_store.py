@@ -203,7 +203,7 @@ class _Encoder:
 
 
 def describe_pairs(store: PairStore, name: str) -> list[str]:
-    """What to say of a text that was read."""
+    """Describe a text that was read."""
     counts: Any = store.counts
     return [
         f"{name}: {counts.pairs:,} pairs, {counts.source_tokens:,} source and {counts.target_tokens:,} target tokens, "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bestiary.data import DataError, embedded_documents, load_tokenizer, train_byte_bpe, train_unigram
+from bestiary.data import EMBEDDED, Corpus, DataError, load_tokenizer, train_byte_bpe, train_unigram
 from bestiary.data.tokenizers.tokenizer import check_vocabulary
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
@@ -212,7 +212,7 @@ TRAINERS = {
 
 @pytest.mark.parametrize("family", TRAINERS)
 def test_training_has_one_outcome_that_is_loaded_as_it_was_saved(family: str, tmp_path: Path):
-    documents = [*embedded_documents()][:40]
+    documents = [*Corpus([EMBEDDED])][:40]
     first, second = (TRAINERS[family](documents) for _ in range(2))
     assert first.tokens == second.tokens
     assert first.fingerprint == second.fingerprint
@@ -226,7 +226,7 @@ def test_training_has_one_outcome_that_is_loaded_as_it_was_saved(family: str, tm
 
 
 def test_special_tokens_of_trained_vocabularies():
-    documents = [*embedded_documents()][:20]
+    documents = [*Corpus([EMBEDDED])][:20]
     begins = {family: train(documents).tokens[:5] for family, train in TRAINERS.items()}
     assert begins["roberta"] == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     assert begins["gpt2"] == ["<|endoftext|>", "!", '"', "#", "$"]

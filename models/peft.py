@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..data.files import replacing, write_text
 from .checkpoints.tables import (
     LAYER,
     CheckpointError,
@@ -135,11 +136,9 @@ def save_lora(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS)
-    partial.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / CONFIG)
+    with replacing(folder / WEIGHTS) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(stored, indent=2, sort_keys=True) + "\n")
 
 
 def _number(value: float) -> int | float:

@@ -92,13 +92,13 @@ class Masking:
         special = jnp.asarray(self.special)[input_ids]
         if self.rules == "bert":
             maskable = (segment_ids > 0) & ~special
-            available = maskable.sum()
+            available = maskable.sum().astype(jnp.float32)
             budget = jnp.where(available > 0, jnp.maximum(1, jnp.round(self.rate * available).astype(jnp.int32)), 0)
             random_tokens = np.arange(len(self.special))
         else:
             maskable = segment_ids > 0
             rounding = jax.random.uniform(jax.random.fold_in(key, 4))
-            budget = jnp.floor(self.rate * maskable.sum() + rounding).astype(jnp.int32)
+            budget = jnp.floor(self.rate * maskable.sum().astype(jnp.float32) + rounding).astype(jnp.int32)
             random_tokens = np.flatnonzero(~self.special)
         budget = jnp.minimum(budget, slots)
         priority = jax.random.uniform(order_key, (length,))

@@ -42,7 +42,7 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     shaped: EncoderConfig = dataclasses.replace(found, scan_layers=scan, **drop)
     loaded = loaded._replace(config=shaped, model=loaded.model.clone(config=shaped))
     if shaped.max_length is not None and task.max_length > shaped.max_length:
-        raise RunError(f"--max-length is {task.max_length}; the model takes at most {shaped.max_length} tokens.")
+        raise RunError(f"--max-length is {task.max_length}, beyond the model's {shaped.max_length} positions.")
     new = list(report.initialised)
     names = changes.get("label_names")
     held = read_labels(read_config(config.model))[1]

@@ -11,6 +11,7 @@ from bestiary.data import DataError, Tokenizer, load_tokenizer
 from bestiary.data.tasks.squad import Answer, Question, make_windows, read_squad
 
 UNCASED = Path(__file__).parent / "fixtures" / "wordpiece" / "uncased"
+BYTES = Path(__file__).parent / "fixtures" / "tokenizers" / "byte_bpe"
 CONTEXT = "In May the river rose, and in May the bridge fell."
 
 
@@ -94,6 +95,28 @@ def text_of(windows, window: int, question: Question) -> str:
     """What the window's answer tokens stand for."""
     spans, start = windows.spans[window], windows.context_starts[window]
     return question.context[spans[windows.first[window] - start, 0] : spans[windows.last[window] - start, 1]]
+
+
+def test_windows_are_joined_as_the_family_joins_a_pair():
+    roberta = load_tokenizer(BYTES)
+    context = "The file is read. It is a größer one, and the end of it is here."
+    questions = [Question("q", "What is it?", context, (Answer("größer one", context.index("größer")),))]
+    windows = make_windows(roberta, questions, max_length=40, doc_stride=8, max_question=20)
+    ((whole, spans),) = roberta.encode_with_spans([context])
+    (asked,) = roberta.encode_batch(["What is it?"])
+    cls, sep = roberta.cls_id, roberta.sep_id
+    room = 40 - len(asked) - 4
+    for window, ids in enumerate(windows.ids):
+        part = whole[8 * window :][:room]
+        assert ids.tolist() == [cls, *asked, sep, sep, *part, sep]
+        assert not windows.types[window].any()
+        assert windows.context_starts[window] == len(asked) + 3
+        assert windows.spans[window].tolist() == spans[8 * window :][:room].tolist()
+        if windows.first[window]:
+            assert text_of(windows, window, questions[0]) == "größer one"
+    assert any(windows.first)
+    with pytest.raises(DataError, match="leave no room"):
+        make_windows(roberta, questions, max_length=8, max_question=4)
 
 
 def test_windows_cover_the_context_with_the_stride(tokenizer: Tokenizer):

@@ -12,7 +12,8 @@ import pytest
 import sentencepiece
 
 from bestiary.data.errors import DataError
-from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, sample, train_subwords
+from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, sample
+from bestiary.data.tokenizers.pairs_training import train_subwords
 from bestiary.data.tokenizers.segmentation import merge
 
 KINDS = ("unigram", "bpe", "word-bpe")
@@ -62,7 +63,7 @@ def test_text_survives_and_so_does_the_folder(tmp_path: Path, kind: str, joint: 
 
 def test_training_is_the_same_in_every_process():
     code = (
-        "from bestiary.data.tokenizers.pairs import *\n"
+        "from bestiary.data.tokenizers.pairs_training import *\n"
         "lines = [f'wort{i} zug{i % 7} halt ende{i % 3}' for i in range(200)]\n"
         "print([train_subwords(k, lambda: lines, lambda: lines, vocab_size=90, joint=True, form=TextForm()).fingerprint"
         " for k in ('unigram', 'bpe', 'word-bpe')])"
@@ -135,7 +136,7 @@ def test_errors(tmp_path: Path):
         train_subwords(
             "word-bpe", lambda: SOURCE, lambda: TARGET, vocab_size=99, joint=True, form=TextForm(), split_digits=True
         )
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(DataError, match="no translation tokenizer"):
         load_subwords(tmp_path)
     (tmp_path / "x.model").write_bytes(b"no")
     with pytest.raises(DataError, match="not a SentencePiece model"):

@@ -9,6 +9,7 @@ from bestiary.data import DataError, load_tokenizer
 from bestiary.data.tasks.tagging import check_tags, read_conll, read_conllu, tag_set, tokenise_words
 
 UNCASED = Path(__file__).parent / "fixtures" / "wordpiece" / "uncased"
+BYTES = Path(__file__).parent / "fixtures" / "tokenizers" / "byte_bpe"
 
 
 def tags(path: Path, **options) -> list[tuple[str, ...] | None]:
@@ -142,3 +143,15 @@ def test_the_real_files(shared: Path):
     found = read_conllu(data / "ud_ewt" / "en_ewt-ud-dev.conllu")
     assert len(found.sentences) == 2001
     assert len(tag_set(found.sentences, entities=False)) == 17
+
+
+def test_words_of_byte_level_bpe_stand_after_a_space(file):
+    tokenizer = load_tokenizer(BYTES)
+    sentences = read_conll(file("train.conll", "the\tO\nfile\tO\n,\tO\nfiles\tO\n")).sentences
+    pieces = tokenise_words(tokenizer, sentences, max_length=40)
+    (ids,) = pieces.ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " the file , files"
+    assert (ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id)
+    assert pieces.first[0].sum() == 4
+    assert all(tokenizer.tokens[i].startswith("Ġ") for i in ids[pieces.first[0]])
+    assert not pieces.types[0].any()

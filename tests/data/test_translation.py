@@ -12,7 +12,8 @@ from bestiary.data.corpus.phrases import phrase_pairs
 from bestiary.data.errors import DataError
 from bestiary.data.rows.translation import TranslationRows, pack_pairs
 from bestiary.data.stream import evaluation_batches, training_batches
-from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, train_subwords
+from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm
+from bestiary.data.tokenizers.pairs_training import train_subwords
 
 DRAW = random.Random(0)
 WORDS = [a + b for a in ("ba", "ko", "li", "mu") for b in ("n", "rd", "st", "lo")]

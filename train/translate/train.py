@@ -30,7 +30,8 @@ from ...data.corpus.parallel import Pair, ParallelText
 from ...data.files import build_once, user_cache_folder
 from ...data.rows.translation import TranslationRows
 from ...data.stream import evaluation_batches, training_batches
-from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords, train_subwords
+from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords
+from ...data.tokenizers.pairs_training import train_subwords
 from ...models import load
 from ...models.losses import SmoothedSums
 from ...models.marian import Marian, MarianConfig, from_transformer

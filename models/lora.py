@@ -15,7 +15,7 @@ first axis "layers" where the kernel is. All functions here take a tree and give
     merged, kept = merge_lora(params, config)                      # a plain tree, for the model as it is
     params = unmerge_lora(merged, kept)                            # the tree from before, bit for bit
 
-`peft.py` writes and reads them alone, in peft's format.
+`checkpoints.peft` writes and reads them alone, in peft's format.
 
 Merging is exact in that the kernel becomes the float32 nearest to W + (alpha / rank)·A·B, accumulated in float64. A sum
 that was rounded cannot be undone by subtraction, so the kernels from before are kept beside the merged tree.

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from bestiary import models
 from bestiary.models import lora
 from bestiary.models.bert import FAMILY, BertConfig
+from bestiary.models.checkpoints.peft import load_lora, save_lora
 from bestiary.models.checkpoints.tables import CheckpointError, flatten
 from bestiary.models.layers import Linear
 from bestiary.models.lora import (
@@ -29,7 +30,6 @@ from bestiary.models.lora import (
     merge_lora,
     unmerge_lora,
 )
-from bestiary.models.peft import load_lora, save_lora
 from bestiary.models.transformer import Transformer, TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"

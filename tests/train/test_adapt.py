@@ -12,9 +12,9 @@ import pytest
 
 from bestiary import models
 from bestiary.models.bert import FAMILY, BertConfig
+from bestiary.models.checkpoints.peft import load_lora
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.lora import LoraError, merge_lora
-from bestiary.models.peft import load_lora
 from bestiary.train.cli import main
 from bestiary.train.config import OptimConfig
 from bestiary.train.errors import RunError

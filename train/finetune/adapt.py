@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
+from ...models.checkpoints.peft import save_lora
 from ...models.checkpoints.tables import Params, flatten
 from ...models.lora import LoraConfig, Target, adapted, add_lora, is_lora, lora_targets, merge_lora
-from ...models.peft import save_lora
 from ...models.registry import family_of_model
 from ..errors import RunError
 from .config import AdaptConfig

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bestiary.models import lora, peft
+from bestiary.models import lora
+from bestiary.models.checkpoints import peft
 from bestiary.models.checkpoints.tables import (
     CheckpointError,
     Table,
@@ -95,9 +96,9 @@ def test_a_fused_adapter_of_another_tool_is_read_by_each_map(tmp_path: Path, tra
     """One A for the three maps, and of another rank where its pattern says so."""
     random = np.random.default_rng(2)
     tensors = {}
-    for layer, rank in enumerate((4, 4, 4)):
-        tensors[MODULE.format(layer, "A")] = random.normal(size=(rank, E)).astype(np.float32)
-        tensors[MODULE.format(layer, "B")] = random.normal(size=(3 * E, rank)).astype(np.float32) * trained
+    for layer in range(N):
+        tensors[MODULE.format(layer, "A")] = random.normal(size=(4, E)).astype(np.float32)
+        tensors[MODULE.format(layer, "B")] = random.normal(size=(3 * E, 4)).astype(np.float32) * trained
     save_file(tensors, tmp_path / peft.WEIGHTS)
     config = {
         "peft_type": "LORA",

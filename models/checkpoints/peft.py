@@ -20,8 +20,10 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..data.files import replacing, write_text
-from .checkpoints.tables import (
+from ...data.files import replacing, write_text
+from ..lora import LORA_A, LORA_B, LoraConfig, LoraError, Target, ends_with, linear_maps
+from ..registry import family_of_model
+from .tables import (
     LAYER,
     CheckpointError,
     Entry,
@@ -32,8 +34,6 @@ from .checkpoints.tables import (
     merge,
     shortened,
 )
-from .lora import LORA_A, LORA_B, LoraConfig, LoraError, Target, ends_with, linear_maps
-from .registry import family_of_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before every name in peft's files

@@ -74,6 +74,11 @@ def test_an_unknown_command_is_named():
     assert "there is no command 'pretrian'. Did you mean 'pretrain'?" in done.stderr
 
 
+def test_a_command_without_arguments_starts(capsys: pytest.CaptureFixture[str]):
+    assert main(["models"]) == 0
+    assert "bert-base" in capsys.readouterr().out
+
+
 def test_half_a_command_is_told_the_rest(capsys: pytest.CaptureFixture[str]):
     assert main(["translate", "--help"]) == 2
     assert "translate train, translate run, translate score" in capsys.readouterr().err

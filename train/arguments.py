@@ -1,4 +1,4 @@
-"""A command line before it is parsed: which flags it gives."""
+"""Inspect a command line before it is parsed: which flags it gives."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,13 @@ def flags(arguments: Sequence[str]) -> dict[str, str]:
     defaults that depend on another flag, and to refuse a flag that another one makes meaningless.
 
     Args:
-        arguments: those after the command.
+        arguments: the arguments after the command.
 
     Returns:
-        the flags' names, with underscores and without their dashes, each with the argument that belongs to it, or
-        stands after it.
+        The flags' names, with underscores and without dashes, each with its value or the argument after it.
     """
     found = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument.startswith("--"):
             name, equals, value = argument.removeprefix("--").partition("=")
             found[name.replace("-", "_")] = value if equals else following

@@ -19,8 +19,6 @@ JOB_IMPORTS = {
 
 MOST_LINES, MOST_MODULES = 600, 16
 
-KNOWN_WIDE_FOLDERS = {"models", "train"}  # still to be parted; nothing is to be added here
-
 NAMED_MODULE = re.compile(r"(\.+[a-z_][a-z0-9_.]*)(:\w+)?")  # as import_module takes it: ".hopper.backend", ".a:Name"
 
 
@@ -151,5 +149,4 @@ def test_a_folders_listing_is_its_plan(repository):
         if path.name != "__init__.py":
             folder = str(path.parent.relative_to(repository))
             counts[folder] = counts.get(folder, 0) + 1
-    wide = {folder: count for folder, count in counts.items() if count > MOST_MODULES}
-    assert {folder: count for folder, count in wide.items() if folder not in KNOWN_WIDE_FOLDERS} == {}
+    assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}

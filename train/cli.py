@@ -39,7 +39,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("translate", "score"): Command(
         ".translate.score:ScoreConfig", "score translations: sacreBLEU's BLEU and chrF, and tokenised BLEU"
     ),
-    ("tokenizer", "train"): Command(".tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
+    ("tokenizer", "train"): Command(".commands.tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
     ("finetune",): Command(
         ".finetune.commands.glue:GlueConfig", "fine-tune on a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, ..."
     ),
@@ -70,11 +70,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".embed.config:ProbeConfig", "train a cheap head on a pretrained encoder's features of a task", ".embed.probe"
     ),
     ("models",): Command(
-        ".zoo:ModelsConfig", "the families of models: sizes, parameters, heads, objectives, tokenizer, paper"
+        ".commands.zoo:ModelsConfig", "the families of models: sizes, parameters, heads, objectives, tokenizer, paper"
     ),
-    ("models", "show"): Command(".zoo:ShowConfig", "the parameters of one size: shapes, logical axes, bytes"),
+    ("models", "show"): Command(".commands.zoo:ShowConfig", "the parameters of one size: shapes, logical axes, bytes"),
     ("parity",): Command(
-        ".parity:ParityConfig",
+        ".commands.parity:ParityConfig",
         "run fixtures of the reference implementation: errors of outputs, losses and gradients",
     ),
     ("bench", "pretrain"): Command(

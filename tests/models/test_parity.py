@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bestiary.models.checkpoints.parity import Report, check, gradient_errors
-from bestiary.train.parity import ParityConfig, describe, main
+from bestiary.train.commands.parity import ParityConfig, describe, main
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from bestiary import models
 from bestiary.models.checkpoints.parity import check
+from bestiary.train.commands.parity import describe
 from bestiary.train.errors import RunError
 from bestiary.train.generate import generator as generator_module
 from bestiary.train.generate import scheduler
@@ -23,7 +24,6 @@ from bestiary.train.generate.generator import Generator
 from bestiary.train.generate.logits import continuations
 from bestiary.train.generate.released import read_generation_config
 from bestiary.train.generate.scheduler import Sizes
-from bestiary.train.parity import describe
 from bestiary.train.translate.attention_map import attention_of
 
 FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
-    from ..models.checkpoints.parity import Report
+    from ...models.checkpoints.parity import Report
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ParityConfig:
 
 def main(config: ParityConfig) -> int:
     """Run the fixtures and print the errors; return 0 if all are within tolerance, else 1."""
-    from ..models.checkpoints.parity import check  # here, since it needs JAX, for which --help need not wait
+    from ...models.checkpoints.parity import check  # here, since it needs JAX, for which --help need not wait
 
     if not config.folders:
         print("bestiary parity: no folders given", file=sys.stderr)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Corpus, train_byte_bpe, train_unigram, train_wordpiece
-from .errors import RunError
-from .progress import Progress
+from ...data import Corpus, train_byte_bpe, train_unigram, train_wordpiece
+from ..errors import RunError
+from ..progress import Progress
 
 FAMILIES = {"wordpiece": ("bert",), "byte-bpe": ("roberta", "gpt2"), "unigram": ("albert", "t5")}
 

@@ -29,8 +29,8 @@ class ShowConfig:
 
 def main(config: ModelsConfig | ShowConfig) -> int:
     """Run either command; returns the exit status."""
-    from ..models.listing import describe_family, describe_model
-    from ..models.registry import families
+    from ...models.registry import families
+    from .listing import describe_family, describe_model
 
     if isinstance(config, ShowConfig):
         shown = describe_model(config.name, config.head)

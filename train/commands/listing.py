@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from .family import Family, FamilyConfig
-from .registry import init_params, presets
+from ...models.family import Family, FamilyConfig
+from ...models.registry import init_params, presets
 
 BYTES = 4  # of a parameter, which is float32 always
 

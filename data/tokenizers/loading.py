@@ -58,6 +58,7 @@ MODEL_TYPES = {
     **dict.fromkeys(("t5", "mt5"), "t5"),
 }
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
+_MOST_EXTRA_IDS = 10_000
 _KEPT = ("model_max_length",)  # settings that are not about ids, and are written again
 
 
@@ -199,7 +200,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         expected = _MODEL.get(folder.cls or "", kind)
         if kind not in (expected, None):
             raise DataError(f"{path}: a {kind} tokenizer; its class {folder.cls} expects {expected}.")
-        return build(folder)
+        return _guarded(lambda: build(folder), path)
     if path.suffix == ".json":
         found = ("roberta", "gpt2")
     elif path.suffix == ".model":
@@ -209,7 +210,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     cls = folder.cls or _class_of_vocabulary(folder, found)
     if cls not in found:
         raise DataError(f"{path}: the file of another tokenizer than its class, {cls}.")
-    return _BUILD[cls](folder)
+    return _guarded(lambda: _BUILD[cls](folder), path)
 
 
 def _read_folder(path: Path) -> _Folder:
@@ -322,7 +323,10 @@ def _albert(folder: _Folder) -> Tokenizer:
 def _t5(folder: _Folder) -> Tokenizer:
     special = folder.special_tokens(T5_TOKENS)
     pieces, characters, model = _pieces(folder)
-    sentinels = extra_ids(int(folder.setting("extra_ids", EXTRA_IDS, int)))
+    count = folder.setting("extra_ids", EXTRA_IDS, int)
+    if not 0 <= count <= _MOST_EXTRA_IDS:
+        raise DataError(f"{folder.where.parent}: extra_ids is {count}; expected 0 to {_MOST_EXTRA_IDS}.")
+    sentinels = extra_ids(count)
     backend = t5_backend([*pieces, *sentinels] if model else pieces, characters)
     _add_tokens(backend, folder, special, model)
     if not folder.extra_special_tokens():  # which take the sentinels' place in the reference
@@ -392,7 +396,7 @@ def _byte_bpe(
 def _as_it_is(folder: _Folder) -> Tokenizer:
     """tokenizer.json and what it says."""
     assert folder.whole is not None
-    backend = _guarded(lambda: tokenizers.Tokenizer.from_file(str(folder.where)), folder.where)
+    backend = tokenizers.Tokenizer.from_file(str(folder.where))
     backend.no_padding()
     backend.no_truncation()
     kind = folder.whole["model"].get("type") or json.loads(backend.to_str())["model"]["type"]
@@ -504,12 +508,12 @@ def _first(pair: tuple[int, Any]) -> int:
 
 
 def _guarded[Made](make: Callable[[], Made], path: Path) -> Made:
-    """What `make` gives; whatever the library raises, a panic of its Rust too, becomes a DataError."""
+    """What `make` gives; whatever else a damaged file raises, a panic of the Rust library too, becomes a DataError."""
     try:
         return make()
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
         raise DataError(
             f"{path}: not a {path.name} that `tokenizers` {tokenizers.__version__} reads ({error})."
         ) from None

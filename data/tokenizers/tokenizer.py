@@ -293,6 +293,10 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"), pretty=True)
         self._save_vocabulary(folder)
+        beyond = set(self.backend.get_vocab()) - set(self.backend.get_vocab(with_added_tokens=False))
+        if beyond:
+            added = {token: number for number, token in enumerate(self.tokens) if token in beyond}
+            _write_json(folder / "added_tokens.json", added)
         roles = {f"{role}_token": token for role, token in self.special_tokens.items()}
         _write_json(folder / "tokenizer_config.json", {**self.settings, **roles})
         _write_json(folder / "special_tokens_map.json", roles)

@@ -76,7 +76,8 @@ class WordPieceTokenizer(Tokenizer):
         return piece.startswith(CONTINUATION) and piece != CONTINUATION
 
     def _save_vocabulary(self, folder: Path) -> None:
-        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in self.tokens), encoding="utf-8")
+        pieces = sorted(self._state["model"]["vocab"].items(), key=lambda pair: pair[1])
+        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in pieces), encoding="utf-8")
 
 
 def bert_backend(

@@ -129,6 +129,8 @@ def test_added_tokens_count(tmp_path: Path):
     (tmp_path / "saved").mkdir()
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode_batch(["he said [E1]"]) == [[5, 6, 14]]
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    assert load_tokenizer(tmp_path / "saved").encode_batch(["he said [E1]"]) == [[5, 6, 14]]
     bert_folder(tmp_path, tokenizer_config={}, added_tokens={"[E1]": 20})
     with pytest.raises(DataError, match=r"the added token '\[E1\]' is to have the id 20, but the vocabulary gives it"):
         load_tokenizer(folder)
@@ -247,6 +249,28 @@ def test_settings_that_are_no_object_are_refused(tmp_path: Path, text: str):
     (bert_folder(tmp_path) / "tokenizer_config.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer_config\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"normalizer": 5},
+        {"added_tokens": [5]},
+        {"added_tokens": {"id": "x"}},
+        {"model": {"type": "WordPiece", "vocab": None}},
+        {"model": []},
+        {"model": {"type": "WordPiece", "vocab": {"[PAD]": -1}, "unk_token": "[UNK]"}},
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, damage: dict, named: bool):
+    load_tokenizer(bert_folder(tmp_path)).save(tmp_path / "saved")
+    path = tmp_path / "saved" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    if not named:
+        (tmp_path / "saved" / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError):
+        load_tokenizer(tmp_path / "saved")
 
 
 def test_blank_lines_and_carriage_returns_of_a_vocabulary(tmp_path: Path):

@@ -1,13 +1,13 @@
-"""Fine-tuning's examples: encoded features, and batches of a fixed number of them in packed rows of few shapes.
+"""Features for fine-tuning, and batches of a fixed number of them in packed rows of few shapes.
 
-A *feature* is what gets a [CLS] of its own: a sentence or a pair, a window of a long text, one choice of a question. A
-*unit* is what is drawn: one feature, or the `unit_size` features of a question that must stand in one row.
+A *feature* is one encoded input with its own [CLS]: a sentence or a pair, a window of a long text, one choice of a
+question. A *unit* is what is sampled: one feature, or the `unit_size` features of a question, which share a row.
 
-A batch always holds the same number of units. Which ones is drawn as in stratified sampling: an epoch's units, in
-random order, are sorted by length and cut into as many strata as a batch has units, and every batch takes one unit of
-each stratum at random. So every batch has its share of the long and of the short ones, the number of tokens hardly
-varies, and one compiled shape with little padding serves the whole run. Everything is a pure function of (lengths,
-seed, epoch): the state of an iterator is the number of batches done.
+Every batch has the same number of units, chosen by stratified sampling: an epoch's units, in random order, are sorted
+by length and cut into as many strata as a batch has units, and every batch takes one random unit of each stratum. Every
+batch thus has a similar mix of long and short units, the number of tokens hardly varies, and one compiled shape with
+little padding serves the whole run. Everything is a pure function of (lengths, seed, epoch): the state of an iterator
+is the number of batches done.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .random import RandomStream
 Batch = dict[str, np.ndarray]
 
 ATTENTION_SHARE = 1024
-"""Row length at which attention costs as much as everything else: what the choice of a row length weighs."""
+"""Row length at which attention costs as much as everything else; used for choosing the row length."""
 COMPILATION = 16
-"""Steps that compiling one more shape is worth."""
+"""Cost of compiling one more shape, in steps."""
 TRIED = 256
-"""Batches that a row length is chosen by."""
+"""Number of batches to try when choosing the row length."""
 PREDICTION_ROWS = 32
-"""Rows of a batch for prediction, at most."""
+"""Maximum number of rows per batch for prediction."""
 SHORTEST_ROW = 64
-"""Tokens of a row for prediction, at least."""
+"""Minimum row length for prediction, in tokens."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """F encoded features, T tokens together.
+    """F encoded features with T tokens in total.
 
     Attributes:
         input_ids: [T] int32 one feature after the other, special tokens included.
@@ -66,7 +66,7 @@ class Features:
 
     @property
     def count(self) -> int:
-        """F."""
+        """Number of features, F."""
         return len(self.starts) - 1
 
     @property
@@ -76,17 +76,17 @@ class Features:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[F] tokens of each feature."""
+        """Length of each feature, in tokens: [F]."""
         return np.diff(self.starts)
 
     @cached_property
     def unit_lengths(self) -> np.ndarray:
-        """[units] tokens of each unit."""
+        """Length of each unit, in tokens: [units]."""
         return self.lengths.reshape(-1, self.unit_size).sum(axis=1)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; another one for other tokens, labels or units."""
+        """Hexadecimal; it differs if tokens, labels or units differ."""
         digest = hashlib.sha256(str(self.unit_size).encode())
         arrays = {"": self.input_ids, "types": self.token_type_ids, "starts": self.starts}
         for name, values in {**arrays, **self.segment_fields, **self.token_fields}.items():
@@ -105,15 +105,16 @@ def pack_features(
     unit_size: int = 1,
     truncated: int = 0,
 ) -> Features:
-    """Features from lists, one entry a feature.
+    """Build features from lists with one entry per feature.
 
     Args:
-        ids, types: tokens and token types of each feature.
-        example: number of the example that each was made of; None for one feature an example.
-        segment_fields: name -> a value a feature.
-        token_fields: name -> the values of each feature's tokens, as many as it has tokens.
-        unit_size: features that share a row and stand next to each other.
-        truncated: tokens that were cut off.
+        ids: token ids of each feature.
+        types: token types of each feature.
+        example: number of each feature's example; None for one feature per example.
+        segment_fields: name -> one value per feature.
+        token_fields: name -> for each feature, one value per token.
+        unit_size: number of adjacent features that share a row.
+        truncated: number of truncated tokens.
     """
     starts = np.concatenate([[0], np.cumsum([len(some) for some in ids], dtype=np.int64)])
     if len(ids) % unit_size:
@@ -138,27 +139,28 @@ def _joined(parts: Sequence[Any], dtype: Any) -> np.ndarray:
 
 
 def batches_in_epoch(units: int, batch: int) -> int:
-    """Batches that `units` units make; the last one may be smaller."""
+    """Return the number of batches for `units` units; one of them may be smaller."""
     return -(-units // batch)
 
 
 def epoch_batches(unit_lengths: np.ndarray, batch: int, seed: int, epoch: int) -> np.ndarray:
-    """The units of every batch of an epoch, each exactly once.
+    """Assign the units of an epoch to batches, each exactly once.
 
     Args:
-        unit_lengths: [U] tokens of each unit.
-        batch: units of a batch.
-        seed, epoch: what decides.
+        unit_lengths: [U] length of each unit, in tokens.
+        batch: units per batch.
+        seed: random seed.
+        epoch: number of the epoch.
 
     Returns:
-        [S, batch] int64; -1 fills up the smaller batch, which is as likely to be any of the epoch.
+        [S, batch] int64; the smaller batch, which may be any of the epoch, is filled up with -1.
     """
     units = len(unit_lengths)
     count = batches_in_epoch(units, batch)
     random = RandomStream(seed, epoch)
     order = random.permutation(units)
     order = order[np.argsort(unit_lengths[order], kind="stable")]
-    # What is missing comes out of strata spread over all lengths, so that the smaller batch is no batch of short ones.
+    # Leave gaps in strata of all lengths, so that the smaller batch does not consist of short units only.
     missing = count * batch - units
     gaps = np.zeros(batch, bool)
     gaps[(np.arange(missing) * batch) // max(missing, 1)] = True
@@ -172,7 +174,7 @@ def epoch_batches(unit_lengths: np.ndarray, batch: int, seed: int, epoch: int) -
 
 
 class Shapes(NamedTuple):
-    """The shapes of a run's batches."""
+    """Shapes of a run's batches."""
 
     length: int  # L, of every row
     slots: int  # X, features of a row at most, a multiple of the unit size
@@ -190,18 +192,20 @@ def plan_shapes(
     divisor: int = 1,
     multiple: int = 8,
 ) -> Shapes:
-    """The row length and the few numbers of rows that a run computes least with.
+    """Choose the row length, and the few numbers of rows, with which a run computes least.
 
-    Every batch of the run is packed in each candidate length; what counts is the area, attention's share in it, which
-    grows with the row's length, and a price for every shape that has to be compiled. Beside it, rows of the longest
-    unit's length in one shape compute 4 % more on MRPC, 12 % on CoLA, 7 % on STS-B and 11 % on SQuAD.
+    Batches of the run are packed at each candidate length. The cost is the area, plus attention's part, which grows
+    with the row length, plus the cost of every shape that has to be compiled. Beside it, rows of the longest unit's
+    length in one shape compute 4 % more on MRPC, 12 % on CoLA, 7 % on STS-B and 11 % on SQuAD.
 
     Args:
-        unit_lengths, batch, seed: as in `epoch_batches`.
-        epochs: of the run.
-        positions: longest row that the model takes.
-        divisor: what the number of rows must be a multiple of.
-        multiple: what the row length must be a multiple of, where the model takes rows that long.
+        unit_lengths: as in `epoch_batches`.
+        batch: as in `epoch_batches`.
+        seed: as in `epoch_batches`.
+        epochs: number of epochs of the run.
+        positions: longest row that the model supports.
+        divisor: number of which the number of rows must be a multiple.
+        multiple: number of which the row length must be a multiple, as far as the model supports it.
 
     Raises:
         DataError: a unit is longer than a row can be.
@@ -224,7 +228,7 @@ def plan_shapes(
 def _rows_needed(
     unit_lengths: np.ndarray, plans: list[np.ndarray], batch: int, length: int, most: int
 ) -> tuple[np.ndarray, int]:
-    """[batch + 1] how many batches need so many rows, and how many units the fullest row has."""
+    """Return the number of batches that need 0, 1, ... rows, [batch + 1], and the most units in a row."""
     counts = np.zeros(batch + 1, np.int64)
     filled = 1
     for units in plans:
@@ -235,7 +239,7 @@ def _rows_needed(
 
 
 def _candidate_lengths(longest: int, whole: int, positions: int, multiple: int) -> list[int]:
-    """From the longest unit up, to a whole batch in a row or the model's limit."""
+    """Return candidate lengths, from the longest unit up to a whole batch in one row or the model's limit."""
     first = min(_round_up(longest, multiple), positions)
     last = max(first, min(positions, _round_up(whole, multiple), 4 * first))
     return [*range(first, last, multiple), last]
@@ -246,7 +250,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _menu(counts: np.ndarray, divisor: int, share: float) -> tuple[tuple[int, ...], float]:
-    """The sizes to compile for batches of which counts[r] need r rows, and the rows computed in all, as a price.
+    """Choose the batch sizes to compile, where counts[r] batches need r rows; also return the cost in rows.
 
     Each of the batches stands for `share` of them.
     """
@@ -269,7 +273,7 @@ def _menu(counts: np.ndarray, divisor: int, share: float) -> tuple[tuple[int, ..
 
 
 class Placed(NamedTuple):
-    """Features in rows."""
+    """Features placed in rows."""
 
     batch: Batch
     features: np.ndarray  # [B, X] int64, the feature in each slot, -1 for none
@@ -285,16 +289,16 @@ def assemble(
     slots: int,
     pad_id: int,
 ) -> Placed:
-    """The arrays of some rows of a batch.
+    """Assemble the arrays of some rows of a batch.
 
     Args:
-        features: all of them.
-        units: [n] the batch's units.
-        row_of: [n] the row of each.
-        rows: the rows wanted; those that no unit is in come out as padding.
-        length: L.
-        slots: X.
-        pad_id: the token that fills up.
+        features: all features.
+        units: [n] units of the batch.
+        row_of: [n] row of each unit.
+        rows: the rows to assemble; rows without units become padding.
+        length: row length, L.
+        slots: number of segment slots per row, X.
+        pad_id: id of the padding token.
 
     Returns:
         input_ids, segment_ids, position_ids, token_type_ids [B, L] int32; cls_positions [B, X] int32, segment_weights
@@ -339,15 +343,16 @@ def assemble(
 
 
 class TrainingBatches:
-    """Batches without end, epoch after epoch; the state is the number of batches done, as JSON.
+    """Iterate over batches endlessly, epoch after epoch; the state is the number of batches done, as JSON.
 
     Args:
-        features: what is drawn from.
-        batch: units of a batch.
+        features: the features.
+        batch: units per batch.
         shapes: from `plan_shapes`, for the same features, batch and seed.
-        seed: of the order.
-        pad_id: the token that fills up.
-        index, count: this process's share of the rows.
+        seed: seed of the order.
+        pad_id: id of the padding token.
+        index: index of this process's part of the rows.
+        count: number of parts.
     """
 
     def __init__(
@@ -368,7 +373,7 @@ class TrainingBatches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
         return batches_in_epoch(self._features.units, self._batch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -388,14 +393,14 @@ class TrainingBatches:
         return assemble(self._features, units, row_of, rows, length=length, slots=slots, pad_id=self._pad_id).batch
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs."""
+        """Return the state for `set_state`."""
         return {"features": self._features.fingerprint, "done": self._done}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one was.
+        """Continue from a saved state.
 
         Raises:
-            DataError: it read other data.
+            DataError: the state belongs to other data.
         """
         if state["features"] != self._features.fingerprint:
             raise DataError(
@@ -406,13 +411,13 @@ class TrainingBatches:
 
 
 def prediction_batches(features: Features, *, pad_id: int, positions: int, divisor: int = 1) -> Iterator[Placed]:
-    """All features once, in few shapes: rows of a power of two tokens, and a power of two rows a batch.
+    """Yield all features once, in few shapes: row lengths and rows per batch are powers of two.
 
     Args:
-        features: to be predicted.
-        pad_id: the token that fills up.
-        positions: longest row that the model takes.
-        divisor: what the number of rows must be a multiple of.
+        features: features to predict.
+        pad_id: id of the padding token.
+        positions: longest row that the model supports.
+        divisor: number of which the number of rows must be a multiple.
 
     Raises:
         DataError: a unit is longer than a row can be.
@@ -442,6 +447,6 @@ def _longest(unit_lengths: np.ndarray, positions: int) -> int:
     longest = int(unit_lengths.max())
     if longest > positions:
         raise DataError(
-            f"An example has {longest} tokens, and a row of this model at most {positions}. Lower --max-length."
+            f"An example has {longest} tokens, but the model supports at most {positions}. Lower --max-length."
         )
     return longest

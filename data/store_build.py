@@ -157,7 +157,7 @@ def _usable(store: type[Store], folder: Path) -> bool:
 
 
 def _encode(builder: Builder, work: Path, processes: int, progress: ProgressCallback | None, damage: str) -> int:
-    """Do every chunk that is not done; returns how many chunks there are."""
+    """Process every chunk that is not done; return the number of chunks."""
     work.mkdir(exist_ok=True)
     for leftover in work.glob(".*"):
         leftover.unlink()
@@ -191,9 +191,9 @@ def _collect(running: dict[Future[None], float]) -> float:
             future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "A tokenising process died, most likely for want of memory. What was finished is kept: start again "
-                "with fewer processes. (In a script of your own, the main part must stand under "
-                "`if __name__ == '__main__':`, since the processes import it.)"
+                "A tokenising process died, most likely for lack of memory. Finished parts are kept: start again with "
+                "fewer processes. (In your own script, the main part must be under `if __name__ == '__main__':`, since "
+                "the processes import it.)"
             ) from error
     return sum(running.pop(future) for future in finished)
 
@@ -207,7 +207,7 @@ _worker: _Worker | None = None  # of this process, where it is one of the many
 def _workers(processes: int, settings: tuple) -> Iterator[Callable[[Chunk], Future[None]]]:
     """Gives a function that has one chunk done, by a thread of this process or by one of many."""
     if processes <= 1:
-        # Two: the library's threads tokenise one chunk on all cores while the other one is split, or written.
+        # Two threads: the library tokenises one chunk on all cores while the other one is split or written.
         pool, do = ThreadPoolExecutor(2), _Worker(*settings).do
     else:
         # Spawned, not forked: this process may have threads (JAX's, Rust's) that do not survive a fork.
@@ -221,8 +221,8 @@ def _workers(processes: int, settings: tuple) -> Iterator[Callable[[Chunk], Futu
 
 def _start_worker(*settings) -> None:
     global _worker
-    # A worker waits for its next chunk on a pipe that it holds both ends of: it would not notice that its parent was
-    # killed.
+    # A worker waits for its next chunk on a pipe of which it holds both ends, so it would not notice that its parent
+    # was killed.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = _Worker(*settings)
@@ -328,7 +328,7 @@ def _write_tfds_metadata(work: Path, kind: str, features: Mapping[str, Any], rec
 
 
 def _drop_leftovers(final: Path, shards: int) -> None:
-    """The parts of the index are no longer needed; where a kill leaves some of them, they do no harm."""
+    """Delete the parts of the index, which are no longer needed; leftovers of an interruption do no harm."""
     for number in range(shards):
         (final / _PART.format(number)).unlink(missing_ok=True)
 
@@ -338,7 +338,7 @@ def _drop_leftovers(final: Path, shards: int) -> None:
 
 @contextmanager
 def _one_builder(root: Path, key: str, progress: ProgressCallback | None) -> Iterator[Path]:
-    """Gives the folder to build in, to one process at a time; a process that dies lets go of it.
+    """Provide the folder to build in, to one process at a time; a process that dies releases it.
 
     Where the file system has no locks, every builder gets a folder of its own: safe, but a killed build starts over.
     """
@@ -374,7 +374,7 @@ def _rename_folder(work: Path, final: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk itself, so that a power cut cannot leave a name without its contents."""
+    """Flush to disk, so that a power failure cannot leave a name without its contents."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -387,7 +387,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk as a `DataError`. ArrayRecord raises RuntimeError with the system's words in it."""
+    """Turn a full disk into a `DataError`. ArrayRecord raises RuntimeError with the system's message in it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -397,6 +397,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         raise DataError(
-            f"{folder}: no room to write the tokenised corpus ({free / 1e6:,.0f} MB free; {error}). What was finished "
-            "is kept: make room, or name another folder for caches, and start again."
+            f"{folder}: no room to write the tokenised corpus ({free / 1e6:,.0f} MB free; {error}). Finished parts are "
+            "kept: free some space, or choose another folder for caches, and start again."
         ) from error

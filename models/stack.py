@@ -177,7 +177,7 @@ def _at(number: int, layers: Any) -> Any:
 
 
 def _cut(stacks: Any, sizes: Sequence[int]) -> list[Any]:
-    """A tree of stacks cut into trees of so many layers each.
+    """Cut a tree of stacks into trees of fewer layers each.
 
     Its gradient is one concatenation, where that of an index for each layer would be a sum of N whole stacks.
     """

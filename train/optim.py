@@ -52,8 +52,8 @@ def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
     if warmup + cooldown > steps:
         both, flags = f"{warmup} steps", "--warmup"
         if cooldown:
-            both, flags = f"{both} and the cool-down {cooldown}", "--warmup or --cooldown"
-        raise RunError(f"The warm-up takes {both}, but the phase has {steps}. Lower {flags}.")
+            both, flags = f"{both} and cooldown {cooldown}", "--warmup or --cooldown"
+        raise RunError(f"Warmup takes {both}, but the phase has {steps}. Lower {flags}.")
     rest = max(1, steps - warmup)
 
     def rate(count: Any) -> jax.Array:

@@ -44,7 +44,7 @@ from .sentences import split_sentences
 TEXT_VERSION = 1  # of what readers, sentence splitter and tokenizers make of the same text
 RECORD_TOKENS = 8192
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 1 << 20, 64 << 20, 512
-_SMALL_CORPUS = 32 << 20  # bytes on disk; below it, threads are done before processes have started
+_SMALL_CORPUS = 32 << 20  # bytes on disk; below it, threads finish before processes have started
 
 Split = Literal["all", "train", "validation"]
 
@@ -227,7 +227,7 @@ def build_documents(
 
 
 def _chunks(corpus: Corpus, characters: int) -> Iterator[Chunk]:
-    """The corpus in runs of whole documents, each run the first to reach `characters`."""
+    """Cut the corpus into runs of whole documents of at least `characters` characters."""
     documents: list[Document] = []
     number = first = size = 0
     for document in corpus:
@@ -300,7 +300,7 @@ class _Encoder:
 
 
 def _sized(lengths: np.ndarray, per_document: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sentences without a token left out, those longer than a record cut: (lengths, per_document, how many cut)."""
+    """Drop sentences without tokens and split those longer than a record: (lengths, per_document, number split)."""
     pieces = -(-lengths // RECORD_TOKENS)
     owner = np.repeat(np.arange(len(per_document)), per_document)
     per_document = np.bincount(owner, weights=pieces, minlength=len(per_document)).astype(np.int64)
@@ -311,7 +311,7 @@ def _sized(lengths: np.ndarray, per_document: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _runs(lengths: np.ndarray) -> list[int]:
-    """How many of a document's sentences go into each of its records: as many as fit."""
+    """Return the number of a document's sentences per record: as many as fit."""
     ends = np.cumsum(lengths)
     runs, first, base = [], 0, 0
     while first < len(lengths):

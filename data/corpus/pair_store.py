@@ -36,7 +36,7 @@ _PAIRS_TOGETHER = 16  # of those that are compressed and read together: small fi
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What a text came to. Tokens are those of the pairs that were kept, without special ones."""
+    """Statistics of a text. Tokens are those of the pairs that were kept, without special tokens."""
 
     pairs: int = 0
     source_tokens: int = 0

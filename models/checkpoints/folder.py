@@ -60,7 +60,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Tokenizer(Protocol):
-    """What `save` needs of a tokenizer: to write its files into a folder."""
+    """A tokenizer that can be saved to a folder."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -75,7 +75,7 @@ class Loaded(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a checkpoint and the model made from it did not have in common."""
+    """Differences between a checkpoint and the model made from it."""
 
     initialised: tuple[str, ...]  # stored names of parameters that the checkpoint lacks
     unused: tuple[str, ...]  # the checkpoint's tensors that the model has no place for
@@ -123,7 +123,7 @@ def load_with_report(
     seed: int = 0,
     **changes: Any,
 ) -> tuple[Loaded, Report]:
-    """As `load`, with what is new and what is unused given back instead of logged."""
+    """Load like `load`, but return which parameters are new or unused instead of logging it."""
     folder = Path(folder)
     stored = read_config(folder)
     family = family_of_folder(stored, folder)
@@ -301,7 +301,7 @@ def _require_all(placed: Placed, folder: Path) -> None:
 def _take_encoder(
     family: Family, config: FamilyConfig, table: Table, placed: Placed, tensors: "Tensors", folder: Path
 ) -> tuple[Placed, Report]:
-    """What of a checkpoint a model with another head can use; its encoder must be there, and all tensors known."""
+    """Select what a model with another head can use of a checkpoint: its encoder. Unknown tensors are an error."""
     tables = [a.table(config) for a in family.architectures]
     known = {name for t in tables for name in set(tensors.shapes) - set(t.place(tensors.shapes).unmapped)}
     core = {n for e in table.entries if family.is_encoder_parameter(e.path) for n in e.names}

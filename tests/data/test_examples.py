@@ -183,5 +183,5 @@ def test_an_example_longer_than_the_model_takes():
         lambda: plan_shapes(features.unit_lengths, 1, batch=2, seed=0, epochs=1, positions=512),
         lambda: list(prediction_batches(features, pad_id=0, positions=512)),
     ):
-        with pytest.raises(DataError, match="An example has 700 tokens, and a row of this model at most 512"):
+        with pytest.raises(DataError, match="An example has 700 tokens, but the model supports at most 512"):
             attempt()

@@ -119,7 +119,7 @@ class Case:
     options: dict = dataclasses.field(default_factory=dict)
 
     def stretched(self, times: int) -> Case:
-        """The same with rows so many times as long."""
+        """Return the same case with longer rows, by this factor."""
         b, q_len, k_len, *rest = self.sizes
         return dataclasses.replace(self, sizes=(b, q_len * times, k_len * times, *rest))
 

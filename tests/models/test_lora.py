@@ -70,7 +70,7 @@ def compiled(model: Any, config: LoraConfig | None) -> Any:
 
 
 def trained(params: Any, seed: int = 1) -> Any:
-    """The tree with every B drawn anew, as if it had been trained; what is zero in A stays so in B."""
+    """The tree with every B newly drawn, as if it had been trained; what is zero in A stays so in B."""
     random = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> Any:

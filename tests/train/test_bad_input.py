@@ -92,7 +92,7 @@ def test_a_batch_that_is_no_multiple_of_the_length(refused):
         (["--model", "bert-huge"], "known are bert-tiny"),
         (["--mask-rate", "0"], "--mask-rate is 0.0"),
         (["--dropout", "1"], "--dropout is 1.0"),
-        (["--warmup", "100"], "The warm-up takes 100 steps, but the phase has 24"),
+        (["--warmup", "100"], "Warmup takes 100 steps, but the phase has 24"),
         (["--phases", "32:10", "64:5"], "leave out --sequence-length and --steps"),
         (["--log-every", "0"], "--log-every is 0; it must be at least 1."),
         (["--process", "1"], "need --coordinator, --processes and --process together"),

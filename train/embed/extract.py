@@ -1,7 +1,7 @@
-"""Features of texts from a pretrained encoder: hidden states of its layers, for tokens or whole texts.
+"""Extract features of texts with a pretrained encoder: hidden states of its layers, for tokens or whole texts.
 
-Texts are sorted into a few row lengths and packed, several a row, each with a segment of its own, so that a handful of
-compiled programs and next to no padding serve any stream of texts. They come back in the order that they were given in.
+Texts are sorted into a few row lengths and packed, several per row, each as a segment of its own, so that a handful of
+compiled programs process any stream of texts with hardly any padding. Results are in the order of the texts.
 """
 
 import hashlib
@@ -31,22 +31,22 @@ from ..sharding import Parallelism, Replicas, make_mesh
 from .config import FeatureConfig
 
 ROW_LENGTHS = (64, 128, 256, 512)
-"""Tokens of a row; a text goes into the shortest that holds it."""
+"""Row lengths, in tokens; a text goes into the shortest row that it fits."""
 BATCH_TOKENS = 2048
-"""Tokens of a batch, on each device."""
+"""Tokens per batch and device."""
 FEW = 8
-"""Where no more than this part of a batch is left, a batch of that size is taken: each row length has two programs."""
+"""If at most this fraction of a batch is left, use a batch of that size: each row length has two programs."""
 WINDOW_TEXTS, WINDOW_CHARACTERS = 4096, 1 << 18
-"""What is sorted and packed together, at most: bounds the memory of a stream."""
+"""Maximum number of texts that are sorted and packed together, to bound the memory of a stream."""
 
 
 class Settings(NamedTuple):
-    """A FeatureConfig with everything decided."""
+    """A FeatureConfig with all defaults resolved."""
 
     encoder: Path
     layers: tuple[int, ...]  # from 0
-    combine: str | None  # None keeps the layers apart
-    pooling: tuple[str, ...]  # none: one vector a token
+    combine: str | None  # None keeps the layers separate
+    pooling: tuple[str, ...]  # empty: one vector per token
     normalize: bool
     max_length: int
     lowercase: bool
@@ -55,22 +55,22 @@ class Settings(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """The features of n texts."""
+    """Features of n texts."""
 
-    vectors: np.ndarray  # [n, E] float32; [n, K, E] with layers kept apart; of the T tokens [T, E] without pooling
-    starts: np.ndarray  # [n + 1] int64, where each text's tokens begin
+    vectors: np.ndarray  # [n, E] float32; [n, K, E] with separate layers; [T, E] over all T tokens without pooling
+    starts: np.ndarray  # [n + 1] int64, index of each text's first token
     input_ids: np.ndarray  # [T] int32
 
 
 class Extractor:
-    """An encoder that gives features.
+    """An encoder that extracts features.
 
     Args:
-        config: which.
-        apart: keep the chosen layers apart, instead of combining them.
+        config: the options.
+        apart: keep the selected layers separate, instead of combining them.
 
     Raises:
-        RunError: layers, a pooling or a length that the model does not have; no tokenizer in the folder.
+        RunError: the model does not have these layers, this pooling or this length, or the folder has no tokenizer.
         FileNotFoundError, CheckpointError, ConfigError: as `models.load`.
     """
 
@@ -78,14 +78,12 @@ class Extractor:
         folder = read_sentence_folder(config.model) or SentenceFolder(config.model, ("mean",), False, None, False, "")
         stored = read_config(folder.encoder)
         if "encoder" not in family_of_folder(stored, folder.encoder).heads:
-            raise RunError(
-                f"{folder.encoder}: a {stored.get('model_type')} is not an encoder alone; it has no features."
-            )
+            raise RunError(f"{folder.encoder}: a {stored.get('model_type')} is not an encoder; features need one.")
         self.model, params, model_config, self.tokenizer = load(folder.encoder, head="encoder", dtype=config.dtype)
         if self.tokenizer is None:
             raise RunError(f"{folder.encoder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
         self.settings = _settings(config, folder, model_config, apart)
-        self.truncated = 0  # tokens cut off so far
+        self.truncated = 0  # truncated tokens so far
         self._limit = model_config.max_length or ROW_LENGTHS[-1]  # tokens of the longest row
         parallelism = Parallelism(make_mesh("data=-1"))
         self._parallelism = parallelism
@@ -117,7 +115,7 @@ class Extractor:
         return vectors if s.combine is None else vectors[:, :, 0]
 
     def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> Extracted:
-        """The features of texts, or of pairs of texts that the encoder reads together."""
+        """Compute the features of texts, or of pairs of texts that are encoded together."""
         s = self.settings
         texts = [s.prompt + (text.lower() if s.lowercase else text) for text in texts]
         ids, types, truncated = self.tokenizer.encode(texts, seconds, s.max_length)
@@ -127,7 +125,7 @@ class Extractor:
         running: deque[tuple[jax.Array, Placed]] = deque()
         for placed in self._batches(features):
             running.append((self._step(self._params, self._parallelism.shard_batch(placed.batch)), placed))
-            if len(running) > 1:  # the next batch is put together while this one is computed
+            if len(running) > 1:  # assemble the next batch while this one is computed
                 parts.append(_fetched(*running.popleft(), pooled=bool(s.pooling)))
         parts.extend(_fetched(*some, pooled=bool(s.pooling)) for some in running)
         kept = gather_kept(parts, features)
@@ -152,7 +150,7 @@ class Extractor:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; another one for other weights, another tokenizer or other settings."""
+        """Hexadecimal; it differs if the weights, the tokenizer or the settings differ."""
         digest = hashlib.sha256()
         for path in sorted(self.settings.encoder.iterdir()):
             if path.suffix == ".safetensors" or path.name in ("config.json", *TOKENIZER_FILES):
@@ -168,7 +166,7 @@ def _fetched(vectors: jax.Array, placed: Placed, *, pooled: bool) -> tuple[Kept,
 
 
 def windows(texts: Iterable[str]) -> Iterator[list[str]]:
-    """A stream of texts in lists of bounded size."""
+    """Cut a stream of texts into lists of bounded size."""
     window: list[str] = []
     characters = 0
     for text in texts:
@@ -188,7 +186,7 @@ def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: 
     if not 3 <= length <= limit:
         raise RunError(f"--max-length {length}: expected 3 to {limit}, the positions of this model.")
     pooling = folder.pooling if config.pooling is None else parse_pooling(config.pooling)
-    # A folder's normalisation comes after its pooling: sentence-transformers leaves vectors of tokens as they are too.
+    # A folder's normalisation follows its pooling: sentence-transformers does not normalise vectors of tokens either.
     normalized = folder.normalize and bool(pooling) if config.normalize is None else config.normalize
     return Settings(
         folder.encoder,
@@ -204,7 +202,7 @@ def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: 
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """`-1,-2` of a model with `count` layers, counted from 0, the embeddings.
+    """Parse `--layers`, such as `-1,-2`, for a model with `count` layers; 0 is the embeddings.
 
     Raises:
         RunError: not numbers, or not layers of this model.
@@ -214,7 +212,7 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise RunError(f"--layers {text}: expected numbers with commas, as -1,-2, or all.") from None
+        raise RunError(f"--layers {text}: expected numbers separated by commas, such as -1,-2, or all.") from None
     wrong = [number for number in numbers if not -count - 1 <= number <= count]
     if wrong:
         raise RunError(
@@ -225,10 +223,10 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
 
 
 def parse_pooling(text: str) -> tuple[str, ...]:
-    """`cls,mean`; `token` is none.
+    """Parse `--pooling`, such as `cls,mean`; `token` gives an empty tuple.
 
     Raises:
-        RunError: no such pooling.
+        RunError: there is no such pooling.
     """
     if text == "token":
         return ()

@@ -36,9 +36,9 @@ class Sizes:
         positions: the most tokens that the model reads; None for no limit.
     """
 
-    FIRST_SLOTS: ClassVar[int] = 64  # slots of a sentence at first; more if these are for less than
-    FIRST_STEPS: ClassVar[int] = 16  # so many steps of all its beams, or if it has less than
-    SLOTS_PER_TOKEN: ClassVar[int] = 2  # so many for each token of the source
+    FIRST_SLOTS: ClassVar[int] = 64  # initial slots of a sentence; more if they last for fewer than
+    FIRST_STEPS: ClassVar[int] = 16  # this many steps of all its beams, or if they are fewer than
+    SLOTS_PER_TOKEN: ClassVar[int] = 2  # this many per source token
     FEWEST_ROWS: ClassVar[int] = 4
     FEWEST_TOKENS: ClassVar[int] = 32
 

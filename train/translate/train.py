@@ -157,7 +157,7 @@ def trained_tokenizer(
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def build(unfinished: Path) -> None:
-        progress.line(f"learning {config.vocab_size:,} pieces ({config.subwords})")
+        progress.line(f"training a tokenizer with {config.vocab_size:,} subwords ({config.subwords})")
         trained = train_subwords(
             config.subwords,
             lambda: (form.prepare(pair.source, target=False) for pair in texts.train()),
@@ -192,13 +192,13 @@ def make_rows(
     too_long = rows.statistics().too_long
     if too_long and dev:
         progress.line(
-            f"dev: {too_long:,} {'pair is' if too_long == 1 else 'pairs are'} too long for a row: not in the dev loss, "
-            "long sources translated in parts"
+            f"dev: {too_long:,} {'pair is' if too_long == 1 else 'pairs are'} too long for a row: not in the dev loss; "
+            "long sources are translated in parts"
         )
     if too_long and config.too_long == "refuse":
         raise RunError(
             f"{too_long:,} {'dev ' if dev else ''}pairs are longer than a row of {config.row_tokens} tokens: raise "
-            "--row-tokens, or leave them out with --too-long drop."
+            "--row-tokens, or drop them with --too-long drop."
         )
     return rows
 
@@ -449,7 +449,7 @@ def describe(run: Run, config: TranslateConfig, rows: TranslationRows, model: Tr
     run.progress.line(f"an epoch: {statistics}; {statistics.rows / config.rows:,.1f} updates")
     run.progress.line(
         f"model: {model.encoder_layers}+{model.decoder_layers} layers, {model.width} wide, vocabulary "
-        f"{model.vocab_size:,}, {count_parameters(params):,} parameters, computed in {describe_dtype(model.dtype)}, on "
+        f"{model.vocab_size:,}, {count_parameters(params):,} parameters, in {describe_dtype(model.dtype)}, on "
         f"{run.devices}"
     )
 

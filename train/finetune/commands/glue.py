@@ -3,7 +3,7 @@
     bestiary finetune mrpc --data glue/MRPC --model FOLDER --epochs 3 --seed 0 --out runs/mrpc
 
 Started from a model of MNLI, `--model runs/mnli/model`, rte, mrpc and stsb become better (Liu et al. 2019, 5.1): its
-encoder is taken, and the classifier drawn anew.
+encoder is used, and the classifier is newly initialised.
 """
 
 from dataclasses import dataclass

@@ -414,6 +414,8 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
         backend.post_processor = write_template(template, backend)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
         return ByteBpeTokenizer(backend, template, _contents(special), settings=settings, where=where)
+    if kind == "Unigram" and folder.whole["model"].get("unk_id") is None:
+        raise DataError(f"{where}: a Unigram tokenizer without unk_id, the piece for what it cannot spell.")
     if kind == "Unigram" or (kind == "BPE" and SPACE in json.dumps(folder.whole["decoder"], ensure_ascii=False)):
         special = folder.special_tokens({})
         _add_tokens(backend, folder, special)

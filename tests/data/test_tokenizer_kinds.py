@@ -273,6 +273,18 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, damage: dict, named: boo
         load_tokenizer(tmp_path / "saved")
 
 
+def test_a_unigram_tokenizer_without_an_unknown_piece_is_refused(tmp_path: Path):
+    load_tokenizer(FIXTURES / "t5").save(tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink()
+    assert load_tokenizer(tmp_path).encode_batch(["the"]) == load_tokenizer(FIXTURES / "t5").encode_batch(["the"])
+    said = json.loads((tmp_path / "tokenizer.json").read_text())
+    said["model"]["unk_id"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(DataError, match="a Unigram tokenizer without unk_id"):
+        load_tokenizer(tmp_path)
+
+
 def test_blank_lines_and_carriage_returns_of_a_vocabulary(tmp_path: Path):
     (tmp_path / "vocab.txt").write_bytes("\n".join([*SPECIAL, "he\rhe", "said", "", ""]).encode())
     tokenizer = load_tokenizer(tmp_path)

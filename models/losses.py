@@ -146,7 +146,7 @@ def _projected_backward(
 ) -> tuple[tuple[Array, ...], Array, None, None, None]:
     del smoothing, r_drop  # they are in the residuals
     to_passes, to_kernel = residuals
-    scaled = tuple((gradient * gradients[0]).astype(gradient.dtype) for gradient in to_passes)
+    scaled = tuple((g.astype(jnp.float32) * gradients[0]).astype(g.dtype) for g in to_passes)
     return scaled, to_kernel * gradients[0], None, None, None
 
 
@@ -196,7 +196,7 @@ def _over_chunks(
             mean = log_sum + (top - logits.mean(axis=-1))
             loss += (((1 - smoothing) * own + smoothing * mean) * weights).sum()
             nll += (own * weights).sum()
-            correct += ((chosen >= top) * weights).sum()
+            correct += jnp.where(chosen >= top, weights, 0.0).sum()
             predictions.append((exponentials / total[..., None], logits - (top + log_sum)[..., None]))
         pulls: Sequence[Array | float] = [0.0]  # the divergence's gradients to the logits
         if len(predictions) == 2:

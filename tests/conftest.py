@@ -45,7 +45,7 @@ def optimised() -> Iterator[None]:
     """Compile as for users, here and in the processes that tests start: for exact numbers and compilers' reports."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations  # type: ignore[attr-defined]
+    before = jax.config.read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         jax.config.update("jax_disable_most_optimizations", False)

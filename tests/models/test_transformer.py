@@ -14,10 +14,11 @@ import pytest
 from bestiary import models
 from bestiary.models import layers, losses
 from bestiary.models.checkpoints.config import ConfigError
-from bestiary.models.checkpoints.parity import ParityConfig, check, describe
+from bestiary.models.checkpoints.parity import check, describe
 from bestiary.models.incremental import cross_attention_maps
 from bestiary.models.marian import MarianConfig, from_transformer
 from bestiary.models.transformer import EncoderBlock, Transformer, TransformerConfig
+from bestiary.train.commands.parity import ParityConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "marian_translation"
 SMALL = TransformerConfig(

@@ -14,11 +14,11 @@ import pytest
 from bestiary import models
 from bestiary.models import layers, losses
 from bestiary.models.checkpoints.config import ConfigError
-from bestiary.models.checkpoints.parity import check, describe
+from bestiary.models.checkpoints.parity import check
 from bestiary.models.incremental import cross_attention_maps
 from bestiary.models.marian import MarianConfig, from_transformer
 from bestiary.models.transformer import EncoderBlock, Transformer, TransformerConfig
-from bestiary.train.commands.parity import ParityConfig
+from bestiary.train.commands.parity import describe
 
 FIXTURE = Path(__file__).parent / "fixtures" / "marian_translation"
 SMALL = TransformerConfig(
@@ -264,7 +264,7 @@ def test_one_token_at_a_time() -> None:
 
 @pytest.mark.usefixtures("optimised")
 def test_parity_on_the_own_fixture() -> None:
-    report = check(FIXTURE, ParityConfig((FIXTURE,)))
+    report = check(FIXTURE)
     assert report.passed, "\n".join(describe(report))
     assert report.model == "Marian"
     assert report.gradients["final_logits_bias"] == 0

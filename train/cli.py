@@ -1,4 +1,4 @@
-"""The command line. A command's module is imported when it is called: none pays for another's imports."""
+"""The command line. A command's module is imported only when the command is called."""
 
 import sys
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ from .cpu import prepare_cpu
 class Command(NamedTuple):
     """A command: its config dataclass, as `module:name`; what it does; and the module whose `main(config)` runs it.
 
-    --help imports nothing but the config's module, which therefore should import nothing heavy.
+    --help imports only the config's module, which therefore should import nothing heavy.
     """
 
     config: str
@@ -27,74 +27,76 @@ class Command(NamedTuple):
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("pretrain",): Command(
         ".pretrain.config:PretrainConfig",
-        "pretrain a model on text; with no arguments, a small BERT on Python's own documentation",
+        "pretrain a model on text; without arguments, a small BERT on Python's own documentation",
         ".pretrain.loop",
     ),
     ("translate", "train"): Command(
         ".translate.config:TranslateConfig",
-        "train a translator; with no arguments, English-German dates, durations, amounts and quantities",
+        "train a translator; without arguments, on built-in English-German phrases",
         ".translate.train",
     ),
-    ("translate", "run"): Command(".translate.run:RunConfig", "translate lines as they come; --attention draws maps"),
+    ("translate", "run"): Command(
+        ".translate.run:RunConfig", "translate lines of text; --attention draws attention maps"
+    ),
     ("translate", "score"): Command(
-        ".translate.score:ScoreConfig", "score translations: sacreBLEU's BLEU and chrF, and tokenised BLEU"
+        ".translate.score:ScoreConfig", "score translations: BLEU and chrF by sacreBLEU, and tokenised BLEU"
     ),
     ("tokenizer", "train"): Command(".commands.tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
     ("finetune",): Command(
-        ".finetune.commands.glue:GlueConfig", "fine-tune on a task of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, ..."
+        ".finetune.commands.glue:GlueConfig", "fine-tune on a GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, ..."
     ),
     ("finetune", "glue"): Command(
-        ".finetune.commands.glue_suite:GlueSuiteConfig", "fine-tune on several tasks of GLUE, and make one table"
+        ".finetune.commands.glue_suite:GlueSuiteConfig", "fine-tune on several GLUE tasks and write one table"
     ),
     ("finetune", "classification"): Command(
         ".finetune.commands.table:TableConfig",
-        "fine-tune on a table of your own: classes or numbers of texts or pairs of texts",
+        "fine-tune on your own table: classify or score texts or pairs of texts",
     ),
     ("finetune", "squad"): Command(
-        ".finetune.commands.squad:SquadConfig", "fine-tune on questions answered by a span: SQuAD 1.1 and 2.0"
+        ".finetune.commands.squad:SquadConfig", "fine-tune on extractive question answering: SQuAD 1.1 and 2.0"
     ),
     ("finetune", "swag"): Command(".finetune.commands.choice:SwagConfig", "fine-tune on multiple choice: SWAG"),
     ("finetune", "codah"): Command(".finetune.commands.choice:CodahConfig", "fine-tune on multiple choice: CODAH"),
     ("finetune", "ner"): Command(
-        ".finetune.commands.tagging:NerConfig", "fine-tune on entities in CoNLL columns, with a CRF by --crf"
+        ".finetune.commands.tagging:NerConfig", "fine-tune on named entities in CoNLL columns; --crf adds a CRF"
     ),
     ("finetune", "pos"): Command(".finetune.commands.tagging:PosConfig", "fine-tune on parts of speech in CoNLL-U"),
-    ("evaluate",): Command(
-        ".finetune.evaluate:EvaluateConfig", "a fine-tuned model's official metrics on labelled examples"
-    ),
-    ("predict",): Command(".finetune.predict:PredictConfig", "what a fine-tuned model says of new examples"),
+    ("evaluate",): Command(".finetune.evaluate:EvaluateConfig", "evaluate a fine-tuned model on labelled examples"),
+    ("predict",): Command(".finetune.predict:PredictConfig", "predict new examples with a fine-tuned model"),
     ("embed",): Command(
-        ".embed.config:EmbedConfig", "vectors of sentences or tokens from a pretrained encoder", ".embed.embed"
+        ".embed.config:EmbedConfig", "compute vectors of sentences or tokens with a pretrained encoder", ".embed.embed"
     ),
     ("probe",): Command(
-        ".embed.config:ProbeConfig", "train a cheap head on a pretrained encoder's features of a task", ".embed.probe"
+        ".embed.config:ProbeConfig", "train a linear head on a pretrained encoder's features", ".embed.probe"
     ),
     ("models",): Command(
-        ".commands.zoo:ModelsConfig", "the families of models: sizes, parameters, heads, objectives, tokenizer, paper"
+        ".commands.zoo:ModelsConfig", "list the model families: sizes, parameters, heads, objectives, tokenizer, paper"
     ),
-    ("models", "show"): Command(".commands.zoo:ShowConfig", "the parameters of one size: shapes, logical axes, bytes"),
+    ("models", "show"): Command(
+        ".commands.zoo:ShowConfig", "list the parameters of one size: shapes, logical axes, bytes"
+    ),
     ("parity",): Command(
         ".commands.parity:ParityConfig",
-        "run fixtures of the reference implementation: errors of outputs, losses and gradients",
+        "compare outputs, losses and gradients with fixtures of the reference implementation",
     ),
     ("bench", "pretrain"): Command(
         ".bench.config:PretrainBenchConfig",
-        "measure pretraining: real tokens/s, loss, share of the matmul rate, data pipeline",
+        "measure pretraining: real tokens/s, loss, fraction of the matmul rate, data pipeline",
         ".bench.pretrain",
     ),
     ("bench", "translate"): Command(
         ".bench.config:TranslateBenchConfig",
-        "measure translation: target tokens/s of training, sentences/s of decoding",
+        "measure translation: target tokens/s in training, sentences/s in decoding",
         ".bench.translate",
     ),
     ("bench", "attention"): Command(
         "..kernels.bench.config:AttentionBenchConfig",
-        "measure attention beside whatever is installed, or --tune its block sizes",
+        "measure attention kernels and other implementations, or --tune block sizes",
         "..kernels.bench.attention",
     ),
     ("bench", "layers"): Command(
         "..kernels.bench.config:LayersBenchConfig",
-        "measure self-attention, recurrent and convolutional layers over the row's length",
+        "measure self-attention, recurrent and convolutional layers by sequence length",
         "..kernels.bench.layers",
     ),
 }
@@ -105,14 +107,14 @@ USAGE = (
 
 
 def usage() -> str:
-    """The list of commands."""
+    """Return the list of commands."""
     width = max(len(" ".join(words)) for words in COMMANDS)
     rows = (f"  {' '.join(words):<{width}}  {command.what}" for words, command in COMMANDS.items())
     return USAGE.format(commands="\n".join(rows))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 done, 1 could not be done, 2 not understood)."""
+    """Run a command; return the exit status (0 success, 1 failure, 2 invalid command line)."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))
     parts = [" ".join(words) for words in COMMANDS if words[:-1] == (asked,)]
     if parts:
-        print(f"bestiary: {asked!r} is one of {', '.join(parts)}: see --help after these.", file=sys.stderr)
+        print(f"bestiary: {asked!r} needs a subcommand: {', '.join(parts)}; see --help of these.", file=sys.stderr)
         return 2
     near = get_close_matches(asked, [" ".join(words) for words in COMMANDS], n=1)
     meant = f" Did you mean {near[0]!r}?" if near else ""
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> int:
-    """Print the project's own errors and the file system's as one message; let any other show where it came from."""
+    """Print the project's own errors and those of the file system as one message; let other errors show a traceback."""
     try:
         prepare_cpu()
         module, _, name = command.config.partition(":")
@@ -153,11 +155,7 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
         full = "No space left on device" in str(error)
         if not (ours or full or isinstance(error, OSError)):
             raise
-        hint = (
-            "\nThe disk is full: free some space and give the same command again; it goes on where it was."
-            if full
-            else ""
-        )
+        hint = "\nThe disk is full: free some space and give the same command again; it resumes." if full else ""
         print(f"bestiary: {error}{hint}", file=sys.stderr)
         return 1
 
@@ -165,7 +163,7 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
 def _parse(options: Any, arguments: list[str], name: str) -> Any:
     """Parse a command's arguments into its config dataclass.
 
-    A flag that does not exist ends the process with status 2. What the config itself refuses is raised.
+    An unknown flag ends the process with status 2. Errors of the config itself are raised.
     """
     refuse_renamed(arguments)
     if hasattr(options, "check_arguments"):  # refuses what cannot be seen from the parsed values

@@ -3,11 +3,11 @@
 Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"; the small sizes
 are Turc et al. 2019, "Well-Read Students Learn Better".
 
-What marks it among its neighbours: layers normalised after each addition (post-norm), learnt absolute positions, a
+What sets it apart from its neighbours: layers normalised after each addition (post-norm), learnt absolute positions, a
 third embedding for sentence A or B, a pooler (dense and tanh) on [CLS], and a decoder tied to the word embeddings.
 
-New weights are drawn as in the released code: a normal distribution of standard deviation 0.02 cut off at two of them,
-zeros for biases, ones for norms.
+New weights are initialised as in the released code: from a normal distribution of standard deviation 0.02, truncated at
+two standard deviations; biases are zero and norms one.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from .layers import (
 
 
 def _size(layers: int, width: int, vocab_size: int = 30_522) -> dict[str, int]:
-    """Every released size has heads of 64 and a feed-forward width of four times its own."""
+    """Return the fields of a size. All have heads of 64 and a feed-forward width of four times their own."""
     return {
         "layers": layers,
         "width": width,
@@ -116,7 +116,7 @@ class Block(nn.Module):
         *,
         deterministic: bool,
     ) -> Array:
-        """hidden [B, L, E] -> [B, L, E]."""
+        """Transform hidden states [B, L, E] -> [B, L, E]."""
         c = self.config
         attention = Attention(
             c.width, c.heads, c.attention_dropout, c.initializer, c.dtype, c.attention_implementation, name="attention"
@@ -143,8 +143,8 @@ class Bert(Encoder):
 class Pretraining(NamedTuple):
     """Logits of both pretraining tasks, in the compute dtype."""
 
-    mlm_logits: Array  # [B, P, V], or [B, L, V] where no positions were given
-    nsp_logits: Array  # [B, X, 2], or [B, 2] where no positions were given; class 0 is "the next sentence"
+    mlm_logits: Array  # [B, P, V], or [B, L, V] if no positions were given
+    nsp_logits: Array  # [B, X, 2], or [B, 2] if no positions were given; class 0 is "the next sentence"
 
 
 class BertForPreTraining(nn.Module):
@@ -170,7 +170,11 @@ class BertForPreTraining(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Pretraining:
-        """See `Bert`. mlm_positions [B, P] int32 are the positions to predict; None for every position."""
+        """Compute both tasks' logits. Arguments as for `Bert`, and these.
+
+        Args:
+            mlm_positions: [B, P] int32, the positions to predict; None for every position.
+        """
         encoded = self.encoder(
             input_ids,
             segment_ids,
@@ -189,7 +193,7 @@ class BertForPreTraining(nn.Module):
 
 
 def encoder_entries(c: EncoderConfig, prefix: str, path: tuple[str, ...], *, pooler: bool) -> list[Entry]:
-    """The encoder's entries, stored under `prefix` and found at `path`."""
+    """Return the encoder's entries, with stored names under `prefix` and parameters at `path`."""
     n, width, heads = c.layers, (c.width,), (c.heads, c.width // c.heads)
     layer, at = f"{prefix}encoder.layer.{{layer}}.", (*path, "layers")
     embeddings = [

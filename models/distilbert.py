@@ -1,9 +1,9 @@
-"""DistilBERT: a BERT of half the layers, distilled from the whole one.
+"""DistilBERT: a BERT with half the layers, distilled from the full one.
 
 Sanh et al. 2019, "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter".
 
-What marks it among its neighbours: no sentence kinds and no pooler; no dropout on what attention gives; classification
-and multiple choice by a dense layer and ReLU on [CLS]; dropout of their own for classifiers and for spans.
+What sets it apart from its neighbours: no token types and no pooler; no dropout on the output of attention;
+classification and multiple choice by a dense layer and ReLU on [CLS]; separate dropout rates for classifiers and spans.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from .layers import Attention, Dropout, Embed, FeedForward, LayerNorm, Segments
 
 
 def _size(vocab_size: int) -> dict[str, Any]:
-    """The released models have BERT-base's width and half of its layers."""
+    """Return the fields of a size. The released models have BERT-base's width and half of its layers."""
     return {"layers": 6, "width": 768, "heads": 12, "feed_forward": 3072, "vocab_size": vocab_size, "positions": 512}
 
 
@@ -61,18 +61,18 @@ class DistilBertConfig(EncoderConfig):
 
     layers: int = 6
     sequence_dropout: float = 0.2
-    """share of the inputs of a classifier of whole examples that is dropped in training"""
+    """dropout rate of the inputs of a classifier of whole examples"""
     span_dropout: float = 0.1
-    """share of the inputs of a span's head that is dropped in training"""
+    """dropout rate of the inputs of a span head"""
 
     def head_dropout(self, head: str) -> float:
-        """As `EncoderConfig.head_dropout`."""
+        """See `EncoderConfig.head_dropout`."""
         if head in ("classification", "choice"):
             return self.sequence_dropout
         return self.span_dropout if head == "span" else self.dropout
 
     def dropout_fields(self, rate: float) -> dict[str, float]:
-        """As `EncoderConfig.dropout_fields`."""
+        """See `EncoderConfig.dropout_fields`."""
         return {**super().dropout_fields(rate), "sequence_dropout": rate, "span_dropout": rate}
 
 
@@ -99,7 +99,7 @@ class Embeddings(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added and then normalised; dropout after the second alone."""
+    """One layer: attention, then feed-forward, each added and then normalised; dropout only after the second."""
 
     config: DistilBertConfig
 
@@ -112,7 +112,7 @@ class Block(nn.Module):
         *,
         deterministic: bool,
     ) -> Array:
-        """hidden [B, L, E] -> [B, L, E]."""
+        """Transform hidden states [B, L, E] -> [B, L, E]."""
         c = self.config
         attention = Attention(
             c.width, c.heads, c.attention_dropout, c.initializer, c.dtype, c.attention_implementation, name="attention"
@@ -137,7 +137,7 @@ class DistilBert(Encoder):
 
 
 def encoder_entries(c: DistilBertConfig, prefix: str, path: tuple[str, ...], *, pooler: bool) -> list[Entry]:
-    """The encoder's entries, stored under `prefix` and found at `path`; there is no pooler."""
+    """Return the encoder's entries, with stored names under `prefix` and parameters at `path`; there is no pooler."""
     del pooler
     n, width, heads = c.layers, (c.width,), (c.heads, c.width // c.heads)
     layer, at = f"{prefix}transformer.layer.{{layer}}.", (*path, "layers")

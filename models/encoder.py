@@ -1,4 +1,4 @@
-"""What encoders of tokens share: from embeddings through the layers to a pooler."""
+"""The base of all token encoders: embeddings, layers, pooler."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,16 @@ from .stack import run_layers
 
 
 class Encoded(NamedTuple):
-    """What an encoder gives."""
+    """Output of an encoder."""
 
-    hidden: Array  # [B, L, E], the last layer's; [B, X, E], of [CLS], where these alone were asked for
-    first: Array  # [B, E], the last layer's at the row's first token; [B, X, E] where positions of [CLS] were given
+    hidden: Array  # [B, L, E], of the last layer; [B, X, E], of [CLS], if `cls_only`
+    first: Array  # [B, E], of the last layer at the row's first token; [B, X, E] if `cls_positions` were given
     pooled: Array | None  # shaped as `first`; None without a pooler
-    every_hidden: Array | None  # [N + 1, B, L, E], the embeddings and each layer's, where asked for
+    every_hidden: Array | None  # [N + 1, B, L, E], of the embeddings and each layer, if `every_layer`
 
 
 def check_length(config: EncoderConfig, length: int) -> None:
-    """Raise ValueError for rows of `length` tokens that are longer than the model takes."""
+    """Raise ValueError for rows of `length` tokens that are longer than the model supports."""
     if config.max_length is not None and length > config.max_length:
         raise ValueError(f"a row has {length} tokens, but the model has {config.max_length} positions")
 
@@ -29,14 +29,14 @@ def check_length(config: EncoderConfig, length: int) -> None:
 class Encoder(nn.Module):
     """An encoder of tokens, with its pooler if `pooler` is on.
 
-    A family's own class makes `embeddings` and `layers` in its `setup`, and `pool` by `make_pooler`.
+    A family's subclass creates `embeddings` and `layers` in its `setup`, and `pool` by `make_pooler`.
     """
 
     config: EncoderConfig
     pooler: bool = True
 
     def make_pooler(self) -> Linear:
-        """The dense layer before the pooler's tanh."""
+        """Return the dense layer before the pooler's tanh."""
         c = self.config
         return Linear((c.width,), ("embed", "embed_out"), c.initializer, c.dtype, name="pooler")
 
@@ -61,13 +61,13 @@ class Encoder(nn.Module):
                 that fills the row. Attention never crosses segments. A pair gives queries and keys their own.
             position_ids: [B, L] int32, position within the example, from 0; None counts along the row.
             token_type_ids: [B, L] int32, sentence A (0) or B (1); None for all A. Only for families that have them.
-            cls_positions: [B, X] int32, where each example's [CLS] stands; None for the row's first token alone.
-            rows: [B] uint32, the rows' numbers, which with the stream "dropout" decide what is dropped; None counts
-                from 0.
-            deterministic: no dropout.
+            cls_positions: [B, X] int32, position of each example's [CLS]; None for only the row's first token.
+            rows: [B] uint32, row numbers, which together with the "dropout" stream determine what is dropped; None
+                counts from 0.
+            deterministic: disable dropout.
             every_layer: also return the embeddings and every layer's hidden states.
-            cls_only: let the last layer compute [CLS] alone, all that a classifier reads: the same numbers, but
-                for what dropout draws.
+            cls_only: let the last layer compute only [CLS], which is all that a classifier reads; the results are the
+                same, except for the dropout mask.
         """
         c = self.config
         embeddings: Any = self.embeddings

@@ -1,4 +1,4 @@
-"""What a family of models offers: one value of the type `Family`, which everything outside of the family's file asks.
+"""The interface of a model family: one value of type `Family`, which all code outside the family's file uses.
 
 `registry` finds it by the name in a config.json, by a config, or by a model.
 """
@@ -18,21 +18,21 @@ from .checkpoints.config import ConfigError, Extra, read_fields, read_labels, wr
 from .checkpoints.tables import Table
 from .layers import ACTIVATIONS
 
-Path = tuple[str, ...]  # names on the way to a parameter
+Path = tuple[str, ...]  # of a parameter in its tree
 
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """What the configs of all families have in common. Their defaults are those of the reference implementation."""
+    """Base of all families' configs. The defaults are those of the reference implementation."""
 
     MODEL_TYPE: ClassVar[str]
     """`model_type` in config.json, the family's name"""
     KEYS: ClassVar[Mapping[str, str]]
     """field -> key in config.json"""
     REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"quantization_config": (None,)}
-    """key in config.json -> the values that are implemented; any other is refused"""
+    """key in config.json -> the implemented values; any other is refused"""
     WRITTEN_ANEW: ClassVar[tuple[str, ...]] = ("model_type", "architectures")
-    """keys that `to_json` or the model writes, whatever the file had"""
+    """keys that are written from the model, whatever the file had"""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """name of a released size -> its fields"""
 
@@ -56,26 +56,26 @@ class FamilyConfig:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest example; None where there is no limit."""
+        """Maximum length of an example, in tokens; None if there is no limit."""
         return None
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """A released size, with changes to its fields: `BertConfig.preset("bert-mini", vocab_size=16_384)`."""
+        """Return a released size, with changes to its fields: `BertConfig.preset("bert-mini", vocab_size=16_384)`."""
         if name not in cls.PRESETS:
             raise ValueError(f"no preset {name!r} of {cls.MODEL_TYPE}; known: {', '.join(cls.PRESETS)}")
         return cls(**{**cls.PRESETS[name], **changes})
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
-        """The config of a parsed config.json.
+        """Make a config from a parsed config.json.
 
         Args:
             stored: the parsed file.
-            more: fields that a family reads in a way of its own.
+            more: fields that the family reads itself.
 
         Raises:
-            ConfigError: settings that are not implemented or do not fit together; all of them are named.
+            ConfigError: settings are not implemented or inconsistent; all of them are listed.
         """
         fields, extra = read_fields(cls, stored, cls.KEYS, {"model_type": (cls.MODEL_TYPE,), **cls.REQUIRED})
         kept = tuple((key, text) for key, text in extra if key not in cls.WRITTEN_ANEW)
@@ -85,13 +85,13 @@ class FamilyConfig:
             raise ConfigError(f"config.json:\n  {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary to write as config.json, without `architectures`, which are the model's to say."""
+        """Return the dictionary to write as config.json, without `architectures`, which depends on the model."""
         return write_fields(self, self.KEYS) | {"model_type": self.MODEL_TYPE}
 
 
 @dataclass(frozen=True)
 class EncoderConfig(FamilyConfig):
-    """What the configs of encoders have in common. The keys are those that BERT and most after it have."""
+    """Base of the encoders' configs. The keys are those of BERT and most of its successors."""
 
     KEYS: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
@@ -135,9 +135,9 @@ class EncoderConfig(FamilyConfig):
     feed_forward: int = 3072
     """inner width of the feed-forward sub-layer, F"""
     positions: int = 512
-    """rows of the table of positions"""
+    """number of position embeddings"""
     token_types: int = 0
-    """number of sentence kinds (A, B); below two there is nothing to tell apart"""
+    """number of token types (sentence A, B); with fewer than two, the model takes no `token_type_ids`"""
     activation: str = "gelu"
     """activation function, a name in layers.ACTIVATIONS"""
     dropout: float = 0.1
@@ -145,15 +145,15 @@ class EncoderConfig(FamilyConfig):
     attention_dropout: float = 0.1
     """dropout rate of attention probabilities"""
     classifier_dropout: float | None = None
-    """dropout rate of a classifier's inputs; None: that of hidden states"""
+    """dropout rate of a classifier's inputs; None: `dropout`"""
     norm_epsilon: float = 1e-12
     """epsilon of layer normalisation, added to the variance"""
     initializer_range: float = 0.02
-    """standard deviation of the normal distribution, truncated at two standard deviations, of new weights"""
+    """standard deviation of new weights (normal distribution, truncated at two standard deviations)"""
     pad_token_id: int | None = 0
     """token whose embedding gets no gradient from lookups; None: none"""
     problem_type: str | None = None
-    """what a sequence classifier predicts: regression, single_label_classification, multi_label_classification"""
+    """type of a sequence classifier: regression, single_label_classification or multi_label_classification"""
     num_labels: int = 2
     """number of classes of a classifier"""
     label_names: tuple[str, ...] | None = None
@@ -171,32 +171,32 @@ class EncoderConfig(FamilyConfig):
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest example."""
+        """Maximum length of an example, in tokens."""
         return self.positions
 
     @property
     def initializer(self) -> Initializer:
-        """What new kernels and embeddings are drawn by."""
+        """Initialiser of new kernels and embeddings."""
         return nn.initializers.truncated_normal(self.initializer_range)
 
     def head_dropout(self, head: str) -> float:
-        """Share of the inputs of a head's last linear map that is dropped in training."""
+        """Return the dropout rate of the inputs of a head's last linear map."""
         if head == "span":
             return 0.0
         return self.dropout if self.classifier_dropout is None else self.classifier_dropout
 
     def dropout_fields(self, rate: float) -> dict[str, float]:
-        """The fields to change for dropout of this rate all over the encoder."""
+        """Return the fields to change for this dropout rate throughout the encoder."""
         return {"dropout": rate, "attention_dropout": rate}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
-        """As `FamilyConfig.from_json`."""
+        """See `FamilyConfig.from_json`."""
         count, names = read_labels(stored)
         return super().from_json(stored, num_labels=count, label_names=names, **more)
 
     def to_json(self) -> dict[str, Any]:
-        """As `FamilyConfig.to_json`."""
+        """See `FamilyConfig.to_json`."""
         stored = super().to_json() | write_labels(self.num_labels, self.label_names)
         if self.problem_type is None:
             del stored["problem_type"]
@@ -207,13 +207,13 @@ class Architecture(NamedTuple):
     """One kind of model of a family."""
 
     name: str  # in config.json's `architectures`
-    head: str  # what it is for, as callers name it
+    head: str  # the head's name in this package, such as "classification"
     build: Callable[[Any], nn.Module]  # config -> the model
     table: Callable[[Any], Table]  # config -> the names of its parameters in checkpoints
 
 
 def token_ids(config: FamilyConfig) -> tuple[Any, ...]:
-    """The inputs of a model that reads tokens: [1, 1] int32."""
+    """Return the input shapes of a model that reads tokens: [1, 1] int32."""
     del config
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
 
@@ -224,22 +224,22 @@ class Family:
 
     config: type[FamilyConfig]
     title: str
-    """name for people"""
+    """name to display"""
     paper: str
     tokenizer: str
-    """kind of vocabulary that the released checkpoints have"""
+    """tokenizer type of the released checkpoints"""
     architectures: tuple[Architecture, ...]
-    """in the order in which a checkpoint that names none of them is tried; `bestiary models` counts the first"""
+    """in the order to try for a checkpoint that names none of them; `bestiary models` counts the first"""
     objectives: tuple[str, ...] = ()
-    """what it can be pretrained by, the default first"""
+    """pretraining objectives, the default first"""
     example: Callable[[Any], tuple[Any, ...]] = token_ids
-    """config -> shapes and dtypes of inputs, to initialise a model with"""
+    """config -> shapes and dtypes of inputs for initialising a model"""
     below: tuple[str, ...] = ("embeddings",)
-    """parts of an encoder that come before its layers"""
+    """parts of an encoder before its layers"""
     above: tuple[str, ...] = ()
-    """parts of an encoder that come after its layers and that all of its models have"""
+    """parts of an encoder after its layers that all of its models have"""
     one_kind: bool = False
-    """whether there is one kind of model, all of whose parameters every checkpoint has"""
+    """whether the family has a single kind of model, all of whose parameters are in every checkpoint"""
 
     @property
     def name(self) -> str:
@@ -248,11 +248,11 @@ class Family:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """What its models are for."""
+        """Names of the heads, without repetition."""
         return tuple(dict.fromkeys(architecture.head for architecture in self.architectures))
 
     def build(self, head: str, config: FamilyConfig) -> Any:
-        """A new model for `head`.
+        """Build a model with `head`.
 
         Raises:
             ValueError: the family has no such head.
@@ -263,10 +263,10 @@ class Family:
         raise ValueError(f"{self.title} has no head {head!r}; known: {', '.join(self.heads)}")
 
     def architecture_of(self, model: nn.Module) -> Architecture:
-        """Which of the family's kinds a model is.
+        """Return the architecture of a model.
 
         Raises:
-            TypeError: none of them.
+            TypeError: it is not a model of this family.
         """
         plain: Any = model.clone(name=None, parent=None)
         for architecture in self.architectures:
@@ -275,25 +275,25 @@ class Family:
         raise TypeError(f"{type(model).__name__} is not a model of {self.title}")
 
     def checkpoint_table(self, model: nn.Module) -> Table:
-        """The names of a model's parameters in checkpoints."""
+        """Return the table of a model's parameters and their names in checkpoints."""
         return self.architecture_of(model).table(model.config)  # type: ignore[attr-defined]
 
     def inputs(self, config: FamilyConfig) -> tuple[Array, ...]:
-        """Zeros to initialise a model with: `model.init(key, *family.inputs(config))`."""
+        """Return zero inputs for initialising a model: `model.init(key, *family.inputs(config))`."""
         return tuple(jnp.zeros(like.shape, like.dtype) for like in self.example(config))
 
     def is_encoder_parameter(self, path: Path) -> bool:
-        """Whether all models of the family have this parameter.
+        """Tell whether all models of the family have this parameter.
 
-        The others, of poolers and heads, may be newly initialised, and are trained whole beside adapters.
+        The others, those of poolers and heads, may be newly initialised, and are trained fully alongside adapters.
         """
         return self.one_kind or _in_encoder(path) in (*self.below, "layers", *self.above)
 
     def depths(self, model: nn.Module) -> dict[Path, np.ndarray]:
-        """How far up each of a model's modules stands, by its path: what freezing and layer-wise rates go by.
+        """Return the depth of each of a model's modules, by path, for freezing and layer-wise learning rates.
 
-        0 is below the layers, i is layer i of N (from 1), N + 1 above them (poolers and heads). An array [n] int is of
-        n layers whose parameters are stacked, one of no dimensions of a single module; a module that all layers share
+        0 is below the layers, i is layer i of N (from 1), N + 1 is above them (poolers and heads). The depth is an
+        array [n] int for n layers with stacked parameters, [] int for a single module; a module shared by all layers
         counts as the last layer.
         """
         count: int = model.config.layers  # type: ignore[attr-defined]
@@ -310,5 +310,5 @@ class Family:
 
 
 def _in_encoder(path: Path) -> str:
-    """The part of an encoder that a parameter lies in; heads keep the encoder as `encoder`."""
+    """Return the part of an encoder that contains a parameter; in models with heads, the encoder is named `encoder`."""
     return path[1] if path[0] == "encoder" else path[0]

@@ -1,7 +1,7 @@
-"""Task heads over any encoder: classification, multiple choice, tags (with a CRF or without), spans, masked words.
+"""Task heads over any encoder: classification, multiple choice, tags (with or without a CRF), spans, masked words.
 
-A head is one module for all families. What differs from family to family is a `Form` a head, and the names that the
-parts have in checkpoints.
+All families share one module per head. They differ only in the head's `Form`, which includes the names of its parts in
+checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,33 +32,33 @@ from .layers import (
 
 
 class Form(NamedTuple):
-    """How a family goes from an encoder's hidden states to one kind of logits."""
+    """A family's version of a head: the layers between the encoder's hidden states and the logits."""
 
     pooler: bool = False
-    """from the encoder's pooler, instead of from [CLS] itself"""
+    """read the encoder's pooler instead of [CLS] itself"""
     transform: str | None = None
     """activation of a dense layer before the last one"""
     drop_first: bool = False
-    """dropout before that layer too"""
+    """apply dropout before that layer too"""
     norm: bool = False
-    """a norm after it"""
+    """normalise its output"""
     names: tuple[str, ...] = ("classifier",)
-    """stored names of the transform, of the norm and of the last layer, as many of them as there are; of masked words:
-    of the transform, of the norm, of the bias, and of the decoder, which is tied to the embeddings"""
+    """stored names of the transform, the norm and the last layer, as far as they exist; for masked words: of the
+    transform, the norm, the bias, and the decoder, which is tied to the embeddings"""
 
 
 class EncoderParts(NamedTuple):
-    """What a family's heads stand on."""
+    """A family's encoder, as the heads need it."""
 
-    build: Callable[..., nn.Module]  # (config, pooler=) -> the encoder; without `pooler` where there is none
+    build: Callable[..., nn.Module]  # (config, pooler=) -> the encoder; without `pooler=` if the family has none
     entries: Callable[..., list[Entry]]  # (config, prefix, path, pooler=) -> its entries, stored under the prefix
-    prefix: str  # before the encoder's names in the checkpoint of a model with a head, as "bert."
-    classes: str  # before the kind in the reference's names of models, as "Bert"
-    pooler: bool = True  # whether the family has one
-    renamed: tuple[tuple[str, str], ...] = ()  # as `Table.renamed`
+    prefix: str  # before the encoder's names in checkpoints of models with heads, such as "bert."
+    classes: str  # start of the reference's class names, such as "Bert"
+    pooler: bool = True  # whether the family has a pooler
+    renamed: tuple[tuple[str, str], ...] = ()  # see `Table.renamed`
 
     def encoder(self, config: EncoderConfig, *, pooler: bool) -> Any:
-        """The encoder's module."""
+        """Build the encoder."""
         return self.build(config, pooler=pooler) if self.pooler else self.build(config)
 
     def table(
@@ -70,14 +70,15 @@ class EncoderParts(NamedTuple):
         pooler: bool,
         bare: bool = False,
     ) -> Table:
-        """The table of the encoder with a head's entries.
+        """Return the table of the encoder with a head's entries.
 
         Args:
-            config: the model's.
-            head: the head's entries.
-            tied: as `Table.tied`.
-            pooler: whether the model has one.
-            bare: of the encoder alone, whose names have no prefix and whose parameters lie at the root.
+            config: config of the model.
+            head: entries of the head.
+            tied: see `Table.tied`.
+            pooler: whether the model has a pooler.
+            bare: return the table of the encoder alone, whose names have no prefix and whose parameters are at the
+                root.
         """
         prefix, path = ("", ()) if bare else (self.prefix, ("encoder",))
         return Table(
@@ -126,27 +127,27 @@ class WithHead(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Any:
-        """The logits of one batch.
+        """Compute the logits of one batch.
 
         Args:
             inputs: [B, ...], the encoder's first input.
-            more: its other inputs, as `encoder_inputs` gives them.
-            cls_positions: [B, X] int32, where each example's [CLS] stands; None for the row's first token alone. Only
+            more: its other inputs, as returned by `encoder_inputs`.
+            cls_positions: [B, X] int32, position of each example's [CLS]; None for only the row's first token. Only
                 for heads over whole examples.
-            rows: [B] uint32, the rows' numbers, which with the stream "dropout" decide what is dropped; None counts
-                from 0.
-            deterministic: no dropout.
+            rows: [B] uint32, row numbers, which together with the "dropout" stream determine what is dropped; None
+                counts from 0.
+            deterministic: disable dropout.
 
         Returns:
-            classification: [B, num_labels], or [B, X, num_labels] where cls_positions are given; choice: [B] or [B, X];
-            tokens and crf: [B, L, num_labels], a CRF's emissions; span: (start logits [B, L], end logits [B, L]).
+            classification: [B, num_labels], or [B, X, num_labels] if cls_positions are given; choice: [B] or [B, X];
+            tokens and crf: [B, L, num_labels], for a CRF its emissions; span: (start logits [B, L], end logits [B, L]).
         """
         form = self.form
         rows = row_numbers(rows, inputs)
         drop = partial(self.drop, rows=rows, deterministic=deterministic)
         encode = partial(self.encoder, inputs, *more, rows=rows, deterministic=deterministic)
         if self.head == "crf":
-            self.chain()  # makes the parameters; models.crf reads them from the tree, params["crf"]
+            self.chain()  # creates the parameters; models.crf reads them from the tree, params["crf"]
         hidden: Any
         if self.head in ("classification", "choice"):
             encoded: Encoded = encode(cls_positions=cls_positions, cls_only=True)
@@ -171,14 +172,14 @@ def _outputs(config: EncoderConfig, head: str) -> int:
 
 
 def _last(head: str) -> str:
-    """What a head's last layer is called in the parameter tree."""
+    """Return the name of a head's last layer in the parameter tree."""
     return "span" if head == "span" else "classifier"
 
 
 class MaskedLanguageModelHead(nn.Module):
-    """Dense, activation, norm, then the products with the word embeddings, and a bias (Devlin et al. 2018, 3.1).
+    """Dense layer, activation, norm, then products with the word embeddings, and a bias (Devlin et al. 2018, 3.1).
 
-    The dense layer and the norm before the tied decoder are of the released code, not of the paper.
+    The dense layer and the norm before the tied decoder are from the released code, not from the paper.
     """
 
     activation: str
@@ -188,7 +189,7 @@ class MaskedLanguageModelHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, words: Embed) -> Array:
-        """hidden [..., E] -> logits [..., V] in the compute dtype, accumulated in float32."""
+        """Compute logits [..., V] from hidden states [..., E], in the compute dtype, accumulated in float32."""
         hidden = Linear(
             hidden.shape[-1:], ("embed", "embed_out"), kernel_init=self.kernel_init, dtype=self.dtype, name="transform"
         )(hidden)
@@ -198,12 +199,12 @@ class MaskedLanguageModelHead(nn.Module):
 
 
 def masked_words(config: EncoderConfig) -> MaskedLanguageModelHead:
-    """The head of a family whose masked words are predicted as BERT's are."""
+    """Build the head of a family that predicts masked words as BERT does."""
     return MaskedLanguageModelHead(config.activation, config.norm_epsilon, config.initializer, config.dtype)
 
 
 class MaskedLanguageModel(nn.Module):
-    """An encoder, whose table of words is `embeddings.word`, and the masked language model head."""
+    """An encoder, whose word embeddings are `embeddings.word`, with the masked language model head."""
 
     config: EncoderConfig
     parts: EncoderParts
@@ -221,7 +222,10 @@ class MaskedLanguageModel(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """As `WithHead`, and mlm_positions [B, P] int32, where words are predicted; None for every position.
+        """Compute the logits of masked words. Arguments as for `WithHead`, and these.
+
+        Args:
+            mlm_positions: [B, P] int32, the positions to predict; None for every position.
 
         Returns:
             logits [B, P, V] or [B, L, V], in the compute dtype.
@@ -232,22 +236,22 @@ class MaskedLanguageModel(nn.Module):
 
 
 def encoder_inputs(config: EncoderConfig, batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The positional arguments of a model that reads tokens, from a batch of arrays [B, L] by their names.
+    """Return the positional arguments of a model that reads tokens, from a batch of named arrays [B, L].
 
-    What the family has no use for is left out: token types where there are not two to tell apart.
+    Inputs that the family does not use are left out: token types, if it has fewer than two.
     """
     inputs = (batch["input_ids"], batch.get("segment_ids"), batch.get("position_ids"))
     return (*inputs, batch.get("token_type_ids")) if config.token_types > 1 else inputs
 
 
 def is_head_parameter(path: Sequence[str]) -> bool:
-    """Whether a parameter of a model with a head lies outside of its encoder."""
+    """Tell whether a parameter of a model with a head is outside the encoder."""
     return path[0] != "encoder"
 
 
 # --- a family's models ------------------------------------------------------------------------------------------------
 
-# Head -> what the reference's names of models end in.
+# Head -> end of the reference's class names.
 KINDS = {
     "masked_lm": "ForMaskedLM",
     "classification": "ForSequenceClassification",
@@ -261,12 +265,12 @@ KINDS = {
 def architectures(
     parts: EncoderParts, forms: Mapping[str, Form], others: Sequence[Architecture] = ()
 ) -> tuple[Architecture, ...]:
-    """All models of a family of encoders.
+    """Return all models of a family of encoders.
 
     Args:
-        parts: its encoder.
-        forms: head -> its form; "crf" has that of "tokens".
-        others: models with heads of the family's own.
+        parts: the encoder.
+        forms: head -> its form; "crf" uses that of "tokens".
+        others: models with heads that only this family has.
     """
     poolers = (True, False) if parts.pooler else (False,)
     found = [
@@ -281,7 +285,7 @@ def architectures(
     found += others
     for head, kind in KINDS.items():
         form = forms.get("tokens" if head == "crf" else head)
-        # Some released masked language models hold a pooler that nothing reads.
+        # Some released masked language models contain a pooler that is never used.
         for pooler in reversed(poolers) if head == "masked_lm" else (False,):
             if form is not None:
                 form = form._replace(pooler=pooler or form.pooler)
@@ -313,7 +317,7 @@ def _table(parts: EncoderParts, head: str, form: Form, config: EncoderConfig) ->
 
 
 def masked_words_entries(config: EncoderConfig, form: Form, prefix: str) -> tuple[list[Entry], dict[str, str]]:
-    """(the entries of `masked_words` at "mlm", the copies that are tied to others)."""
+    """Return (the entries of `masked_words` at "mlm", tied copy -> original)."""
     transform, norm, bias, decoder = form.names
     entries = [
         *linear_entries(transform, ("mlm", "transform"), (config.width,), (config.width,)),

@@ -1,7 +1,7 @@
-"""Reading one token at a time, as generation does (`train.generate`): an encoder-decoder with a stack of layers.
+"""Incremental decoding, one token at a time, for `train.generate`: an encoder-decoder with a stack of layers.
 
 The encoder's output becomes keys and values of every decoder layer once. Each step then reads one token of every beam,
-with a cache of the keys and values of the tokens before.
+with a cache of the keys and values of earlier tokens.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class Prepared(NamedTuple):
     """Parameters as the steps need them."""
 
     params: Params  # all but the decoder's layers
-    layers: tuple[Params, ...]  # these, layer by layer
-    bias: Array | None  # the logits', [V]; None where it is zero everywhere: to add it is a tenth of a step on a CPU
+    layers: tuple[Params, ...]  # the decoder's layers, unstacked
+    bias: Array | None  # of the logits, [V]; None if it is zero everywhere: adding it takes a tenth of a step on a CPU
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class IncrementalEncoderDecoder:
     """
 
     model: Any  # with the methods encode, embed_step and last_scores
-    block: Any  # a decoder layer that is bound to no model, with the methods keys_values and step
+    block: Any  # an unbound decoder layer, with the methods keys_values and step
 
     @property
     def config(self) -> Any:
-        """The model's."""
+        """Config of the model."""
         return self.model.config
 
     @property
@@ -60,12 +60,12 @@ class IncrementalEncoderDecoder:
 
     @property
     def positions(self) -> int:
-        """Most tokens of a source or of an output."""
+        """Maximum length of a source or an output, in tokens."""
         return self.config.positions
 
     @property
     def reads_sources(self) -> bool:
-        """Always: there is an encoder."""
+        """True: there is an encoder."""
         return True
 
     @property
@@ -80,7 +80,7 @@ class IncrementalEncoderDecoder:
 
     @property
     def forced_eos_id(self) -> int | None:
-        """The token that the longest outputs have to end with; None for any."""
+        """The token that outputs of maximum length must end with; None for any."""
         return self.config.forced_eos_token_id
 
     def prepare(self, params: Params) -> Prepared:
@@ -102,7 +102,7 @@ class IncrementalEncoderDecoder:
         return Memory(layers, segment_ids != 0)
 
     def cache(self, rows: int, slots: int) -> tuple[Slots, ...]:
-        """Empty keys and values, for each layer."""
+        """Return empty keys and values for each layer."""
         c = self.config
         size = c.width // c.decoder_heads
         keys = jnp.zeros((rows, c.decoder_heads, size, slots), c.dtype)
@@ -121,12 +121,12 @@ class IncrementalEncoderDecoder:
         """Read one more token of each beam.
 
         Args:
-            memory: of B sources.
-            cache: of the steps so far.
+            memory: state of B sources, by `start`.
+            cache: keys and values of the steps so far.
             tokens: [B, K] int32.
-            positions: [B] int32, where the tokens of each row stand.
-            places: [B, K] int32, the slot that each is written into; as many as there are slots for none.
-            mask: bool [B, K, slots], the slots that each beam descends from, its own among them.
+            positions: [B] int32, position of each row's tokens.
+            places: [B, K] int32, the slot that each token is written to; the number of slots means none.
+            mask: bool [B, K, slots], the slots in each beam's history, including its own.
 
         Returns:
             (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S] float32)
@@ -149,7 +149,7 @@ class IncrementalEncoderDecoder:
 
 @partial(jax.jit, static_argnums=1)
 def unstack(params: Params, count: int) -> tuple[Params, ...]:
-    """Stacked layers, one by one."""
+    """Split stacked parameters into those of each layer."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
 
 
@@ -166,7 +166,7 @@ def cross_attention_maps(
         segment_ids: [B, S] int32, 1 for tokens and 0 for padding; None for no padding.
 
     Returns:
-        [N, B, H, T, S] float32, probabilities of every layer and head; those of t are for predicting token t + 1.
+        [N, B, H, T, S] float32, probabilities of every layer and head; those at t are for predicting token t + 1.
     """
     steps = model.incremental()
     memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)

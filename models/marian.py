@@ -1,11 +1,11 @@
-"""Marian: the Transformer as Marian NMT trains it, which the released OPUS-MT translators are.
+"""Marian: the Transformer as trained by Marian NMT, such as the released OPUS-MT translators.
 
 Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; Tiedemann and Thottingal 2020, "OPUS-MT".
 
-What marks it beside `transformer.py`, whose network this is: Swish, all sines of a position before all cosines, a
-constant added to each word's logit, and decoding that starts with the padding token. A Transformer that differs in no
-more than the order of a position's channels becomes a Marian model by moving its channels (`from_transformer`), and so
-a checkpoint that the reference implementation loads.
+It has the network of `transformer.py`, with Swish, all sines of a position before all cosines, a constant added to each
+word's logit, and decoding that starts with the padding token. A Transformer that differs only in the order of a
+position's channels becomes a Marian model by reordering its channels (`from_transformer`), and with that a checkpoint
+that the reference implementation loads.
 """
 
 import dataclasses
@@ -62,14 +62,14 @@ class MarianConfig(TransformerConfig):
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
-        """As `FamilyConfig.from_json`."""
+        """See `FamilyConfig.from_json`."""
         shared, tied = (stored.get(key, True) for key in TYING_KEYS)
         if shared and not tied:
             raise ConfigError("config.json:\n  tie_word_embeddings: only true is implemented with shared embeddings")
         return super().from_json(stored, tying="all" if shared else "decoder" if tied else "none", **more)
 
     def to_json(self) -> dict[str, Any]:
-        """As `FamilyConfig.to_json`."""
+        """See `FamilyConfig.to_json`."""
         tying = dict(zip(TYING_KEYS, (self.tying == "all", self.tying != "none"), strict=True))
         return super().to_json() | tying | {"decoder_vocab_size": self.target_words}
 
@@ -81,17 +81,16 @@ class Marian(Transformer):
 
 
 def from_transformer(model: Transformer, params: Params) -> tuple[Marian, dict[str, Any]]:
-    """The same function as a Marian model, with the channels of interleaved positions moved into halves.
+    """Convert a Transformer to the equivalent Marian model: reorder the channels from interleaved positions to halves.
 
-    The norms, the matrices and the sums of a Transformer know no order of the channels, so that it may be changed in
-    all of them alike.
+    The function does not depend on the order of the channels, as long as it is the same in all parameters.
 
     Args:
-        model: of `transformer.py`.
+        model: a model of `transformer.py`.
         params: its parameters on the host, unboxed.
 
     Raises:
-        ValueError: a model that Marian cannot be: normalised before sub-layers, or with another embedding width.
+        ValueError: Marian cannot represent the model: it is pre-norm, or has another embedding width.
     """
     c = model.config
     unlike = {"pre_norm": c.pre_norm, "embedding_width": c.table_width != c.width}
@@ -115,7 +114,7 @@ def from_transformer(model: Transformer, params: Params) -> tuple[Marian, dict[s
 
 
 def _reordered(path: tuple[str, ...], leaf: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """A parameter with the channels of the hidden states in another order, on whichever axis has them."""
+    """Reorder the channels of the hidden states in a parameter, on whichever axis has them."""
     match path:
         case (_, "embedding") | (*_, "out" | "outer", "kernel" | "bias") | (*_, "scale"):
             return leaf[..., order]

@@ -1,4 +1,4 @@
-"""The families there are, and how one is found: by its name, by a config, or by a model."""
+"""The model families, and functions to find one by its name, by a config, or by a model."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -9,7 +9,7 @@ import jax
 
 from .family import Architecture, Family, FamilyConfig
 
-# `model_type` of config.json -> the module that holds the family, imported when it is asked for.
+# `model_type` of config.json -> the family's module, imported on first use.
 FAMILIES = {
     "bert": ".bert",
     "distilbert": ".distilbert",
@@ -20,25 +20,25 @@ FAMILIES = {
 
 
 def family_named(name: str) -> Family:
-    """The family of a `model_type`, one of `FAMILIES`."""
+    """Return the family of a `model_type`, one of `FAMILIES`."""
     return import_module(FAMILIES[name], __package__).FAMILY
 
 
 def families() -> Iterator[Family]:
-    """All families."""
+    """Yield all families."""
     return map(family_named, FAMILIES)
 
 
 def family_of(config: FamilyConfig) -> Family:
-    """The family of a config."""
+    """Return the family of a config."""
     return family_named(config.MODEL_TYPE)
 
 
 def family_of_model(model: nn.Module) -> tuple[Family, Architecture]:
-    """A model's family, and which of its kinds the model is.
+    """Return a model's family and architecture.
 
     Raises:
-        TypeError: no model of these families.
+        TypeError: it is not a model of these families.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, FamilyConfig):
@@ -50,10 +50,10 @@ def family_of_model(model: nn.Module) -> tuple[Family, Architecture]:
 
 
 def presets() -> dict[str, Family]:
-    """Name of each released size -> its family."""
+    """Return the released sizes: name -> family."""
     return {name: family for family in families() for name in family.config.PRESETS}
 
 
 def init_params(model: Any, key: jax.Array) -> Any:
-    """New parameters of a model, in boxes of logical axis names, from the inputs that its family takes."""
+    """Initialise a model's parameters, boxed with their logical axis names, using its family's example inputs."""
     return model.init(key, *family_of(model.config).inputs(model.config))["params"]

@@ -1,11 +1,12 @@
-"""RoBERTa: BERT's encoder, pretrained on masked words alone, for longer and on more text.
+"""RoBERTa: BERT's encoder, pretrained only on masked words, for longer and on more text.
 
-Liu et al. 2019, "RoBERTa: A Robustly Optimized BERT Pretraining Approach"; of many languages, Conneau et al. 2020,
+Liu et al. 2019, "RoBERTa: A Robustly Optimized BERT Pretraining Approach"; multilingual: Conneau et al. 2020,
 "Unsupervised Cross-lingual Representation Learning at Scale" (XLM-R).
 
-What marks it among its neighbours: positions are numbered from the padding token's number plus one (fairseq's habit),
-so that the table of positions has two rows more than the longest example has tokens; one sentence kind; classification
-by a head of its own on <s>, with a dense layer and dropout before and after it; a pooler for multiple choice alone.
+What sets it apart from its neighbours: positions are counted from the padding token's id plus one (fairseq's
+convention), so that the position table has two rows more than the longest example has tokens; one token type;
+classification by its own head on <s>, a dense layer with dropout before and after it; a pooler only for multiple
+choice.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from .layers import Dropout, Embed, LayerNorm
 
 
 def _size(layers: int, width: int, vocab_size: int = 50_265) -> dict[str, Any]:
-    """Every size has heads of 64, a feed-forward width of four times its own, and examples of up to 512 tokens."""
+    """Return the fields of a size: heads of 64, four times the width in feed-forward, examples of up to 512 tokens."""
     return {
         "layers": layers,
         "width": width,
@@ -63,13 +64,13 @@ class RobertaConfig(EncoderConfig):
 
     @property
     def first_position(self) -> int:
-        """The row of the table of positions that an example's first token has."""
+        """Row of an example's first token in the position table."""
         assert self.pad_token_id is not None
         return self.pad_token_id + 1
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest example."""
+        """Maximum length of an example, in tokens."""
         return self.positions - self.first_position
 
 

@@ -1,6 +1,6 @@
-"""The stack of N layers that every Transformer is: alike, of several kinds in turn, or one layer N times.
+"""A Transformer's stack of N layers: all alike, of several alternating kinds, or one layer shared N times.
 
-Parameters are stacked along a first axis "layers" of size N, of whichever kind a layer is, so that sharding, layer-wise
+Parameters of all kinds of layers are stacked along a first axis "layers" of size N, so that sharding, layer-wise
 learning rates and checkpoint tables find a layer by its number. Letters for shapes are those of `layers.py`.
 """
 
@@ -31,33 +31,32 @@ def run_layers(
     every_layer: bool = False,
     last_positions: Array | None = None,
 ) -> tuple[Array, Array | None]:
-    """Apply `count` layers, each to what the one before it gave.
+    """Apply `count` layers, each to the output of the previous one.
 
     Args:
         block: one layer, called as `block(hidden, *broadcast, deterministic=deterministic)`.
-        hidden: [B, L, E], what goes from layer to layer.
-        broadcast: what every layer is given alike.
+        hidden: [B, L, E], input of the first layer.
+        broadcast: arguments that all layers get.
         count: number of layers, N.
         scan: compile one layer and loop over it, so that compile time does not grow with N; else write out all N, which
             lets the compiler fuse over layers. Parameters, numbers and dropout are the same.
         remat: recompute a layer's inner values in the backward pass instead of keeping them.
-        deterministic: no dropout.
-        kinds: for each layer, the arguments that it alone is called with, such as `{"window": (64, 64)}`; they must be
-            known when tracing. All kinds have the same parameters; new ones are drawn as for the last layer's kind. The
-            scan goes over whole periods of kinds, and what comes before and after them is written out. None where
-            all layers are alike.
-        shared: whether all layers are one, with parameters that are not stacked (ALBERT).
+        deterministic: disable dropout.
+        kinds: for each layer, its own extra arguments, such as `{"window": (64, 64)}`; they must be known when tracing.
+            All kinds have the same parameters, which are initialised as for the last layer's kind. The scan covers
+            whole periods of kinds; layers before and after them are unrolled. None if all layers are alike.
+        shared: whether all layers share one set of parameters, which is not stacked (ALBERT).
         every_layer: also return the output of each layer.
-        last_positions: [B, X] int32, the only tokens that the last layer is to compute; None for all of them. The
-            same numbers, but for what dropout draws. The layers must be as `_call_at` says.
+        last_positions: [B, X] int32, the only tokens that the last layer computes; None for all of them. The results
+            are the same, except for the dropout mask. The layers must meet the conditions of `_call_at`.
 
     Returns:
         (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
 
     Raises:
-        ValueError: arguments that exclude each other, or another number of kinds than of layers.
+        ValueError: arguments are mutually exclusive, or the number of kinds is not the number of layers.
     """
-    # New parameters are drawn by the whole stack.
+    # New parameters are initialised for the whole stack.
     positions = None if block.is_initializing() else last_positions
     if positions is not None and every_layer:
         raise ValueError("run_layers: every_layer and last_positions exclude each other")
@@ -116,10 +115,10 @@ def _run_kinds(
     remat: bool,
     deterministic: bool,
 ) -> tuple[Array, Array | None]:
-    """`run_layers` of several kinds, whose parameters are there.
+    """Run layers of several kinds with existing parameters.
 
     Flax's own scan compiles one kind of call, and calls that share a module share its dropout. So each layer is applied
-    by itself here, to its slice of the parameters and with a key of its own.
+    separately here, with its slice of the parameters and its own key.
     """
     count = len(kinds)
     keys = None
@@ -172,21 +171,21 @@ def _run_kinds(
 
 
 def _at(number: int, layers: Any) -> Any:
-    """One layer of a tree of stacks."""
+    """Return one layer of a tree of stacks."""
     return jax.tree.map(lambda stack: stack[number], layers)
 
 
 def _cut(stacks: Any, sizes: Sequence[int]) -> list[Any]:
     """Cut a tree of stacks into trees of fewer layers each.
 
-    Its gradient is one concatenation, where that of an index for each layer would be a sum of N whole stacks.
+    Its gradient is one concatenation; that of one index per layer would be a sum of N whole stacks.
     """
     leaves, tree = jax.tree.flatten(stacks)
     return [tree.unflatten(parts) for parts in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)]
 
 
 def _rounds(kinds: Sequence[Kind]) -> tuple[int, int, int]:
-    """(first layer, layers of a period, rounds) of the scan that leaves the fewest layers to compile."""
+    """Return (first layer, layers per period, rounds) of the scan that leaves the fewest layers to compile."""
     count = len(kinds)
     found = [(count, 1, 0)]
     for first in range(count):
@@ -200,15 +199,15 @@ def _rounds(kinds: Sequence[Kind]) -> tuple[int, int, int]:
 
 
 def _call_at(positions: Array, block: Any, hidden: Array, broadcast: tuple[Any, ...], more: Kind) -> Array:
-    """One layer's outputs [B, X, E] at some positions [B, X] of its input [B, L, E], without computing the others.
+    """Compute one layer's outputs [B, X, E] only at some positions [B, X] of its input [B, L, E].
 
-    The layer need not know: it is called twice. The first call, with all tokens, shows what its self-attention is
-    given (the layer's input, or a norm of it); nothing else of that call is used, and so the compiler drops the rest.
-    The second call, with the tokens at `positions` alone, lets self-attention read what the first one showed.
+    The layer needs no support for this: it is called twice. The first call, with all tokens, records the input of its
+    self-attention (the layer's input, or a norm of it); nothing else of that call is used, so the compiler removes the
+    rest. The second call, with only the tokens at `positions`, lets self-attention read the recorded input.
 
     Raises:
-        NotImplementedError: a layer that does not have just one self-attention, at its beginning; or whose attention
-            refuses `query_positions`.
+        NotImplementedError: the layer does not begin with its only self-attention, or its attention does not support
+            `query_positions`.
     """
     shown: list[Array] = []
 

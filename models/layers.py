@@ -1,6 +1,7 @@
-"""What the families share: linear maps, embeddings, norms, attention, feed-forward, dropout. Stacks are in stack.py.
+"""Layers that the families share: linear maps, embeddings, norms, attention, feed-forward, dropout.
 
-Parameters are float32 and carry logical axis names, all of them in `LOGICAL_AXES`; `dtype` is what is computed in.
+The stack of layers is in stack.py. Parameters are float32 and carry logical axis names, all of them in `LOGICAL_AXES`;
+`dtype` is the compute dtype.
 Normalisation statistics are always float32.
 
 Letters for shapes: B batch, L length, E model width, H heads, D head size, F feed-forward width, V vocabulary,
@@ -31,10 +32,10 @@ Segments = Array | tuple[Array, Array] | None
 
 
 def reference_segments(attention_mask: Array) -> tuple[Array, Array]:
-    """The segments under which padding behaves as in the reference implementation: never attended to, but attending.
+    """Return segments with which padding behaves as in the reference implementation: never attended to, but attending.
 
-    A row of this package's padding (segment 0) attends to nothing and comes out of attention as zeros. The reference
-    lets it attend to the row's tokens instead. Nothing reads those rows, so only a comparison of them needs this.
+    Padding of this package (segment 0) attends to nothing, so that attention returns zeros for it. In the reference it
+    attends to the row's tokens. These outputs are never used, so that only a comparison of them needs this.
 
     Args:
         attention_mask: [B, L] int, 1 for tokens and 0 for padding.
@@ -46,17 +47,17 @@ def reference_segments(attention_mask: Array) -> tuple[Array, Array]:
 
 
 def split_segments(segment_ids: Segments) -> tuple[Array | None, Array | None]:
-    """(segments of the queries, segments of the keys)."""
+    """Return (segments of the queries, segments of the keys)."""
     return segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
 
 
 def gather_positions(hidden: Array, positions: Array) -> Array:
-    """hidden [B, L, E] at positions [B, P] int -> [B, P, E]. A position that is not in 0..L-1 gives NaN."""
+    """Gather hidden [B, L, E] at positions [B, P] int -> [B, P, E]. A position outside 0..L-1 gives NaN."""
     return jnp.take_along_axis(hidden, positions[:, :, None], axis=1, mode="fill")
 
 
 def segments_at(segment_ids: Segments, positions: Array) -> Segments:
-    """The segments of queries that are at positions [B, X] of their rows, and of all keys."""
+    """Return the segments of the queries at positions [B, X] of their rows, and of all keys."""
     queries, keys = split_segments(segment_ids)
     if queries is None:
         return None if keys is None else (jnp.ones(positions.shape, keys.dtype), keys)
@@ -65,7 +66,7 @@ def segments_at(segment_ids: Segments, positions: Array) -> Segments:
 
 @jax.custom_jvp
 def gelu_exact(x: Array) -> Array:
-    """x·Φ(x) by the error function (Hendrycks and Gimpel 2016), computed in float32."""
+    """Compute x·Φ(x) by the error function (Hendrycks and Gimpel 2016), in float32."""
     return _gelu_with_slope(x)[0]
 
 
@@ -78,22 +79,22 @@ def _gelu_with_slope(x: Array) -> tuple[Array, Array]:
 
 @gelu_exact.defjvp
 def _gelu_exact_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # The slope is all that the backward pass keeps; left to itself, differentiation keeps several tensors of [B, L, F].
+    # The backward pass keeps only the slope; automatic differentiation would keep several tensors [B, L, F].
     value, slope = _gelu_with_slope(*primals)
     return value, tangents[0] * slope
 
 
 def gelu_tanh(x: Array) -> Array:
-    """Gelu's tanh approximation (Hendrycks and Gimpel 2016, 2), as GPT-2 has it."""
+    """Compute GELU by the tanh approximation (Hendrycks and Gimpel 2016, 2), as in GPT-2."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def gelu_sigmoid(x: Array) -> Array:
-    """Gelu's sigmoid approximation, x·σ(1.702·x) (Hendrycks and Gimpel 2016, 2)."""
+    """Compute GELU by the sigmoid approximation, x·σ(1.702·x) (Hendrycks and Gimpel 2016, 2)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-# By the names that released config.json files use for them.
+# By their names in released config.json files.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu_exact,
     "gelu_python": gelu_exact,
@@ -110,7 +111,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def partitioned(initializer: Initializer, *axes: str) -> Callable[..., Any]:
-    """`initializer` whose parameter carries the logical names `axes`, one an axis, all of them in `LOGICAL_AXES`."""
+    """Wrap `initializer` to give the parameter the logical names `axes`, one per axis, all in `LOGICAL_AXES`."""
     unknown = set(axes) - set(LOGICAL_AXES)
     if unknown:
         raise ValueError(f"unknown logical axes {sorted(unknown)}; known: {', '.join(LOGICAL_AXES)}")
@@ -119,11 +120,11 @@ def partitioned(initializer: Initializer, *axes: str) -> Callable[..., Any]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str) -> Array:
-    """inputs [..., I] · kernel -> [..., O], computed in `dtype`, accumulated in float32, given as `out_dtype`.
+    """Compute inputs [..., I] · kernel -> [..., O] in `dtype`, accumulated in float32, returned as `out_dtype`.
 
-    The kernel is [I, O] (axis 0 is contracted) or [O, I] (axis 1), and float32; its gradient is float32 and was never
-    rounded to `dtype`. The gradient that arrives is rounded to `dtype` once, so that both products of the backward pass
-    run at that type's rate as well.
+    The kernel is [I, O] (axis 0 is contracted) or [O, I] (axis 1), and float32; its gradient is float32 and never
+    rounded to `dtype`. The incoming gradient is rounded to `dtype` once, so that both products of the backward pass run
+    at the rate of that type too.
     """
     return _dot(inputs.astype(dtype), kernel.astype(dtype), inputs.ndim - 1, axis, out_dtype)
 
@@ -151,27 +152,27 @@ def _matmul_backward(
 
 
 HALVED = 1 << 24
-"""Multiplications in a product from which on `_outer_in_halves` is worth it."""
+"""Minimum number of multiplications in a product for which `_outer_in_halves` pays off."""
 
 
 def outer_sum(a: Array, b: Array) -> Array:
-    """a [T, M], b [T, N] of one dtype -> the sum over T of their outer products, [M, N] float32."""
+    """Sum the outer products of a [T, M] and b [T, N], of the same dtype, over T -> [M, N] float32."""
     if a.dtype == jnp.float32 or a.size * b.shape[1] < HALVED or a.shape[0] % 2:
         return _outer(a, b)
     return jax.lax.platform_dependent(a, b, cpu=_outer_in_halves, default=_outer)
 
 
 def _outer(a: Array, b: Array) -> Array:
-    """`outer_sum` by one product."""
+    """Compute `outer_sum` by one product."""
     return _dot(a, b, 0, 0, jnp.float32)
 
 
 def _outer_in_halves(a: Array, b: Array) -> Array:
-    """As `_outer`, with the first operand transposed in two parts, for XLA's CPU backend in bfloat16.
+    """Compute `_outer` with the first operand transposed in two parts, for XLA's CPU backend in bfloat16.
 
-    It would fold a plain transpose into the product, and computes a product of that form in float32, at half the rate.
-    Small products stay plain: there is nothing to gain, and where an operand is constant the compiler takes the two
-    parts apart again into a form that it then cannot run.
+    XLA would fold a plain transpose into the product, and computes a product of that form in float32, at half the rate.
+    Not for small products: there is nothing to gain, and if an operand is constant, the compiler splits the two parts
+    again into a form that it cannot run.
     """
     half = a.shape[0] // 2
     return _dot(jnp.concatenate([a[:half].T, a[half:].T], axis=1), b, 1, 0, jnp.float32)
@@ -182,7 +183,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
-    """x [..., O] + bias [O] float32, in the type of x; the bias's gradient is summed in float32."""
+    """Add bias [O] float32 to x [..., O], in the dtype of x; the gradient of the bias is summed in float32."""
     return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - 1)))
 
 
@@ -197,10 +198,10 @@ class Linear(nn.Module):
     """inputs · kernel + bias, contracting as many trailing axes of the inputs as the kernel has input axes.
 
     Attributes:
-        features: sizes of the output axes, as (D,) or (H, D).
-        axes: logical names of the kernel's axes, those of the inputs first.
-        kernel_init: initialiser of the kernel; the bias starts at zero.
-        dtype: what is computed in, and the output's type.
+        features: sizes of the output axes, such as (D,) or (H, D).
+        axes: logical names of the kernel's axes, input axes first.
+        kernel_init: initialiser of the kernel; the bias is initialised to zero.
+        dtype: compute dtype, and dtype of the output.
     """
 
     features: tuple[int, ...]
@@ -222,13 +223,13 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of vectors: `embed(ids)` looks up, `embed.attend(x)` gives the products with every vector (tied decoder).
+    """A table of vectors: `embed(ids)` looks up, `embed.attend(x)` multiplies with every vector (tied decoder).
 
     Attributes:
         count: number of vectors.
         width: their size, E.
         axis: logical name of the first axis.
-        padding_id: an id whose vector takes no gradient from being looked up, as in the reference implementation.
+        padding_id: an id whose vector gets no gradient from lookups, as in the reference implementation.
     """
 
     count: int
@@ -244,14 +245,14 @@ class Embed(nn.Module):
         )
 
     def __call__(self, ids: Array) -> Array:
-        """[...] int ids -> [..., E] float32. An id outside of the table gives NaN, never another id's vector."""
+        """Look up ids [...] int -> [..., E] float32. An id outside the table gives NaN, never another id's vector."""
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill")
         if self.padding_id is None:
             return vectors
         return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, inputs: Array) -> Array:
-        """[..., E] -> [..., count] float32, computed in the compute dtype and accumulated in float32."""
+        """Multiply [..., E] with every vector -> [..., count] float32, in the compute dtype, accumulated in float32."""
         return matmul(inputs, self.embedding, 1, self.dtype, "float32")
 
 
@@ -293,29 +294,29 @@ class RMSNorm(nn.Module):
 
 
 def dropout_seed(module: nn.Module) -> Array:
-    """Two words of randomness [2] uint32 from the module's own "dropout" stream, another in each module and layer."""
+    """Draw a seed [2] uint32 from the module's "dropout" stream; it differs in each module and layer."""
     return jax.random.bits(module.make_rng("dropout"), (2,), jnp.uint32)
 
 
 class Dropout(nn.Module):
     """Set a fraction `rate` of the entries to zero and divide the others by 1 - rate (Srivastava et al. 2014).
 
-    What is dropped in a row depends on the stream "dropout" and on the row's number alone, so that it does not change
-    with how a batch is split over devices, hosts or accumulation steps.
+    What is dropped in a row depends only on the "dropout" stream and the row's number, and so not on how a batch is
+    split over devices, hosts or accumulation steps.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, inputs: Array, rows: Array, *, deterministic: bool) -> Array:
-        """inputs [B, ...], rows [B] uint32 (the rows' numbers)."""
+        """Drop entries of inputs [B, ...]; rows [B] uint32 are the row numbers."""
         if deterministic or self.rate == 0.0:
             return inputs
         return hash_dropout(inputs, self.rate, row_seeds(dropout_seed(self), rows))
 
 
 def rotate(vectors: Array, position_ids: Array, theta: float) -> Array:
-    """Rotary position embedding (Su et al. 2021, 3.4.2): channels i and i + D/2 turned by position · theta^(-2i/D).
+    """Apply rotary position embedding (Su et al. 2021, 3.4.2): rotate channels i and i + D/2 by position·theta^(-2i/D).
 
     Args:
         vectors: [B, L, H, D], queries or keys; D is even.
@@ -323,7 +324,7 @@ def rotate(vectors: Array, position_ids: Array, theta: float) -> Array:
         theta: base of the frequencies.
 
     Returns:
-        [B, L, H, D] of the same dtype. Angles and products are float32.
+        [B, L, H, D] of the same dtype. Angles and products are computed in float32.
     """
     half = vectors.shape[-1] // 2
     frequencies = jnp.asarray(1.0 / theta ** (np.arange(half, dtype=np.float32) / np.float32(half)))
@@ -335,13 +336,13 @@ def rotate(vectors: Array, position_ids: Array, theta: float) -> Array:
 
 
 class RelativePositions(nn.Module):
-    """T5's table of relative position biases (Raffel et al. 2020, 2.1), which all layers of a stack share.
+    """T5's relative position biases (Raffel et al. 2020, 2.1), one table for all layers of a stack.
 
     Attributes:
-        heads: of each layer, H.
-        bidirectional: whether keys after the query have buckets of their own.
+        heads: number of heads of each layer, H.
+        bidirectional: whether keys after the query have their own buckets.
         buckets: number of buckets of distances.
-        max_distance: tokens; from here on all distances share the last bucket.
+        max_distance: distance in tokens from which on all distances share the last bucket.
     """
 
     heads: int
@@ -352,30 +353,30 @@ class RelativePositions(nn.Module):
 
     @nn.compact
     def __call__(self) -> RelativeBias:
-        """The bias to give each layer's `Attention`."""
+        """Return the bias for each layer's `Attention`."""
         axes = partitioned(self.table_init, "positions", "heads")
         table = self.param("table", axes, (self.buckets, self.heads), jnp.float32)
         return RelativeBias(table, self.bidirectional, self.max_distance)
 
 
 class Attention(nn.Module):
-    """Attention in `heads` subspaces, with its four projections (Vaswani et al. 2017, 3.2.2).
+    """Multi-head attention with its four projections (Vaswani et al. 2017, 3.2.2).
 
-    Of a sequence to itself, or to a memory (an encoder's output); and, for decoding, of one token a beam to the keys
-    and values of before, which are kept as the products take them, so that no step transposes them.
+    From a sequence to itself or to a memory (an encoder's output); in decoding, from one token per beam to the cached
+    keys and values of earlier tokens, whose layout is that of the products, so that no step transposes them.
 
     Attributes:
-        width: of queries and output, E.
+        width: size of the queries' hidden states and of the output, E.
         heads: number of heads, H.
-        dropout: share of the attention probabilities that is dropped.
-        implementation: backend of `kernels.attention`; None takes the fastest.
-        causal: whether later tokens are hidden.
+        dropout: dropout rate of the attention probabilities.
+        implementation: backend of `kernels.attention`; None for the fastest.
+        causal: whether to hide later tokens.
         head_size: D; None for E / H.
         use_bias: whether the projections of queries, keys and values have a bias.
-        out_bias: whether the output's projection has one.
-        scale: of the scores; None for 1/sqrt(D).
-        window: (left, right), how many tokens are seen before and after the query's own, inclusive; None for all.
-        rotary: base of the rotary position embedding's frequencies; None for no rotation.
+        out_bias: whether the output projection has a bias.
+        scale: scale of the scores; None for 1/sqrt(D).
+        window: (left, right), number of visible tokens before and after the query's own, inclusive; None for all.
+        rotary: base of the frequencies of rotary position embedding; None for no rotation.
     """
 
     width: int
@@ -414,27 +415,27 @@ class Attention(nn.Module):
         query_positions: Array | None = None,
         deterministic: bool,
     ) -> Array:
-        """Attend with every token.
+        """Attend from every token.
 
         Args:
             hidden: [B, L, E].
-            segment_ids: [B, L], or a pair (of the queries, of the keys), or None where everything is one segment.
-            rows: [B] uint32, the rows' numbers.
-            memory: [B, S, E], what is attended to; None for `hidden` itself.
-            bias: what is added to the scores.
-            position_ids: int [B or 1, L], each token's position in its example, by which rotary attention turns it;
-                None counts from 0 along the row.
-            query_positions: int [B, L], which of the memory's tokens those of `hidden` are; `segment_ids` and
-                `position_ids` then are of all the memory's tokens. None where `hidden` is the whole row, or another
-                sequence than the memory.
-            deterministic: no dropout.
+            segment_ids: [B, L], or a pair (of the queries, of the keys), or None if everything is one segment.
+            rows: [B] uint32, row numbers.
+            memory: [B, S, E], what to attend to; None for `hidden` itself.
+            bias: bias added to the scores.
+            position_ids: int [B or 1, L], each token's position in its example, for rotary attention; None counts from
+                0 along the row.
+            query_positions: int [B, L], indices of the tokens of `hidden` in the memory; `segment_ids` and
+                `position_ids` are then those of all tokens of the memory. None if `hidden` is the whole row, or
+                another sequence than the memory.
+            deterministic: disable dropout.
 
         Returns:
             [B, L, E]
 
         Raises:
             NotImplementedError: rotary attention to another sequence; `query_positions` with causal attention, a window
-                or a bias, all of which go by a query's place in the row.
+                or a bias, all of which depend on a query's place in the row.
         """
         query_segments, key_segments = split_segments(segment_ids)
         if query_positions is not None:
@@ -470,7 +471,7 @@ class Attention(nn.Module):
         return self.out(attended)
 
     def keys_values(self, memory: Array) -> tuple[Array, Array]:
-        """The keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""
+        """Compute the keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""
         return jnp.moveaxis(self.key(memory), 1, 3), jnp.swapaxes(self.value(memory), 1, 2)
 
     def write(
@@ -479,10 +480,11 @@ class Attention(nn.Module):
         """Add the keys and values of one token per beam to those of a row.
 
         Args:
-            hidden: [B, K, E], K beams a row.
-            keys, values: as from `keys_values`.
-            places: int32 [B, K], which of the S each becomes; S for none.
-            position_ids: int [B, K], where each token stands in its text; only rotary attention needs it.
+            hidden: [B, K, E], K beams per row.
+            keys: [B, H, D, S], as returned by `keys_values`.
+            values: [B, H, S, D], as returned by `keys_values`.
+            places: int32 [B, K], the slot of the S that each token is written to; S for none.
+            position_ids: int [B, K], position of each token in its text; only rotary attention needs it.
         """
         rows = jnp.arange(len(hidden))[:, None]
         key = self._turned(self.key(hidden), position_ids)
@@ -500,15 +502,16 @@ class Attention(nn.Module):
         position_ids: Array | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Attend with one token of each of a row's beams, which share the row's keys and values.
+        """Attend from one token of each of a row's beams, which share the row's keys and values.
 
         Args:
-            hidden: [B, K, E], K beams a row.
-            keys, values: as from `keys_values`.
-            mask: bool [B, 1 or K, S], what each beam attends to, within the window where there is one. A beam that
+            hidden: [B, K, E], K beams per row.
+            keys: [B, H, D, S], as returned by `keys_values`.
+            values: [B, H, S, D], as returned by `keys_values`.
+            mask: bool [B, 1 or K, S], what each beam attends to, within the window if there is one. A beam that
                 attends to nothing gets zeros.
-            position_ids: int [B, K], where each token stands in its text; only rotary attention needs it.
-            bias: float32 [1 or B, H, 1 or K, S], what is added to the scores.
+            position_ids: int [B, K], position of each token in its text; only rotary attention needs it.
+            bias: float32 [1 or B, H, 1 or K, S], bias added to the scores.
 
         Returns:
             ([B, K, E], the probabilities [B, H, K, S] float32)
@@ -523,12 +526,12 @@ class Attention(nn.Module):
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
         total = weights.sum(axis=-1, keepdims=True)
         weights = weights / jnp.where(total == 0.0, 1.0, total)
-        # The axes are swapped apart: as part of the product, XLA's CPU compiler makes it five times as slow.
+        # The axes are swapped separately: as part of the product, XLA's CPU compiler makes it five times slower.
         attended = jnp.einsum("bhks,bhsd->bhkd", weights.astype(self.dtype), values)
         return self.out(jnp.swapaxes(attended, 1, 2)), weights
 
     def _turned(self, vectors: Array, position_ids: Array | None) -> Array:
-        """A step's queries or keys [B, K, H, D], rotated where this attention is rotary."""
+        """Rotate a step's queries or keys [B, K, H, D] if this attention is rotary."""
         if self.rotary is None:
             return vectors
         if position_ids is None:
@@ -537,17 +540,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """activation(x·W₁ + b₁)·W₂ + b₂ at every position alone (Vaswani et al. 2017, 3.3).
+    """A position-wise feed-forward network, activation(x·W₁ + b₁)·W₂ + b₂ (Vaswani et al. 2017, 3.3).
 
     Gated (Shazeer 2020, 2): (activation(x·V + c) ⊙ (x·W₁ + b₁))·W₂ + b₂, GEGLU with a GELU and SwiGLU with "silu". The
-    gate V is what the activation is applied to.
+    activation is applied to the gate V.
 
     Attributes:
         width: the inner width, F.
         activation: a name in `ACTIVATIONS`.
-        dropout: share of the inner values that is dropped (not in the paper).
+        dropout: dropout rate of the inner activations (not in the paper).
         gated: whether there is a gate.
-        use_bias: whether the linear maps have one.
+        use_bias: whether the linear maps have a bias.
     """
 
     width: int
@@ -560,7 +563,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, rows: Array | None = None, *, deterministic: bool = True) -> Array:
-        """hidden [..., E] -> [..., E]; rows [B] uint32, needed where inner values are dropped."""
+        """Transform hidden states [..., E] -> [..., E]; rows [B] uint32 are needed for dropout of inner activations."""
         linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype, use_bias=self.use_bias)
         activation = ACTIVATIONS[self.activation]
         inner = linear((self.width,), ("embed", "mlp"), name="inner")(hidden)
@@ -574,11 +577,13 @@ class FeedForward(nn.Module):
 
 
 def sinusoids(positions: int, width: int, *, interleaved: bool) -> np.ndarray:
-    """sin and cos of position / 10000^(2i / E), [positions, E] float32 (Vaswani et al. 2017, 3.5).
+    """Return sin and cos of position / 10000^(2i / E), [positions, E] float32 (Vaswani et al. 2017, 3.5).
 
     Args:
+        positions: number of positions.
+        width: number of channels, E.
         interleaved: channels 2i and 2i + 1 are the sine and the cosine of one frequency, as the paper writes it; else
-            all sines come first and then all cosines, as the paper's own code and most after it have them.
+            all sines come first and then all cosines, as in the paper's own code and most later code.
     """
     angles = np.arange(positions)[:, None] / np.power(10_000, 2 * np.arange(-(-width // 2)) / width)
     sines, cosines = np.sin(angles), np.cos(angles[:, : width // 2])

@@ -1,24 +1,24 @@
-"""Low-rank adapters on the linear maps of any model: LoRA.
+"""LoRA: low-rank adapters on the linear maps of any model.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1: a map W gets a second way beside it,
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1: a map W gets a parallel branch,
 
     y = x·W + b + (alpha / rank) · drop(x)·A·B        A [inputs, rank], B [rank, outputs]
 
-of which only A and B are trained; B starts at zero, so that training starts from the model as it is.
+of which only A and B are trained; B is initialised to zero, so that training starts from the unchanged model.
 
-An adapter lives in the parameter tree, as `lora_a` and `lora_b` beside the `kernel` that it adapts, stacked along a
-first axis "layers" where the kernel is. All functions here take a tree and give a new one, and change no kernel:
+An adapter is part of the parameter tree, as `lora_a` and `lora_b` next to the `kernel` that it adapts, stacked along a
+first axis "layers" if the kernel is. All functions here take a tree and return a new one; none modifies a kernel:
 
     targets = lora_targets(model, ("query", "value"))
     params = add_lora(params, targets, config, key)
-    with adapted(config): model.apply({"params": params}, ...)     # without this, the adapters are not seen
-    merged, kept = merge_lora(params, config)                      # a plain tree, for the model as it is
-    params = unmerge_lora(merged, kept)                            # the tree from before, bit for bit
+    with adapted(config): model.apply({"params": params}, ...)     # outside, the adapters are ignored
+    merged, kept = merge_lora(params, config)                      # a plain tree, for the plain model
+    params = unmerge_lora(merged, kept)                            # the original tree, bit for bit
 
-`checkpoints.peft` writes and reads them alone, in peft's format.
+`checkpoints.peft` saves and loads only the adapters, in peft's format.
 
-Merging is exact in that the kernel becomes the float32 nearest to W + (alpha / rank)·A·B, accumulated in float64. A sum
-that was rounded cannot be undone by subtraction, so the kernels from before are kept beside the merged tree.
+Merging is exact: the kernel becomes the float32 nearest to W + (alpha / rank)·A·B, accumulated in float64. A rounded
+sum cannot be undone by subtraction, so the original kernels are kept next to the merged tree.
 """
 
 import inspect
@@ -49,7 +49,7 @@ ALL = "all-linear"
 
 
 class LoraError(ValueError):
-    """Adapters that cannot be made as asked."""
+    """Raised for adapters that cannot be created as requested."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LoraConfig:
     rank: int = 8
     """Rank of the adapters, r."""
     alpha: float = 16.0
-    """The output of an adapter is scaled by alpha / rank."""
+    """Numerator of the scale alpha / rank of an adapter's output."""
     dropout: float = 0.0
     """Dropout rate of the inputs of the adapters."""
 
@@ -78,25 +78,25 @@ class LoraConfig:
 
 
 class Target(NamedTuple):
-    """A linear map that gets an adapter, or a stack of them of which some layers do."""
+    """A linear map that gets an adapter, or a stack of maps of which some layers do."""
 
-    entry: Entry  # of its kernel in the checkpoint table
+    entry: Entry  # checkpoint-table entry of its kernel
     kernel: Kernel  # the entry's transform
-    chosen: tuple[bool, ...] | None  # of each layer of a stack; None where there is no stack
+    chosen: tuple[bool, ...] | None  # whether each layer of a stack gets an adapter; None without a stack
 
     @property
     def path(self) -> tuple[str, ...]:
-        """In the parameter tree."""
+        """Path in the parameter tree."""
         return self.entry.path[:-1]
 
     @property
     def name(self) -> str:
-        """Of the map in a checkpoint; `{layer}` stands for the layer's number. Maps that are fused there have one."""
+        """Name in a checkpoint; `{layer}` stands for the layer's number. Maps that are fused there share one."""
         return self.entry.name.removesuffix(".weight")
 
     @property
     def names(self) -> list[str]:
-        """Names in a checkpoint of the maps of all layers, whether chosen or not."""
+        """Names of the maps of all layers in a checkpoint, chosen or not."""
         return [name.removesuffix(".weight") for name in self.entry.names]
 
 
@@ -104,7 +104,7 @@ class Target(NamedTuple):
 
 
 def linear_maps(model: nn.Module) -> list[Target]:
-    """Every linear map of a model, in all of its layers."""
+    """Return every linear map of a model, in all of its layers."""
     family, _ = family_of_model(model)
     return [
         Target(entry, entry.transform, None if entry.numbers is None else (True,) * len(entry.numbers))
@@ -114,21 +114,21 @@ def linear_maps(model: nn.Module) -> list[Target]:
 
 
 def lora_targets(model: nn.Module, patterns: Sequence[str]) -> list[Target]:
-    """The linear maps of a model's layers that any of the patterns names; poolers and heads are trained whole.
+    """Return the linear maps of a model's layers that match any of the patterns; poolers and heads are trained fully.
 
     Args:
-        model: of a family of this package.
+        model: a model of this package.
         patterns: each is one of
             - a part of the path in the parameter tree: `query`, `key`, `value`, `output` (of the attention),
-              `attention` (all four), `feed-forward` (both of its maps), or `inner` and `outer` alone;
-            - the end of the name in a checkpoint, as peft's target_modules: `attention.self.query`, `output.dense`, or
-              `c_attn`, which is three maps in the tree;
-            - a regular expression for the whole name in a checkpoint, as peft's: `.*layer\\.[0-3]\\..*query`. It alone
-              can choose single layers;
+              `attention` (all four), `feed-forward` (both of its maps), or `inner` and `outer` separately;
+            - the end of the name in a checkpoint, as in peft's target_modules: `attention.self.query`, `output.dense`,
+              or `c_attn`, which is three maps in the tree;
+            - a regular expression for the whole name in a checkpoint, as in peft: `.*layer\\.[0-3]\\..*query`. Only
+              this can choose single layers;
             - `all-linear`.
 
     Raises:
-        LoraError: a pattern that names nothing; the message lists what there is.
+        LoraError: a pattern matches nothing; the message lists the maps.
     """
     family, _ = family_of_model(model)
     maps = [target for target in linear_maps(model) if family.is_encoder_parameter((*target.path, "kernel"))]
@@ -177,20 +177,20 @@ def _listed(maps: Sequence[Target]) -> str:
 
 
 def add_lora(params: Params, targets: Sequence[Target], config: LoraConfig, key: Array) -> dict[str, Any]:
-    """The tree with new adapters in it.
+    """Add new adapters to a tree.
 
-    A is drawn as by peft, uniform within ±1/√inputs (Kaiming's rule with a = √5), B is zero. Each is drawn by its own
-    name, so that it does not depend on which others there are. In a layer of a stack that was not chosen A is zero too:
-    then neither gets a gradient, and the layer stays as it is.
+    A is initialised as in peft, uniformly within ±1/√inputs (Kaiming's rule with a = √5); B is zero. The random key of
+    each adapter is derived from its name, so that it does not depend on the other adapters. In the layers of a stack
+    that were not chosen, A is zero too: then neither gets a gradient, and the layer does not change.
 
     Args:
-        params: arrays, or the boxes of logical axis names that `Module.init` gives; the adapters come in boxes as well.
-        targets: from `lora_targets`.
-        config: their rank.
-        key: of the draw.
+        params: arrays, or boxed arrays as returned by `Module.init`; the adapters are then boxed as well.
+        targets: maps to adapt, from `lora_targets`.
+        config: settings of the adapters.
+        key: random key.
 
     Returns:
-        another tree, which shares the old one's leaves.
+        a new tree, which shares the leaves of the old one.
     """
     leaves = dict(flatten(params))
     for target in targets:
@@ -212,20 +212,20 @@ def add_lora(params: Params, targets: Sequence[Target], config: LoraConfig, key:
 
 
 def is_lora(path: Sequence[str]) -> bool:
-    """Whether the parameter at this path is an adapter's."""
+    """Tell whether the parameter at this path belongs to an adapter."""
     return path[-1] in (LORA_A, LORA_B)
 
 
 def merge_lora(params: Params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The plain model that gives the adapted one's outputs.
+    """Merge the adapters into the kernels: the plain model then has the adapted model's outputs.
 
     Args:
         params: a tree with adapters, arrays on any device that this process can read.
-        config: theirs.
+        config: settings of the adapters.
 
     Returns:
-        (the merged tree, without adapters; what `unmerge_lora` needs: the adapters, and the kernels that were merged,
-        as they were). Leaves without adapters are the same objects.
+        (the merged tree, without adapters; what `unmerge_lora` needs: the adapters and the original kernels). Leaves
+        without adapters are the same objects.
     """
     merged: dict[tuple[str, ...], Any] = {}
     kept: dict[tuple[str, ...], Any] = {}
@@ -243,14 +243,14 @@ def merge_lora(params: Params, config: LoraConfig) -> tuple[dict[str, Any], dict
 
 
 def unmerge_lora(merged: Params, kept: Params) -> dict[str, Any]:
-    """The tree with adapters that `merge_lora` was given, bit for bit, from the two that it gave."""
+    """Restore the tree with adapters, bit for bit, from the two results of `merge_lora`."""
     return merge(kept, merged)
 
 
 def _merged_kernel(kernel: Any, a: Any, b: Any, scale: float) -> np.ndarray:
     kernel, a, b = (np.asarray(array) for array in (kernel, a, b))
     rank = a.shape[-1]
-    stacked = a.ndim + b.ndim - 2 > kernel.ndim  # then the axis of the layers is in both
+    stacked = a.ndim + b.ndim - 2 > kernel.ndim  # then both have the axis of the layers
     lead = kernel.shape[:1] if stacked else ()
     wide_a = a.astype(np.float64).reshape(*lead, -1, rank)
     wide_b = b.astype(np.float64).reshape(*lead, rank, -1)
@@ -262,15 +262,15 @@ def _merged_kernel(kernel: Any, a: Any, b: Any, scale: float) -> np.ndarray:
 
 @contextmanager
 def adapted(config: LoraConfig) -> Iterator[None]:
-    """Within this, every model's linear maps add what the adapters in its parameters give.
+    """Return a context in which every model's linear maps apply the adapters in its parameters.
 
-    It must be entered where the model is traced: within the function that `jax.jit` compiles, around `model.apply`.
-    Adapters drop their inputs where the model drops at all (`deterministic` is off), by the stream "dropout" and the
-    rows' numbers as everything else, so that neither the mesh nor accumulation changes what is dropped.
+    Enter it where the model is traced: within the function that `jax.jit` compiles, around `model.apply`. The inputs of
+    adapters are dropped if the model applies dropout at all (`deterministic` is off), depending on the "dropout" stream
+    and the row numbers as everywhere, so that neither the mesh nor accumulation changes what is dropped.
 
-    Decoding (train/decode.py) takes a merged tree.
+    Generation (`train.generate`) takes a merged tree.
     """
-    calls: list[dict[str, Any]] = []  # arguments of the modules that are being called, from the outermost
+    calls: list[dict[str, Any]] = []  # arguments of the modules being called, outermost first
 
     def intercept(
         next_call: Callable[..., Any],
@@ -295,7 +295,7 @@ def adapted(config: LoraConfig) -> Iterator[None]:
 
 
 def _adapter(module: Linear, inputs: Array, calls: Sequence[Mapping[str, Any]], config: LoraConfig) -> Array:
-    """scale · drop(inputs)·A·B, shaped as the map's outputs."""
+    """Compute scale · drop(inputs)·A·B, in the shape of the map's outputs."""
     a, b = (module.get_variable("params", name) for name in (LORA_A, LORA_B))
     if config.dropout and not _innermost(calls, "deterministic", default=True):
         rows = row_numbers(_innermost(calls, "rows", default=None), inputs)

@@ -1,7 +1,7 @@
-"""Losses: what training minimises, and what parity with the reference implementation measures.
+"""Losses, for training and for parity with the reference implementation.
 
-A loss is a pair of float32 sums, over what is predicted, of the loss and of its weights: sums add up exactly over
-devices, accumulation steps and hosts, and their quotient is the mean that the reference implementation reports.
+A loss is a pair of float32 sums over predictions, of the losses and of their weights. Sums add up exactly over devices,
+accumulation steps and hosts, and their quotient is the mean that the reference implementation reports.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from jax import Array
 
 from .layers import outer_sum
 
-IGNORED_LABEL = -100  # what the reference implementation's data holds where nothing is to be predicted
+IGNORED_LABEL = -100  # label in the reference implementation's data where nothing is predicted
 
 
 class WeightedSum(NamedTuple):
-    """A sum and the weight that divides it into a mean, both float32 scalars."""
+    """A weighted sum and the sum of its weights, whose quotient is the mean; both float32 scalars."""
 
     total: Array
     weight: Array
@@ -26,10 +26,10 @@ class WeightedSum(NamedTuple):
 
 @jax.custom_vjp
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """-log softmax(logits)[label], and whether the label is the most probable class.
+    """Compute -log softmax(logits)[label], and whether the label is the most probable class.
 
     The backward pass is written out, (softmax - one-hot)·gradient in one pass over the logits, so that neither the
-    probabilities nor a one-hot tensor is kept: the residuals are the logits themselves and two numbers a prediction.
+    probabilities nor a one-hot tensor is kept: the residuals are the logits and two numbers per prediction.
 
     Args:
         logits: [..., V], any float type; computed in float32.
@@ -42,7 +42,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def _cross_entropy_forward(logits: Array, labels: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    # The largest logit and the logarithm of the sum stay apart: added up, large logits would cost the small one digits.
+    # The largest logit and the logarithm of the sum are kept separate: their sum would lose digits if logits are large.
     top = logits.max(axis=-1).astype(jnp.float32)
     log_sum = jnp.log(jnp.exp(logits.astype(jnp.float32) - top[..., None]).sum(axis=-1))
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0].astype(jnp.float32)
@@ -61,7 +61,7 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 class PredictionSums(NamedTuple):
-    """Float32 sums over weighted predictions: of the loss, of those that are right, and of the weights."""
+    """Float32 sums over weighted predictions: of the losses, of correct predictions, and of the weights."""
 
     loss: Array
     correct: Array
@@ -69,7 +69,7 @@ class PredictionSums(NamedTuple):
 
 
 def prediction_sums(logits: Array, labels: Array, weights: Array | None = None) -> PredictionSums:
-    """Cross-entropy and accuracy of classifications, as sums.
+    """Compute cross-entropy and accuracy of classifications, as sums.
 
     Args:
         logits: [..., V].
@@ -82,20 +82,20 @@ def prediction_sums(logits: Array, labels: Array, weights: Array | None = None) 
 
 
 def _counted(labels: Array, weights: Array | None) -> tuple[Array, Array]:
-    """Labels that are all classes, and their weights [...] float32: 0 for those that were `IGNORED_LABEL`."""
+    """Return valid labels and their weights [...] float32, with weight 0 for `IGNORED_LABEL`."""
     ignored = labels == IGNORED_LABEL
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
     return jnp.where(ignored, 0, labels), jnp.where(ignored, 0.0, weights)
 
 
 class SmoothedSums(NamedTuple):
-    """Float32 sums over weighted predictions of tokens, by one pass or two. Only `loss` has a gradient."""
+    """Float32 sums over weighted predictions of tokens, of one pass or two. Only `loss` has a gradient."""
 
-    loss: Array  # what is minimised: the smoothed losses, and the divergence times its weight
+    loss: Array  # the training loss: the smoothed losses, plus the divergence times its weight
     nll: Array  # of -log p(label), without smoothing; exp(nll / weight) is the perplexity
-    correct: Array  # of those that are right
-    divergence: Array  # of half the sum of two passes' divergences both ways
-    weight: Array  # of the weights, once for each pass
+    correct: Array  # of correct predictions
+    divergence: Array  # of half the sum of the two passes' divergences in both directions
+    weight: Array  # of the weights, once per pass
 
 
 def projected_sums(
@@ -107,24 +107,25 @@ def projected_sums(
     bias: Array | None = None,
     r_drop: float = 0.0,
 ) -> SmoothedSums:
-    """The label-smoothed losses of hidden · kernelᵀ + bias, some tokens at a time: all logits are never held at once.
+    """Compute the label-smoothed losses of hidden · kernelᵀ + bias in chunks of tokens, without storing all logits.
 
-    Cross-entropy against the label with probability 1 - smoothing and any word with smoothing / V (Szegedy et al. 2015,
-    7; Vaswani et al. 2017, 5.4). The uniform share goes to all V words, the label among them, as in PyTorch (and
-    fairseq before 2020: 1 - smoothing of the label's loss and smoothing / V of the sum of all words'). Of two passes
-    with dropout of their own also half the sum of the divergences both ways (Liang et al. 2021, equations 2 to 4).
+    The cross-entropy is against a probability of 1 - smoothing for the label plus smoothing / V for each word (Szegedy
+    et al. 2015, 7; Vaswani et al. 2017, 5.4). The uniform part covers all V words including the label, as in PyTorch
+    (and fairseq before 2020: 1 - smoothing of the label's loss plus smoothing / V of the sum over all words). For two
+    passes with different dropout, half the sum of their divergences in both directions is added (R-Drop; Liang et al.
+    2021, equations 2 to 4).
 
-    The gradient is taken while the logits of a few columns of the rows are at hand, so that they are computed once;
-    what is kept for the backward pass is tensors of the hidden states' and the kernel's size.
+    The gradient is computed together with the loss, chunk by chunk, so that logits are computed once; the backward pass
+    keeps only tensors of the sizes of the hidden states and the kernel.
 
     Args:
-        passes: one or two [B, L, E], of the dtype to compute in; products are accumulated in float32.
-        kernel: [V, E] float32, as an embedding table.
+        passes: one or two [B, L, E], in the compute dtype; products are accumulated in float32.
+        kernel: [V, E] float32, such as an embedding table.
         labels: [B, L] int; where it is `IGNORED_LABEL` the weight is 0.
         weights: [B, L] float or None for ones.
         smoothing: in [0, 1).
         bias: [V] float32 or None; it gets no gradient.
-        r_drop: weight of the divergence of two passes.
+        r_drop: weight of the divergence between two passes.
     """
     labels, weights = _counted(labels, weights)
     loss, *rest = _projected(tuple(passes), kernel, bias, labels, weights, smoothing, r_drop)
@@ -134,7 +135,7 @@ def projected_sums(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _projected(*arguments: Any) -> tuple[Array, ...]:
-    """The sums that `_over_chunks` gives, with the gradient that it takes along the way."""
+    """Compute the sums of `_over_chunks`; the gradient is the one that it computes along the way."""
     return _over_chunks(*arguments, with_gradient=False)[0]
 
 
@@ -151,7 +152,7 @@ def _projected_backward(
 
 
 CHUNK_LOGITS = {"cpu": 1 << 22}
-"""Logits that `projected_sums` holds at a time, by platform: on a CPU what its caches hold, elsewhere 1 GiB."""
+"""Logits per chunk of `projected_sums`, by platform: on a CPU they fit its caches, elsewhere they take 1 GiB."""
 
 
 def _over_chunks(
@@ -165,11 +166,11 @@ def _over_chunks(
     *,
     with_gradient: bool,
 ) -> tuple[tuple[Array, ...], tuple[tuple[Array, ...], Array]]:
-    """((loss, nll, correct, divergence), the loss's gradients to the passes and to the kernel, or nothing and 0)."""
+    """Return ((loss, nll, correct, divergence), gradients of the loss by passes and kernel, or nothing and 0)."""
     batch, length = labels.shape
     vocab = kernel.shape[0]
     dtype = passes[0].dtype
-    # Columns are cut, not rows: rows may be spread over devices.
+    # Chunks consist of columns, not rows: rows may be sharded over devices.
     columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // (vocab * batch * len(passes)))
     count = -(-length // columns)
     columns = -(-length // count)
@@ -198,7 +199,7 @@ def _over_chunks(
             nll += (own * weights).sum()
             correct += jnp.where(chosen >= top, weights, 0.0).sum()
             predictions.append((exponentials / total[..., None], logits - (top + log_sum)[..., None]))
-        pulls: Sequence[Array | float] = [0.0]  # the divergence's gradients to the logits
+        pulls: Sequence[Array | float] = [0.0]  # gradients of the divergence by the logits
         if len(predictions) == 2:
             both_ways, *pulls = _divergence(*predictions)
             apart = (both_ways * weights).sum()
@@ -229,9 +230,11 @@ _projected.defvjp(partial(_over_chunks, with_gradient=True), _projected_backward
 
 
 def _divergence(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """Half the sum of the divergences both ways, and its gradients to the logits of each.
+    """Compute half the sum of the divergences in both directions, and its gradients by the logits of each.
 
-    first, second: probabilities [..., V] and their logarithms.
+    Args:
+        first: probabilities [..., V] and their logarithms.
+        second: probabilities [..., V] and their logarithms.
     """
     (p, log_p), (q, log_q) = first, second
     apart, ratio = p - q, log_p - log_q
@@ -243,7 +246,7 @@ def _divergence(first: tuple[Array, Array], second: tuple[Array, Array]) -> tupl
 
 
 def class_losses(logits: Array, labels: Array, weights: Array | None = None) -> dict[str, WeightedSum]:
-    """Cross-entropy ("loss") and accuracy of classes: of texts, tokens, masked tokens, or choices.
+    """Compute cross-entropy ("loss") and accuracy of classes: of texts, tokens, masked tokens, or choices.
 
     Args:
         logits: [..., C].
@@ -257,15 +260,16 @@ def class_losses(logits: Array, labels: Array, weights: Array | None = None) -> 
 def sequence_losses(
     problem_type: str | None, logits: Array, labels: Array, weights: Array | None = None
 ) -> dict[str, WeightedSum]:
-    """The "loss" of a sequence classifier, and the "accuracy" where its classes exclude each other.
+    """Compute the "loss" of a sequence classifier, and the "accuracy" if its classes are mutually exclusive.
 
     Args:
-        problem_type: as the config has it: regression (squared error), single_label_classification, or
-            multi_label_classification (independent yes-or-no classes). None infers it as the reference implementation
-            does: one output is regression; integer labels are one class each, any others yes or no of every class.
+        problem_type: as in the config: regression (squared error), single_label_classification, or
+            multi_label_classification (independent yes-or-no classes). None infers it as in the reference
+            implementation: one output is regression; integer labels are single classes; other labels are yes or no for
+            every class.
         logits: [..., C].
         labels: [...] int, or [..., C] yes or no, or [...] (C = 1) or [..., C] numbers.
-        weights: [...] or None for ones. Of regression and of several labels the mean is also over C.
+        weights: [...] or None for ones. For regression and multiple labels the mean is also over C.
     """
     if problem_type is None:
         single = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -283,7 +287,7 @@ def sequence_losses(
 
 
 NOWHERE = -1e30
-"""Logit of a token that cannot be chosen; its exponential is 0, and unlike infinity it makes no NaN."""
+"""Logit of a token that cannot be chosen; its exponential is 0, and unlike infinity it causes no NaN."""
 
 
 def span_sums(
@@ -294,15 +298,17 @@ def span_sums(
     weights: Array | None = None,
     windows: Array | None = None,
 ) -> tuple[PredictionSums, PredictionSums]:
-    """Cross-entropy of an answer's first and last token (Devlin et al. 2018, 4.2); the loss is the mean of their means.
+    """Compute cross-entropies of answers' first and last tokens (Devlin et al. 2018, 4.2).
+
+    The loss is the mean of their means.
 
     Args:
         start_logits: [B, L].
         end_logits: [B, L].
-        starts: [B, X] int, the column of each of X answers' first token; one that is not in 0..L-1 has weight 0.
-        ends: [B, X] int, of the last token.
+        starts: [B, X] int, column of the first token of each of X answers; outside 0..L-1 the weight is 0.
+        ends: [B, X] int, column of the last token.
         weights: [B, X] or None for ones.
-        windows: [B, X, L] bool, the tokens that each answer may be chosen from; None for all of the row.
+        windows: [B, X, L] bool, the tokens that each answer may consist of; None for the whole row.
 
     Returns:
         (sums over the first tokens, sums over the last tokens)

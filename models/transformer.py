@@ -2,15 +2,15 @@
 
 Vaswani et al. 2017, "Attention Is All You Need".
 
-What marks it among its neighbours: positions as sinusoids, with nothing learnt; embeddings multiplied by the square
-root of the width and shared by source, target and output (3.4); layers normalised after each addition (post-norm, 3.1);
+What sets it apart from its neighbours: sinusoidal positions, not learnt; embeddings multiplied by the square root of
+the width and shared by source, target and output (3.4); layers normalised after each addition (post-norm, 3.1);
 ReLU; dropout on the sum of embeddings and positions and on the output of each sub-layer before it is added (5.4).
 
-Several pairs share a row: a pair has one number on both sides, and the encoder, the decoder and the attention from one
-to the other are all held to their own pair.
+Several pairs can share a row: a pair has the same segment number on both sides, and the encoder, the decoder and the
+attention between them stay within a pair.
 
-New weights: embeddings from a normal distribution of deviation 1/sqrt(width), matrices from Glorot and Bengio's (2010)
-uniform one, zeros for biases, ones for norms, as in the authors' code.
+New weights: embeddings from a normal distribution of standard deviation 1/sqrt(width), matrices from Glorot and
+Bengio's (2010) uniform distribution, zeros for biases, ones for norms, as in the authors' code.
 """
 
 import math
@@ -45,12 +45,12 @@ from .layers import (
 from .losses import SmoothedSums, projected_sums
 from .stack import run_layers
 
-NORM_EPSILON = 1e-5  # the paper gives none; this is PyTorch's, and so that of every released checkpoint
+NORM_EPSILON = 1e-5  # not in the paper; this is PyTorch's, and so that of every released checkpoint
 
 
 TYINGS = ("all", "decoder", "none")
 SINUSOIDS = ("interleaved", "halves")
-# Under the names that released checkpoints of encoder-decoders have for them, where they have one.
+# By their names in released checkpoints of encoder-decoders, if they have one.
 SHARED_KEYS = {
     "vocab_size": "vocab_size",
     "width": "d_model",
@@ -184,7 +184,7 @@ class TransformerConfig(FamilyConfig):
 
     @property
     def target_words(self) -> int:
-        """Number of word pieces of the target."""
+        """Vocabulary size of the target."""
         return self.vocab_size if self.target_vocab_size is None else self.target_vocab_size
 
     @property
@@ -194,11 +194,11 @@ class TransformerConfig(FamilyConfig):
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest example on either side."""
+        """Maximum length of an example on either side, in tokens."""
         return self.positions
 
     def to_json(self) -> dict[str, Any]:
-        """As `FamilyConfig.to_json`."""
+        """See `FamilyConfig.to_json`."""
         return super().to_json() | {"is_encoder_decoder": True}
 
 
@@ -247,7 +247,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One layer of the decoder: self-attention to what came before, attention to the encoder, feed-forward (3.1)."""
+    """One layer of the decoder: self-attention to earlier tokens, attention to the encoder, feed-forward (3.1)."""
 
     config: TransformerConfig
 
@@ -290,7 +290,7 @@ class DecoderBlock(nn.Module):
         places: Array,
         mask: Array,
     ) -> tuple[Array, Slots, Array]:
-        """The layer for one token of each beam, as `IncrementalEncoderDecoder.step` needs it.
+        """Apply the layer to one token of each beam, for `IncrementalEncoderDecoder.step`.
 
         Returns:
             (hidden [B, K, E], the cache, the attention to the encoder [B, H, K, S])
@@ -313,12 +313,12 @@ class DecoderBlock(nn.Module):
         return add(hidden, self.feed_forward_norm, self.feed_forward), cache, probabilities
 
     def keys_values(self, memory: Array) -> Slots:
-        """The encoder's output [B, S, E] as keys and values."""
+        """Compute keys and values of the encoder's output [B, S, E]."""
         return Slots(*self.cross_attention.keys_values(memory))
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder, and the products with the word embeddings that make the decoder's output logits."""
+    """Encoder, decoder, and the products with the word embeddings that give the logits."""
 
     config: TransformerConfig
 
@@ -360,19 +360,20 @@ class Transformer(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Logits of each next word.
+        """Compute the logits of each next word.
 
         Args:
             input_ids: [B, S] int32, the source.
             segment_ids: [B, S] int32, which pair of the row each token belongs to, 0 for padding; None for one pair
                 that fills the row. A pair of arrays gives queries and keys their own.
             position_ids: [B, S] int32, position within the example; None counts from 0 along the row.
-            decoder_input_ids: [B, T] int32, the start token and then the target but for its last token. Only
-                initialisation does without.
-            decoder_segment_ids, decoder_position_ids: [B, T] int32, as the source's; None stands for segments of 1.
-            rows: [B] uint32, the rows' numbers, which with the stream "dropout" decide what is dropped; None counts
-                from 0.
-            deterministic: no dropout.
+            decoder_input_ids: [B, T] int32, the start token and then the target without its last token. May be None
+                only for initialisation.
+            decoder_segment_ids: [B, T] int32, as for the source; None for segments of 1.
+            decoder_position_ids: [B, T] int32, as for the source.
+            rows: [B] uint32, row numbers, which together with the "dropout" stream determine what is dropped; None
+                counts from 0.
+            deterministic: disable dropout.
 
         Returns:
             [B, T, V] float32
@@ -419,13 +420,13 @@ class Transformer(nn.Module):
         label_smoothing: float = 0.0,
         r_drop: float = 0.0,
     ) -> SmoothedSums:
-        """The losses of the logits, which are never held all at once: `heads.projected_sums`.
+        """Compute the losses without storing all logits, by `losses.projected_sums`.
 
         Args:
-            passes: one or two [B, T, width of the table], by `output_states`; two with dropout of their own for R-Drop.
-            labels: [B, T] int32, the target; `losses.IGNORED_LABEL` counts for nothing.
+            passes: one or two [B, T, width of the table], by `output_states`; two with different dropout for R-Drop.
+            labels: [B, T] int32, the target; `losses.IGNORED_LABEL` has weight 0.
             label_weights: [B, T], or None for ones.
-            label_smoothing: share of the probability that is spread over all words.
+            label_smoothing: fraction of the probability that is spread over all words.
             r_drop: weight of the divergence between two passes.
         """
         bias = self.final_logits_bias if self.config.logits_bias else None
@@ -441,7 +442,7 @@ class Transformer(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """The encoder's output [B, S, E]."""
+        """Compute the encoder's output [B, S, E]."""
         c = self.config
         rows = row_numbers(rows, input_ids)
         hidden = self._embed(
@@ -470,7 +471,7 @@ class Transformer(nn.Module):
         rows: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """The decoder's output [B, T, E], from the encoder's, [B, S, E], and its `segment_ids`."""
+        """Compute the decoder's output [B, T, E] from the encoder's, [B, S, E], and its `segment_ids`."""
         c = self.config
         rows = row_numbers(rows, decoder_input_ids)
         hidden = self._embed(
@@ -496,12 +497,12 @@ class Transformer(nn.Module):
         return self.decoder_norm(hidden) if c.pre_norm else hidden
 
     def last_scores(self, hidden: Array) -> Array:
-        """The last decoder layer's output [..., E] -> logits without their bias [..., V] float32."""
+        """Compute logits without their bias, [..., V] float32, from the last decoder layer's output [..., E]."""
         normalised = self.decoder_norm(hidden) if self.config.pre_norm else hidden
         return self._output_table.attend(self._to_table(normalised))
 
     def embed_step(self, tokens: Array, positions: Array) -> Array:
-        """Embed target tokens [B, K], those of a row at its position [B] -> [B, K, E]."""
+        """Embed target tokens [B, K] at their row's position [B] -> [B, K, E]."""
         return self._embed(
             self._target_table,
             "target_projection",
@@ -513,7 +514,7 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def incremental(self) -> IncrementalEncoderDecoder:
-        """The model as generation reads tokens with it, one at a time."""
+        """Return the model for incremental decoding, one token at a time."""
         return IncrementalEncoderDecoder(self, DecoderBlock(self.config, parent=None))
 
     def _decoder_input(self, input_ids: Array, decoder_input_ids: Array | None) -> Array:
@@ -533,7 +534,7 @@ class Transformer(nn.Module):
         rows: Array,
         deterministic: bool,
     ) -> Array:
-        """Embeddings times sqrt(E), plus positions; dropout on the sum (3.4, 3.5, 5.4)."""
+        """Compute embeddings times sqrt(E), plus positions; dropout on the sum (3.4, 3.5, 5.4)."""
         c = self.config
         length = ids.shape[1]
         if position_ids is None and length > c.positions:
@@ -565,7 +566,7 @@ class Transformer(nn.Module):
 def _cross_segments(
     decoder_input_ids: Array, decoder_segment_ids: Segments, memory: Array, source: Segments
 ) -> Segments:
-    """(segments of the decoder's tokens, segments of the encoder's), where either is given."""
+    """Return (segments of the decoder's tokens, segments of the encoder's), if either is given."""
     query_segments, key_segments = split_segments(decoder_segment_ids)[0], split_segments(source)[1]
     if query_segments is None and key_segments is None:
         return None
@@ -577,7 +578,7 @@ def _cross_segments(
 
 
 def make_family(config: type[TransformerConfig], name: str, build: type[Transformer], **words: str) -> Family:
-    """The family of this network under some name: one kind of model."""
+    """Return the family of this network under another name: one kind of model."""
     kind = Architecture(name, "translation", build, encoder_decoder_table)
     return Family(config=config, architectures=(kind,), one_kind=True, **words)  # type: ignore[arg-type]
 

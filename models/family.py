@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -232,6 +232,8 @@ class Family:
     """in the order to try for a checkpoint that names none of them; `bestiary models` counts the first"""
     objectives: tuple[str, ...] = ()
     """pretraining objectives, the default first"""
+    rows: Literal["sentences", "full-sentences", "doc-sentences"] = "sentences"
+    """rows of running text that its paper pretrains on, where an objective leaves a choice"""
     example: Callable[[Any], tuple[Any, ...]] = token_ids
     """config -> shapes and dtypes of inputs for initialising a model"""
     below: tuple[str, ...] = ("embeddings",)

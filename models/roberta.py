@@ -139,4 +139,5 @@ FAMILY = Family(
     tokenizer="byte-level BPE",
     architectures=architectures(PARTS, FORMS),
     objectives=("mlm",),
+    rows="full-sentences",
 )

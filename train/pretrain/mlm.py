@@ -15,6 +15,7 @@ import numpy as np
 from ...data import DocumentStore, FullSentenceRows, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
+from ...models.family import Family
 from ...models.heads import encoder_inputs
 from ...models.losses import PredictionSums, prediction_sums
 from .config import PretrainConfig, RowKind
@@ -34,9 +35,9 @@ class MaskedWords:
     shown = ("mlm_accuracy",)
 
     @staticmethod
-    def default_rows(family: str) -> RowKind:
-        """Full sentences for RoBERTa."""
-        return "full-sentences" if family == "roberta" else "sentences"
+    def default_rows(family: Family) -> RowKind:
+        """Those of the family's paper."""
+        return family.rows
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

@@ -10,6 +10,7 @@ import numpy as np
 from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
+from ...models.family import Family
 from ...models.heads import encoder_inputs
 from ...models.losses import PredictionSums, prediction_sums
 from ..errors import RunError
@@ -30,7 +31,7 @@ class MaskedWordsAndNextSentence:
     shown = ("mlm_loss", "mlm_accuracy", "nsp_accuracy")
 
     @staticmethod
-    def default_rows(family: str) -> None:
+    def default_rows(family: Family) -> None:
         """No choice is left."""
 
     @classmethod

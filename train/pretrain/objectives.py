@@ -20,7 +20,7 @@ class ObjectiveClass(Protocol):
         """The objective with a run's settings; RunError for one that does not go with it."""
         ...
 
-    def default_rows(self, family: str) -> RowKind | None:
+    def default_rows(self, family: Family) -> RowKind | None:
         """The rows that a family learns it from, where the objective leaves a choice."""
         ...
 
@@ -43,7 +43,7 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     name = config.objective or known[0]
     if name not in known:
         raise RunError(f"--objective {name}: {family.title} can learn {', '.join(known)}.")
-    rows = OBJECTIVES[name].default_rows(family.name) if config.rows is None else config.rows
+    rows = OBJECTIVES[name].default_rows(family) if config.rows is None else config.rows
     return dataclasses.replace(config, objective=name, rows=rows)
 
 

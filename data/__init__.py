@@ -1,16 +1,16 @@
 """Text in, batches of NumPy arrays out; this package never imports JAX.
 
-    corpus/      text to documents, sentences and pairs, and the stores of these, tokenised
+    corpus/      documents, sentences and pairs from text, and stores of these, tokenised
     tokenizers/  text to ids
     tasks/       the labelled data of fine-tuning: GLUE, SQuAD, tagging, multiple choice, tables
-    rows/        rows by their number, planned from lengths alone: one file an objective's rows
-    store        what is tokenised, on disk: written once (store_build), read at random
+    rows/        rows by number, planned from lengths alone: one file per objective's rows
+    store        tokenised text on disk: written once (store_build), read at random
     stream       the stream of batches of such rows (Grain)
     batches      fine-tuning's features: batches of a fixed number of them in packed rows of few shapes
-    packing      several examples in a row
-    reading      bytes to lines, every error with its file, line and column
+    packing      several examples per row
+    reading      bytes to lines; every error has its file, line and column
 
-The names below are imported on first use: Grain and tensorflow-datasets take seconds that `--help` should not pay for.
+The names below are imported on first use: Grain and tensorflow-datasets take seconds, which would delay `--help`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """tf.train.Example, the record format of tensorflow-datasets, without TensorFlow.
 
-tensorflow-datasets has a serialiser of its own, which takes ten times as long, and generated classes, whose import
-takes seconds and which it does not promise to keep. The message is small enough to be defined here.
+The serialiser of tensorflow-datasets takes ten times as long, and its generated classes take seconds to import and are
+not public. The message is small enough to be defined here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ message_type {
 
 
 def encode_example(features: Mapping[str, bytes | int]) -> bytes:
-    """One record of named byte strings and whole numbers."""
+    """Encode named byte strings and integers as a record."""
     example = _example()()
     feature = example.features.feature
     for name, value in features.items():
@@ -55,14 +55,14 @@ def encode_example(features: Mapping[str, bytes | int]) -> bytes:
 
 
 def decode_bytes(record: bytes, *names: str) -> tuple[bytes, ...]:
-    """The byte strings of these names in a record that `encode_example` has made."""
+    """Return the byte strings of these names in a record made by `encode_example`."""
     feature = _example().FromString(record).features.feature
     return tuple(feature[name].bytes_list.value[0] for name in names)
 
 
 @cache
 def _example() -> Any:
-    """The class of the message, in a pool of its own: TensorFlow may define its own one in the common pool."""
+    """Return the message class, in its own pool: TensorFlow may define the same one in the default pool."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     pool = descriptor_pool.DescriptorPool()

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and where those are kept that later runs can use again."""
+"""Write files and folders that appear complete or not at all, and locate the cache that runs share."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write a file to, beside `path`; when the block ends it replaces `path`, durably and atomically.
+    """Yield a temporary path, next to `path`, that replaces `path` durably and atomically when the block ends.
 
-    A kill leaves the old file or the new one, and a block that raises leaves the old one. The file has the permissions
-    that the user's umask gives, whatever the library that wrote it had in mind. Its name ends as `path` does.
+    A kill leaves the old file or the new one, and a block that raises leaves the old one. The file gets the permissions
+    of the user's umask, whatever the library that wrote it requested. The temporary name ends as `path` does.
     """
     unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     unfinished.touch()
@@ -34,17 +34,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def user_cache_folder() -> Path:
-    """`bestiary` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    """Return `bestiary` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bestiary"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`; where it is missing, it is built first.
+    """Return `folder`, after building it if it is missing.
 
     Args:
-        folder: the result; a kill leaves nothing under this name.
-        build: writes the folder's contents under the path it is given, which does not exist yet. Two processes may
-            build at the same time; the first to end wins.
+        folder: folder to build; a kill leaves nothing under this name.
+        build: creates the folder at the given path, which does not exist yet. Two processes may build at the same
+            time; the first to finish wins.
     """
     if folder.is_dir():
         return folder
@@ -56,7 +56,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process has just built the same
+            if not folder.is_dir():  # otherwise another process has just built the same
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The store: tokenised text on disk, written once (store_build.py), read at random, never a whole one in memory.
+"""The store: tokenised text on disk, written once (store_build.py), read at random, never loaded as a whole.
 
-A store is one folder, and a prepared tensorflow-datasets folder:
-`tfds.builder_from_directory(folder).as_data_source(KIND)` reads it, without TensorFlow. In it are
+A store is one folder, and also a prepared tensorflow-datasets folder:
+`tfds.builder_from_directory(folder).as_data_source(KIND)` reads it, without TensorFlow. It contains
 
     bestiary-KIND.array_record-*  the records: ArrayRecord files of tf.train.Example
-    NAME.npy                      the index: lengths, offsets and hashes, what planning needs; mapped, not read
-    cache.json                    what the store was made from and with, the counts, and each file's size and checksum
+    NAME.npy                      the index for planning: lengths, offsets and hashes; memory-mapped, not read
+    cache.json                    the inputs of the build, the counts, and the size and checksum of each file
 
 The kinds are subclasses: documents (corpus/document_store.py) and pairs of sentences (corpus/pair_store.py).
 """
@@ -31,7 +31,7 @@ _READ_BYTES = 1 << 24
 
 
 class DamagedStoreError(DataError):
-    """A store with files that are missing, cut short or changed. Building it anew mends it."""
+    """Raised for a store with missing, truncated or modified files. Rebuilding it repairs it."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Header:
     """The contents of `cache.json`.
 
     Attributes:
-        version: of the folder's layout.
-        kind: what the store holds.
+        version: version of the folder's layout.
+        kind: kind of the store.
         key: hexadecimal; equal for two stores with the same contents in the same order.
-        counts: what went into it.
-        files: size in bytes and CRC-32 of every file; a store of version 1 has sizes of its records alone.
-        made_from: what it was made from and with.
+        counts: statistics of the contents.
+        files: size in bytes and CRC-32 of every file; a store of version 1 has only sizes of its records.
+        made_from: the inputs of the build.
     """
 
     version: int
@@ -56,11 +56,11 @@ class Header:
 
     @staticmethod
     def read(path: Path) -> Header:
-        """Read a header of this version, or of the one before.
+        """Read a header of this version or the previous one.
 
         Raises:
-            DataError: no header there, or one of another version.
-            DamagedStoreError: one that cannot be read.
+            DataError: there is no header, or it has another version.
+            DamagedStoreError: the header cannot be read.
         """
         if not path.is_file():
             raise DataError(f"{path.parent}: no tokenised cache (there is no {path.name}).")
@@ -81,7 +81,7 @@ class Header:
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Documents alone, and all in one object; the records and the index were as they are."""
+    """Convert a header of version 1: only documents, and one flat object; records and index have not changed."""
     made_from = {key: content[key] for key in content.keys() - {"version", "key", "counts", "shard_bytes"}}
     files = {name: (size, None) for name, size in content["shard_bytes"].items()}
     kept = {name: content[name] for name in ("version", "key", "counts")}
@@ -93,23 +93,23 @@ def _remedy(folder: Path) -> str:
 
 
 class Store:
-    """An open store. The arrays of the index are attributes, mapped from disk.
+    """An open store. The arrays of the index are attributes, memory-mapped.
 
     Args:
-        folder: of the store.
-        verify: read every file to check its checksum, not its size alone.
+        folder: folder of the store.
+        verify: read every file to check its checksum, not only its size.
 
     Raises:
-        DataError: no store there, or one of another version or kind.
-        DamagedStoreError: files that are missing, cut short or changed.
+        DataError: there is no store, or it has another version or kind.
+        DamagedStoreError: files are missing, truncated or modified.
     """
 
     kind: ClassVar[str]
-    """What it holds, and the name of the split for tensorflow-datasets."""
+    """Kind of the store, which is also the name of the split for tensorflow-datasets."""
     index: ClassVar[tuple[str, ...]]
-    """Names of the index's arrays."""
+    """Names of the index arrays."""
     offsets: ClassVar[frozenset[str]] = frozenset()
-    """Those that hold where things start, with one number more than there are things."""
+    """Names of the index arrays that are offsets, with one entry more than there are items."""
 
     def __init__(self, folder: str | Path, *, verify: bool = False):
         self.folder = Path(folder)
@@ -120,7 +120,7 @@ class Store:
             self._check(self.folder / name, size, checksum if verify else None)
         try:
             for name in self.index:
-                # A plain view of the mapping: indexing np.memmap itself makes an object of that class at every step.
+                # A plain view of the mapping: indexing np.memmap itself creates an object of that class every time.
                 array = np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r")).view(np.ndarray)
                 setattr(self, name, array)
         except (OSError, ValueError, EOFError) as error:
@@ -130,7 +130,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal: equal for two stores with the same contents in the same order."""
+        """Hexadecimal; equal for two stores with the same contents in the same order."""
         return self.header.key
 
     def _check(self, path: Path, size: int, checksum: int | None) -> None:
@@ -151,20 +151,20 @@ class Store:
         return grain.sources.ArrayRecordDataSource(paths)
 
     def read(self, numbers: Sequence[int] | np.ndarray, *features: str) -> Iterable[tuple[bytes, ...]]:
-        """Features of the records of these numbers, in that order.
+        """Return features of the records with these numbers, in that order.
 
         Raises:
-            DamagedStoreError: a record that is not as it was written.
+            DamagedStoreError: a record is not as it was written.
         """
         try:
             raw = self._records.__getitems__([int(number) for number in numbers])
-        except RuntimeError as error:  # the library's word for a checksum of its own
+        except RuntimeError as error:  # how the library reports a checksum error
             raise DamagedStoreError(f"{self.folder}: {error}. {_remedy(self.folder)}") from error
         return (decode_bytes(record, *features) for record in raw)
 
 
 def checksum_of(path: Path) -> int:
-    """The CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     checksum = 0
     with path.open("rb") as file:
         while part := file.read(_READ_BYTES):
@@ -173,5 +173,5 @@ def checksum_of(path: Path) -> int:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """Return the smaller of uint16 and uint32 that fits every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32).newbyteorder("<")

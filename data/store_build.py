@@ -1,10 +1,10 @@
-"""Building a store: one process reads, several encode, and whatever is finished survives a kill.
+"""Build a store: one process reads, several encode, and finished work survives a kill.
 
-The reader deals what it reads out in chunks. A chunk becomes one file of records and one of the index's parts, each
-written under a temporary name and renamed, the index last: where it is, the chunk is done. After a kill the reader
-deals the same chunks again, and those done are passed over. When all are there, the index is put together, the
-metadata of tensorflow-datasets and `cache.json` are written, and the folder is renamed to its final name, so that a
-half-written store never carries that name. One process builds, others wait for it.
+The reader distributes chunks. A chunk becomes one file of records and one part of the index, each written under a
+temporary name and renamed, the index last: if it exists, the chunk is done. After a kill, the reader distributes the
+same chunks again and skips those done. When all are done, the index is assembled, the metadata of tensorflow-datasets
+and `cache.json` are written, and the folder is renamed to its final name, so that a half-written store never has that
+name. One process builds, others wait for it.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from .store import FORMAT_VERSION, HEADER, DamagedStoreError, Header, Store, che
 
 DATASET = "bestiary"
 _FILENAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
-_PART = "shard-{:05d}.npz"  # a chunk's part of the index, and its counts
+_PART = "shard-{:05d}.npz"  # part of the index, and counts, of a chunk
 
 
 class Chunk(NamedTuple):
-    """A part of what is read, small enough to be held and encoded at once.
+    """A part of the input, small enough to be held in memory and encoded at once.
 
     Attributes:
-        number: of the chunk, from 0.
-        first: the number of its first item among all of them.
-        items: what was read.
-        read: how far the reading has come with it, in the unit of the progress.
+        number: number of the chunk, from 0.
+        first: index of its first item among all items.
+        items: the items of the chunk.
+        read: amount read up to its end, in the unit of the progress.
     """
 
     number: int
@@ -57,12 +57,12 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What becomes of a chunk.
+    """An encoded chunk.
 
     Attributes:
-        records: the features of each record: bytes, or a whole number.
-        index: its part of each array of the index; of `Store.offsets`, how many things there are, not where they start.
-        counts: what is counted, an instance of the builder's `counts`.
+        records: features of each record: bytes, or an integer.
+        index: its part of each index array; for `Store.offsets`, the numbers of items instead of their starts.
+        counts: statistics, an instance of the builder's `counts`.
     """
 
     records: Iterable[Mapping[str, bytes | int]]
@@ -71,27 +71,28 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    """Makes records of items. It goes to every process that works, by pickling."""
+    """A function from items to records. It is pickled for every worker process."""
 
     def __call__(self, items: Sequence[Any], first: int) -> Encoded:
-        """Encode the items of a chunk, of which the first has the number `first`."""
+        """Encode the items of a chunk; the first one has the number `first`."""
         ...
 
 
 @dataclass(frozen=True)
 class Builder[S: Store]:
-    """How a store of one kind is made.
+    """Instructions for building a store of one kind.
 
     Attributes:
-        store: the kind.
-        features: of a record, for tensorflow-datasets: the dtype of an array, `int` for a whole number, `str` for text.
-        chunks: what is read, the same chunks each time.
-        encode: what makes records of them.
-        counts: the class of the counts, a dataclass of whole numbers; those of two chunks add up.
-        finish: asked when all is read, with the sum of the counts: gives the counts of the store, and what is to be
-            kept of where it was made from. Raises `CorpusError` for what cannot be used.
-        unit, total: of the progress; None where the total cannot be known.
-        group: records that are compressed and read together.
+        store: class of the store.
+        features: features of a record, for tensorflow-datasets: the dtype of an array, `int`, or `str` for text.
+        chunks: the input, the same chunks each time.
+        encode: converts items to records.
+        counts: class of the counts, a dataclass of integers; those of two chunks add up.
+        finish: called with the total counts when everything is read; returns the counts of the store, and the
+            description of its inputs to save. Raises `CorpusError` for unusable input.
+        unit: unit of the progress.
+        total: total of the progress; None if it is unknown.
+        group: number of records that are compressed and read together.
     """
 
     store: type[S]
@@ -108,18 +109,17 @@ class Builder[S: Store]:
 def open_or_build[S: Store](
     builder: Builder[S], root: Path, key: str, *, processes: int, progress: ProgressCallback | None
 ) -> S:
-    """The store in `root/key`, which is built if it is not there, and built again if it is damaged.
+    """Open the store `root/key`, after building it if it is missing or damaged.
 
     Args:
-        builder: how to make it.
-        root: folder of stores; it is made if it is not there.
-        key: hexadecimal, of everything that its contents depend on.
-        processes: how many encode at once. With 1 it is done in this process, by threads.
-        progress: hears, at most once a second, how far the work is.
+        builder: instructions for building it.
+        root: folder of stores; created if needed.
+        key: hexadecimal hash of everything that the contents depend on.
+        processes: number of worker processes; 1 encodes in this process, by threads.
+        progress: called at most once a second with the progress.
 
     Raises:
-        DataError: what reading raises, a store of another version in that place, and a full disk; what was finished by
-            then is kept.
+        DataError: reading failed, there is a store of another version, or the disk is full; finished work is kept.
     """
     final = root / key
     damage = ""
@@ -136,7 +136,7 @@ def open_or_build[S: Store](
                     shards = _encode(builder, work, processes, progress, damage)
                     _finish(builder, work, shards, key)
                 except CorpusError:
-                    shutil.rmtree(work, ignore_errors=True)  # once mended, the corpus will be another one
+                    shutil.rmtree(work, ignore_errors=True)  # the corrected corpus will have another key
                     raise
                 if final.is_dir():
                     shutil.rmtree(final)
@@ -146,7 +146,7 @@ def open_or_build[S: Store](
 
 
 def _usable(store: type[Store], folder: Path) -> bool:
-    """Whether a whole store is there, which another process may have built by now."""
+    """Tell whether there is a complete store, which another process may have built by now."""
     try:
         return folder.is_dir() and bool(store(folder, verify=True))
     except DamagedStoreError:
@@ -184,7 +184,7 @@ def _encode(builder: Builder, work: Path, processes: int, progress: ProgressCall
 
 
 def _collect(running: dict[Future[None], float]) -> float:
-    """Wait for some chunk; returns how much is now done."""
+    """Wait for some chunk; return the amount done."""
     finished, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in finished:
         try:
@@ -200,12 +200,12 @@ def _collect(running: dict[Future[None], float]) -> float:
 
 # --- the many that encode ---------------------------------------------------------------------------------------------
 
-_worker: _Worker | None = None  # of this process, where it is one of the many
+_worker: _Worker | None = None  # of this process, if it is a worker
 
 
 @contextmanager
 def _workers(processes: int, settings: tuple) -> Iterator[Callable[[Chunk], Future[None]]]:
-    """Gives a function that has one chunk done, by a thread of this process or by one of many."""
+    """Yield a function that submits a chunk to a thread of this process or to a worker process."""
     if processes <= 1:
         # Two threads: the library tokenises one chunk on all cores while the other one is split or written.
         pool, do = ThreadPoolExecutor(2), _Worker(*settings).do
@@ -269,7 +269,7 @@ class _Worker:
 
 
 def shard_name(kind: str, number: int) -> str:
-    """The file of records of one chunk, named as tensorflow-datasets names it."""
+    """Return the name of a chunk's file of records, as tensorflow-datasets names it."""
     return f"{DATASET}-{kind}.array_record-{number:05d}"
 
 

@@ -1,12 +1,12 @@
-"""The stream of batches: Grain's iterator interface, prefetching and checkpoints around rows found by their number.
+"""The stream of batches: Grain's iterator interface, prefetching and checkpoints for rows addressed by number.
 
-Batch t of B rows is the rows from t*B up to (t+1)*B of the data set's numbering, through windows and epochs alike,
-and host h of H takes the h-th of H equal shares. So the number of hosts changes nothing about a batch, and the
-iterator's state, a row's position, is the same on all of them: a run may go on with another number of hosts, or with
-another batch size.
+Batch t of B rows consists of rows t*B up to (t+1)*B of the data set's numbering, across windows and epochs, and host h
+of H takes the h-th of H equal parts. A batch therefore does not depend on the number of hosts, and the iterator's
+state, a row's position, is the same on all of them: a run can continue with another number of hosts or another batch
+size.
 
-Shuffling is part of the plan (rows/rows.py), hence no shuffling here; a window's rows are assembled a whole batch
-at a time, which is what makes it fast, hence no batching of rows either.
+Shuffling is part of the plan (rows/rows.py), so there is none here. Rows are not batched here either: they are
+assembled a whole batch at a time, which is much faster.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ def training_batches(
     host_count: int = 1,
     prefetch: int = 4,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches without end, epoch after epoch.
+    """Iterate over batches endlessly, epoch after epoch.
 
     Args:
         dataset: the rows.
-        batch_rows: B, of all hosts together; `host_count` must divide it. A batch has B / host_count rows here.
-        host_index, host_count: which share.
-        prefetch: how many batches a thread prepares ahead; 0 for none.
+        batch_rows: B, over all hosts; `host_count` must divide it. A batch has B / host_count rows on this host.
+        host_index: index of this host.
+        host_count: number of hosts.
+        prefetch: number of batches that a thread prepares ahead; 0 for none.
 
     Returns:
         An iterator with `get_state()` and `set_state(state)`. The state is a small dictionary of numbers and a
-        string, fit for JSON, and the same on every host; `set_state` raises `DataError` for the state of a data set
-        with other rows.
+        string, suitable for JSON, and the same on every host; `set_state` raises `DataError` for the state of a data
+        set with other rows.
     """
     return iter(_pipeline(dataset, batch_rows, host_index, host_count, prefetch, None, None))
 
@@ -55,10 +56,9 @@ def evaluation_batches(
     prefetch: int = 4,
     rows: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """The rows of epoch 0, once, or the first `rows` of them; always the same ones.
+    """Iterate once over the rows of epoch 0, or the first `rows` of them; always the same ones.
 
-    Every batch has the same shape: the last one is filled up with rows of padding, whose `segment_ids` and weights
-    are 0.
+    Every batch has the same shape: the last one is filled up with padding rows, whose `segment_ids` and weights are 0.
     """
     return iter(_pipeline(dataset, batch_rows, host_index, host_count, prefetch, 1, rows))
 
@@ -100,7 +100,7 @@ class _Batches(grain.IterDataset[Batch]):
 
 
 class _BatchIterator(grain.DatasetIterator[Batch]):
-    """`_at` is the position of the next batch's first row; `_plan` and `_tokens` are those of the window last read."""
+    """`_at` is the position of the next batch's first row; `_plan` and `_tokens` belong to the window last read."""
 
     def __init__(self, of: _Batches):
         super().__init__()
@@ -152,7 +152,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         return self._of.batch_rows if self._of.rows is None else self._of.rows - at.row
 
     def _advanced(self, at: Position, count: int) -> Position:
-        """`count` rows on, at most to the window's end; from there to the start of the next, not planned yet."""
+        """Move `count` rows on, at most to the window's end, which is the start of the next, not planned yet."""
         data, row = self._of.dataset, at.row + count
         if row < at.window_row + data.rows_in_window(at.epoch, at.window):
             return replace(at, row=row)
@@ -168,7 +168,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         return plan, tokens
 
     def _rows_here(self, at: Position, plan: Any) -> np.ndarray | None:
-        """This host's rows of a window, from the position on; None for all."""
+        """Return this host's rows of a window, from the position on; None for all."""
         if len(self._of.share) == self._of.batch_rows:
             return None
         rows = np.arange(plan.rows)

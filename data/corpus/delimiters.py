@@ -1,8 +1,8 @@
-"""Markdown's paired delimiters taken out in linear time: `code`, *emphasis*, _emphasis_ and ~~strikethrough~~.
+"""Remove Markdown's paired delimiters in linear time: `code`, *emphasis*, _emphasis_ and ~~strikethrough~~.
 
-A regular expression that looks for the closing delimiter of each opening one reads a paragraph of lone marks, "*word
-*word *word", once for each of them: 400 kB of it took 38 s. Here all delimiters are found first; the outcome is that
-of the expressions, which stand in the tests.
+A regular expression that searches the closing delimiter of each opening one takes quadratic time on unpaired marks,
+"*word *word *word": 38 s for 400 kB. Here all delimiters are found first. The result is that of the expressions, which
+are in the tests.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _LONGEST_EMPHASIS = 3
 
 
 def without_emphasis(text: str, mark: str) -> str:
-    """Take out pairs of one, two or three `*` or `_` around words; inside words only `*` counts."""
+    """Remove pairs of one, two or three `*` or `_` around words; inside words only `*` counts."""
     closers: dict[int, list[int]] = {size: [] for size in range(1, _LONGEST_EMPHASIS + 1)}
-    openers: list[tuple[int, int]] = []  # where, and how many marks
+    openers: list[tuple[int, int]] = []  # position, number of marks
     for run in _RUNS[mark].finditer(text):
         start, end = run.span()
         before, after = text[start - 1 : start], text[end : end + 1]
@@ -45,7 +45,7 @@ def without_emphasis(text: str, mark: str) -> str:
 
 
 def without_code_marks(text: str) -> str:
-    """Take out pairs of equally many backticks; of an opening run as many as a later one has."""
+    """Remove pairs of equally long runs of backticks; of a longer opening run, as many as the closing one has."""
     runs = [run.span() for run in _RUNS["`"].finditer(text)]
     longest_after = [0] * len(runs)
     for number in range(len(runs) - 2, -1, -1):
@@ -55,7 +55,7 @@ def without_code_marks(text: str) -> str:
     while number < len(runs):
         start, end = max(runs[number][0], free), runs[number][1]
         size = min(end - start, longest_after[number])
-        inside = (end - start - 1) // 2  # a run closes itself: ```` ``` ```` is a backtick in a pair of them
+        inside = (end - start - 1) // 2  # a run can close itself: ```` ``` ```` is a backtick in a pair of backticks
         if start >= end or max(size, inside) < 1:
             number += 1
             continue
@@ -70,7 +70,7 @@ def without_code_marks(text: str) -> str:
 
 
 def without_strikethrough(text: str) -> str:
-    """Take out pairs of `~~` around words."""
+    """Remove pairs of `~~` around words."""
     places = [place.start() for place in _TILDES.finditer(text)]
     closers = [place for place in places if place and not text[place - 1].isspace()]
     pairs, free = [], 0
@@ -88,13 +88,13 @@ def _in_word(character: str) -> bool:
 
 
 def _next(places: list[int], least: int) -> int | None:
-    """The first of these ascending places that is not before `least`."""
+    """Return the first of these ascending positions that is not before `least`."""
     found = bisect_left(places, least)
     return places[found] if found < len(places) else None
 
 
 def _without(text: str, pairs: list[tuple[int, int, int]]) -> str:
-    """The text without pairs of delimiters: (where one opens, where it closes, how many characters each has)."""
+    """Remove pairs of delimiters, given as (start of the opening one, start of the closing one, length of each)."""
     parts, at = [], 0
     for start, close, size in pairs:
         parts += [text[at:start], text[start + size : close]]

@@ -1,22 +1,22 @@
-"""Documents, tokenised: their sentences one after another, in a store that is read at random.
+"""A store of tokenised documents, sentence by sentence.
 
-A record is a document, or a part of a long one, at most `RECORD_TOKENS` tokens of whole sentences, so that reading an
+A record is a document, or a part of a long one: whole sentences of at most `RECORD_TOKENS` tokens, so that reading an
 example never reads a whole book:
 
-    tokens            [n] uint16 or uint32: the sentences' ids end to end, no special tokens
+    tokens            [n] uint16 or uint32: the sentences' ids, concatenated, without special tokens
     sentence_lengths  [m] uint16: they add up to n
-    document          int64: the document's number in the order of reading, from 0, empty documents counted too
-    source            the file, the line where the document starts
+    document          int64: number of the document in reading order, from 0, including empty documents
+    source            the file and line where the document starts
 
 The index:
 
-    sentence_lengths.npy    [S] uint16, all documents' in their order
-    document_sentences.npy  [D+1] int64: document d has the sentences from [d] up to [d+1]
-    document_records.npy    [D+1] int64: likewise its records
-    record_sentences.npy    [R+1] int64: likewise the records' sentences
+    sentence_lengths.npy    [S] uint16, of all documents in order
+    document_sentences.npy  [D+1] int64: document d has sentences [d] up to [d+1]
+    document_records.npy    [D+1] int64: likewise, the records of each document
+    record_sentences.npy    [R+1] int64: likewise, the sentences of each record
     record_tokens.npy       [R] int64
     document_tokens.npy     [D] int64
-    document_hashes.npy     [D] uint64, of the text: they decide which documents are held out
+    document_hashes.npy     [D] uint64, of the text: they determine which documents are held out
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .corpus import Corpus, Document
 from .fingerprint import corpus_fingerprint
 from .sentences import split_sentences
 
-TEXT_VERSION = 1  # of what readers, sentence splitter and tokenizers make of the same text
+TEXT_VERSION = 1  # increased when readers, sentence splitter or tokenizers change their results
 RECORD_TOKENS = 8192
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 1 << 20, 64 << 20, 512
 _SMALL_CORPUS = 32 << 20  # bytes on disk; below it, threads finish before processes have started
@@ -51,7 +51,7 @@ Split = Literal["all", "train", "validation"]
 
 @dataclass(frozen=True)
 class DocumentCounts:
-    """What went into a store. `cut_sentences` were longer than a record and lie in it as several; no token is lost."""
+    """Statistics of a store. `cut_sentences` were longer than a record and are stored as several; no token is lost."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -92,34 +92,34 @@ class DocumentStore(Store):
 
     @cached_property
     def counts(self) -> DocumentCounts:
-        """What went into it."""
+        """Statistics of the contents."""
         return DocumentCounts(**self.header.counts)
 
     @cached_property
     def token_dtype(self) -> np.dtype:
-        """Of the ids."""
+        """Dtype of the ids."""
         return token_dtype(self.header.made_from["vocab_size"])
 
     def read_records(self, numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The tokens of the records of these numbers, in that order; each [n] of `token_dtype`, read-only."""
+        """Return the tokens of the records with these numbers, in order; each [n] of `token_dtype`, read-only."""
         return [np.frombuffer(tokens, self.token_dtype) for (tokens,) in self.read(numbers, "tokens")]
 
     def document(self, number: int) -> list[np.ndarray]:
-        """The sentences of one document, each [n] of `token_dtype`."""
+        """Return the sentences of one document, each [n] of `token_dtype`."""
         first, last = self.document_records[number : number + 2]
         tokens = np.concatenate(self.read_records(range(first, last)))
         begin, end = self.document_sentences[number : number + 2]
         return np.split(tokens, np.cumsum(self.sentence_lengths[begin : end - 1], dtype=np.int64))
 
     def documents(self, split: Split = "all", validation_fraction: float = 0.05, least: int = 1) -> np.ndarray:
-        """The numbers of a split's documents, ascending; [n] int64.
+        """Return the numbers of a split's documents, ascending; [n] int64.
 
-        "validation" holds `validation_fraction` of the documents (of their number, not of their length), those whose
-        text hashes lowest, and "train" the others. Which ones is a function of the corpus alone, and two documents
-        with the same text are always on the same side. `least` is how many each side must have, and gets.
+        "validation" is the `validation_fraction` of the documents (by number, not by length) with the lowest text
+        hashes, and "train" the others. The split depends only on the corpus, and documents with the same text are
+        always in the same split. Each split gets at least `least` documents.
 
         Raises:
-            DataError: too few documents for that.
+            DataError: there are too few documents.
         """
         count = len(self.document_hashes)
         named = ", ".join(self.header.made_from["corpus"])
@@ -164,24 +164,24 @@ def build_documents(
     processes: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> DocumentStore:
-    """Split into sentences and tokenise a corpus, once; where `root` already holds that store, just open it.
+    """Split a corpus into sentences and tokenise it into a store, or open the store if `root` already has it.
 
-    The store's folder is `root/KEY`, where KEY is a hash of the corpus (contents, order, how it is read), the
-    tokenizer, the language and `TEXT_VERSION`. It appears whole, by one renaming. A build that was killed continues
-    after the parts it had finished; of two that run at once, the second waits for the first and opens what it made.
-    A store whose files are not as they were written is built again.
+    The store's folder is `root/KEY`, where KEY is a hash of the corpus (contents, order, reading options), the
+    tokenizer, the language and `TEXT_VERSION`. It appears by one renaming, when it is complete. A killed build resumes
+    after the parts it had finished; of two concurrent builds, the second waits for the first and opens its store. A
+    store with modified files is rebuilt.
 
     Args:
-        corpus: what to read.
-        tokenizer: text to ids; special tokens written out in a text, such as "[SEP]", are taken as text.
-        root: folder of stores; it is made if it is not there.
-        language: ISO 639-1, of the sentence splitter's rules.
-        processes: how many tokenise at once; by default one for each core this process may use, or 1 for a corpus of
-            less than 32 MB. With 1 it is done in this process, by threads on all cores.
-        progress: hears, at most once a second, how far the work is.
+        corpus: the corpus to read.
+        tokenizer: the tokenizer; special tokens that occur in a text, such as "[SEP]", are treated as text.
+        root: folder of stores; created if needed.
+        language: ISO 639-1 code, for the rules of the sentence splitter.
+        processes: number of worker processes; by default one per usable core, or 1 for a corpus of less than 32 MB.
+            1 tokenises in this process, by threads on all cores.
+        progress: called at most once a second with the progress.
 
     Raises:
-        DataError: what reading raises (see `Corpus`), and a full disk; what was finished by then is kept.
+        DataError: reading failed (see `Corpus`), or the disk is full; finished work is kept.
     """
     root = Path(root)
     with disk_errors(root):
@@ -242,7 +242,7 @@ def _chunks(corpus: Corpus, characters: int) -> Iterator[Chunk]:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Splits documents into sentences, tokenises them and parts the long ones."""
+    """Split documents into sentences, tokenise them and divide long ones into records."""
 
     tokenizer: Tokenizer
     language: str

@@ -1,13 +1,13 @@
-"""Pairs of sentences, tokenised, in a store that is read at random.
+"""A store of tokenised sentence pairs.
 
-A record is a pair. Where the pieces are sampled anew in each epoch it holds the prepared texts (UTF-8), else their ids
-without special ones (uint16 or uint32):
+A record is a pair. If segmentations are sampled in each epoch, it contains the prepared texts (UTF-8), otherwise their
+ids without special tokens (uint16 or uint32):
 
     source, target
 
 The index:
 
-    source_lengths.npy, target_lengths.npy  [P] uint32: ids, or bytes of text
+    source_lengths.npy, target_lengths.npy  [P] uint32: number of ids, or of bytes of text
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..store_build import Builder, Chunk, Encoded, open_or_build
 from ..tokenizers.pairs import PairTokenizer
 from .parallel import Pair
 
-_TEXT_VERSION = 1  # of what readers and tokenizers make of the same text
+_TEXT_VERSION = 1  # increased when readers or tokenizers change their results
 _PAIRS_AT_ONCE = 1 << 15
-_PAIRS_TOGETHER = 16  # of those that are compressed and read together: small files, and hardly slower to read at random
+_PAIRS_TOGETHER = 16  # pairs that are compressed and read together: small files, and hardly slower random access
 
 
 @dataclass(frozen=True)
@@ -67,34 +67,34 @@ class PairStore(Store):
 
     @cached_property
     def counts(self) -> PairCounts:
-        """What went into it."""
+        """Statistics of the contents."""
         return PairCounts(**self.header.counts)
 
     @property
     def as_text(self) -> bool:
-        """Whether it holds texts instead of ids."""
+        """Whether it contains texts instead of ids."""
         return self.header.made_from["as_text"]
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of the text."""
+        """Remarks on the text, for the user."""
         return self.header.made_from["notes"]
 
     def __len__(self) -> int:
         return len(self.source_lengths)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
-        """[2, n] int64 how many ids, or bytes of text, the source and the target of each pair have."""
+        """Return [2, n] int64, the number of ids, or of bytes of text, of each pair's source and target."""
         return np.stack([self.source_lengths[pairs], self.target_lengths[pairs]]).astype(np.int64)
 
     def ids(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of these pairs' sources, one after another, and of their targets."""
+        """Return the ids of these pairs' sources, concatenated, and of their targets."""
         source, target = self._sides(pairs)
         dtype = np.dtype(self.header.made_from["dtype"])
         return np.frombuffer(b"".join(source), dtype), np.frombuffer(b"".join(target), dtype)
 
     def texts(self, pairs: np.ndarray) -> tuple[list[str], list[str]]:
-        """The prepared sources and targets of these pairs; only of a store that holds text."""
+        """Return the prepared sources and targets of these pairs; only for a store of texts."""
         source, target = self._sides(pairs)
         return [text.decode() for text in source], [text.decode() for text in target]
 
@@ -113,19 +113,19 @@ def build_pairs(
     notes: Callable[[], list[str]] = list,
     progress: ProgressCallback | None = None,
 ) -> PairStore:
-    """Tokenise pairs into a store below `root`, or open the one that holds them already; see `open_or_build`.
+    """Tokenise pairs into a store in `root`, or open it if it exists; see `open_or_build`.
 
     Args:
-        text: gives the pairs, the same ones each time.
-        tokenizer: of both sides.
+        text: returns the pairs, the same ones each time.
+        tokenizer: tokenizer of both sides.
         root: folder of stores.
-        fingerprint: of the text.
-        as_text: keep prepared texts, to be cut into pieces anew in each epoch.
-        notes: what is to be said of the text, asked once it was read; kept with the pairs.
-        progress: hears how far it is.
+        fingerprint: fingerprint of the text.
+        as_text: store prepared texts, for sampling segmentations in each epoch.
+        notes: called after reading; returns remarks on the text, which are stored with the pairs.
+        progress: called at most once a second with the progress.
 
     Raises:
-        DataError: what reading raises, no pair at all, and a full disk; what was finished by then is kept.
+        DataError: reading failed, there is no pair, or the disk is full; finished work is kept.
     """
     dtype = token_dtype(max(tokenizer.source.size, tokenizer.target.size))
 
@@ -164,7 +164,7 @@ def build_pairs(
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Tokenises both sides."""
+    """Tokenise both sides."""
 
     tokenizer: PairTokenizer
     as_text: bool

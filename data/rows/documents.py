@@ -1,7 +1,7 @@
-"""Rows made of a corpus's documents: an epoch shuffles them and parts them into windows of whole documents.
+"""Rows from a corpus's documents: an epoch shuffles them and divides them into windows of whole documents.
 
-What is in memory is one window, some `window_tokens` tokens. What examples are made of its sentences, and what a row
-looks like, is for sentence_pairs.py, full_sentences.py and their like.
+Only one window of about `window_tokens` tokens is in memory. The objectives' files, such as sentence_pairs.py and
+full_sentences.py, define the examples and the layout of a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..random import RandomStream
 from ..tokenizers.tokenizer import Tokenizer
 from .rows import WindowedRows
 
-_SHUFFLE, _PLAN = 1, 2  # what a random stream is for
+_SHUFFLE, _PLAN = 1, 2  # purposes of random streams
 _RECORDS_AT_ONCE = 4096
 
 
@@ -26,9 +26,9 @@ class Window(NamedTuple):
     """The sentences of a window.
 
     Attributes:
-        documents: [D] their numbers in the store, in the window's order.
-        lengths: [S] int64 tokens of each sentence, document after document.
-        document_sentences: [D+1] int64 where each document's sentences start in `lengths`.
+        documents: [D] numbers of the documents in the store, in the window's order.
+        lengths: [S] int64, length of each sentence in tokens, document after document.
+        document_sentences: [D+1] int64, start of each document's sentences in `lengths`.
     """
 
     documents: np.ndarray
@@ -38,14 +38,14 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentPlan:
-    """What the plans of documents' rows have in common.
+    """Base of the plans of rows of documents.
 
     Attributes:
-        epoch: of the window.
-        window: its number within the epoch.
-        documents: [D] the documents that are read for it, in this order.
-        row_examples: [R+1] where each row's examples start among the window's, which are ordered by row.
-        statistics: what the plan makes of the documents.
+        epoch: epoch of the window.
+        window: number of the window within the epoch.
+        documents: [D] the documents to read for it, in this order.
+        row_examples: [R+1] index of each row's first example among the window's, which are ordered by row.
+        statistics: statistics of the plan.
     """
 
     epoch: int
@@ -65,20 +65,20 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
 
     Args:
         store: the tokenised corpus.
-        tokenizer: that it was tokenised with.
-        split: which documents, see `DocumentStore.documents`.
-        sequence_length: positions of every row.
-        seed: of everything random here.
-        copies: plan the corpus this many times, and then over again with the same row ids. Masks that depend on row
-            ids alone then repeat too: static masking, as the original with its `dupe_factor`. None plans every epoch
-            anew.
-        validation_fraction: the share of the documents that is held out.
-        window_tokens: about how many of the corpus's tokens to plan and hold at once; 2 bytes each, and 50 more a
+        tokenizer: tokenizer of the corpus.
+        split: split of the documents, see `DocumentStore.documents`.
+        sequence_length: length of every row, in tokens.
+        seed: random seed.
+        copies: number of different plans of the corpus, which then repeat with the same row ids. Masks that depend
+            only on row ids then repeat too: static masking, as in the original with its `dupe_factor`. None makes a new
+            plan in every epoch.
+        validation_fraction: fraction of the documents that is held out.
+        window_tokens: approximate number of tokens to plan and hold in memory at once; 2 bytes per token and 50 per
             sentence.
-        least_documents: how many each split, and each window, must have.
+        least_documents: minimum number of documents per split and per window.
 
     Raises:
-        DataError: too few documents, a seed or number of copies that is none.
+        DataError: there are too few documents, or the seed or the number of copies is invalid.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def windows_in_epoch(self, epoch: int) -> int:
-        """Number of windows of an epoch."""
+        """Return the number of windows of an epoch."""
         return len(self._windows(epoch)[1]) - 1
 
     def _planned_epoch(self, epoch: int) -> int:
         return epoch if self.copies is None else epoch % self.copies
 
     def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's documents in their order, and where its windows start in them, [W+1]."""
+        """Return an epoch's documents in order, and the start of each window among them, [W+1]."""
         epoch, found = self._planned_epoch(epoch), self._order
         if found is None or found[0] != epoch:
             order = self.documents[RandomStream(self.seed, _SHUFFLE, epoch).permutation(len(self.documents))]
@@ -129,7 +129,7 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         return found[1], found[2]
 
     def _read_window(self, epoch: int, window: int) -> tuple[Window, RandomStream]:
-        """A window's sentences, and the random stream that its plan is drawn from."""
+        """Return a window's sentences, and the random stream for its plan."""
         order, starts = self._windows(epoch)
         documents = order[starts[window] : starts[window + 1]]
         first = self.store.document_sentences[documents]
@@ -139,13 +139,13 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         return sentences, RandomStream(self.seed, _PLAN, epoch, window)
 
     def _parts(self, plan: P, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What these rows are made of: where each part starts in the window's tokens, and how long it is (> 0)."""
+        """Return the parts of these rows: start of each in the window's tokens, and length (> 0)."""
         raise NotImplementedError
 
     def read_tokens(self, plan: P, rows: np.ndarray | None = None) -> np.ndarray:
-        """A window's tokens end to end; [T] of the store's dtype.
+        """Read a window's tokens, concatenated; [T] of the store's dtype.
 
-        With `rows`, only the records that these rows need are read, and the other tokens are 0.
+        With `rows`, only the records that these rows need are read; the other tokens are 0.
         """
         first = self.store.document_records[plan.documents]
         records = ranges(first, self.store.document_records[plan.documents + 1] - first)
@@ -159,7 +159,7 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
 
 
 def _touched(starts: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Which records the parts [starts, starts + lengths) lie in; `ends` is where each record ends in the window."""
+    """Return the records that the parts [starts, starts + lengths) touch; `ends` is each record's end in the window."""
     opened = np.bincount(np.searchsorted(ends, starts, side="right"), minlength=len(ends))
     closed = np.bincount(np.searchsorted(ends, starts + lengths - 1, side="right"), minlength=len(ends))
     return np.flatnonzero(np.cumsum(opened) - np.cumsum(closed) + closed)

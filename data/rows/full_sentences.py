@@ -1,15 +1,16 @@
-"""RoBERTa's rows: whole sentences up to the row's length, over the borders of documents or within them.
+"""RoBERTa's rows: whole sentences up to the row's length, across the boundaries of documents or within them.
 
-FULL-SENTENCES (Liu et al. 2019, 4.2): a row is `<s> sentences </s>`, as many sentences in a row as fit. It goes on
-over the end of a document, where an extra `</s>` stands, and is one segment: attention and positions run through it.
+FULL-SENTENCES (Liu et al. 2019, 4.2): a row is `<s> sentences </s>`, with as many consecutive sentences as fit. It
+continues across the end of a document, which is marked by an extra `</s>`, and is one segment, for attention and
+positions.
 
-DOC-SENTENCES: a row's sentences are of one document, so that the last example of a document is shorter. The paper
-enlarges the batch to keep its number of tokens; here short examples share a row, each a segment of its own, which
-keeps the tokens of a batch with one shape.
+DOC-SENTENCES: all sentences of an example are from one document, so that the last example of a document is shorter. The
+paper enlarges the batch to keep its number of tokens; here short examples share a row, each as a segment of its own,
+which keeps the number of tokens with a single shape.
 
-A sentence longer than a row goes on in the next one: no token is truncated, and such sentences are counted. fairseq's
-own blocks end every *line* with `</s>`, which is a paragraph in its corpora; here, as in the paper, only documents are
-parted.
+A sentence longer than a row continues in the next one: no token is truncated, and such sentences are counted. fairseq's
+blocks end every *line* with `</s>`, which is a paragraph in its corpora; here, as in the paper, only documents are
+separated.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from .rows import Batch
 
 @dataclass(frozen=True)
 class Spans:
-    """E examples, each a run of a window's tokens, in the order of the tokens.
+    """E examples, each a range of a window's tokens, in the order of the tokens.
 
     Attributes:
-        starts: [E] int64 where each starts, counted from the window's first token.
-        lengths: [E] int64 its tokens, special ones left out.
-        borders: [E] int64 the ends of documents inside of it.
-        split_sentences: sentences that are in more than one example.
+        starts: [E] int64, start of each, counted from the window's first token.
+        lengths: [E] int64, number of tokens of each, without special tokens.
+        borders: [E] int64, number of document ends inside each.
+        split_sentences: number of sentences that are in more than one example.
     """
 
     starts: np.ndarray
@@ -48,32 +49,32 @@ class Spans:
 
 
 def plan_sentences(window: Window, most: int, cross_documents: bool) -> Spans:
-    """As many whole sentences as fit, one example after another, until the window ends.
+    """Fill one example after another with as many whole sentences as fit, until the window ends.
 
     Args:
-        window: the sentences' lengths and documents.
-        most: tokens of an example, without the two at its ends; a border of documents in it takes one of them.
-        cross_documents: whether an example goes on over the end of a document.
+        window: lengths and documents of the sentences.
+        most: maximum number of tokens of an example, without the two at its ends; a document boundary counts as one.
+        cross_documents: whether an example continues across the end of a document.
     """
-    ends = np.cumsum(window.lengths)  # where each sentence ends
+    ends = np.cumsum(window.lengths)  # end of each sentence
     document = np.repeat(np.arange(len(window.documents)), np.diff(window.document_sentences))
-    # Where each sentence ends if every border takes a place, which is what an example's room is measured in.
+    # End of each sentence if every boundary takes one position; an example's room is measured in these positions.
     placed = (ends + document).tolist() if cross_documents else ends.tolist()
     token_ends, of_document = ends.tolist(), document.tolist()
     last_sentence = (window.document_sentences[1:] - 1).tolist()
     starts, lengths, borders, split = [], [], [], 0
-    at, sentence = 0, 0  # the next token, and the sentence that it is of
+    at, sentence = 0, 0  # the next token, and its sentence
     while sentence < len(token_ends):
         here = of_document[sentence]
         room = at + most + (here if cross_documents else 0)
         stop = len(token_ends) if cross_documents else last_sentence[here] + 1
-        after = bisect_right(placed, room, sentence, stop)  # the first sentence that is not in the example whole
+        after = bisect_right(placed, room, sentence, stop)  # the first sentence that is not entirely in the example
         if after > sentence:
             end = token_ends[after - 1]
             inside = of_document[after - 1] - here
         else:
             end, inside = at + most, 0
-            split += at == (token_ends[sentence - 1] if sentence else 0)  # counted where its first part is
+            split += at == (token_ends[sentence - 1] if sentence else 0)  # counted with its first part
         starts.append(at)
         lengths.append(end - at)
         borders.append(inside)
@@ -83,14 +84,15 @@ def plan_sentences(window: Window, most: int, cross_documents: bool) -> Spans:
 
 @dataclass(frozen=True)
 class SentencePlan(DocumentPlan):
-    """The rows of one window. Example arrays are ordered by row, then by place in the row; [E].
+    """The rows of one window. Example arrays [E] are ordered by row, then by place in the row.
 
     Attributes:
-        starts, tokens: where each example starts in the window's tokens, and how many it has of them.
-        lengths: positions that it takes, special tokens included.
-        column: the position in the row at which it starts.
-        slot: its place in the row, from 0.
-        document_starts: [D] where each document starts in the window's tokens.
+        starts: start of each example in the window's tokens.
+        tokens: number of tokens of each example, without special tokens.
+        lengths: length of each example, including special tokens.
+        column: start position of each example in its row.
+        slot: index of each example in its row, from 0.
+        document_starts: [D] start of each document in the window's tokens.
     """
 
     starts: np.ndarray
@@ -102,34 +104,33 @@ class SentencePlan(DocumentPlan):
 
 
 class FullSentenceRows(DocumentRows[SentencePlan]):
-    """The rows that RoBERTa is pretrained on, from a tokenised corpus. Tokens are unmasked; masking is the step's.
+    """RoBERTa's pretraining rows, from a tokenised corpus. Tokens are not masked; the training step masks them.
 
     A batch of rows is a dictionary of arrays (B rows, L = `sequence_length`):
 
         input_ids       [B, L] int32   `<s> ... </s>`, then padding
-        segment_ids     [B, L] int32   1, 2, ... for the examples, 0 for padding; one example a row where
+        segment_ids     [B, L] int32   1, 2, ... for the examples, 0 for padding; one example per row if
                                        `cross_documents`
         position_ids    [B, L] int32   from 0 in each example
         token_type_ids  [B, L] int32   all 0
-        row_ids         [B, 2] uint32  (epoch, row within the epoch): never the same twice, except where `copies`
-                                       says so
+        row_ids         [B, 2] uint32  (epoch, row within the epoch), which repeat only if `copies` is set
 
     Args:
         store: see `build_documents`.
-        tokenizer: that it was tokenised with; its `cls_id` begins a row, its `sep_id` ends one and parts documents.
-        split: which documents, see `DocumentStore.documents`.
-        sequence_length: L, of every row.
-        cross_documents: FULL-SENTENCES, else DOC-SENTENCES.
-        seed: of the order of documents and rows.
-        copies: plan the corpus this many times, and then over again with the same row ids. None plans every epoch
-            anew.
-        validation_fraction: the share of the documents that is held out.
-        window_tokens: about how many of the corpus's tokens to plan and hold at once; 2 bytes each, and 50 more a
+        tokenizer: tokenizer of the corpus; `cls_id` begins a row, `sep_id` ends it and separates documents.
+        split: split of the documents, see `DocumentStore.documents`.
+        sequence_length: length of every row, L.
+        cross_documents: FULL-SENTENCES; otherwise DOC-SENTENCES.
+        seed: random seed of the order of documents and rows.
+        copies: number of different plans of the corpus, which then repeat with the same row ids. None makes a new
+            plan in every epoch.
+        validation_fraction: fraction of the documents that is held out.
+        window_tokens: approximate number of tokens to plan and hold in memory at once; 2 bytes per token and 50 per
             sentence.
 
     Raises:
-        DataError: fewer documents than two splits need, a sequence length that holds no token between two special
-            ones.
+        DataError: there are fewer documents than two splits need, or the sequence length leaves no room for a token
+            between two special ones.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal: equal for two data sets with the same rows under the same numbers."""
+        """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
         settings = [
             "full sentences" if self.cross_documents else "document sentences",
             self.store.fingerprint,
@@ -215,7 +216,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
         return plan.starts[examples], plan.tokens[examples]
 
     def assemble(self, plan: SentencePlan, tokens: np.ndarray, rows: np.ndarray, first_row: int) -> Batch:
-        """The batch of these rows of a window, see `RowSource.assemble`."""
+        """Assemble a batch of these rows of a window, see `RowSource.assemble`."""
         count = np.diff(plan.row_examples)[rows]
         of = ranges(plan.row_examples[rows], count)
         batch = self.padding(len(rows))
@@ -224,24 +225,24 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
 
         row = np.repeat(np.arange(len(rows)), count)
         lengths = plan.lengths[of]
-        start = row * self.sequence_length + plan.column[of]  # of each example, in the batch read as one line
+        start = row * self.sequence_length + plan.column[of]  # of each example, in the flattened batch
         places = ranges(start, lengths)
         batch["segment_ids"].reshape(-1)[places] = np.repeat(plan.slot[of] + 1, lengths)
         batch["position_ids"].reshape(-1)[places] = places - np.repeat(start, lengths)
 
         source = ranges(plan.starts[of], plan.tokens[of])
-        # A token stands one place further right for each document that has begun in its example before it.
+        # A token moves one position to the right for each document that has begun in its example before it.
         begun = np.searchsorted(plan.document_starts, source, side="right")
         before = np.searchsorted(plan.document_starts, plan.starts[of], side="right")
         passed = begun - np.repeat(before, plan.tokens[of])
         ids = batch["input_ids"].reshape(-1)
-        ids[places] = self.tokenizer.sep_id  # at the end and between documents; the rest is written over
+        ids[places] = self.tokenizer.sep_id  # at the end and between documents; the rest is overwritten
         ids[start] = self.tokenizer.cls_id
         ids[ranges(start + 1, plan.tokens[of]) + passed] = tokens[source]
         return batch
 
     def padding(self, rows: int) -> Batch:
-        """A batch of rows without an example: all padding."""
+        """Return a batch of rows without examples: all padding."""
         shape = (rows, self.sequence_length)
         return {
             "input_ids": np.full(shape, self.tokenizer.pad_id, np.int32),

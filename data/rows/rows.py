@@ -1,12 +1,13 @@
-"""What a source of training rows is: rows found by their number, planned window by window from lengths alone.
+"""The interface of sources of training rows: addressed by number, planned window by window from lengths alone.
 
-An epoch is parted into windows. A window's *plan* says which examples stand in which row and where; it is made from
-lengths, a pure function of (data, settings, seed, epoch, window), so that no token is read for it. Rows are numbered
-through all windows and epochs, and a row's tokens are read when it is asked for.
+An epoch is divided into windows. A window's *plan* assigns examples to rows and positions; it is a pure function of
+(lengths, settings, seed, epoch, window), so that planning reads no tokens. Rows are numbered across all windows and
+epochs, and a row's tokens are read when it is requested.
 
-How many rows a window has is known once it is planned, so finding a row by its number alone means planning all windows
-before it. A `Position` spares that: it names a row by its number, epoch and window, and says where these began. It is
-the whole state of a stream of rows (stream.py): after a restart, on any number of hosts, one window is planned anew.
+The number of rows of a window is known only once it is planned, so that finding a row by its number alone means
+planning all windows before it. A `Position` avoids that: it stores a row's number, epoch and window, and where these
+began. It is the whole state of a stream of rows (stream.py): after a restart, on any number of hosts, only one window
+is planned again.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Position:
     """Position of a row. All fields follow from `row`; they are stored to avoid planning the windows before it again.
 
     Attributes:
-        row: its number, counted from the first row of epoch 0.
-        epoch: the epoch it is in.
-        epoch_row: the number of the epoch's first row.
-        window: the window it is in, counted within the epoch.
-        window_row: the number of the window's first row.
+        row: number of the row, counted from the first row of epoch 0.
+        epoch: epoch of the row.
+        epoch_row: number of the epoch's first row.
+        window: window of the row, counted within the epoch.
+        window_row: number of the window's first row.
     """
 
     row: int = 0
@@ -44,7 +45,7 @@ class Position:
 
 
 class WindowStatistics(Protocol):
-    """What a plan made of its data; those of several windows add up."""
+    """Statistics of a plan; those of several windows add up."""
 
     @property
     def rows(self) -> int:
@@ -69,67 +70,67 @@ class Plan(Protocol):
 
 
 class RowSource(Protocol):
-    """Rows by their number: what a stream of batches asks of a data set.
+    """Rows by number: the interface that a stream of batches needs of a data set.
 
-    The source itself has no state that changes what it gives: two of the same `fingerprint` give the same rows under
-    the same numbers, in every process, and may be asked in any order. The position of a stream belongs to the stream.
+    A source has no state that affects its results: two sources with the same `fingerprint` have the same rows under the
+    same numbers, in every process and in any order of access. The position of a stream belongs to the stream.
     """
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal: equal for two sources with the same rows under the same numbers."""
+        """Hexadecimal; equal for two sources with the same rows under the same numbers."""
         ...
 
     def windows_in_epoch(self, epoch: int) -> int:
-        """Number of windows of an epoch."""
+        """Return the number of windows of an epoch."""
         ...
 
     def rows_in_window(self, epoch: int, window: int) -> int:
-        """Number of rows of a window, which is planned for it unless that was done before."""
+        """Return the number of rows of a window, after planning it if needed."""
         ...
 
     def plan(self, epoch: int, window: int) -> Any:
-        """The `Plan` of a window, from lengths alone."""
+        """Make the `Plan` of a window, from lengths alone."""
         ...
 
     def read_tokens(self, plan: Any, rows: np.ndarray | None = None) -> Any:
-        """The tokens of a window, as `assemble` takes them.
+        """Read the tokens of a window, for `assemble`.
 
         Args:
-            plan: of the window.
-            rows: [n] the rows that are wanted of it; the tokens of others may be left out. None: all of them.
+            plan: plan of the window.
+            rows: [n] the rows to read; the tokens of others may be left out. None: all of them.
         """
         ...
 
     def assemble(self, plan: Any, tokens: Any, rows: np.ndarray, first_row: int) -> Batch:
-        """The batch of some rows of a window.
+        """Assemble a batch of some rows of a window.
 
         Args:
-            plan: of the window.
-            tokens: of the window, see `read_tokens`.
-            rows: [B] their numbers within the window.
-            first_row: the number within the epoch of the window's first row.
+            plan: plan of the window.
+            tokens: tokens of the window, see `read_tokens`.
+            rows: [B] numbers of the rows within the window.
+            first_row: number of the window's first row within the epoch.
 
         Returns:
-            name -> array [B, ...]. `row_ids` [B, 2] uint32 is among them: (epoch, row within the epoch), which masking
-            draws by.
+            name -> array [B, ...]. It includes `row_ids` [B, 2] uint32: (epoch, row within the epoch), which seeds
+            masking.
         """
         ...
 
     def padding(self, rows: int) -> Batch:
-        """A batch of rows that hold nothing: `segment_ids` and all weights are 0."""
+        """Return a batch of empty rows: `segment_ids` and all weights are 0."""
         ...
 
     def statistics(self, epoch: int = 0, windows: int | None = None) -> Any:
-        """What the plan of an epoch makes of its data: of its first windows, or of all with None."""
+        """Return the statistics of an epoch's plan: of its first `windows` windows, or of all with None."""
         ...
 
 
 class WindowedRows[P: Plan]:
-    """A `RowSource` but for what its rows are: plans are kept and counted here, and rows found by their number.
+    """Base of row sources: caches plans, adds up their statistics, and finds rows by their number.
 
-    A subclass says how many windows an epoch has (`windows_in_epoch`), makes the plan of one (`_make_plan`), reads and
-    assembles its rows (`read_tokens`, `assemble`, `padding`), and has a `fingerprint`.
+    A subclass defines the number of windows of an epoch (`windows_in_epoch`), makes the plan of a window
+    (`_make_plan`), reads and assembles its rows (`read_tokens`, `assemble`, `padding`), and has a `fingerprint`.
     """
 
     def __init__(self) -> None:
@@ -143,7 +144,7 @@ class WindowedRows[P: Plan]:
         raise NotImplementedError
 
     def windows_in_epoch(self, epoch: int) -> int:
-        """Number of windows of an epoch."""
+        """Return the number of windows of an epoch."""
         raise NotImplementedError
 
     def read_tokens(self, plan: P, rows: np.ndarray | None = None) -> Any:
@@ -162,11 +163,11 @@ class WindowedRows[P: Plan]:
         raise NotImplementedError
 
     def _planned_epoch(self, epoch: int) -> int:
-        """The epoch whose plans this one repeats: itself, unless a subclass says otherwise."""
+        """Return the epoch whose plans this one repeats: itself, unless a subclass overrides this."""
         return epoch
 
     def plan(self, epoch: int, window: int) -> P:
-        """The rows of one window. The last few plans are kept."""
+        """Plan the rows of one window. The last few plans are cached."""
         key = (self._planned_epoch(epoch), window)
         with self._lock:
             if key in self._plans:
@@ -179,16 +180,16 @@ class WindowedRows[P: Plan]:
             return self._plans[key]
 
     def window_statistics(self, epoch: int, window: int) -> Any:
-        """What the plan of a window makes of its data. Those of all windows planned so far are kept."""
+        """Return the statistics of a window's plan. Those of all windows planned so far are cached."""
         found = self._statistics.get((self._planned_epoch(epoch), window))
         return self.plan(epoch, window).statistics if found is None else found
 
     def rows_in_window(self, epoch: int, window: int) -> int:
-        """Number of rows of a window, which is planned for it unless that was done before."""
+        """Return the number of rows of a window, after planning it if needed."""
         return self.window_statistics(epoch, window).rows
 
     def statistics(self, epoch: int = 0, windows: int | None = None) -> Any:
-        """What the plan of an epoch makes of its data: of its first `windows` windows, or of all with None."""
+        """Return the statistics of an epoch's plan: of its first `windows` windows, or of all with None."""
         count = self.windows_in_epoch(epoch)
         first, *others = range(count if windows is None else min(windows, count))
         total = self.window_statistics(epoch, first)
@@ -197,16 +198,16 @@ class WindowedRows[P: Plan]:
         return total
 
     def locate(self, row: int, start: Position | None = None) -> Position:
-        """The position of a row, found from that of an earlier one by planning the windows between."""
+        """Find the position of a row, starting from that of an earlier one and planning the windows in between."""
         at = Position() if start is None or start.row > row else start
         while row >= (end := at.window_row + self.rows_in_window(at.epoch, at.window)):
             at = next_window(self, at, end)
         return replace(at, row=row)
 
     def row(self, number: int) -> Batch:
-        """One row by its number, counted through all epochs; the arrays of a batch without their first axis.
+        """Return one row by its number, counted across all epochs: the arrays of a batch without their first axis.
 
-        For looking at single rows: it reads a window for each. A stream of batches is the way to read many.
+        It is for looking at single rows, since it reads a window for each. To read many, use a stream of batches.
         """
         at = self.locate(number)
         plan = self.plan(at.epoch, at.window)
@@ -216,7 +217,7 @@ class WindowedRows[P: Plan]:
 
 
 def next_window(source: RowSource, at: Position, row: int) -> Position:
-    """The position of the first row, number `row`, of the window after that of `at`; nothing is planned for it."""
+    """Return the position of row `row`, the first of the window after that of `at`, without planning it."""
     if at.window + 1 < source.windows_in_epoch(at.epoch):
         return replace(at, row=row, window=at.window + 1, window_row=row)
     return Position(row, at.epoch + 1, row, 0, row)

@@ -1,16 +1,17 @@
-"""BERT's rows: pairs of segments, planned from sentence lengths alone, and packed several to a row.
+"""BERT's rows: pairs of segments, planned from sentence lengths alone, and packed several per row.
 
 Pairs are made as in BERT (Devlin et al. 2018, A.2) and its `create_pretraining_data.py`: whole sentences of one
-document are gathered up to a target length, and parted at a random sentence boundary into A and B. Half of the time B
-is given up for sentences from a random place of another document, and the sentences so left over start the next
-example. What is too long for the row is cut, token by token, from the longer segment, at a random end. The target is
-the full length, but for `short_fraction` of the examples a random one. Two things differ, both with reason:
+document are collected up to a target length, and split at a random sentence boundary into A and B. Half of the time B
+is replaced by sentences from a random place in another document, and the sentences left over start the next example.
+Pairs that are too long for the row are truncated, token by token, in the longer segment, at a random end. The target
+length is the full length, but random for `short_fraction` of the examples. There are two deliberate differences:
 
-- the target is drawn for each example; the script draws it once a document, which would cut whole books to shreds;
-- the other document is another one for certain; the script tries ten times and may end up in the same one.
+- the target length is drawn for each example; the script draws it once per document, which would cut a whole book into
+  short examples;
+- the other document is always a different one; the script tries ten times and may end up with the same one.
 
-What is planned is a list of references: where in a window of documents the two segments of an example start, and how
-long they are. No token is read for it, so a plan is cheap and a pure function of its arguments.
+A plan is a list of references: start and length of the two segments of each example, in a window of documents. No
+tokens are read for it, so that a plan is cheap and a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ IS_NEXT, RANDOM = 0, 1  # next_sentence_labels, as in the released checkpoints
 
 @dataclass(frozen=True)
 class Examples:
-    """References of E examples, in the order of their first segments. Starts count tokens from the window's first one.
+    """References of E examples, in the order of their first segments. Starts count tokens of the window.
 
-    `second_length` is 0 for an example of one segment. `truncated` counts the tokens cut off both segments.
+    `second_length` is 0 for an example with one segment. `truncated` counts the tokens cut off both segments.
     """
 
     first_start: np.ndarray
@@ -51,7 +52,7 @@ class Examples:
 
     @property
     def tokens(self) -> np.ndarray:
-        """[E] tokens of each example, without special ones."""
+        """Number of tokens of each example, without special tokens: [E]."""
         return self.first_length + self.second_length
 
 
@@ -62,17 +63,17 @@ def plan_pairs(
     short_fraction: float,
     random: RandomStream,
 ) -> Examples:
-    """Pairs of segments for predicting the next sentence.
+    """Plan pairs of segments for next sentence prediction.
 
     Args:
-        lengths: [S] tokens of each sentence, at least 1, document after document.
-        document_sentences: [D+1] where each document's sentences start in `lengths`, and where the last one's end;
+        lengths: [S] length of each sentence in tokens, at least 1, document after document.
+        document_sentences: [D+1] start of each document's sentences in `lengths`, and the end of the last one's;
             D >= 2.
-        most: tokens of an example, special ones left out.
-        short_fraction: the share of the examples that aim at a random length from 2 up.
-        random: what decides.
+        most: maximum number of tokens of an example, without special tokens.
+        short_fraction: fraction of the examples with a random target length of at least 2.
+        random: source of random numbers.
     """
-    ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]  # ends[i] is where sentence i starts
+    ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]  # ends[i] is the start of sentence i
     bounds = document_sentences.tolist()
     documents = len(bounds) - 1
     first_start, first_length, second_start, second_length, is_random, is_short = [], [], [], [], [], []
@@ -127,10 +128,10 @@ def _truncated(
     most: int,
     random: RandomStream,
 ) -> Examples:
-    """Cut every pair to `most` tokens.
+    """Truncate every pair to `most` tokens.
 
-    The script's loop takes one token from the longer segment (from the second one if they are equal), at the front or
-    the back by a coin's toss, until the pair fits. Here its outcome, with the same distribution.
+    The script's loop removes one token from the longer segment (from the second one if they are equal), at the front or
+    the back by a coin toss, until the pair fits. This computes its outcome, with the same distribution.
     """
     excess = np.maximum(first_length + second_length - most, 0)
     gap = np.abs(first_length - second_length)
@@ -157,9 +158,9 @@ def plan_singles(
     short_fraction: float,
     random: RandomStream,
 ) -> Examples:
-    """Examples of one segment, without a next sentence to predict: as many whole sentences of a document as fit.
+    """Plan examples of one segment, without next sentence prediction: as many whole sentences of a document as fit.
 
-    A sentence longer than a row goes on in the next example, so that nothing is truncated. Arguments as in
+    A sentence longer than a row continues in the next example, so that nothing is truncated. Arguments as for
     `plan_pairs`; D >= 1.
     """
     ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
@@ -199,13 +200,13 @@ def plan_singles(
 
 @dataclass(frozen=True)
 class PairPlan(DocumentPlan):
-    """The rows of one window. Example arrays are ordered by row, then by place in the row; [E].
+    """The rows of one window. Example arrays [E] are ordered by row, then by place in the row.
 
     Attributes:
-        examples: where their segments are.
-        lengths: tokens of each, special ones included.
-        slot: the place of each in its row, from 0.
-        column: the position in the row at which each starts.
+        examples: references of the examples' segments.
+        lengths: length of each example, including special tokens.
+        slot: index of each example in its row, from 0.
+        column: start position of each example in its row.
     """
 
     examples: Examples
@@ -215,39 +216,39 @@ class PairPlan(DocumentPlan):
 
 
 class SentencePairRows(DocumentRows[PairPlan]):
-    """The rows that BERT is pretrained on, from a tokenised corpus. Tokens are unmasked; masking is the step's.
+    """BERT's pretraining rows, from a tokenised corpus. Tokens are not masked; the training step masks them.
 
     A batch of rows is a dictionary of arrays (B rows, L = `sequence_length`, X = `examples_per_row`):
 
-        input_ids              [B, L] int32    [CLS] A [SEP] B [SEP], or what the tokenizer's template has in these
-                                               places, several examples one after another, then padding
+        input_ids              [B, L] int32    [CLS] A [SEP] B [SEP], or the tokenizer's own template, for one
+                                               example after another, then padding
         segment_ids            [B, L] int32    1, 2, ... for the examples, 0 for padding
         position_ids           [B, L] int32    from 0 in each example
         token_type_ids         [B, L] int32    0 for [CLS] A [SEP], 1 for B [SEP]
-        row_ids                [B, 2] uint32   (epoch, row within the epoch): never the same twice, except where
-                                               `copies` says so
-        cls_positions          [B, X] int32    where each example's [CLS] is
+        row_ids                [B, 2] uint32   (epoch, row within the epoch), which repeat only if `copies` is set
+        cls_positions          [B, X] int32    position of each example's [CLS]
         next_sentence_labels   [B, X] int32    0: B follows A, 1: B is random
-        next_sentence_weights  [B, X] float32  1, and 0 where the row has no such example
+        next_sentence_weights  [B, X] float32  1, or 0 if the row has no such example
 
     Args:
         store: see `build_documents`.
-        tokenizer: that it was tokenised with.
-        split: which documents, see `DocumentStore.documents`.
-        sequence_length: L, of every row.
-        seed: of everything random here.
-        copies: plan the corpus this many times, and then over again with the same row ids. Masks that depend on row
-            ids alone then repeat too: static masking, as the original with its `dupe_factor`. None plans every epoch
-            anew.
-        examples_per_row: X; by default `sequence_length // 32`, at least 2.
-        next_sentence: pairs of segments; otherwise one segment, and the next-sentence weights are all 0.
-        short_fraction: the share of the examples that are made shorter at random.
-        validation_fraction: the share of the documents that is held out.
-        window_tokens: about how many of the corpus's tokens to plan and hold at once; 2 bytes each, and 50 more a
+        tokenizer: tokenizer of the corpus.
+        split: split of the documents, see `DocumentStore.documents`.
+        sequence_length: length of every row, L.
+        seed: random seed.
+        copies: number of different plans of the corpus, which then repeat with the same row ids. Masks that depend
+            only on row ids then repeat too: static masking, as in the original with its `dupe_factor`. None makes a new
+            plan in every epoch.
+        examples_per_row: maximum number of examples per row, X; by default `sequence_length // 32`, at least 2.
+        next_sentence: make pairs of segments; otherwise single segments, and all next-sentence weights are 0.
+        short_fraction: fraction of the examples with a random, shorter target length.
+        validation_fraction: fraction of the documents that is held out.
+        window_tokens: approximate number of tokens to plan and hold in memory at once; 2 bytes per token and 50 per
             sentence.
 
     Raises:
-        DataError: fewer documents than pairs need (two on each side), a sequence length that holds no pair.
+        DataError: there are fewer documents than pairs need (two per split), or the sequence length is too short for a
+            pair.
     """
 
     def __init__(
@@ -288,7 +289,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal: equal for two data sets with the same rows under the same numbers."""
+        """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
         settings = [
             self.store.fingerprint,
             self.sequence_length,
@@ -348,7 +349,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
         return starts[lengths > 0], lengths[lengths > 0]
 
     def assemble(self, plan: PairPlan, tokens: np.ndarray, rows: np.ndarray, first_row: int) -> Batch:
-        """The batch of these rows of a window, see `RowSource.assemble`."""
+        """Assemble a batch of these rows of a window, see `RowSource.assemble`."""
         count = np.diff(plan.row_examples)[rows]
         of = ranges(plan.row_examples[rows], count)
         batch = self.padding(len(rows))
@@ -362,7 +363,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
         batch["next_sentence_weights"][row, slot] = 1.0 if self.next_sentence else 0.0
 
         first, second, lengths = plan.examples.first_length[of], plan.examples.second_length[of], plan.lengths[of]
-        start = row * self.sequence_length + column  # of each example, in the batch read as one line
+        start = row * self.sequence_length + column  # of each example, in the flattened batch
         places = ranges(start, lengths)
         batch["segment_ids"].reshape(-1)[places] = np.repeat(slot + 1, lengths)
         batch["position_ids"].reshape(-1)[places] = places - np.repeat(start, lengths)
@@ -386,7 +387,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
         return batch
 
     def padding(self, rows: int) -> Batch:
-        """A batch of rows without an example: all padding, all weights 0."""
+        """Return a batch of rows without examples: all padding, all weights 0."""
         shape, slots = (rows, self.sequence_length), (rows, self.examples_per_row)
         return {
             "input_ids": np.full(shape, self.tokenizer.pad_id, np.int32),

@@ -1,9 +1,9 @@
-"""Pairs of sentences as rows for an encoder and a decoder: packed by lengths on both sides, addressed by number.
+"""Sentence pairs as rows for an encoder and a decoder: packed by the lengths of both sides, addressed by number.
 
-`TranslationRows` packs several pairs into a row, on both sides at once: a row of the encoder and the row of the
-decoder of the same number hold the same pairs, so that segment ids keep encoder, decoder and cross attention to a pair.
-An epoch shuffles the pairs and parts them into windows; a window is packed from its lengths alone, its rows are
-shuffled and follow those of the window before.
+`TranslationRows` packs several pairs per row, on both sides at once: the encoder's row and the decoder's row with the
+same number contain the same pairs, so that segment ids restrict encoder, decoder and cross attention to a pair. An
+epoch shuffles the pairs and divides them into windows; a window is packed from its lengths alone, and its rows are
+shuffled and follow those of the previous window.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from ..random import RandomStream
 from ..tokenizers.pairs import PairTokenizer, sample
 from .rows import Batch, WindowedRows
 
-_SHUFFLE, _PLAN = 1, 2  # what a random stream is for
+_SHUFFLE, _PLAN = 1, 2  # purposes of random streams
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
 def pack_pairs(source: np.ndarray, target: np.ndarray, source_capacity: int, target_capacity: int) -> np.ndarray:
-    """Best fit on two sides: each pair, the longest first, into the row where it leaves the least room.
+    """Assign pairs to rows by best fit on both sides, longest first: each goes where it leaves the least room.
 
     Args:
-        source, target: [P] lengths, at most the capacities.
-        source_capacity, target_capacity: positions of a row.
+        source: [P] lengths of the sources, at most the capacity.
+        target: [P] lengths of the targets, at most the capacity.
+        source_capacity: length of a source row.
+        target_capacity: length of a target row.
 
     Returns:
-        [P] the row of each pair, from 0. No pair is split and none is left out.
+        [P] row of each pair, from 0. No pair is split or left out.
     """
     rows = np.zeros(len(source), np.int64)
     size = np.maximum(source / source_capacity, target / target_capacity)
-    # Open rows by the room they have left on the target side, and on the source side within it; in `rooms[t]` bit s
-    # is set where there is a row with room s.
+    # Open rows by their remaining room on the target side, and within that on the source side; in `rooms[t]` bit s
+    # is set if there is a row with room s.
     open_rows: dict[tuple[int, int], list[int]] = {}
     rooms = [0] * (target_capacity + 1)
     count = 0
@@ -65,7 +67,7 @@ def pack_pairs(source: np.ndarray, target: np.ndarray, source_capacity: int, tar
                 rooms[room[1]] ^= 1 << room[0]
         rows[pair] = row
         room = (room[0] - needs, room[1] - need)
-        if min(room) > 1:  # a pair takes at least two positions a side but for an empty text's one
+        if min(room) > 1:  # a pair takes at least two positions per side, or one for an empty text
             kept = open_rows.setdefault(room, [])
             kept.append(row)
             rooms[room[1]] |= 1 << room[0]
@@ -104,10 +106,10 @@ class PairStatistics:
 
 @dataclass(frozen=True)
 class PairPlan:
-    """The rows of one window. Pair arrays are ordered by row, then by place in the row; [P].
+    """The rows of one window. Pair arrays [P] are ordered by row, then by place in the row.
 
-    `lengths` [2, P] count the ids, one special each included; `column` [2, P] is where each starts in its row; `slot`
-    counts within the row from 0; `row_pairs` [R+1] is where each row's pairs start.
+    `lengths` [2, P] count the ids, including one special token each; `column` [2, P] is the start position of each in
+    its row; `slot` counts within the row from 0; `row_pairs` [R+1] is the index of each row's first pair.
     """
 
     epoch: int
@@ -118,31 +120,32 @@ class PairPlan:
     slot: np.ndarray
     row_pairs: np.ndarray
     statistics: PairStatistics
-    sampled: tuple[np.ndarray, np.ndarray] | None  # ids of both sides, where they were sampled for this plan
+    sampled: tuple[np.ndarray, np.ndarray] | None  # ids of both sides, if they were sampled for this plan
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """Number of rows."""
         return len(self.row_pairs) - 1
 
 
 class TranslationRows(WindowedRows[PairPlan]):
-    """The rows that a translator is trained on. A batch (B rows, S and L positions of a source and a target row):
+    """Training rows of a translator. A batch (B rows; S and L, lengths of a source and a target row):
 
         input_ids, segment_ids, position_ids                          [B, S] int32   source, </s> after each
         decoder_input_ids, decoder_segment_ids, decoder_position_ids  [B, L] int32   the start token, then the target
         labels                                                        [B, L] int32   the target, then </s>
-        label_weights                                                 [B, L] float32 1, and 0 in padding
+        label_weights                                                 [B, L] float32 1, or 0 for padding
         row_ids                                                       [B, 2] uint32  (epoch, row within the epoch)
 
     Args:
-        store: the pairs; one that keeps text where `sampling` is given.
-        tokenizer: that they were tokenised with.
-        source_length, target_length: of a row.
-        start_id: the decoder's first input.
-        seed: of the order and of the sampling.
-        sampling: alpha of a unigram model, or the dropout of BPE merges; 0 takes the one best segmentation.
-        window_pairs: how many pairs are packed together.
+        store: the pairs; a store of texts if `sampling` is set.
+        tokenizer: tokenizer of the pairs.
+        source_length: length of a source row, S.
+        target_length: length of a target row, L.
+        start_id: first input of the decoder.
+        seed: random seed of the order and of sampling.
+        sampling: alpha of a unigram model, or the dropout rate of BPE merges; 0 for the single best segmentation.
+        window_pairs: number of pairs that are packed together.
 
     Raises:
         DataError: no pair fits into a row.
@@ -176,7 +179,7 @@ class TranslationRows(WindowedRows[PairPlan]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal: equal for two data sets with the same rows under the same numbers."""
+        """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
         settings = [
             self.store.fingerprint,
             self.source_length,
@@ -191,7 +194,7 @@ class TranslationRows(WindowedRows[PairPlan]):
     # --- planning -----------------------------------------------------------------------------------------------------
 
     def windows_in_epoch(self, epoch: int) -> int:
-        """Number of windows per epoch, the same for every epoch."""
+        """Return the number of windows per epoch, which is the same for every epoch."""
         return self._windows
 
     def _window_pairs(self, epoch: int, window: int) -> np.ndarray:
@@ -243,7 +246,7 @@ class TranslationRows(WindowedRows[PairPlan]):
         )
 
     def _sample(self, pairs: np.ndarray, epoch: int) -> list[list[list[int]]]:
-        """The ids of both sides of these pairs, cut into pieces anew for this epoch."""
+        """Sample a segmentation of both sides of these pairs for this epoch; return the ids."""
         key = {"seed": self.seed, "epoch": epoch, "indexes": pairs.tolist()}
         sides = (self.tokenizer.source, self.tokenizer.target)
         return [
@@ -254,13 +257,13 @@ class TranslationRows(WindowedRows[PairPlan]):
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read_tokens(self, plan: PairPlan, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a window's pairs, in the plan's order, of both sides. All of them, whatever `rows` asks for."""
+        """Read the ids of a window's pairs, in the plan's order, of both sides; always all of them, ignoring `rows`."""
         return plan.sampled or self.store.ids(plan.pairs)
 
     def assemble(
         self, plan: PairPlan, tokens: tuple[np.ndarray, np.ndarray], rows: np.ndarray, first_row: int
     ) -> Batch:
-        """The batch of these rows of a window; `first_row` is the number within the epoch of its first one."""
+        """Assemble a batch of these rows of a window; `first_row` is the number of its first row within the epoch."""
         count = np.diff(plan.row_pairs)[rows]
         of = ranges(plan.row_pairs[rows], count)
         row = np.repeat(np.arange(len(rows)), count)
@@ -287,7 +290,7 @@ class TranslationRows(WindowedRows[PairPlan]):
         return batch
 
     def padding(self, rows: int) -> Batch:
-        """A batch of rows without a pair: all padding, all weights 0."""
+        """Return a batch of rows without pairs: all padding, all weights 0."""
         source, target = (rows, self.source_length), (rows, self.target_length)
         return {
             "input_ids": np.full(source, self.tokenizer.source.pad_id, np.int32),

@@ -1,7 +1,7 @@
-"""Reading and writing config.json of the released format, for every family's config dataclass.
+"""Read and write config.json of the released format, for every family's config dataclass.
 
 Every key of a config.json is one of: a field of the family's config under another name; a setting with only one
-implemented value, any other being refused; or something that does not matter here, which is kept and written back.
+implemented value, any other being refused; or something irrelevant here, which is kept and written back.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Extra = tuple[tuple[str, str], ...]
-"""Keys that do not matter here, with their values as JSON text (so that a config stays hashable)."""
+"""Keys that are irrelevant here, with their values as JSON text (so that a config stays hashable)."""
 
 
 class ConfigError(ValueError):

@@ -1,4 +1,4 @@
-"""The names of a Transformer's parameters in released encoder-decoders: those of BART, and so of Marian."""
+"""Names of a Transformer's parameters in released encoder-decoders: those of BART, and so of Marian."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def _layer_entries(c: Any, side: str) -> list[Entry]:
 
 
 def encoder_decoder_table(c: Any) -> Table:
-    """The table of a `transformer.Transformer` with this `TransformerConfig`, or of a sibling."""
+    """Return the table of a `transformer.Transformer` with this `TransformerConfig`, or of a sibling."""
     shared, source, target = (
         "model.shared.weight",
         "model.encoder.embed_tokens.weight",

@@ -3,9 +3,9 @@
     model, params, config, tokenizer = load("bert-base-uncased")
     save("folder", model, params, tokenizer)
 
-The family is picked from config.json, the tensors are matched by the family's reversible table. A tensor that the table
-does not know and a parameter that nothing fills are errors, named together. A task model is made from another one's
-encoder only where that is asked for (`head=`), and what is then new or unused is said.
+config.json determines the family, and the family's reversible table matches the tensors. Tensors that are not in the
+table and parameters without a tensor are errors, and all of them are listed. A task model is made from another model's
+encoder only on request (`head=`); newly initialised parameters and unused tensors are then reported.
 """
 
 import dataclasses
@@ -69,16 +69,16 @@ class Loaded(NamedTuple):
     """A checkpoint in memory. `model.apply({"params": params}, ...)` runs it."""
 
     model: Any  # the family's flax.linen module
-    params: dict[str, Any]  # float32 NumPy arrays on the host: place them with `jax.device_put`, under any sharding
+    params: dict[str, Any]  # float32 NumPy arrays on the host; `jax.device_put` places them, with any sharding
     config: Any  # the family's config dataclass, also `model.config`
-    tokenizer: Any  # data.tokenizer's, or data.subwords' of a translator; None where the folder holds no such files
+    tokenizer: Any  # of data.tokenizers; None if the folder has no tokenizer files
 
 
 class Report(NamedTuple):
     """Differences between a checkpoint and the model made from it."""
 
     initialised: tuple[str, ...]  # stored names of parameters that the checkpoint lacks
-    unused: tuple[str, ...]  # the checkpoint's tensors that the model has no place for
+    unused: tuple[str, ...]  # stored names of tensors that the model does not use
 
 
 def load(
@@ -93,19 +93,20 @@ def load(
 
     Args:
         folder: a local folder with config.json and model.safetensors (or its shards and index).
-        head: None for the model that the checkpoint holds, entirely. Or the kind of model to make from its encoder
-            ("encoder", "pretraining", "masked_lm", "classification", "tokens", "crf", "span", "choice" for BERT; crf is
-            tokens with transitions between them): the parameters that the checkpoint lacks are newly initialised, and
-            those and its unused tensors are logged.
-        num_labels: classes of the head; where the checkpoint's head has another number it is newly initialised (with
-            `head`).
-        seed: of what is newly initialised.
-        changes: to fields of the config, as `dtype="bfloat16"`, `remat=True`, `dropout=0.0`.
+        head: None for exactly the model in the checkpoint. Otherwise, the head of the model to make from its encoder
+            ("encoder", "pretraining", "masked_lm", "classification", "tokens", "crf", "span" or "choice" for BERT; crf
+            is tokens with a CRF over them): parameters that the checkpoint lacks are newly initialised, and logged
+            together with its unused tensors.
+        num_labels: number of classes of the head; if the checkpoint's head has another number, it is newly initialised
+            (with `head`).
+        seed: random seed of newly initialised parameters.
+        changes: changes to fields of the config, such as `dtype="bfloat16"`, `remat=True` or `dropout=0.0`.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        CheckpointError: another family, or one without this head, a pickle, tensors that do not fit; ConfigError:
-            settings not implemented.
+        CheckpointError: the family is unknown or does not have this head, the checkpoint is a pickle, or tensors do not
+            fit.
+        ConfigError: settings are not implemented.
     """
     loaded, report = load_with_report(folder, head=head, num_labels=num_labels, seed=seed, **changes)
     if report.initialised:
@@ -166,17 +167,17 @@ def save(
 ) -> None:
     """Write a checkpoint folder that `load` and the reference implementation read.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed. An older checkpoint folder
-    of that name is replaced, by two renames: should the machine stop between them, the old folder is still there, under
-    a hidden name beside its place.
+    The folder appears complete or not at all: it is written under a temporary name and then renamed. An existing
+    checkpoint folder is replaced by two renames; if the machine stops between them, the old folder is still there, next
+    to `folder` under a hidden name.
 
     Args:
-        folder: where to.
+        folder: folder to write.
         model: the module; its config becomes config.json.
-        params: its parameters, unboxed; arrays of any device that this process can read.
-        tokenizer: what writes its own files by `save(folder)`, or a folder to copy tokenizer files from.
-        dtype: how floats are stored: float32, float16 or bfloat16.
-        shard_bytes: bound of one file; more than that is written as shards with an index.
+        params: its parameters, unboxed; arrays on any device that this process can read.
+        tokenizer: an object that writes its files by `save(folder)`, or a folder to copy tokenizer files from.
+        dtype: dtype to store: float32, float16 or bfloat16.
+        shard_bytes: maximum size of a file; larger checkpoints are written as shards with an index.
 
     Raises:
         CheckpointError: the parameters do not fit the model, or `folder` exists and is not a checkpoint folder.
@@ -220,7 +221,7 @@ def save(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint folder."""
+    """Return the parsed config.json of a checkpoint folder."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -230,7 +231,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of_folder(stored: Mapping[str, Any], folder: Path) -> Family:
-    """The family that a config.json names by `model_type` or, failing that, by `architectures`."""
+    """Return the family that a config.json names by `model_type` or, failing that, by `architectures`."""
     name = stored.get("model_type")
     if name is None:
         wanted = _architectures(stored)
@@ -251,10 +252,10 @@ def _architectures(stored: Mapping[str, Any]) -> list[str]:
 def _architecture_held(
     family: Family, stored: Mapping[str, Any], config: FamilyConfig, tensors: "Tensors", folder: Path
 ) -> Architecture:
-    """The architecture that has a place for every tensor and a tensor for every place; the one config.json names first.
+    """Return the architecture that matches the tensors exactly, trying the one that config.json names first.
 
-    Released folders do not always hold what they say: bert-base-uncased calls itself BertForMaskedLM and holds both
-    pretraining heads.
+    Released folders do not always contain what they say: bert-base-uncased calls itself BertForMaskedLM and contains
+    both pretraining heads.
     """
     named = _architectures(stored)
     known = [a.name for a in family.architectures]
@@ -285,7 +286,7 @@ def _fits(architecture: Architecture, config: FamilyConfig, tensors: "Tensors") 
 
 
 def _architecture_for(family: Family, head: str, config: FamilyConfig, tensors: "Tensors") -> Architecture:
-    """The architecture with this head; where there are several, the one that misses fewest tensors."""
+    """Return the architecture with this head; if there are several, the one with the fewest missing tensors."""
     candidates = [a for a in family.architectures if a.head == head]
     return min(candidates, key=lambda a: len(a.table(config).place(tensors.shapes).missing))
 
@@ -301,7 +302,7 @@ def _require_all(placed: Placed, folder: Path) -> None:
 def _take_encoder(
     family: Family, config: FamilyConfig, table: Table, placed: Placed, tensors: "Tensors", folder: Path
 ) -> tuple[Placed, Report]:
-    """Select what a model with another head can use of a checkpoint: its encoder. Unknown tensors are an error."""
+    """Select the encoder of a checkpoint, for a model with another head. Unknown tensors are an error."""
     tables = [a.table(config) for a in family.architectures]
     known = {name for t in tables for name in set(tensors.shapes) - set(t.place(tensors.shapes).unmapped)}
     core = {n for e in table.entries if family.is_encoder_parameter(e.path) for n in e.names}
@@ -323,7 +324,7 @@ def _take_encoder(
 
 
 def _initialise(model: nn.Module, table: Table, placed: Placed, seed: int) -> Params:
-    """The parameters that no tensor fills, drawn as in a new model (the compiler drops the drawing of the others)."""
+    """Initialise the missing parameters as in a new model (the compiler removes the initialisation of the others)."""
     missing = set(placed.missing)
     paths = {entry.path for entry in table.entries if not missing.isdisjoint(entry.names)}
 
@@ -346,7 +347,7 @@ def _initialise(model: nn.Module, table: Table, placed: Placed, seed: int) -> Pa
 
 
 class Tensors:
-    """The tensors of a checkpoint folder, in one file or several, read one by one. A context manager."""
+    """Tensors of a checkpoint folder, in one file or several, read one by one. A context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._stack = ExitStack()
@@ -366,7 +367,7 @@ class Tensors:
             raise CheckpointError(f"{folder / INDEX}: does not match its shards: missing {missing}, not listed {more}")
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as stored."""
+        """Return one tensor, as stored."""
         return self._files[name].get_tensor(name)
 
     def __enter__(self) -> "Tensors":
@@ -377,7 +378,7 @@ class Tensors:
 
 
 def _tensor_files(folder: Path) -> tuple[list[Path], set[str] | None]:
-    """The folder's safetensors files, and the names that their index lists, if there is one."""
+    """Return the folder's safetensors files, and the names in their index, if there is one."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
     index = folder / INDEX
@@ -414,7 +415,7 @@ def _is_float(tensor: np.ndarray) -> bool:
 
 
 def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-    """One file, or shards of at most `shard_bytes` (a larger tensor has one for itself) and their index."""
+    """Write one file, or shards of at most `shard_bytes` (a larger tensor gets its own shard) and their index."""
     written: list[tuple[Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
     size = total = 0
@@ -446,7 +447,7 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shar
 
 
 def _sync(path: Path) -> None:
-    """Hand a file, or a folder's list of names, to the disk: a rename must not be kept where the contents are lost."""
+    """Flush a file, or a folder's entries, to disk: a rename must not survive a crash that loses the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,16 +1,16 @@
-"""Holding models against the reference implementation's numbers, for `bestiary parity FOLDER...`.
+"""Compare models with the reference implementation's numbers, for `bestiary parity FOLDER...`.
 
-A fixture folder is a checkpoint with, beside it, `expected.safetensors` (`input.*`, `output.*`, and `loss` where the
-model defines one) and `grads.safetensors` (the loss's gradients, under the checkpoint's own names), written by the
+A fixture folder is a checkpoint with two more files, `expected.safetensors` (`input.*`, `output.*`, and `loss` if the
+model defines one) and `grads.safetensors` (gradients of the loss, under the checkpoint's own names), written by the
 reference implementation in float32 without dropout.
 
-Compared are the largest absolute error of each output and of the loss, and for each gradient tensor the norm of the
-difference over the norm of the reference's. Some gradients are zero in exact arithmetic (softmax ignores what a key
-bias adds to all scores alike), so that the reference holds rounding noise: a tensor whose norm is below `NOISE` of the
-largest tensor's is measured against the largest. Outputs are compared at padded positions too; there the reference lets
-padding attend to the tokens, which `layers.reference_segments` does for us.
+The errors are the largest absolute error of each output and of the loss, and for each gradient tensor the norm of the
+difference relative to the norm of the reference. Some gradients are zero in exact arithmetic (softmax ignores a key
+bias, which adds the same to all scores), so that the reference is rounding noise: a tensor whose norm is below `NOISE`
+of the largest tensor's is measured relative to the largest. Outputs are compared at padded positions too; there the
+reference lets padding attend to the tokens, which `layers.reference_segments` imitates.
 
-Last, the checkpoint is saved again: same names, same bytes.
+Finally, the checkpoint is saved again: the names and bytes must be the same.
 """
 
 import math
@@ -39,7 +39,7 @@ from .tables import CheckpointError, Params
 
 NOISE = 1e-5
 OUTPUT_TOLERANCE = 1e-5  # largest absolute error of any output, and of the loss
-GRADIENT_TOLERANCE = 1e-4  # largest error of any gradient tensor, as a share of the reference's norm
+GRADIENT_TOLERANCE = 1e-4  # largest error of any gradient tensor, relative to the reference's norm
 
 Inputs = dict[str, Array]
 Outputs = dict[str, Array]
@@ -176,11 +176,11 @@ def _difference(name: str, outputs: Outputs, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max())
 
 
-# What the reference's inputs, outputs and losses are called, head by head.
+# Names of the reference's inputs, outputs and losses, by head.
 
 
 def _call(model: Any, params: Params, inputs: Inputs, **arguments: Any) -> Any:
-    """Run an encoder, with a head or without, taking the inputs that all of them share out of `inputs`."""
+    """Run an encoder, with a head or without, removing the inputs that all of them share from `inputs`."""
     batch: dict[str, Any] = {name: inputs.pop(name, None) for name in ("input_ids", "position_ids", "token_type_ids")}
     batch["segment_ids"] = _segments(inputs)
     return model.apply({"params": params}, *encoder_inputs(model.config, batch), **arguments)
@@ -226,10 +226,10 @@ def attention_probabilities(
 
     Args:
         block: the layer, whose `attention` is a `layers.Attention`.
-        variables: its own.
-        hidden: [B, L, E], its input.
-        segments: as the layer takes them.
-        rows: [B] uint32.
+        variables: variables of the layer.
+        hidden: [B, L, E], input of the layer.
+        segments: segments, as for the layer.
+        rows: [B] uint32, row numbers.
         mask: [B, L], 1 for the tokens to attend to.
     """
     seen: Any = block.apply(
@@ -259,7 +259,7 @@ def _pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
 
 
 def _classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
-    """Masked words and tokens: cross-entropy of every position's logits."""
+    """Compute the outputs for masked words and tokens: logits and cross-entropy of every position."""
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
     return _finish(inputs, {"logits": logits}, None if labels is None else _mean(losses.class_losses(logits, labels)))
@@ -292,7 +292,7 @@ def _choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
 
 
 def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
-    """An encoder-decoder; without its own decoder input it reads the labels, moved by one (teacher forcing)."""
+    """Compute the outputs of an encoder-decoder; the default decoder input is the labels, shifted by one."""
     c = model.config
     labels = inputs.pop("labels", None)
     decoder_ids = inputs.pop("decoder_input_ids", None)

@@ -1,9 +1,9 @@
-"""Adapters in peft's files: adapter_config.json and adapter_model.safetensors, written and read.
+"""Save and load adapters in peft's files: adapter_config.json and adapter_model.safetensors.
 
-peft sees the modules of the reference implementation. Where one of them fuses several maps of this package (GPT-2's
-`c_attn` is query, key and value), their adapters are one there too: the A of each map under the others, and a B of
-blocks, that is, an adapter of as many times the rank, which the file's `rank_pattern` and `alpha_pattern` say. What is
-read is taken apart again, and a fused adapter of another tool gives each map its A and its part of B.
+peft adapts the modules of the reference implementation. If one of them fuses several maps of this package (GPT-2's
+`c_attn` is query, key and value), their adapters are saved as one: the A's are stacked and B is block-diagonal, so that
+the rank is multiplied by the number of maps, as `rank_pattern` and `alpha_pattern` in the file say. Loading splits it
+again; for a fused adapter of another tool, each map gets the whole A and its part of B.
 """
 
 import json
@@ -36,9 +36,9 @@ from .tables import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # before every name in peft's files
+PREFIX = "base_model.model."  # of every name in peft's files
 
-# The peft name of what a model is for; a model for something else has none.
+# peft's task type of each head; other heads have none.
 TASKS = {
     "classification": "SEQ_CLS",
     "tokens": "TOKEN_CLS",
@@ -46,8 +46,8 @@ TASKS = {
     "translation": "SEQ_2_SEQ_LM",
     "encoder": "FEATURE_EXTRACTION",
 }
-# What an adapter_config.json may say; a key that is absent is at its first value. Everything else that peft writes
-# there is of the training, of the base model's copy, or of how the adapter was first drawn.
+# Supported values in adapter_config.json; the first is the default for absent keys. Everything else that peft writes
+# there is about training, the copy of the base model, or the initialisation of the adapter.
 REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -60,14 +60,14 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base model as well
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base model as well
 }
 
 Fused = dict[str, list[Target]]  # name of a module of the reference implementation -> the maps that it holds
 
 
 def _modules(maps: Sequence[Target]) -> Fused:
-    """The maps by the modules that hold them, in the stored order; `{layer}` stands for the layer's number."""
+    """Group the maps by the modules that contain them, in stored order; `{layer}` stands for the layer's number."""
     modules: Fused = {}
     for target in maps:
         modules.setdefault(target.name, []).append(target)
@@ -77,17 +77,17 @@ def _modules(maps: Sequence[Target]) -> Fused:
 def save_lora(
     folder: str | os.PathLike[str], model: nn.Module, params: Params, config: LoraConfig, *, base: str | None = None
 ) -> None:
-    """Write a model's adapters alone, as peft does: adapter_config.json and adapter_model.safetensors.
+    """Save a model's adapters as peft does: adapter_config.json and adapter_model.safetensors.
 
-    What lies outside of the embeddings and layers, poolers and heads, goes with them whole, as peft's modules_to_save.
-    Layers of a stack whose adapter is zero are left out.
+    Poolers and heads are saved fully along with them, as peft's modules_to_save. Layers of a stack whose adapter is
+    zero are left out.
 
     Args:
-        folder: made if it is not there.
-        model: of a family of this package.
-        params: a tree with adapters, unboxed; arrays of any device that this process can read.
-        config: theirs.
-        base: folder or name of the model that they belong to, for whoever reads the file.
+        folder: folder to write; created if needed.
+        model: a model of this package.
+        params: a tree with adapters, unboxed; arrays on any device that this process can read.
+        config: settings of the adapters.
+        base: folder or name of the base model, for readers of the file.
 
     Raises:
         LoraError: there are no adapters in the tree.
@@ -96,7 +96,7 @@ def save_lora(
     table: Table = family.checkpoint_table(model)
     leaves = dict(flatten(params))
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}  # of each adapted module
+    ranks: dict[str, int] = {}  # rank of each adapted module
     untransposed = False
     for targets in _modules(linear_maps(model)).values():
         for row, name in enumerate(targets[0].names):
@@ -146,7 +146,7 @@ def _number(value: float) -> int | float:
 
 
 def _halves(leaves: Mapping[tuple[str, ...], Any], target: Target, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """One map's A [rank, inputs] and B [outputs, rank]; of rank 0 where it has no adapter, or one of zeros."""
+    """Return one map's A [rank, inputs] and B [outputs, rank]; of rank 0 if it has no adapter, or one of zeros."""
     inputs, outputs = math.prod(target.kernel.inputs), math.prod(target.kernel.outputs)
     if (*target.path, LORA_A) in leaves:
         a, b = (np.asarray(leaves[*target.path, name]) for name in (LORA_A, LORA_B))
@@ -157,7 +157,7 @@ def _halves(leaves: Mapping[tuple[str, ...], Any], target: Target, row: int) -> 
 
 
 def _fuse(halves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The A and B of a module that holds several maps, from those of each: B is one block a map."""
+    """Return A and B of a module that contains several maps, from those of each: B has one block per map."""
     b = np.zeros((sum(len(b) for _, b in halves), sum(len(a) for a, _ in halves)), np.float32)
     row = column = 0
     for _, part in halves:
@@ -167,7 +167,7 @@ def _fuse(halves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
 
 
 def _shortest(names: Sequence[str], table: Table) -> list[str]:
-    """target_modules that name just these maps: the ends of their names if those fit no other module, else them all."""
+    """Return target_modules for exactly these maps: the ends of their names if no other module matches, else all."""
     adapted = set(names)
     weights = [entry for entry in table.entries if entry.name.endswith(".weight")]
     ends = {
@@ -181,7 +181,7 @@ def _shortest(names: Sequence[str], table: Table) -> list[str]:
 
 
 def _outermost(entries: Sequence[Entry]) -> list[str]:
-    """The modules that hold these parameters, without those that lie in another of them."""
+    """Return the modules that contain these parameters, without those inside another of them."""
     modules = sorted({entry.name.rpartition(".")[0] for entry in entries})
     return [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
 
@@ -190,16 +190,16 @@ def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) 
     """Read adapters, and the poolers and heads saved with them, as peft writes them, into a model's parameters.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-        model: the model that they are for, of a family of this package.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
+        model: the model to adapt, of this package.
         params: its parameters, unboxed and without adapters.
 
     Returns:
-        (the tree with adapters, their configuration). A layer of a stack that the file has no adapter for gets zeros.
+        (the tree with adapters, their configuration). Layers of a stack without an adapter in the file get zeros.
 
     Raises:
         FileNotFoundError: a file is missing.
-        CheckpointError: settings that are not implemented, or tensors that are not this model's; all of them are named.
+        CheckpointError: settings are not implemented, or tensors do not fit this model; all of them are listed.
     """
     folder = Path(folder)
     stored = _read_config(folder)
@@ -217,7 +217,7 @@ def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) 
     placed = table.place([*pairs, *whole])
     problems = shortened([f"{name}: no parameter of this model" for name in placed.unmapped], "no parameter of it")
     problems += [f"{name}: a tied copy; only the original is implemented" for name in placed.repeated]
-    unlike: list[str] = []  # tensors of another shape, adapters of another scale
+    unlike: list[str] = []  # tensors with another shape, adapters with another scale
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for targets in _modules(linear_maps(model)).values():
         names = [placed.sources.get(f"{name}.weight", "") for name in targets[0].names]
@@ -249,7 +249,7 @@ def _read_adapter(
     stored: Mapping[str, Any],
     problems: list[str],
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """One module's A [rank, inputs] and B [outputs of all its maps, rank] from a file; None where it has none."""
+    """Return one module's A [rank, inputs] and B [outputs of all its maps, rank] from a file, or None."""
     if pair is None:
         return None
     module = name.removesuffix(".weight")
@@ -271,7 +271,7 @@ def _read_adapter(
 
 
 def _of_module(module: str, stored: Mapping[str, Any], key: str, pattern: str) -> Any:
-    """What peft takes for a module: the first entry of a pattern that fits its name's end, or the general value."""
+    """Return peft's value for a module: of the first pattern that matches the end of its name, or the general one."""
     for ending, value in (stored.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({ending})$", module):
             return value
@@ -281,10 +281,10 @@ def _of_module(module: str, stored: Mapping[str, Any], key: str, pattern: str) -
 def _take_apart(
     targets: Sequence[Target], layers: Sequence[tuple[np.ndarray, np.ndarray] | None]
 ) -> dict[tuple[str, ...], np.ndarray]:
-    """The adapters in the tree of a module's maps, from those of its layers, which are zero where there is none.
+    """Return the tree's adapters of a module's maps, from those of its layers; missing layers are zero.
 
-    Of a module that fuses maps, each keeps the part of the rank that does something to it, so that what was fused
-    comes apart as it was. Where nothing does anything yet, all of them keep everything.
+    Each map of a fused module keeps the part of the rank that affects it, which undoes the fusion on saving. As long as
+    B is zero, every map keeps everything.
     """
     found: dict[tuple[str, ...], np.ndarray] = {}
     fresh = not any(layer is not None and layer[1].any() for layer in layers)
@@ -313,7 +313,7 @@ def _take_apart(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The parsed adapter_config.json, whose settings are all implemented."""
+    """Return the parsed adapter_config.json, after checking that all settings are implemented."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}; an adapter's folder holds {CONFIG} and {WEIGHTS}")

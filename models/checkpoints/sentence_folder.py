@@ -1,4 +1,4 @@
-"""Read sentence-transformers folders: an encoder, and how its hidden states become the vector of a sentence.
+"""Read sentence-transformers folders: an encoder, and how to pool its hidden states into the vector of a sentence.
 
     modules.json                         modules to apply in order: Transformer, Pooling, Normalize
     config.json, model.safetensors, ...  the encoder: here, or in the folder of the Transformer module
@@ -81,7 +81,7 @@ def _poolings(path: Path, prompt: str) -> tuple[str, ...]:
         raise ConfigError(f"{path}: include_prompt: only true is implemented with a prompt, found false")
     mode = stored.get("pooling_mode")
     if mode is None:
-        stored = {"pooling_mode_mean_tokens": True} | stored  # what an absent key stands for
+        stored = {"pooling_mode_mean_tokens": True} | stored  # the default of an absent key
         asked = [key for key, value in stored.items() if key.startswith("pooling_mode_") and value]
     else:
         asked = [str(mode).lower()]

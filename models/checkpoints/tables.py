@@ -5,15 +5,15 @@ between the two layouts. `{layer}` in a stored name stands for the layer's numbe
 parameter's first axis. The same table reads, writes, and renames gradients, so that reading and then writing gives back
 the same bytes.
 
-What released checkpoints do, and how a table says it:
+How a table describes what released checkpoints contain:
 
 - a linear map stored as PyTorch's Linear [outputs, inputs], or as GPT-2's Conv1D [inputs, outputs]: `Transposed`,
   `Untransposed`, both of them a `Kernel`;
 - several maps fused into one tensor (query, key and value): entries that share a name (`fused_entries`);
-- a stack of some of the layers, or one of whose layers lacks the tensor: `Entry.layers`;
-- a tensor of one layer alone (T5's relative bias), or one set of tensors for all layers (ALBERT): a name without
+- a stack of only some of the layers, or with layers that lack the tensor: `Entry.layers`, `Entry.absent`;
+- a tensor of only one layer (T5's relative bias), or one set of tensors for all layers (ALBERT): a name without
   `{layer}`, `encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight`;
-- copies of tied tensors, constants, and buffers that mean nothing: `Table.tied`, `Table.buffers`, `Table.dropped`.
+- copies of tied tensors, constants, and unused buffers: `Table.tied`, `Table.buffers`, `Table.dropped`.
 """
 
 import math
@@ -31,14 +31,14 @@ Params = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be read as asked, with everything that is wrong with it."""
+    """Raised for a checkpoint folder that cannot be read as requested; the message lists every problem."""
 
 
 PROBLEMS_SHOWN = 20
 
 
 def shortened(problems: Sequence[str], kind: str = "") -> list[str]:
-    """The first twenty of some problems, and how many more there are, of which kind."""
+    """Return the first twenty problems, and the number of further ones of this kind."""
     more = len(problems) - PROBLEMS_SHOWN
     return [*problems[:PROBLEMS_SHOWN], *([f"and {more:,} more{kind and f': {kind}'}"] if more > 0 else [])]
 
@@ -73,7 +73,7 @@ class Reshaped:
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """A linear map's weight as a kernel [*inputs, *outputs], of `layers.Linear`; how it is stored, subclasses say."""
+    """A linear map's weight as a kernel [*inputs, *outputs] of `layers.Linear`; subclasses define the stored layout."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -89,7 +89,7 @@ class Kernel(ABC):
     @property
     @abstractmethod
     def output_axis(self) -> int:
-        """The stored tensor's axis of the outputs."""
+        """Axis of the outputs in the stored tensor."""
 
     @abstractmethod
     def load(self, stored: np.ndarray) -> np.ndarray: ...
@@ -137,7 +137,7 @@ class Untransposed(Kernel):
 
 
 def same(*shape: int) -> Reshaped:
-    """Stored as it is."""
+    """Return the transform of a parameter that is stored in its own shape."""
     return Reshaped(shape, shape)
 
 
@@ -145,20 +145,19 @@ Layers = int | Sequence[int] | None
 
 
 class Entry(NamedTuple):
-    """One parameter, and where a checkpoint holds it.
+    """One parameter, and its place in a checkpoint.
 
     Attributes:
-        name: the stored tensor's; `{layer}` in it stands for the number of the layer.
-        path: in the parameter tree.
-        transform: between the stored layout and the parameter's; of one layer where there is a stack, and of this
-            parameter's part where the tensor is fused.
-        layers: None for one tensor. N for a stack of the layers 0 to N - 1 along the parameter's first axis; or the
-            layers' numbers, one for each row of the stack: `range(0, 12, 3)` for every third of twelve.
-        fused: the axis of the stored tensor along which the entries that share this name are laid one after the other,
-            in the table's order; None where the tensor holds this parameter alone.
-        absent: layers of the stack that lack the tensor. Their rows are read as `fill`, and not written, whatever they
-            have become.
-        fill: what the rows of `absent` layers hold.
+        name: name of the stored tensor; `{layer}` stands for the number of the layer.
+        path: path in the parameter tree.
+        transform: between the stored layout and the parameter's; for a stack, of one layer; for a fused tensor, of this
+            parameter's part.
+        layers: None for one tensor. N for a stack of layers 0 to N - 1 along the parameter's first axis; or the numbers
+            of the layers, one per row of the stack: `range(0, 12, 3)` for every third of twelve.
+        fused: axis of the stored tensor along which the entries that share this name are concatenated, in the table's
+            order; None if the tensor contains only this parameter.
+        absent: layers of the stack that lack the tensor. Their rows are read as `fill` and never written.
+        fill: value of the rows of `absent` layers.
     """
 
     name: str
@@ -171,12 +170,12 @@ class Entry(NamedTuple):
 
     @property
     def numbers(self) -> Sequence[int] | None:
-        """The number of the layer in each row of the stack; None where there is no stack."""
+        """Layer number of each row of the stack; None without a stack."""
         return range(self.layers) if isinstance(self.layers, int) else self.layers
 
     @property
     def rows(self) -> dict[str, int | None]:
-        """Each stored name and its row of the stack, None where there is no stack."""
+        """Stored name -> row of the stack; None without a stack."""
         if self.numbers is None:
             return {self.name: None}
         return {
@@ -192,7 +191,7 @@ class Entry(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's."""
+        """Shape of the parameter."""
         return self.transform.shape if self.numbers is None else (len(self.numbers), *self.transform.shape)
 
 
@@ -206,7 +205,7 @@ def linear_entries(
     bias: bool = True,
     kernel: type[Kernel] = Transposed,
 ) -> list[Entry]:
-    """The weight and bias of one linear map, `layers.Linear` at `path`."""
+    """Return the entries of one linear map's weight and bias, `layers.Linear` at `path`."""
     return fused_entries(name, [path], inputs, outputs, layers, bias=bias, kernel=kernel)
 
 
@@ -220,15 +219,16 @@ def fused_entries(
     bias: bool = True,
     kernel: type[Kernel] = Transposed,
 ) -> list[Entry]:
-    """The weight and bias of linear maps of the same inputs, whose outputs are stored one map after the other.
+    """Return the entries of linear maps of the same inputs, whose outputs are stored concatenated.
 
     Args:
-        name: of the fused map.
-        paths: of each `layers.Linear` in the tree, in the stored order.
-        inputs, outputs: the axes of each map.
+        name: stored name of the fused map.
+        paths: path of each `layers.Linear` in the tree, in stored order.
+        inputs: sizes of the input axes of each map.
+        outputs: sizes of the output axes of each map.
         layers: as in `Entry`.
-        bias: whether the maps have one.
-        kernel: how the weight is stored.
+        bias: whether the maps have a bias.
+        kernel: stored layout of the weight.
     """
     weight = kernel(inputs, outputs)
     flat = Reshaped((math.prod(outputs),), outputs)
@@ -251,7 +251,7 @@ def norm_entries(
     bias: bool = True,
     absent: tuple[int, ...] = (),
 ) -> list[Entry]:
-    """The gain and bias of one `layers.LayerNorm` at `path`, or the gain of an `RMSNorm`; 1, 0 where `absent`."""
+    """Return the entries of a `layers.LayerNorm` or `RMSNorm` at `path`; `absent` layers get gain 1 and bias 0."""
     gain = Entry(f"{name}.weight", (*path, "scale"), same(width), layers, absent=absent, fill=1.0)
     return [gain, *([Entry(f"{name}.bias", (*path, "bias"), same(width), layers, absent=absent)] if bias else [])]
 
@@ -261,20 +261,20 @@ class Placed(NamedTuple):
 
     sources: dict[str, str]  # the table's name -> the checkpoint's name
     repeated: dict[str, str]  # the checkpoint's name of a tied copy or buffer -> the table's name for it
-    unmapped: list[str]  # the checkpoint's names that the table does not know
-    missing: list[str]  # the table's names that the checkpoint does not hold
+    unmapped: list[str]  # the checkpoint's names that are not in the table
+    missing: list[str]  # the table's names that are not in the checkpoint
 
 
 @dataclass(frozen=True)
 class Table:
-    """The entries of one model, and what else its checkpoints may hold.
+    """The entries of one model, and what else its checkpoints may contain.
 
     Attributes:
-        entries: one a parameter.
-        prefix: what a task model's checkpoint puts before the encoder's names; either form is read.
-        renamed: (old ending, new ending) of names that older checkpoints have otherwise.
-        tied: name -> the name whose tensor it repeats. Such a copy is read if it is equal, and written where it was.
-        buffers: name -> what it must hold. Constants of the implementation that once were stored.
+        entries: one per parameter.
+        prefix: prefix of the encoder's names in task models' checkpoints; names with and without it are read.
+        renamed: (old ending, new ending) of names that differ in older checkpoints.
+        tied: name -> name of the tensor that it repeats. Such a copy must be equal, and is written if it was read.
+        buffers: name -> required value, for constants of the implementation that used to be stored.
         dropped: names of tensors that are neither read nor written, such as causal masks.
     """
 
@@ -286,7 +286,7 @@ class Table:
     dropped: Collection[str] = ()
 
     def place(self, stored_names: Iterable[str]) -> Placed:
-        """Match a checkpoint's names against the table's, under any of the accepted forms."""
+        """Match a checkpoint's names, in any of the accepted forms, with the table's."""
         known = {*self._parts, *self.tied, *self.buffers, *self.dropped}
         sources: dict[str, str] = {}
         repeated: dict[str, str] = {}
@@ -300,7 +300,7 @@ class Table:
             elif name not in self.dropped:
                 repeated[stored] = name
         for stored, name in list(repeated.items()):
-            # Of two tied tensors a checkpoint may hold the copy alone.
+            # Of two tied tensors, a checkpoint may contain only the copy.
             if name in self.tied and self.tied[name] not in sources:
                 sources[self.tied[name]] = stored
                 del repeated[stored]
@@ -308,12 +308,12 @@ class Table:
 
     @property
     def names(self) -> list[str]:
-        """All stored names, in the entries' order."""
+        """All stored names, in the order of the entries."""
         return list(self._parts)
 
     @cached_property
     def _parts(self) -> Mapping[str, Sequence["_Part"]]:
-        """Stored name -> the parts of parameters that its tensor holds, in their order along it."""
+        """Stored name -> the parts of parameters in its tensor, in order."""
         parts: dict[str, list[_Part]] = {}
         for entry in self.entries:
             for name, row in entry.rows.items():
@@ -333,17 +333,17 @@ class Table:
     def load(
         self, placed: Placed, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], where: str
     ) -> dict[str, Any]:
-        """The parameter tree of a checkpoint, float32 NumPy arrays; entries that `placed` calls missing are left out.
+        """Read the parameter tree of a checkpoint, float32 NumPy arrays, without entries that are missing in `placed`.
 
         Args:
-            placed: where the names go.
-            shapes: the stored tensors' shapes, by the checkpoint's names.
-            read: gives a stored tensor by the checkpoint's name.
+            placed: assignment of the names, by `place`.
+            shapes: shapes of the stored tensors, by the checkpoint's names.
+            read: returns a stored tensor by the checkpoint's name.
             where: the folder, for messages.
 
         Raises:
-            CheckpointError: a stored tensor has another shape than the parameter, or a tied copy or a buffer is not
-                what it should be; all of them are named.
+            CheckpointError: a stored tensor has another shape than the parameter, or a tied copy or a buffer has
+                another value than required; all of them are listed.
         """
         problems = []
         missing = set(placed.missing)
@@ -371,7 +371,7 @@ class Table:
         return unflatten_dict(params)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape in which a tensor of this name is stored."""
+        """Return the shape in which the tensor of this name is stored."""
         parts = self._parts[name]
         axis = parts[0].entry.fused
         shape = list(parts[0].entry.transform.stored_shape)
@@ -390,10 +390,14 @@ class Table:
         return None
 
     def save(self, params: Params, repeated: Sequence[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
-        """A parameter tree's tensors by their stored names; `repeated` names tied copies and buffers to write too.
+        """Yield a parameter tree's tensors with their stored names.
+
+        Args:
+            params: the parameter tree.
+            repeated: names of tied copies and buffers to write too.
 
         Raises:
-            CheckpointError: a parameter that the table does not name, or one missing, or of another shape.
+            CheckpointError: a parameter is not in the table, is missing, or has another shape.
         """
         leaves = dict(flatten(params))
         known = {entry.path for entry in self.entries}
@@ -419,13 +423,13 @@ class Table:
 
 
 class _Part(NamedTuple):
-    """What one stored tensor, or a part of it, is of a parameter: all of it, or a row of the stack."""
+    """The part of a parameter that one stored tensor, or a part of it, contains: all of it, or a row of the stack."""
 
     entry: Entry
     row: int | None
 
     def slot(self, arrays: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
-        """The part, as a view, of the parameter among these."""
+        """Return the part as a view of the parameter in `arrays`."""
         array = arrays[self.entry.path]
         return array if self.row is None else array[self.row, ...]
 
@@ -439,10 +443,10 @@ def _split(parts: Sequence[_Part], tensor: np.ndarray) -> Sequence[np.ndarray]:
 
 
 def flatten(tree: Params) -> Iterable[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of nested dictionaries."""
+    """Return the (path, leaf) pairs of nested dictionaries."""
     return flatten_dict(tree).items()
 
 
 def merge(first: Params, second: Params) -> dict[str, Any]:
-    """A tree with the leaves of both; `first` wins."""
+    """Return a tree with the leaves of both; `first` takes precedence."""
     return unflatten_dict({**flatten_dict(second), **flatten_dict(first)})

@@ -1,8 +1,8 @@
-"""A run of a training command: everything around its loop, once for all jobs.
+"""A run of a training command: everything around its loop, shared by all jobs.
 
     with start_run(config, FREE) as run:
         ...                                     data, model, optimiser
-        fitted = run.fit(Training(...))         from wherever the run stands to its last step
+        fitted = run.fit(Training(...))         from the current step to the last
         if fitted.stopped is None:
             run.finish(model, params, tokenizer, results)
         return fitted.exit_status
@@ -34,7 +34,7 @@ from .sharding import Parallelism, start_parallelism
 
 
 class RunConfig(Protocol):
-    """The settings that every run has."""
+    """Settings that every run has."""
 
     @property
     def out(self) -> Path: ...
@@ -61,32 +61,32 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and shows what is the same in all of them."""
+        """Whether this is the process that writes files and messages for all processes."""
         return jax.process_index() == 0
 
     @property
     def intervals(self) -> LoopConfig:
-        """How often the loop logs, evaluates and saves."""
+        """Intervals of logging, evaluating and saving."""
         return self.config.loop
 
     @property
     def devices(self) -> str:
-        """The devices, in words."""
+        """Description of the devices."""
         asked = self.config.parallelism
         return f"{devices_in_words()} (--parallel {asked.parallel} --mesh {asked.mesh})"
 
     def fit(self, training: Training) -> Fitted:
-        """Train from wherever the run stands to the last step. When it was stopped, this has been said.
+        """Train from the current step to the last, and report if the run is stopped.
 
         Raises:
-            RunError: a checkpoint to resume from that does not fit; a step's metrics are not finite.
+            RunError: the checkpoint to resume from does not fit, or a step's metrics are not finite.
             OSError: the checkpoints do not fit on the disk.
         """
         learner = training.learner
         abstract = self.parallelism.abstract(learner.make, learner.specs)
         if self.main:
             check_space(self.folder.folder, (self.intervals.keep + 1) * count_bytes(abstract))
-        # A checkpoint that cannot be resumed from is refused before anything is written.
+        # A checkpoint that does not fit is refused before anything is written.
         new = not self.folder.checkpoints.exists()
         named = self._named_checkpoint(training.steps, abstract) if new else None
         self.folder.begin()
@@ -107,7 +107,7 @@ class Run:
         return fitted
 
     def _named_checkpoint(self, steps: int, abstract: Any) -> Restored | None:
-        """The checkpoint of --resume-from, if one is named."""
+        """Return the checkpoint of --resume-from, if given."""
         named = self.config.resume_from
         if named is None:
             return None
@@ -128,15 +128,15 @@ class Run:
         return state
 
     def keep_best(self, _: int, state: TrainState) -> None:
-        """Keep the parameters of the best evaluation so far, for `best_params`."""
+        """Save the parameters of the best evaluation so far, for `best_params`."""
         params = on_host(ema_or_params(state))
         if self.main:
             write_params(self._best, params)
-        if jax.process_count() > 1:  # all of them read it at the end
+        if jax.process_count() > 1:  # all processes read it at the end
             multihost_utils.sync_global_devices("best_kept")
 
     def best_params(self) -> Any:
-        """The parameters that `keep_best` kept last, on the host."""
+        """Return the parameters last saved by `keep_best`, on the host."""
         return read_params(self._best)
 
     @property
@@ -144,12 +144,12 @@ class Run:
         return self.folder.folder / "best.safetensors"
 
     def results(self, task: str, fitted: Fitted, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of results.json.
+        """Return the content of results.json.
 
         Args:
-            task: what was learnt.
-            fitted: how the training ended.
-            figures: the job's own.
+            task: name of the task.
+            fitted: outcome of the training.
+            figures: results of the job itself.
         """
         return {
             "task": task,
@@ -164,14 +164,14 @@ class Run:
     def finish(
         self, model: Any, params: Any, tokenizer: Any, results: Mapping[str, Any], lines: Iterable[str] = ()
     ) -> None:
-        """Export the model as a checkpoint folder, write curves.png and results.json, and say so. Process 0 does it.
+        """Export the model as a checkpoint folder, write curves.png and results.json, and report that, in process 0.
 
         Args:
-            model: of a family that has a checkpoint format.
+            model: a model with a checkpoint format.
             params: its parameters on the host.
-            tokenizer: saved beside them.
-            results: the content of results.json.
-            lines: to show; they may take their time, all else is written before.
+            tokenizer: saved along with them.
+            results: content of results.json.
+            lines: lines to show; they may be slow to compute, since everything else is written before.
         """
         if not self.main:
             return
@@ -192,19 +192,19 @@ def start_run(
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Run]:
-    """Start a run, or start it again: join the other processes, and check the run folder. Nothing is written yet.
+    """Start or resume a run: join the other processes, and check the run folder. Nothing is written yet.
 
     Args:
-        config: the run's settings.
-        free: names of the settings that may differ when it is started again, `loop.keep` for nested ones.
-        command: the command's whole configuration, where `config` is only a part of it.
-        upgrade: from the settings of an earlier version's config.json to this one's.
-        stop: what ends the run early; None: signals do.
+        config: settings of the run.
+        free: names of settings that may change when the run is resumed, such as `loop.keep` for nested ones.
+        command: whole configuration of the command, if `config` is only a part of it.
+        upgrade: converts the settings in config.json of earlier versions.
+        stop: ends the run early; None for signals.
 
     Raises:
         RunError: the devices or the run folder do not fit.
     """
-    with stop or Stop() as stop:  # before JAX's own handler of SIGTERM, which several processes agree by
+    with stop or Stop() as stop:  # before JAX's own handler of SIGTERM, by which several processes coordinate
         parallelism = start_parallelism(config.parallelism)
         folder = RunFolder(config.out, config if command is None else command, frozenset(free), upgrade)
         with closing(folder):
@@ -212,5 +212,5 @@ def start_run(
 
 
 def devices_in_words() -> str:
-    """`8 x NVIDIA H100`."""
+    """Describe the devices, such as `8 x NVIDIA H100`."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -90,7 +90,7 @@ class FinetuneConfig:
     evaluate_epochs: float = 1.0
     """Epochs between evaluations, if --evaluate-every is 0."""
     patience: int = 0
-    """Early stopping: end after this many evaluations in turn that are no better than the best; 0: never."""
+    """Early stopping: stop after this many consecutive evaluations that are no better than the best; 0: never."""
     select: Literal["last", "best"] | None = None
     """Which checkpoint to export: the last, or that of the best evaluation. None: best with --patience, else last."""
 
@@ -114,12 +114,12 @@ class FinetuneConfig:
         check_setting(self, "evaluate_epochs", above=0)
 
 
-# Settings that change neither the numbers of a run nor what it exports: they may differ when it is started again.
+# Settings that change neither the numbers of a run nor what it exports: they may change when it is resumed.
 FREE = tuple(f"run.{name}" for name in EVERY_FREE)
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-    """A run folder's settings as this version would have written them."""
+    """Convert a run folder's settings to this version's."""
     renamed = {"take": "select", "spread": "parallelism"}
     run = {renamed.get(name, name): value for name, value in stored.get("run", {}).items()}
     return {**stored, "run": run}

@@ -29,8 +29,8 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> int:
-    """`bestiary evaluate`; returns the exit status."""
-    # Imported here, since they need JAX, for which --help need not wait.
+    """Run `bestiary evaluate`; return the exit status."""
+    # Imported here, since they import JAX, which would delay --help.
     from ..run_folder import write_json
     from .prediction import open_run, read_examples
 

@@ -1,9 +1,9 @@
-"""Fine-tune a pretrained encoder on any task: the loop, from examples to a checkpoint folder and official metrics.
+"""The fine-tuning loop of all tasks, from examples to a checkpoint folder and official metrics.
 
-Examples share packed rows, and a step always takes the same number of them (data/examples.py); its loss is the mean
-over their predictions, so rows, devices and accumulation change nothing but the speed. What a task is, train/task.py.
-What a run is beside its loop, a `Run` (train/run.py); it starts from the weights of --model, whose head is newly
-initialised where it is not the task's.
+Examples share packed rows, and a step always takes the same number of them (data/batches.py); its loss is the mean over
+their predictions, so that rows, devices and accumulation affect only the speed. The interface of a task is in
+tasks/task.py; a `Run` (train/run.py) is everything around the loop. Training starts from the weights of --model, with a
+newly initialised head unless the checkpoint has the task's head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +55,7 @@ def train_step(
     accumulate: int,
     unit_size: int,
 ) -> tuple[TrainState, Sums]:
-    """One update: the mean loss over the batch's predictions."""
+    """Do one update: minimise the mean loss over the batch's predictions."""
     batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
     dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     one = jnp.float32(1)
@@ -90,7 +90,7 @@ class EncodedData:
 def encode_data(
     config: FinetuneConfig, task: Task, data: TaskData, tokenizer: Tokenizer, progress: Progress
 ) -> EncodedData:
-    """Encode all splits, and say what they came to."""
+    """Encode all splits, and report their sizes."""
     train = data.train
     if config.train_examples and config.train_examples < len(train):
         train = hold_out(train, config.train_examples / len(train), config.seed)[1]
@@ -120,9 +120,9 @@ def encode_data(
 
 
 class Evaluation:
-    """The metrics of the first evaluation split, and its mean loss.
+    """Evaluation: metrics and mean loss of the first evaluation split.
 
-    `latest` is the last state that was evaluated, and what it predicted: the end of a run need not predict it again.
+    `latest` is the last evaluated state and its predictions, so that the end of a run need not predict again.
     """
 
     def __init__(self, task: Task, predictor: Predictor, examples: Sequence[Any], features: Features):
@@ -139,11 +139,11 @@ class Evaluation:
 
 
 def finetune(config: Any, run_config: FinetuneConfig, task: Task, read: Callable[[], TaskData]) -> int:
-    """Fine-tune; returns the exit status.
+    """Fine-tune; return the exit status.
 
     Args:
-        config: the command's whole configuration, with `run_config` as its field `run`.
-        run_config: what the tasks share.
+        config: whole configuration of the command, with `run_config` as its field `run`.
+        run_config: settings shared by all tasks.
         task: the task.
         read: reads the examples.
     """
@@ -244,7 +244,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
 def describe(
     run: Run, config: FinetuneConfig, loaded: Loaded, shapes: Shapes, features: Features, learner: Learner
 ) -> None:
-    """Say what is about to be done."""
+    """Describe the run."""
     params = learner.shapes().params
     training = [
         leaf for leaf, here in zip(jax.tree.leaves(params), jax.tree.leaves(learner.trains), strict=True) if here
@@ -270,7 +270,7 @@ def figures(
     parameters: int,
     features: Features,
 ) -> dict[str, Any]:
-    """What results.json says of fine-tuning alone."""
+    """Return the part of results.json that is specific to fine-tuning."""
     return {
         "model": str(config.model),
         "metrics": metrics,

@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: a checkpoint with the task's head, and the learning rates of its parts."""
+"""The model to fine-tune: a checkpoint with the task's head, and the learning rates of its parts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,10 +24,11 @@ from .tasks.task import Task
 
 
 def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded:
-    """The checkpoint with the task's head.
+    """Load the checkpoint with the task's head.
 
     Raises:
-        CheckpointError: another family, or tensors that do not fit. RunError: no tokenizer in the folder.
+        CheckpointError: the family is unsuitable, or tensors do not fit.
+        RunError: the folder has no tokenizer.
     """
     changes = task.model_changes()
     run = dict(
@@ -56,11 +57,11 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     return loaded
 
 
-WRITTEN_OUT = 8  # layers, up to which a compiler sees all of them
+WRITTEN_OUT = 8  # maximum number of layers to unroll by default
 
 
 def new_head(model: Any, seed: int) -> dict[str, Any]:
-    """Everything but a model's encoder, newly initialised."""
+    """Initialise everything but a model's encoder."""
 
     def draw(key: jax.Array) -> dict[str, Any]:
         params = nn.unbox(init_params(model, key))
@@ -72,18 +73,19 @@ def new_head(model: Any, seed: int) -> dict[str, Any]:
 def make_optimiser(
     config: FinetuneConfig, task: Task, loaded: Loaded, steps: int, chosen: Callable[[Names], bool] | None = None
 ) -> Learner:
-    """The optimiser, with the layers' and the task's learning rates; nothing is computed yet.
+    """Return the learner, with the learning rates of the layers and the task; nothing is computed yet.
 
     Args:
-        config, task: of the run.
+        config: settings of the run.
+        task: task of the run.
         loaded: the model.
-        steps: of the run.
-        chosen: names along the way to a parameter -> whether it may train; None: all may.
+        steps: number of steps of the run.
+        chosen: path of a parameter -> whether it may be trained; None: all may.
     """
     boxed = boxed_shapes(loaded.model)
     trains, scales = layer_rates(config, parameter_depths(loaded.model))
     return make_learner(
-        # The weights come from the checkpoint: drawing others first would only take time to compile.
+        # The weights come from the checkpoint: initialising others first would only take time to compile.
         lambda _: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed),
         optim=config.optim,
         rate=schedule(config.optim, [(steps, None)]),
@@ -109,21 +111,21 @@ def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[N
 
 
 def boxed_shapes(model: Any) -> Any:
-    """Shapes of a model's parameters in their boxes of logical axis names."""
+    """Return the shapes of a model's parameters, boxed with their logical axis names."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 class Depths(NamedTuple):
-    """How far up a model each parameter stands."""
+    """Depths of a model's parameters."""
 
     of: Mapping[Names, np.ndarray]
-    """names on the way to a parameter -> its depth: 0 below the layers, i in layer i (from 1), `layers` + 1 above them;
-    of layers that are stacked in one array, one for each, shaped [n, 1, 1, ...] to go with it"""
+    """path of a parameter -> its depth: 0 below the layers, i in layer i (from 1), `layers` + 1 above them; for layers
+    stacked in one array, one depth per layer, shaped [n, 1, 1, ...] to broadcast with it"""
     layers: int
 
 
 def parameter_depths(model: Any) -> Depths:
-    """The depths of a model's parameters, adapters included."""
+    """Return the depths of a model's parameters, including adapters."""
     plain = model.plain if isinstance(model, AdaptedModel) else model
     modules = family_of_model(plain)[0].depths(plain)
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed_shapes(model)))
@@ -138,11 +140,11 @@ def layer_rates(
 ) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
     """Determine which parameters are trained, and the factors of their learning rates.
 
-    A parameter at depth d of N layers has --layer-decay to the power N + 1 - d. Layers that are stacked in one array
-    and of which only some are frozen stay in the optimiser, with a rate of zero.
+    The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d. If only some layers of a
+    stacked array are frozen, they stay in the optimiser, with a rate of zero.
 
     Raises:
-        RunError: more layers are to be frozen than there are.
+        RunError: the model has fewer layers than are to be frozen.
     """
     frozen = config.freeze_layers
     if not frozen and config.layer_decay == 1.0:
@@ -162,7 +164,7 @@ def layer_rates(
 
 
 def without_frozen_gradients(params: Any, depths: Depths, frozen: int) -> Any:
-    """The same parameters, of whose lowest `frozen` layers no gradient is taken: none enters the gradient's norm."""
+    """Stop gradients to the lowest `frozen` layers, so that they do not contribute to the gradient norm."""
     if not frozen:
         return params
 

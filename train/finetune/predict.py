@@ -51,8 +51,8 @@ class PredictConfig:
 
 
 def main(config: PredictConfig) -> int:
-    """`bestiary predict`; returns the exit status."""
-    from .prediction import open_run, read_examples  # here, since they need JAX, for which --help need not wait
+    """Run `bestiary predict`; return the exit status."""
+    from .prediction import open_run, read_examples  # here, since it imports JAX, which would delay --help
 
     run = open_run(config.run, config.parallelism)
     if config.input is None:

@@ -22,28 +22,28 @@ from ..sharding import Parallelism, Replicas, logical_specs, start_parallelism
 from .tasks.registry import make_task
 from .tasks.task import Kept, Task, gather_kept
 
-LONGEST_ROW = 512  # tokens of a packed row: longer ones cost more attention and save no padding
+LONGEST_ROW = 512  # maximum length of a packed row: longer ones cost more attention and save no padding
 
 
 class Predicted(NamedTuple):
     """Predictions for all features."""
 
-    kept: Kept  # on the host, in the features' order
-    means: dict[str, float]  # of the task's losses; they mean nothing where there are no labels
+    kept: Kept  # on the host, in the order of the features
+    means: dict[str, float]  # of the task's losses; meaningless without labels
 
 
 def row_limit(config: Any) -> int:
-    """Tokens of the longest row that a model takes."""
+    """Return the maximum length of a row for a model, in tokens."""
     return min(config.max_length or LONGEST_ROW, LONGEST_ROW)
 
 
 class Predictor:
-    """Runs a model over features, in rows of few shapes: what was compiled serves every later call.
+    """Run a model on features, in rows of few shapes, so that later calls reuse the compiled programs.
 
     Args:
-        task: what is kept.
+        task: the task, which selects the outputs to collect.
         model: the model.
-        pad_id: the token that fills up.
+        pad_id: id of the padding token.
         parallelism: the devices.
     """
 
@@ -58,12 +58,12 @@ class Predictor:
         self._step = parallelism.compile_evaluate(step)
 
     def __call__(self, params: Any, features: Features, stop: Stop | None = None) -> Predicted | None:
-        """Predict; None if it was stopped half-way.
+        """Predict features; return None if stopped before the end.
 
         Args:
-            params: on the devices.
-            features: at least one.
-            stop: asked after every batch.
+            params: parameters on the devices.
+            features: at least one feature.
+            stop: checked after every batch.
         """
         meter, parts = Meter(), []
         divisor = self._parallelism.divisor
@@ -96,7 +96,7 @@ class FinetunedRun(NamedTuple):
 
 
 def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedRun:
-    """The model and the task of a run folder; `changes` are those of `models.load`.
+    """Open the model and the task of a run folder; `changes` are those of `models.load`.
 
     Raises:
         RunError: the folder is not that of a finished fine-tuning run.
@@ -116,12 +116,12 @@ def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedR
 
 
 def place(like: Any, host: np.ndarray) -> jax.Array:
-    """An array of the host, on the devices as `like` is."""
+    """Put an array of the host on the devices, sharded like `like`."""
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(host)[index])
 
 
 def read_examples(task: Task, path: Path, split: str, *, labelled: bool) -> list[Any]:
-    """`task.read`, with an error for a file that holds nothing."""
+    """Read examples by `task.read`; raise an error if there are none."""
     examples = task.read(path, split, labelled=labelled)
     if not examples:
         raise DataError(f"{path}: no examples in it.")

@@ -1,1 +1,1 @@
-"""Pretraining: one loop, one file an objective."""
+"""Pretraining: one loop, and one file per objective."""

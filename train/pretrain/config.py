@@ -1,4 +1,4 @@
-"""The settings of `bestiary pretrain`."""
+"""Settings of `bestiary pretrain`."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ RowKind = Literal["sentences", "full-sentences", "doc-sentences"]
 class PretrainConfig:
     """Pretrain a model on text, by an objective that needs no labels.
 
-    With no arguments: a small BERT on Python's own documentation, about three minutes on two CPU cores.
+    Without arguments: a small BERT on Python's own documentation, about three minutes on two CPU cores.
     """
 
     corpus: tuple[str, ...] = ()
@@ -34,11 +34,11 @@ class PretrainConfig:
     text_field: str = "text"
     """Field of JSON lines, or feature of a tensorflow-datasets folder, that holds the text."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer, or a vocab.txt. None: one of the kind that the model has is trained on the corpus."""
+    """Folder of a tokenizer, or a vocab.txt. None: train one on the corpus, of the model family's kind."""
     vocab_size: int = 4096
-    """Vocabulary size of a tokenizer that is trained here."""
+    """Vocabulary size of a newly trained tokenizer."""
     lowercase: bool = True
-    """Whether a WordPiece tokenizer that is trained here lower-cases the text and strips accents."""
+    """Lower-case the text and strip accents, in a newly trained WordPiece tokenizer."""
     language: str = "en"
     """Language of the corpus (ISO 639-1), for splitting it into sentences."""
     blank_line: Literal["paragraph", "document"] = "paragraph"
@@ -47,13 +47,13 @@ class PretrainConfig:
     cache: Path | None = None
     """Folder to cache tokenised corpora in, which later runs reuse. None: bestiary/ in the user's cache folder."""
     workers: int = 0
-    """Processes that tokenise; 0: one per core."""
+    """Number of tokenising processes; 0: one per core."""
 
     model: str = "bert-tiny"
     """Size, one of `bestiary models`: bert-tiny, bert-mini, bert-base, ... The vocabulary is the tokenizer's."""
     objective: str | None = None
-    """What is learnt: mlm (masked words) or mlm+nsp (and whether sentence B follows A). None: the model family's own,
-    mlm+nsp for BERT and mlm for others."""
+    """Pretraining objective: mlm (masked words) or mlm+nsp (also whether sentence B follows A). None: that of the model
+    family, mlm+nsp for BERT and mlm for others."""
     rows: RowKind | None = None
     """Rows of --objective mlm: sentences (each example is sentences of one document, up to the row's length; several
     short ones share a row), full-sentences (RoBERTa's: rows are filled across documents, and masks cover <s> and </s>
@@ -123,10 +123,10 @@ class PretrainConfig:
 
     @cached_property
     def plan(self) -> tuple["Phase", ...]:
-        """The phases of the run; one without --phases has one.
+        """Return the phases of the run; without --phases, a single one.
 
         Raises:
-            RunError: a phase that cannot be read, or whose length does not divide --batch-tokens.
+            RunError: a phase is invalid, or its length does not divide --batch-tokens.
         """
         found = [_parse_phase(text) for text in self.phases]
         found = found or [(self.sequence_length or 128, 1200 if self.steps is None else self.steps, None)]
@@ -137,7 +137,7 @@ class PretrainConfig:
 
 
 class Phase(NamedTuple):
-    """A stretch of a run with one sequence length."""
+    """A part of a run with one sequence length."""
 
     length: int
     rows: int  # per batch
@@ -155,15 +155,15 @@ def _parse_phase(text: str) -> tuple[int, int, float | None]:
         raise RunError(f"--phases {text}: expected LENGTH:STEPS or LENGTH:STEPS:LEARNING_RATE.") from None
 
 
-# Settings that change neither the numbers of a run nor what it exports: they may differ when it is started again.
+# Settings that change neither the numbers of a run nor what it exports: they may change when it is resumed.
 FREE = (*EVERY_FREE, "cache", "workers")
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-    """A run folder's settings as this version would have written them.
+    """Convert a run folder's settings to this version's.
 
     Raises:
-        RunError: the run learnt what this version cannot go on with.
+        RunError: this version cannot continue the run.
     """
     if "next_sentence" not in stored:
         return stored

@@ -35,11 +35,11 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     train: DocumentStore
-    validation: DocumentStore  # the same cache where a fraction of the documents is held out
+    validation: DocumentStore  # the training store itself if a fraction of its documents is held out
 
 
 def prepare_data(config: PretrainConfig, progress: Progress) -> Data:
-    """Tokenizer and cache, made where they are missing: by process 0 first, then opened by the others."""
+    """Open the tokenizer and the cache; process 0 builds them if they are missing, before the others open them."""
     root = config.cache or user_cache_folder()
     options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
 
@@ -65,10 +65,10 @@ def prepare_data(config: PretrainConfig, progress: Progress) -> Data:
 
 
 def trained_tokenizer(config: PretrainConfig, corpus: Corpus, root: Path, show: Any) -> Path:
-    """The folder of a tokenizer of this corpus, of the kind that the model's family has; trained if it is not there.
+    """Return the folder of a tokenizer of this corpus, of the model family's kind, after training it if it is missing.
 
     Raises:
-        RunError: the family's kind is none that is trained here.
+        RunError: tokenizers of this kind cannot be trained here.
     """
     kind, fingerprint = asked_family(config).tokenizer, corpus_fingerprint(corpus)
     if kind == "WordPiece":
@@ -88,7 +88,7 @@ def trained_tokenizer(config: PretrainConfig, corpus: Corpus, root: Path, show: 
 def make_rows(
     config: PretrainConfig, data: Data, objective: Objective, length: int, split: Split = "train"
 ) -> RowSource:
-    """Rows of one sequence length: those that are trained on, or those that are held out, alike for every seed."""
+    """Return rows of one sequence length: training rows, or held-out rows, which are the same for every seed."""
     training = split == "train"
     return objective.rows(
         data.train if training else data.validation,
@@ -101,13 +101,13 @@ def make_rows(
 
 
 class PhasedBatches:
-    """The training batches of all phases, one after the other. The state is JSON: which phase, and where in it.
+    """Training batches of all phases, one after the other. The state is JSON: the phase, and the position in it.
 
     Args:
-        config: with the phases.
+        config: settings with the phases.
         data: the text.
-        objective: what its rows are.
-        share: rows of a batch -> (index, count), as `Parallelism.share`.
+        objective: the objective, which defines the rows.
+        share: rows of a batch -> (index, count), see `Parallelism.share`.
     """
 
     def __init__(

@@ -4,7 +4,7 @@
     bestiary pretrain --corpus books/ --tokenizer DIR --model bert-mini --sequence-length 512 --batch-tokens 65536 \\
         --steps 20000 --mesh data=8 --out runs/mini
 
-What is learnt is an `Objective` (objective.py); what a run is beside its loop, a `Run` (train/run.py).
+An `Objective` (objective.py) defines the task; a `Run` (train/run.py) is everything around the loop.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def train_step(
     learner: Learner,
     accumulate: int,
 ) -> tuple[TrainState, Sums]:
-    """One update: the sum of the objective's mean losses over the whole batch."""
+    """Do one update: minimise the sum of the objective's mean losses over the whole batch."""
     corrupt_key, dropout_key = jax.random.split(jax.random.wrap_key_data(state.key))
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
@@ -65,19 +65,19 @@ def train_step(
 def evaluation_step(
     params: Any, batch: Batch, replicas: Replicas, *, objective: Objective, model: Any, key: jax.Array
 ) -> Sums:
-    """Sums over held-out rows, corrupted in the same way every time."""
+    """Compute sums over held-out rows, corrupted in the same way every time."""
     batch = corrupt(objective, key, batch, replicas)
     return prediction_metrics(replicas.sum(objective.losses(model, params, batch, deterministic=True)))
 
 
 def corrupt(objective: Objective, key: jax.Array, batch: Batch, replicas: Replicas) -> Batch:
-    """The corrupted batch, with the rows' numbers."""
+    """Return the corrupted batch, with row numbers."""
     rows = replicas.rows(batch["segment_ids"].shape[0])
     return {**objective.corrupt(key, batch), "rows": rows}
 
 
 def prediction_metrics(sums: dict[str, PredictionSums]) -> Sums:
-    """Loss and accuracy of each of an objective's losses."""
+    """Return loss and accuracy of each of an objective's losses."""
     metrics: Sums = {}
     for name, found in sums.items():
         metrics[f"{name}_loss"] = (found.loss, found.weight)
@@ -89,7 +89,7 @@ def prediction_metrics(sums: dict[str, PredictionSums]) -> Sums:
 
 
 class Evaluation:
-    """Held-out means, over the same rows corrupted in the same way every time."""
+    """Evaluation: means over the same held-out rows, corrupted in the same way every time."""
 
     def __init__(
         self,
@@ -126,11 +126,11 @@ class Evaluation:
 
 
 def pretrain(run: Run, config: PretrainConfig) -> int:
-    """Pretrain; returns the exit status.
+    """Pretrain; return the exit status.
 
     Args:
-        run: has just started.
-        config: of `with_defaults`.
+        run: the run, which has just started.
+        config: settings completed by `with_defaults`.
     """
     for phase in config.plan:
         if phase.rows % config.accumulate:
@@ -164,7 +164,7 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
 def describe(
     run: Run, config: PretrainConfig, data: Data, objective: Objective, architecture: Any, learner: Learner
 ) -> None:
-    """Say what is about to be done, and what the data came to."""
+    """Describe the run and its data."""
     counts, parameters = data.train.counts, count_parameters(learner.shapes().params)
     run.progress.line(
         f"corpus: {counts.documents:,} documents ({counts.empty_documents:,} empty), {counts.sentences:,} sentences, "
@@ -180,7 +180,7 @@ def describe(
 
 
 def figures(run: Run, config: PretrainConfig, data: Data, fitted: Fitted, parameters: int) -> dict[str, Any]:
-    """What results.json says of pretraining alone."""
+    """Return the part of results.json that is specific to pretraining."""
     records = run.folder.metrics()
     held_out = [record for record in records if "eval/loss" in record][-1]
     training = [record for record in records if "loss" in record][-1]
@@ -196,7 +196,7 @@ def figures(run: Run, config: PretrainConfig, data: Data, fitted: Fitted, parame
 
 
 def main(config: PretrainConfig) -> int:
-    """`bestiary pretrain`; returns the exit status."""
+    """Run `bestiary pretrain`; return the exit status."""
     config = with_defaults(config, asked_family(config))
     with start_run(config, FREE, upgrade=upgrade) as run:
         return pretrain(run, config)

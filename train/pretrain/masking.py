@@ -4,13 +4,13 @@ Every row draws from a key folded with the row's own numbers, so neither the mes
 number of hosts changes what is masked. Dynamic and static masking are the same code: the data set decides whether a
 row comes back under new numbers in the next epoch (dynamic) or under its old ones (static, with a number of copies).
 
-By BERT's rules a token is maskable if it is not one of the special tokens, and a row's budget is exactly
-`round(rate * maskable tokens)`, at least one. By RoBERTa's (fairseq's mask_tokens_dataset.py) all tokens are maskable,
-`<s>` and `</s>` too, the budget is `rate * tokens` rounded up or down at random, so that it is right on average, and
-random tokens are never special ones. Units are drawn in random order until the budget is full:
+By BERT's rules all tokens but special ones are maskable, and a row's budget is exactly `round(rate * maskable tokens)`,
+at least one. By RoBERTa's rules (fairseq's mask_tokens_dataset.py) all tokens are maskable, including `<s>` and `</s>`,
+the budget is `rate * tokens` rounded up or down at random, so that it is right on average, and random tokens are never
+special ones. Units are drawn in random order until the budget is full:
 
     token   single tokens (Devlin et al. 2018)
-    word    whole words; a word that no longer fits is passed over (whole-word masking, BERT release of May 2019)
+    word    whole words; a word that no longer fits is skipped (whole-word masking, BERT release of May 2019)
     ngram   one to three whole words, p(n) proportional to 1/n (Lan et al. 2019, equation 1)
     span    one to ten whole words, geometric with p = 0.2, replaced all in the same way (Joshi et al. 2019, 3.1)
 """
@@ -39,23 +39,23 @@ class Masked(NamedTuple):
     """A batch after masking. P is the number of prediction slots per row, `Masking.slots(L)`."""
 
     input_ids: jax.Array  # [B, L] int32, with masked tokens replaced
-    positions: jax.Array  # [B, P] int32, where something is predicted, ascending; 0 in unused slots
+    positions: jax.Array  # [B, P] int32, positions of the predictions, ascending; 0 in unused slots
     labels: jax.Array  # [B, P] int32, the original tokens; 0 in unused slots
     weights: jax.Array  # [B, P] float32, 1 for a prediction, 0 in unused slots
 
 
 @dataclass(frozen=True, eq=False)
 class Masking:
-    """How tokens are hidden.
+    """A way of masking tokens.
 
     Args:
-        kind: the unit that is masked; see the module's docstring.
-        rate: fraction of the maskable tokens that is predicted, in (0, 1].
+        kind: unit of masking; see the module's docstring.
+        rate: fraction of the maskable tokens to predict, in (0, 1].
         mask_id: id of [MASK].
         special: [V] bool, the special tokens ([CLS], [SEP], [PAD], ...).
         continuation: [V] bool, tokens that continue the word before them (`##ing`).
-        rules: whose; see the module's docstring.
-        keep: fraction of the predicted tokens that stays as it is.
+        rules: BERT's or RoBERTa's; see the module's docstring.
+        keep: fraction of the predicted tokens that is not changed.
         random: fraction of the predicted tokens that becomes a random token; the rest becomes [MASK].
     """
 
@@ -69,7 +69,7 @@ class Masking:
     random: float = 0.1
 
     def slots(self, length: int) -> int:
-        """Predictions that a row of `length` tokens has room for: no row's budget exceeds it, so none is dropped."""
+        """Return the number of prediction slots of a row of `length` tokens; no row's budget exceeds it."""
         wanted = self.rate * length
         return max(1, round(wanted)) if self.rules == "bert" else min(length, math.floor(wanted) + 1)
 
@@ -142,13 +142,13 @@ class Masking:
         length = input_ids.shape[0]
         probabilities = UNIT_LENGTHS[self.kind]
         longest = len(probabilities)
-        # A word starts at a maskable token that does not continue a maskable token before it; a special one is a word.
+        # A word starts at a maskable token that does not continue a maskable token before it; special tokens are words.
         follows = jnp.concatenate([jnp.zeros(1, bool), maskable[:-1]])
         joins = ~special & ~jnp.concatenate([jnp.zeros(1, bool), special[:-1]])
         starts = maskable & ~(jnp.asarray(self.continuation)[input_ids] & follows & joins)
-        word = jnp.cumsum(starts) - 1  # number of the word that a maskable token belongs to
+        word = jnp.cumsum(starts) - 1  # number of each maskable token's word
         slot = jnp.where(maskable, word, length)
-        # One word beyond the last for the tokens of none, and room for a unit that starts at the last word.
+        # One word beyond the last for tokens outside words, and room for a unit that starts at the last word.
         sizes = jnp.zeros(length + longest, jnp.int32).at[slot].add(1).at[length].set(0)
         # Words of one unit must be neighbours: numbers of the unbroken stretches of maskable tokens.
         stretch = jnp.cumsum(maskable & ~follows)

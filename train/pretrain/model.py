@@ -1,4 +1,4 @@
-"""The model that is pretrained: a released size, or the checkpoint that a run starts from."""
+"""The model to pretrain: a released size, or the checkpoint that a run starts from."""
 
 import dataclasses
 from functools import partial
@@ -17,7 +17,7 @@ from .config import PretrainConfig
 
 
 def asked_family(config: PretrainConfig) -> Family:
-    """The family of the model that the settings ask for.
+    """Return the family of the requested model.
 
     Raises:
         RunError: there is no model of that name.
@@ -32,12 +32,12 @@ def asked_family(config: PretrainConfig) -> Family:
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> EncoderConfig:
-    """The model's configuration: a preset, or that of the checkpoint it starts from.
+    """Return the model's configuration: a preset, or that of the checkpoint it starts from.
 
     Args:
-        config: the run's settings.
-        tokenizer: whose vocabulary and padding token a new model has.
-        head: the kind of model.
+        config: settings of the run.
+        tokenizer: tokenizer, which determines vocabulary size and padding token of a new model.
+        head: head of the model.
 
     Raises:
         RunError: the vocabularies or the lengths do not fit.
@@ -50,7 +50,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
     )
     if config.init_from is not None:
         found: Any = load(config.init_from, head=head).config
-        # A table may have more rows than there are pieces: it is padded to a multiple of at most 128.
+        # An embedding table may have more rows than the vocabulary: it is padded to a multiple of at most 128.
         if not 0 <= found.vocab_size - tokenizer.vocab_size < 128:
             raise RunError(
                 f"{config.init_from} has a vocabulary of {found.vocab_size}, the tokenizer one of "
@@ -67,14 +67,14 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
 
 
 def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -> tuple[Any, Learner]:
-    """The model and how it is trained; nothing is computed yet."""
+    """Return the model and its learner; nothing is computed yet."""
     model = family_of(architecture).build(head, architecture)
     rate = schedule(config.optim, [(phase.steps, phase.learning_rate) for phase in config.plan])
     return model, make_learner(partial(init_params, model), optim=config.optim, rate=rate, seed=config.seed)
 
 
 def initial_weights(config: PretrainConfig, head: str) -> InitialWeights | None:
-    """Those of --init-from; the parameters of a head that the checkpoint lacks are newly initialised."""
+    """Return the weights of --init-from; parameters of a head that the checkpoint lacks are newly initialised."""
     folder = config.init_from
     if folder is None:
         return None

@@ -1,4 +1,4 @@
-"""What a pretraining objective is.
+"""The interface of pretraining objectives.
 
 An objective says what its rows are made of, how they are corrupted on the device, what each of its losses is divided by
 before the model runs, and the losses. The loop knows nothing else of it. A new one is a file beside this one, a line in
@@ -20,16 +20,16 @@ Batch = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """One way to learn from text without labels. Each of its losses has a name, as `mlm`."""
+    """A way of learning from text without labels. Each of its losses has a name, such as `mlm`."""
 
     @property
     def head(self) -> str:
-        """Which of a family's models learns it."""
+        """Head of the model that it needs."""
         ...
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The metrics on the progress line, beside the loss."""
+        """Metrics to show on the progress line, in addition to the loss."""
         ...
 
     def rows(
@@ -42,39 +42,39 @@ class Objective(Protocol):
         copies: int | None,
         validation_fraction: float,
     ) -> RowSource:
-        """The rows of a tokenised corpus; the arguments are those of `DocumentRows`."""
+        """Return the rows of a tokenised corpus; the arguments are those of `DocumentRows`."""
         ...
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
-        """What the model reads and what it is to predict, drawn on the device.
+        """Draw the model's inputs and labels, on the device.
 
         Args:
-            key: the same for the whole run; each row draws from it folded with its `row_ids`, so that neither the mesh
-                nor accumulation nor the number of hosts changes what is drawn.
-            batch: of `rows`.
+            key: random key, the same for the whole run; each row folds its `row_ids` into it, so that the result does
+                not depend on the mesh, accumulation or the number of hosts.
+            batch: a batch of `rows`.
         """
         ...
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        """The weight that each loss is divided by, summed over a corrupted batch; float32 scalars."""
+        """Return each loss's weight, its denominator, summed over a corrupted batch; float32 scalars."""
         ...
 
     def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
-        """The sums of each loss over a corrupted batch.
+        """Compute the sums of each loss over a corrupted batch.
 
         Args:
-            model: of the kind `head`.
+            model: a model with `head`.
             params: its parameters.
-            batch: corrupted, with the rows' numbers as `rows`.
-            mode: `deterministic` and `rngs` of the model's call.
+            batch: a corrupted batch, with row numbers as `rows`.
+            mode: `deterministic` and `rngs` for the model.
         """
         ...
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
-        """Lines that show people what was learnt.
+        """Yield lines that illustrate what the model has learnt.
 
         Args:
-            model: of the kind `head`.
+            model: a model with `head`.
             params: its parameters, on the host.
             rows: a batch of held-out rows.
         """

@@ -1,4 +1,4 @@
-"""The pretraining objectives there are."""
+"""The pretraining objectives, by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from .objective import Objective
 
 
 class ObjectiveClass(Protocol):
-    """What an objective's class offers."""
+    """Interface of an objective's class."""
 
     def create(self, config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
-        """The objective with a run's settings; RunError for one that does not go with it."""
+        """Create the objective for a run's settings; raise RunError if they do not fit it."""
         ...
 
     def default_rows(self, family: Family) -> RowKind | None:
@@ -32,10 +32,10 @@ OBJECTIVES: Mapping[str, ObjectiveClass] = {
 
 
 def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
-    """The same settings, with the family's own objective and rows where none are asked for.
+    """Return the settings with the family's default objective and rows filled in.
 
     Raises:
-        RunError: there is no such objective, or the family cannot learn it.
+        RunError: there is no such objective, or the family does not support it.
     """
     known = [name for name in family.objectives if name in OBJECTIVES]
     if not known:
@@ -48,6 +48,6 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
 
 
 def make_objective(config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
-    """The objective of settings that `with_defaults` has completed."""
+    """Return the objective of settings completed by `with_defaults`."""
     assert config.objective is not None
     return OBJECTIVES[config.objective].create(config, tokenizer)

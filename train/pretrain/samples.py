@@ -20,7 +20,7 @@ def fill_in(
 
     Args:
         apply: ({"params": params}, input_ids, segment_ids) -> logits of every token [B, L, V].
-        params: of the model.
+        params: parameters of the model.
         tokenizer: its tokenizer.
         rows: a batch of held-out rows; the first example of each row is used.
         count: maximum number of texts.

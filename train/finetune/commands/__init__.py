@@ -1,4 +1,4 @@
-"""The commands that fine-tune on a task, one file a kind: their settings, and the data that they read.
+"""The fine-tuning commands, one file per kind of task: their settings, and reading their data.
 
-What trains is imported where it is called: `--help` is to be quick, and needs no JAX.
+Training code is imported where it is called, since it imports JAX, which would delay `--help`.
 """

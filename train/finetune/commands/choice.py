@@ -42,7 +42,7 @@ class CodahConfig:
     data: Path
     """The data set's full_data.tsv, one fold of which is held out; or a folder with train.tsv, dev.tsv and test.tsv."""
     fold: int = 0
-    """Which of five folds of full_data.tsv to hold out."""
+    """Fold of full_data.tsv to hold out, one of five."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class CodahConfig:
 
 
 def swag_data(task: "ChoiceTask", config: SwagConfig) -> "TaskData":
-    """The splits that are there."""
+    """Read the available splits."""
     from ..tasks.task import TaskData
 
     train = task.read(config.data, "train", labelled=True)
@@ -63,7 +63,7 @@ def swag_data(task: "ChoiceTask", config: SwagConfig) -> "TaskData":
 
 
 def codah_data(task: "ChoiceTask", config: CodahConfig) -> "TaskData":
-    """A fold, or the splits of a folder."""
+    """Read one fold, or the splits of a folder."""
     from ..tasks.task import TaskData
 
     if config.data.is_dir():
@@ -74,7 +74,7 @@ def codah_data(task: "ChoiceTask", config: CodahConfig) -> "TaskData":
 
 
 def main(config: SwagConfig | CodahConfig) -> int:
-    """`bestiary finetune swag` and `codah`; returns the exit status."""
+    """Run `bestiary finetune swag` or `codah`; return the exit status."""
     from ..loop import finetune
     from ..tasks.choice import ChoiceTask
 

@@ -1,8 +1,8 @@
-"""Fine-tune on a task of GLUE (Wang et al. 2018).
+"""Fine-tune on a GLUE task (Wang et al. 2018).
 
     bestiary finetune mrpc --data glue/MRPC --model FOLDER --epochs 3 --seed 0 --out runs/mrpc
 
-Started from a model of MNLI, `--model runs/mnli/model`, rte, mrpc and stsb become better (Liu et al. 2019, 5.1): its
+rte, mrpc and stsb improve if they start from an MNLI model, `--model runs/mnli/model` (Liu et al. 2019, 5.1): its
 encoder is used, and the classifier is newly initialised.
 """
 
@@ -18,10 +18,10 @@ from ..config import FinetuneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class GlueConfig:
-    """Fine-tune an encoder on a task of GLUE.
+    """Fine-tune an encoder on a GLUE task.
 
-    The run folder holds the official metrics in results.json and, where the test split is there, the file that GLUE's
-    server takes in predictions/. Other kinds of tasks are commands of their own; `bestiary --help` lists them.
+    The official metrics are written to results.json and, if there is a test split, the file for GLUE's server to
+    predictions/. Other kinds of tasks have their own commands; `bestiary --help` lists them.
     """
 
     task: tyro.conf.Positional[GlueName]
@@ -39,7 +39,7 @@ class GlueConfig:
 
 
 def main(config: GlueConfig) -> int:
-    """`bestiary finetune TASK`; returns the exit status."""
+    """Run `bestiary finetune TASK`; return the exit status."""
     from ..loop import finetune
     from ..tasks.glue import glue_data, glue_task
 

@@ -109,7 +109,7 @@ def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
 
 
 def main(config: GlueSuiteConfig) -> int:
-    """`bestiary finetune glue`; returns the exit status."""
+    """Run `bestiary finetune glue`; return the exit status."""
     from ....data.files import write_text
     from ...run_folder import write_json
 

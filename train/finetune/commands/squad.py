@@ -55,7 +55,7 @@ class SquadConfig:
 
 
 def main(config: SquadConfig) -> int:
-    """`bestiary finetune squad`; returns the exit status."""
+    """Run `bestiary finetune squad`; return the exit status."""
     from ..loop import finetune
     from ..tasks.squad import SquadTask, read_questions
     from ..tasks.task import TaskData, hold_out

@@ -48,7 +48,7 @@ class TableConfig:
 
 
 def main(config: TableConfig) -> int:
-    """`bestiary finetune classification`; returns the exit status."""
+    """Run `bestiary finetune classification`; return the exit status."""
     from ..loop import finetune
     from ..tasks.table import table_task
     from ..tasks.task import TaskData, hold_out

@@ -79,7 +79,7 @@ def _check_data(data: Path, eval_data: Path | None) -> None:
 
 
 def main(config: NerConfig | PosConfig) -> int:
-    """`bestiary finetune ner` and `pos`; returns the exit status."""
+    """Run `bestiary finetune ner` or `pos`; return the exit status."""
     from ..loop import finetune
     from ..tasks.tagging import SUFFIXES, TaggingTask, files_of
     from ..tasks.task import TaskData

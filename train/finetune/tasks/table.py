@@ -1,4 +1,4 @@
-"""Texts of any table to classify or rate: TSV, CSV or JSON lines with named columns."""
+"""Classify or score texts of a user's table: TSV, CSV or JSON lines with named columns."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from .text import TextTask
 
 @dataclass(frozen=True)
 class TableTask(TextTask):
-    """A table of one's own."""
+    """A user's table."""
 
     text: str = "sentence"
     text_pair: str | None = None
@@ -36,10 +36,11 @@ def table_task(
     regression: bool,
     max_length: int,
 ) -> TableTask:
-    """The task that a table makes; arguments as in TableConfig.
+    """Make the task of a table; arguments as in TableConfig.
 
     Raises:
-        DataError: with file and line. RunError: fewer than two classes.
+        DataError: the data is invalid; with file and line.
+        RunError: there are fewer than two classes.
     """
     known = None if regression else labels or read_labels(train, label)
     if known is not None and len(known) < 2:

@@ -110,7 +110,7 @@ class TaggingTask(PlainTask):
         first = np.concatenate(pieces.first)
         labels = np.zeros(len(first), np.int32)
         labels[first] = [number[t] for s in examples for t in s.tags or [self.labels[0]] * len(s.words)]
-        if self.legal:  # a piece may begin inside of an entity, but a chain may not
+        if self.legal:  # a part of a long sentence may begin inside an entity, but a chain may not
             begins = np.cumsum([0, *map(len, pieces.ids[:-1])]) + len(tokenizer.template.before)
             labels[begins] = [number["B" + self.labels[n][1:]] if n else n for n in labels[begins]]
         packed = pack_features(
@@ -202,7 +202,7 @@ def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[s
 
     if all(tag == "O" for tags in (*wanted, *predicted) for tag in tags):  # seqeval would take the mean of nothing
         return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
-    nothing: Any = 0  # where nothing is found or there is nothing to find; annotated as text there
+    nothing: Any = 0  # value if nothing is found or there is nothing to find; annotated as text in seqeval
     report: Any = classification_report(wanted, predicted, output_dict=True, zero_division=nothing)
     together = report["micro avg"]
     scores = {

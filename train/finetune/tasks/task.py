@@ -35,7 +35,7 @@ class Kept(NamedTuple):
 
 
 class Task(Protocol):
-    """One task, with its settings. B rows, L tokens, X slots of features in a row; see `data.examples.assemble`."""
+    """One task, with its settings. B rows, L tokens, X slots of features in a row; see `data.batches.assemble`."""
 
     @property
     def name(self) -> str:
@@ -147,7 +147,7 @@ class TaskData(NamedTuple):
     train: Sequence[Any]
     evaluation: Mapping[str, Sequence[Any]]  # name -> labelled examples; the first decides which checkpoint is best
     prediction: Mapping[str, Sequence[Any]] = {}  # name -> examples without labels, predicted at the end
-    notes: Sequence[str] = ()  # what is to be said of the data
+    notes: Sequence[str] = ()  # remarks on the data, for the user
 
 
 def hold_out(examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -191,8 +191,8 @@ def gather_kept(parts: Sequence[tuple[Kept, Any]], features: Features) -> Kept:
     """Return the collected outputs of all batches, in the order of the features.
 
     Args:
-        parts: of each batch, what was kept, on the host, and its `data.examples.Placed`.
-        features: all that were predicted, each in one of the batches.
+        parts: for each batch, the collected outputs, on the host, and its `data.batches.Placed`.
+        features: all predicted features, each in one of the batches.
     """
     segment: dict[str, np.ndarray] = {}
     token: dict[str, np.ndarray] = {}

@@ -1,1 +1,1 @@
-"""Generating text: greedy search, beam search, sampling."""
+"""Text generation: greedy search, beam search, sampling."""

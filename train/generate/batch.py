@@ -1,14 +1,14 @@
-"""A batch of sentences that is searched on the device: the KV cache that beams share, and the compiled programs.
+"""Batches of sentences on the device: the KV cache that beams share, and the compiled programs.
 
-A batch has R rows. Each holds a sentence or is free: sentences are admitted into free rows while the others go on
-(continuous batching), each at an age of its own.
+A batch has R rows, each with a sentence or free. Sentences are admitted to free rows while others continue (continuous
+batching), so that the sentences of a batch have different ages.
 
 The beams of a sentence share one KV cache. Beams are reordered by permuting a boolean [beam, slot] mask of each beam's
-history; the cache is never copied. At each step a beam writes its newest token's keys and values into a slot that no
-beam's history contains, and attention masks the slots of other histories out. So the encoder's keys and values are
-read once for all beams of a sentence, and the remaining work is matrix products. Few slots are enough, since beams
-share most of their history, and the slots of a beam that dies are free again: five beams that translate a caption of
-13 words use 17 slots on average, and hardly ever more than 75.
+history; the cache is never copied. At each step a beam writes the keys and values of its newest token to a slot that is
+in no beam's history, and attention masks out the slots of other histories. The encoder's keys and values are thus read
+once for all beams of a sentence, and the remaining work is matrix products. Few slots are enough, since beams share
+most of their history, and the slots of a beam that dies are free again: five beams translating a caption of 13 words
+use 17 slots on average, and hardly ever more than 75.
 """
 
 import threading
@@ -25,20 +25,20 @@ from .search import Hypotheses, Search, Step
 
 
 class IncrementalModel(Protocol):
-    """A model that reads one token at a time, as its method `incremental()` gives it.
+    """A model that reads one token at a time, as returned by a model's method `incremental()`.
 
-    Its methods are pure functions; all but `prepare` can be traced. Every leaf of a memory and of a cache has the rows
-    as its first axis.
+    Its methods are pure functions; all but `prepare` can be traced. The first axis of every leaf of a memory or a cache
+    is the rows.
     """
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Number of tokens, V."""
         ...
 
     @property
     def positions(self) -> int | None:
-        """Most tokens that it reads, of a source or of an output; None for no limit."""
+        """Maximum length of a source or an output, in tokens; None for no limit."""
         ...
 
     @property
@@ -58,22 +58,22 @@ class IncrementalModel(Protocol):
 
     @property
     def forced_eos_id(self) -> int | None:
-        """The token that the longest outputs have to end with; None for any."""
+        """The token that outputs of maximum length must end with; None for any."""
         ...
 
     def prepare(self, params: Any) -> Any:
-        """Bring parameters into the form that the other methods take. Not a part of a compiled program."""
+        """Convert parameters to the form that the other methods take. It is not part of a compiled program."""
         ...
 
     def start(self, prepared: Any, input_ids: Array, segment_ids: Array) -> Any:
-        """Read sources [B, S], whose segment is 1, or 0 for padding, and return the memory of them.
+        """Read sources [B, S], with segment 1, or 0 for padding, and return their memory.
 
-        Without sources S is 0, and the memory can be empty.
+        Without sources, S is 0, and the memory may be empty.
         """
         ...
 
     def cache(self, rows: int, slots: int) -> Any:
-        """A cache. Only its shapes are used: it begins as zeros, and slots are appended as zeros."""
+        """Return a cache. Only its shapes are used: it is initialised to zeros, and new slots are zeros."""
         ...
 
     def step(
@@ -83,11 +83,11 @@ class IncrementalModel(Protocol):
 
         Args:
             prepared: the parameters.
-            memory: of the sources.
-            cache: after the steps so far.
+            memory: memory of the sources.
+            cache: cache after the steps so far.
             tokens: [B, K] int32.
             positions: [B] int32, the position of each row's tokens.
-            places: [B, K] int32, the slot to write each token to; as many as there are slots for none.
+            places: [B, K] int32, the slot to write each token to; the number of slots means none.
             mask: [B, K, slots] bool, the slots to attend to.
 
         Returns:
@@ -97,9 +97,9 @@ class IncrementalModel(Protocol):
 
 
 class Sources(NamedTuple):
-    """What the sentences of a batch are generated from."""
+    """Inputs of a batch's sentences."""
 
-    memory: Any  # the model's
+    memory: Any  # of the model
     mask: Array  # [R, S] bool, True for tokens
     prefix: Array  # [R, P] int32, the first tokens of the output, -1 after them
 
@@ -107,7 +107,7 @@ class Sources(NamedTuple):
 class Rows(NamedTuple):
     """The sentences of a batch."""
 
-    started: Array  # [R] int32, the step before which each was admitted; its age is the number of steps since
+    started: Array  # [R] int32, the step before which each was admitted; its age is the number of steps since then
     hypotheses: Hypotheses
 
 
@@ -115,7 +115,7 @@ class BatchState(NamedTuple):
     """The state of a batch, for outputs of T tokens."""
 
     step: Array  # [] int32, steps of the batch so far
-    cache: Any  # the model's
+    cache: Any  # of the model
     tokens: Array  # [T, R, K] int32, at s mod T the token that each live hypothesis got at step s
     parents: Array  # [T, R, K] int32, the hypothesis that it was chosen for
     history: Array  # [R, K, slots] bool, the slots with the tokens of each live hypothesis
@@ -127,8 +127,8 @@ class Programs:
 
     Args:
         model: the model.
-        config: how to search.
-        options: for XLA's compiler, besides its flags.
+        config: options of the search.
+        options: options for XLA's compiler, in addition to its flags.
     """
 
     def __init__(self, model: IncrementalModel, config: DecodeConfig, options: dict[str, Any] | None = None) -> None:
@@ -138,7 +138,7 @@ class Programs:
         self._search = Search(config, model.eos_id, model.forced_eos_id)
         self._shapes: dict[tuple[int, ...], tuple[Sources, BatchState]] = {}
         self._compiling = threading.Lock()  # or two threads would compile the same program
-        self._compiled: set[Any] = set()  # programs, each with the shapes of its arguments
+        self._compiled: set[Any] = set()  # programs with the shapes of their arguments
         self._admit_program = jax.jit(self._admit, donate_argnums=(1, 2), compiler_options=options)
         self._advance_program = jax.jit(self._advance, donate_argnums=2, compiler_options=options)
         self._widen_program = jax.jit(self._widen, static_argnums=1, compiler_options=options)
@@ -146,7 +146,7 @@ class Programs:
     def empty(
         self, prepared: Any, rows: int, source_length: int, prefix_length: int, max_tokens: int, slots: int
     ) -> tuple[Sources, BatchState]:
-        """A batch of free rows. Its arrays are filled one by one, which compiles no program of these sizes."""
+        """Return a batch of free rows. Creating its arrays one by one avoids compiling a program for these sizes."""
         sizes = (rows, source_length, prefix_length, max_tokens, slots)
 
         def describe(prepared: Any, ids: Array, start: Array, active: Array) -> tuple[Sources, BatchState]:
@@ -162,7 +162,7 @@ class Programs:
             ids = jax.ShapeDtypeStruct((rows, source_length), jnp.int32)
             start, active = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
             self._shapes[sizes] = jax.eval_shape(describe, prepared, ids, start, active)
-        # Nothing is read from a free row; but it must not be active, and its numbers must be finite.
+        # The results of a free row are not used; but it must not be active, and its numbers must be finite.
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes[sizes])
 
     def admit(
@@ -180,13 +180,13 @@ class Programs:
 
         Args:
             prepared: the model's parameters.
-            sources: of the batch; not to be used afterwards.
-            state: of the batch; not to be used afterwards.
-            step: [] int32, that of the state.
+            sources: sources of the batch; not to be used afterwards.
+            state: state of the batch; not to be used afterwards.
+            step: [] int32, the state's step.
             ids: [N, S] int32, the sources, -1 for padding.
-            start: [N] int32, the token that each output starts from, -1 where there is no sentence.
-            prefix: [N, P] int32, the tokens that come first, -1 after them.
-            places: [N] int32, the rows, R where there is no sentence.
+            start: [N] int32, the token that each output starts from, -1 for no sentence.
+            prefix: [N, P] int32, the first tokens of each output, -1 after them.
+            places: [N] int32, the rows, R for no sentence.
         """
         arguments = (prepared, sources, state.rows, step, ids, start, prefix, places)
         sources, rows = self._run(self._admit_program, *arguments)
@@ -197,15 +197,15 @@ class Programs:
 
         Args:
             prepared: the model's parameters.
-            sources: of the batch.
-            state: of the batch; not to be used afterwards.
+            sources: sources of the batch.
+            state: state of the batch; not to be used afterwards.
             numbers: [R] int32, the number of the sentence in each row; -1 for a free row.
-            enough: [] int32.
+            enough: [] int32, number of active sentences at which to stop.
         """
         return self._run(self._advance_program, prepared, sources, state, numbers, enough)
 
     def widen(self, state: BatchState, slots: int) -> BatchState:
-        """Give every row `slots` slots, more than it had."""
+        """Increase the number of slots per row to `slots`."""
         return self._run(self._widen_program, state, slots)
 
     def _run(self, program: Callable[..., Any], *arguments: Any) -> Any:
@@ -218,7 +218,7 @@ class Programs:
             self._compiled.add(sizes)
             return result
 
-    # What is compiled
+    # Compiled functions
 
     def _admit(
         self,
@@ -231,7 +231,7 @@ class Programs:
         prefix: Array,
         places: Array,
     ) -> tuple[Sources, Rows]:
-        """As `admit`. The program is the same however many slots there are."""
+        """Admit sentences, see `admit`. The program does not depend on the number of slots."""
         self.compilations += 1
         mask = ids >= 0
         memory = self.model.start(prepared, jnp.maximum(ids, 0), mask.astype(jnp.int32))
@@ -245,7 +245,7 @@ class Programs:
         self.compilations += 1
 
         def goes_on(state: BatchState) -> Array:
-            # The host makes room where an active sentence has no slots left, or the record would lose an old token.
+            # The host makes room if an active sentence has no slots left, or the record would lose an old token.
             active = state.rows.hypotheses.active.any(axis=1)
             full = _free(state.history).sum(axis=1) < self.config.width
             oldest = jnp.where(numbers >= 0, state.step - state.rows.started, 0).max()
@@ -260,7 +260,7 @@ class Programs:
         """Read the newest token of every hypothesis, and choose the next."""
         hypotheses = state.rows.hypotheses
         slots = state.history.shape[2]
-        # A free row computes something too; it must be finite, since its slots are only masked out later.
+        # Free rows are computed too; they must be finite, since their slots are only masked out later.
         age = jnp.where(numbers >= 0, state.step - state.rows.started, 0)
         free, places = jax.lax.top_k(_free(state.history).astype(jnp.float32), self.config.width)  # the first ones
         places = jnp.where(free > 0, places, slots)
@@ -295,12 +295,12 @@ class Programs:
 
 
 def _free(history: Array) -> Array:
-    """The slots [R, slots] that are in no hypothesis's history."""
+    """Return the slots [R, slots] that are in no hypothesis's history."""
     return ~history.any(axis=1)
 
 
 def _where(prefix: Array, age: Array) -> Step:
-    """Where sentences of these ages [R] stand, whose outputs begin with `prefix` [R, P]."""
+    """Return the position of sentences of these ages [R], whose outputs begin with `prefix` [R, P]."""
     length = age + 1 - (prefix >= 0).sum(axis=1, dtype=jnp.int32)
     if not prefix.shape[1]:
         return Step(age, jnp.full(length.shape, -1, jnp.int32), length)

@@ -1,4 +1,4 @@
-"""The options of decoding, which are fields of the commands that generate text."""
+"""Decoding options, which are fields of the commands that generate text."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -28,8 +28,9 @@ class DecodeConfig:
     n_best: int = 1
     """Number of hypotheses to return per sentence; with --sample, of independent samples."""
     early_stopping: Literal["heuristic", "first", "exhaustive"] = "heuristic"
-    """When beam search stops. heuristic: when no live beam can beat the worst finished hypothesis at the current
-    length; first: once `beam` hypotheses are finished; exhaustive: when no live beam can win at any length."""
+    """Stopping rule of beam search. heuristic: stop when no live beam can beat the worst finished hypothesis at the
+    current length; first: stop once `beam` hypotheses are finished; exhaustive: stop when no live beam can win at any
+    length."""
     diverse_groups: int = 1
     """Diverse beam search: number of groups that the beams are divided into; each group avoids the tokens chosen by the
     groups before it (Vijayakumar et al. 2016)."""
@@ -88,20 +89,20 @@ class DecodeConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether this is beam search; else hypotheses are independent of each other."""
+        """Whether this is beam search; otherwise hypotheses are independent of each other."""
         return self.beam > 1
 
     @property
     def width(self) -> int:
-        """Hypotheses of a sentence that are computed together, K."""
+        """Number of hypotheses of a sentence that are computed together, K."""
         return self.beam if self.searches else self.n_best
 
 
 def refuse_decoding_flags(given: Collection[str], reason: str) -> None:
-    """Raise RunError if a command line gives flags of decoding that would be ignored.
+    """Raise RunError if a command line has decoding flags that would be ignored.
 
     Args:
-        given: names of the flags that are given, with underscores.
+        given: names of the given flags, with underscores.
         reason: why they would be ignored.
     """
     names = [field.name for field in fields(DecodeConfig)]

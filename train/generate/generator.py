@@ -1,12 +1,12 @@
-"""Generation: greedy search, beam search and sampling, for every model that reads tokens one at a time.
+"""Generate text by greedy search, beam search or sampling, with any model that reads tokens one at a time.
 
     generate = Generator(model, params, DecodeConfig(beam=5))
     hypotheses = generate([[4, 8, 2], [15, 16, 23, 42, 2]])  # sources of an encoder-decoder, as token ids
     hypotheses = generate(prefixes=[[4, 8], [15, 16, 23]])  # prompts of a decoder
 
-`search` chooses the next tokens, `batch` runs a search on the device, `scheduler` says which sentences are searched
-together. On a CPU with few cores each core searches sentences of its own: matrix products this small are faster on one
-core than spread over several. What JAX's context managers set in the caller's thread does not reach these threads.
+`search` chooses the next tokens, `batch` runs a search on the device, `scheduler` forms the batches. On a CPU with few
+cores, each core searches its own sentences: matrix products this small are faster on one core than spread over several.
+Settings of JAX's context managers in the caller's thread do not apply in these threads.
 """
 
 import copy
@@ -27,26 +27,26 @@ __all__ = ["Generator", "Hypothesis"]
 
 
 class Generator:
-    """Generates token ids.
+    """Generate token ids.
 
     Attributes:
-        config: how to search.
-        prepared: the parameters in the form that the model reads tokens with.
+        config: options of the search.
+        prepared: the parameters, in the form for incremental decoding.
     """
 
-    ROWS_PER_THREAD = 32  # sentences that are worth a core of their own
+    ROWS_PER_THREAD = 32  # minimum number of sentences per core
 
     def __init__(self, model: Any, params: Any, config: DecodeConfig, *, rows: int = 64) -> None:
-        """Compile nothing yet.
+        """Create a generator; nothing is compiled yet.
 
         Args:
             model: a model with a method `incremental()` (`batch.IncrementalModel`).
             params: its parameters, unboxed.
-            config: how to search.
-            rows: most sentences searched at a time.
+            config: options of the search.
+            rows: maximum number of sentences searched at a time.
 
         Raises:
-            RunError: an output would be longer than the model has positions, or a token that the model does not have.
+            RunError: an output could be longer than the model has positions, or the model lacks a requested token.
         """
         if rows < 1:
             raise RunError(f"rows: expected at least 1, found {rows}")
@@ -69,14 +69,14 @@ class Generator:
         self.prepared = self._model.prepare(jax.device_put(params))
 
     def with_params(self, params: Any) -> "Generator":
-        """The same compiled programs with other parameters, as for a model in training."""
+        """Return a generator with the same compiled programs and other parameters, for a model in training."""
         other = copy.copy(self)
         other.prepared = self._model.prepare(jax.device_put(params))
         return other
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """Number of programs compiled so far."""
         return self.programs.compilations
 
     def __call__(
@@ -89,16 +89,16 @@ class Generator:
         """Generate an output for each source, or for each prompt.
 
         Args:
-            sources: token ids as the encoder reads them, the end token included; None for a model without an encoder.
-            prefixes: the first token ids of each output, which may be empty; None for none. These are the prompts of a
-                model without an encoder.
-            first: the first sentence's number, where these are a part of many: random draws depend on the number.
+            sources: token ids for the encoder, including the end token; None for a model without an encoder.
+            prefixes: the first token ids of each output, possibly empty; None for none. For a model without an encoder
+                these are the prompts.
+            first: number of the first sentence, if these are a part of many: random draws depend on the number.
 
         Returns:
-            `n_best` hypotheses for each (fewer if there are not as many), best first; samples in the order of drawing.
+            up to `n_best` hypotheses for each, best first; samples in the order of drawing.
 
         Raises:
-            RunError: a source or a prompt that is empty, or longer than the model has positions, by its number.
+            RunError: a source or a prompt is empty, or longer than the model has positions; with its number.
         """
         count = len(prefixes or ()) if sources is None else len(sources)
         if (sources is not None) != self._model.reads_sources:

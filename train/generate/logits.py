@@ -1,4 +1,4 @@
-"""Arrays of logits: which words were there already, the largest over several hypotheses, top-k and nucleus."""
+"""Functions of logits: words that have occurred, the best over several hypotheses, top-k and nucleus."""
 
 import math
 
@@ -7,20 +7,20 @@ import jax.numpy as jnp
 from jax import Array
 
 LARGEST_SORT = 256
-"""Words up to which `continuations` sorts all of them."""
+"""Maximum number of words that `continuations` sorts completely."""
 
 
 def continuations(gains: Array, norm: Array, scores: Array, count: int) -> tuple[Array, Array, Array]:
-    """The best continuations of a sentence's hypotheses: the largest of (gains - norm) + scores.
+    """Find the best continuations of a sentence's hypotheses: the largest of (gains - norm) + scores.
 
-    They all lie in the `count` columns of words with the largest maxima, which one pass without branches finds. To sort
-    everything takes a CPU three times as long.
+    They are all in the `count` columns of words with the largest maxima, which one pass without branches finds. Sorting
+    everything takes three times as long on a CPU.
 
     Args:
         gains: [R, k, V] float32, logits.
-        norm: [R, k] float32, what makes them log probabilities.
-        scores: [R, k] float32, of the hypotheses.
-        count: how many continuations.
+        norm: [R, k] float32, subtracted to give log probabilities.
+        scores: [R, k] float32, scores of the hypotheses.
+        count: number of continuations.
 
     Returns:
         (values [R, count] float32, best first; hypotheses [R, count] int32; words [R, count] int32)
@@ -48,7 +48,7 @@ def continuations(gains: Array, norm: Array, scores: Array, count: int) -> tuple
 
 
 def _columns(words: int, target: int) -> int:
-    """How many columns to divide the words into: all if they are few, else about `target`; a divisor saves a copy."""
+    """Return the number of columns for the words: all if they are few, else about `target`; a divisor saves a copy."""
     if words <= LARGEST_SORT:
         return words
     divisors = [number for number in range(target // 3, 3 * target) if words % number == 0]
@@ -56,7 +56,7 @@ def _columns(words: int, target: int) -> int:
 
 
 def marked(tokens: Array, words: int) -> Array:
-    """Which words are among tokens [R, K, X] int32, -1 for none: bool [R, K, words]."""
+    """Mark the words that are among tokens [R, K, X] int32, -1 for none: bool [R, K, words]."""
     rows, width, _ = tokens.shape
     row, beam = jnp.arange(rows)[:, None, None], jnp.arange(width)[None, :, None]
     place = jnp.where(tokens < 0, words, tokens)  # outside the array, so dropped
@@ -64,18 +64,18 @@ def marked(tokens: Array, words: int) -> Array:
 
 
 def counts(tokens: Array, words: int) -> Array:
-    """How often each word is among tokens [R, X]: float32 [R, words]."""
+    """Count the occurrences of each word among tokens [R, X]: float32 [R, words]."""
     rows = jnp.arange(len(tokens))[:, None]
     return jnp.zeros((len(tokens), words), jnp.float32).at[rows, tokens].add(1.0)
 
 
 def completions(history: Array, age: Array, size: int) -> Array:
-    """The tokens that would complete an n-gram that occurred before.
+    """Find the tokens that would complete an n-gram that has occurred.
 
     Args:
         history: [R, K, T] int32, the tokens so far, -1 after them.
-        age: [R] int32, the place of the newest token.
-        size: n, of the n-grams.
+        age: [R] int32, index of the newest token.
+        size: length of the n-grams, n.
 
     Returns:
         [R, K, X] int32, -1 for none.
@@ -92,7 +92,7 @@ def completions(history: Array, age: Array, size: int) -> Array:
 
 
 def narrowed(scores: Array, top_k: int, top_p: float) -> Array:
-    """Scores [..., V] with -inf outside the `top_k` best words (0 for all) and the nucleus of probability `top_p`."""
+    """Set scores [..., V] to -inf outside the `top_k` best words (0 for all) and the nucleus of probability `top_p`."""
     if top_k and top_k < scores.shape[-1]:
         least = jax.lax.top_k(scores, top_k)[0][..., -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)

@@ -1,7 +1,7 @@
-"""A released checkpoint's own settings of decoding: generation_config.json, under the reference implementation's names.
+"""Read a released checkpoint's decoding settings: generation_config.json, under the reference implementation's names.
 
-With them a released translator gives what the reference's `generate` gives for it. Lengths are the reference's, which
-count the start token.
+With them, a released translator gives the same outputs as the reference's `generate`. Lengths are as in the reference,
+including the start token.
 """
 
 import json
@@ -14,7 +14,7 @@ from .config import DecodeConfig
 
 FILE = "generation_config.json"
 TOKENS = ("decoder_start_token_id", "eos_token_id", "forced_eos_token_id")
-"""The special tokens that the model's config has too; this file's count."""
+"""Special tokens that are also in the model's config; this file takes precedence."""
 STOPPING: dict[bool | str, Literal["heuristic", "first", "exhaustive"]] = {
     False: "heuristic",
     True: "first",
@@ -32,17 +32,18 @@ READ = {*NUMBERS, *TOKENS, "early_stopping", "bad_words_ids", "suppress_tokens",
 NO_MATTER = {
     *("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate"),
     *("bos_token_id", "pad_token_id"),
-    *("temperature", "top_k", "top_p"),  # as long as nothing is drawn
+    *("temperature", "top_k", "top_p"),  # unless tokens are sampled
 }
 REFERENCE_LENGTH = 20
-"""max_length where the file gives none."""
+"""Default of max_length."""
 
 
 def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
-    """A checkpoint folder's generation_config.json: how to decode, and special tokens for the model's config.
+    """Read a checkpoint folder's generation_config.json: decoding options, and special tokens for the model's config.
 
     Raises:
-        RunError: no such file, or what it asks for is not implemented; all of that is named. ConfigError: not JSON.
+        RunError: there is no such file, or its settings are not implemented; all of them are listed.
+        ConfigError: it is not JSON.
     """
     path = folder / FILE
     if not path.is_file():
@@ -50,7 +51,7 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
     given = {key: value for key, value in read_object(path).items() if value is not None}
     tokens = {key: given[key] for key in TOKENS if key in given}
     unknown = {key: value for key, value in given.items() if key not in READ | NO_MATTER and value is not False}
-    unknown |= {key: value for key, value in tokens.items() if not isinstance(value, int)}  # several ends, say
+    unknown |= {key: value for key, value in tokens.items() if not isinstance(value, int)}  # such as several end tokens
     if any(len(words) != 1 for words in given.get("bad_words_ids", [])):
         unknown["bad_words_ids"] = given["bad_words_ids"]
     if given.get("early_stopping", False) not in STOPPING:

@@ -1,8 +1,8 @@
-"""Which sentences are searched together: the host's side of a search.
+"""Schedule sentences into batches: the host's side of a search.
 
 `search_sentences` takes sentences in order of their lengths and forms batches. A batch advances on the device until
-enough of its sentences are finished; then their outputs are collected, and others take their rows. What is compiled
-depends on a few sizes, to which lengths and counts are rounded up, never on the sentences.
+enough of its sentences are finished; then their outputs are collected, and others take their rows. Compiled programs
+depend only on a few sizes, to which lengths and counts are rounded up.
 """
 
 import math
@@ -22,18 +22,18 @@ class Hypothesis(NamedTuple):
     """One output."""
 
     tokens: list[int]  # without the start token and the end token
-    score: float  # log probability of the generated tokens (a prefix is not counted), with the penalties
+    score: float  # log probability of the generated tokens (without a prefix), with the penalties
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that programs are compiled for.
+    """Sizes for which programs are compiled.
 
     Each takes seconds to compile, so there are few: rows and slots go in steps of four, tokens in steps of two.
 
     Attributes:
-        rows: how many sentences a batch may have, the most first.
-        positions: the most tokens that the model reads; None for no limit.
+        rows: possible numbers of rows of a batch, in descending order.
+        positions: maximum number of tokens that the model reads; None for no limit.
     """
 
     FIRST_SLOTS: ClassVar[int] = 64  # initial slots of a sentence; more if they last for fewer than
@@ -47,21 +47,21 @@ class Sizes:
 
     @classmethod
     def up_to(cls, rows: int, positions: int | None) -> "Sizes":
-        """Sizes of batches of at most `rows` sentences."""
+        """Return the sizes for batches of at most `rows` sentences."""
         counts = [rows]
         while counts[-1] // 4 >= cls.FEWEST_ROWS:
             counts.append(counts[-1] // 4)
         return cls(tuple(counts), positions)
 
     def tokens(self, length: int) -> int:
-        """A number of tokens, rounded up; 0 stays 0."""
+        """Round up a number of tokens; 0 stays 0."""
         if not length:
             return 0
         rounded = max(self.FEWEST_TOKENS, 1 << (length - 1).bit_length())
         return rounded if self.positions is None else min(self.positions, rounded)
 
     def slots(self, width: int, source_length: int, max_tokens: int, *, more: bool) -> list[int]:
-        """Slots of a sentence, at first and whenever it needs more; as many as it can ever need at last."""
+        """Return the numbers of slots of a sentence: initially, then at each increase; the last one always suffices."""
         first = max(self.FIRST_SLOTS, self.FIRST_STEPS * width, self.SLOTS_PER_TOKEN * source_length)
         most = max_tokens * width
         slots = [min(most, 4 * first if more else first)]
@@ -71,14 +71,14 @@ class Sizes:
 
 
 class Request(NamedTuple):
-    """What is to be generated, and what has been."""
+    """A request for outputs, and the outputs found so far."""
 
     sources: Sequence[Sequence[int]]  # all empty for a model without sources
     starts: Sequence[int]  # the token that each output starts from
     prefixes: Sequence[Sequence[int]]  # the tokens that follow it
-    first: int  # the first sentence's number
+    first: int  # number of the first sentence
     prefix_length: int  # of the longest prefix, rounded up
-    max_tokens: int  # of the longest output, its prefix included, rounded up
+    max_tokens: int  # of the longest output, including its prefix, rounded up
     found: dict[int, list[Hypothesis]]
     cancelled: threading.Event
 
@@ -89,9 +89,9 @@ def search_sentences(programs: Programs, prepared: Any, sizes: Sizes, request: R
     Args:
         programs: the compiled programs.
         prepared: the model's parameters.
-        sizes: to choose among.
-        request: of which sentences.
-        order: the sentences, the longest source first.
+        sizes: the sizes to choose from.
+        request: the request.
+        order: indices of the sentences, longest source first.
     """
     waiting, postponed = list(order), list[int]()
     while waiting and not request.cancelled.is_set():
@@ -110,17 +110,17 @@ def search_sentences(programs: Programs, prepared: Any, sizes: Sizes, request: R
 
 
 class Batch:
-    """Sentences that are searched together, some at a time.
+    """Sentences that share the rows of a batch.
 
     Args:
         programs: the compiled programs.
         prepared: the model's parameters.
-        sizes: to choose among.
-        request: what the sentences are part of.
-        waiting: which of the request's sentences.
-        rows: how many are searched at a time.
-        length: tokens of the longest source, rounded up.
-        more_slots: whether these sentences are known to need many.
+        sizes: the sizes to choose from.
+        request: the request that the sentences belong to.
+        waiting: indices of the sentences in the request.
+        rows: number of sentences searched at a time.
+        length: length of the longest source in tokens, rounded up.
+        more_slots: whether these sentences are known to need many slots.
     """
 
     def __init__(
@@ -139,19 +139,19 @@ class Batch:
         self._length = length
         self._slots = sizes.slots(programs.config.width, length, request.max_tokens, more=more_slots)
         self._may_postpone = rows > sizes.rows[-1]
-        self._numbers = np.full(rows, -1, np.int32)  # which sentence each row holds
+        self._numbers = np.full(rows, -1, np.int32)  # index of the sentence in each row
         self._started = np.zeros(rows, np.int32)  # the step at which each was admitted
         self._step = 0
 
     @staticmethod
     def refill(rows: int) -> int:
-        """How many rows of a batch are filled at a time."""
+        """Return the number of rows to fill at a time."""
         return max(1, rows // 4)
 
     def search(self) -> list[int]:
-        """Fill the request's `found`, and return the sentences that a smaller batch has to start again.
+        """Fill the request's `found`, and return the sentences that must be searched again in a smaller batch.
 
-        These few need more slots than they have, which all rows here would have to be given.
+        These few need more slots, which would have to be added to all rows here.
         """
         programs, request, postponed = self._programs, self._request, list[int]()
         rows = len(self._numbers)
@@ -164,7 +164,7 @@ class Batch:
             while self._waiting and len(free) >= refill:
                 sources, state = self._admit(sources, state, free[:refill])
                 free = free[refill:]
-            # While others wait, rows are refilled some at a time; the last sentences end where they are.
+            # While others wait, rows are refilled some at a time; the last sentences finish in their rows.
             enough = np.int32(rows - refill if self._waiting else 0)
             numbers = np.where(self._numbers < 0, -1, self._numbers + request.first)
             state = programs.advance(self._prepared, sources, state, numbers, enough)
@@ -229,7 +229,7 @@ class Batch:
 
 
 def _padded(lists: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
-    """[rows, length] int32, -1 where there is no token."""
+    """Return the lists as [rows, length] int32, padded with -1."""
     array = np.full((rows, length), -1, np.int32)
     for row, tokens in zip(array, lists, strict=False):
         row[: len(tokens)] = tokens

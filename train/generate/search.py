@@ -1,14 +1,14 @@
 """One step of a search, from a model's logits to the next tokens: greedy search, sampling and beam search.
 
-Everything here is a pure function of arrays: R sentences at once, K hypotheses of each, V words. It knows nothing of
-models, of their caches, or of which sentences are searched together (`batch`, `scheduler`).
+Everything here is a pure function of arrays: R sentences, K hypotheses of each, V words. Models, their caches and the
+formation of batches are elsewhere (`batch`, `scheduler`).
 
     search = Search(DecodeConfig(beam=5), eos_id=2)
     hypotheses = search.begin(start_tokens, ...)
-    hypotheses, parents = search.advance(hypotheses, step, logits, ...)  # parents: which hypothesis each one continues
+    hypotheses, parents = search.advance(hypotheses, step, logits, ...)  # parents: the hypothesis that each continues
 
-Beam search is the reference implementation's (transformers 5): the same candidates, the same order of penalties and the
-same three ways to stop, so the same sequences and scores.
+Beam search follows the reference implementation (transformers 5): the same candidates, the same order of penalties and
+the same three stopping rules, and therefore the same sequences and scores.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from .config import DecodeConfig
 from .logits import completions, continuations, counts, marked, narrowed
 
 LOW = -1.0e9
-"""A score lower than any real one; finite, so that sums with it are never NaN. The reference's."""
+"""A score lower than any real one; finite, so that sums with it are never NaN. As in the reference."""
 NOTHING = -1.0e6
-"""Scores below this are not real ones, whatever length `LOW` was divided by."""
+"""Scores below this are not real, whatever length `LOW` was divided by."""
 
 
 class Finished(NamedTuple):
@@ -35,7 +35,7 @@ class Finished(NamedTuple):
     steps: Array  # int32, the age of the sentence when the last token was chosen
     parents: Array  # int32, the live hypothesis that it was chosen for
     tokens: Array  # int32, the last token
-    valid: Array  # bool, whether there is such a hypothesis
+    valid: Array  # bool, whether the hypothesis exists
 
 
 class Hypotheses(NamedTuple):
@@ -43,14 +43,14 @@ class Hypotheses(NamedTuple):
 
     tokens: Array  # [R, K] int32, the newest token of each live hypothesis
     scores: Array  # [R, K] float32, their log probabilities
-    history: Array | None  # [R, K, T] int32, the tokens read so far, -1 after them; None unless a rule looks at them
+    history: Array | None  # [R, K, T] int32, the tokens read so far, -1 after them; None unless a rule needs them
     coverage: Array | None  # [R, K, S] float32, attention that each source token has received; None likewise
     finished: Finished
     active: Array  # [R, G] bool, whether the search of each group of beams goes on
 
 
 class Step(NamedTuple):
-    """Where each sentence stands."""
+    """Position of each sentence."""
 
     age: Array  # [R] int32, tokens read before this step
     forced: Array  # [R] int32, the prefix's token at this step, -1 after the prefix
@@ -58,23 +58,23 @@ class Step(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a step chooses for k hypotheses: for all of a sentence, or for one group of beams."""
+    """The choices of a step for k hypotheses: all of a sentence, or one group of beams."""
 
     tokens: Array  # [R, k] int32
     scores: Array  # [R, k] float32
-    parents: Array  # [R, k] int32, which of the k is continued
+    parents: Array  # [R, k] int32, the one of the k that is continued
     finished: Finished  # [R, k]
     active: Array  # [R, 1] bool
 
 
 @dataclass(frozen=True)
 class Search:
-    """How the next tokens are chosen.
+    """The choice of the next tokens.
 
     Attributes:
         config: the options.
         eos_id: the token that ends an output.
-        forced_eos_id: the token that an output of the greatest length has to end with; None for any.
+        forced_eos_id: the token that outputs of maximum length must end with; None for any.
     """
 
     config: DecodeConfig
@@ -82,18 +82,18 @@ class Search:
     forced_eos_id: int | None = None
 
     def begin(self, start: Array, active: Array, source_length: int, max_tokens: int) -> Hypotheses:
-        """The hypotheses before the first step.
+        """Return the hypotheses before the first step.
 
         Args:
             start: [R] int32, the token that each output begins with.
             active: [R] bool, whether there is a sentence.
-            source_length: S.
-            max_tokens: T.
+            source_length: maximum number of source tokens, S.
+            max_tokens: maximum number of output tokens, T.
         """
         c = self.config
         shape = (len(start), c.width)
         none = jnp.full(shape, -1, jnp.int32)
-        # The hypotheses of a group begin alike: all but one must not count.
+        # The hypotheses of a group are equal at first: only one must count.
         duplicate = c.searches & (jnp.arange(c.width) % (c.width // c.diverse_groups) > 0)
         looks_back = c.repetition_penalty != 1.0 or c.no_repeat_ngram
         return Hypotheses(
@@ -117,15 +117,15 @@ class Search:
         """Choose the next tokens.
 
         Args:
-            hypotheses: before the step.
-            step: where each sentence stands.
+            hypotheses: hypotheses before the step.
+            step: position of each sentence.
             logits: [R, K, V] float32, after the hypotheses' newest tokens.
-            attention: each layer's attention to the source, [R, H, K, S]; looked at for the coverage penalty alone.
+            attention: each layer's attention to the source, [R, H, K, S]; used only for the coverage penalty.
             source_mask: [R, S] bool, True for tokens.
-            numbers: [R] int32, the sentences' numbers, on which random draws depend.
+            numbers: [R] int32, numbers of the sentences, on which random draws depend.
 
         Returns:
-            (the hypotheses after the step, parents [R, K] int32: which hypothesis each of them continues)
+            (the hypotheses after the step, parents [R, K] int32: the hypothesis that each of them continues)
         """
         history, coverage = hypotheses.history, hypotheses.coverage
         if history is not None:
@@ -145,9 +145,9 @@ class Search:
         return Hypotheses(tokens, scores, history, coverage, finished, active), parents
 
     def _restrict(self, scores: Array, certain: Array, history: Array | None, step: Step) -> Array:
-        """Apply the rules to scores [R, K, V], in the reference's order; what they forbid gets -inf.
+        """Apply the rules to scores [R, K, V], in the reference's order; forbidden tokens get -inf.
 
-        certain [R, K] is the score of a token that is forced.
+        certain [R, K] is the score of a forced token.
         """
         c = self.config
         words = scores.shape[-1]
@@ -179,7 +179,7 @@ class Search:
     def _independent(
         self, hypotheses: Hypotheses, step: Step, logits: Array, history: Array | None, numbers: Array
     ) -> Selection:
-        """Give each hypothesis its most probable token, or one that is sampled."""
+        """Choose the most probable token of each hypothesis, or sample one."""
         c = self.config
         scores = self._restrict(logits, jnp.zeros_like(hypotheses.scores), history, step)
         if c.sample:
@@ -215,11 +215,11 @@ class Search:
         """Choose the best continuations of all hypotheses, group by group."""
         c = self.config
         size = c.beam // c.diverse_groups
-        # Log probabilities are gains - norm, computed for the candidates alone unless a rule needs them for all words.
+        # Log probabilities are gains - norm, computed only for the candidates unless a rule needs them for all words.
         norm = jax.nn.logsumexp(logits, axis=-1)
         if c.repetition_penalty != 1.0:
             logits, norm = logits - norm[..., None], jnp.zeros_like(norm)
-        logits, norm = jax.lax.optimization_barrier((logits, norm))  # or suppressing would copy what is still needed
+        logits, norm = jax.lax.optimization_barrier((logits, norm))  # else suppression would copy arrays still needed
         gains = self._restrict(logits, norm, history, step)
         if c.renormalise:
             norm = jax.nn.logsumexp(gains, axis=-1)
@@ -243,7 +243,7 @@ class Search:
                 hypotheses.active[:, group],
                 step,
             )
-            # From the group's own numbers to the sentence's; those that finished before have the sentence's already.
+            # From numbering within the group to the sentence's; those that finished before already have the latter.
             new = selection.finished.steps == step.age[:, None]
             parents = selection.finished.parents + jnp.where(new, group * size, 0)
             selections.append(
@@ -261,7 +261,7 @@ class Search:
         """Choose for one group: gains [R, k, V]; norm, scores and bonus [R, k]; active [R]."""
         c = self.config
         size = scores.shape[1]
-        # Twice as many candidates as beams, so that enough live on even if the better half ends.
+        # Twice as many candidates as beams, so that enough remain live even if the better half ends.
         values, parents, words = continuations(gains, norm, scores, min(2 * size, size * gains.shape[-1]))
         longest = (step.length == c.max_length)[:, None]
         last = (words == self.eos_id) | longest
@@ -299,7 +299,7 @@ class Search:
 
 
 def _keys(seed: int, numbers: Array, width: int, age: Array) -> Array:
-    """Random keys [R, K], each from the seed, the sentence's number and age, and the number of the sample."""
+    """Return random keys [R, K], each from the seed, the sentence's number and age, and the number of the sample."""
     of_row = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
     of_row = jax.vmap(jax.random.fold_in)(of_row, age)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_row, jnp.arange(width))

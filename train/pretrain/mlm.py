@@ -1,8 +1,8 @@
-"""Masked words: the tokens that were hidden are predicted from what surrounds them (Devlin et al. 2018, 3.1).
+"""Masked language modelling: predict masked tokens from their context (Devlin et al. 2018, 3.1).
 
-Rows are BERT's without pairs, or RoBERTa's full sentences and document sentences (Liu et al. 2019, 4.2). Masks go with
-them: BERT hides a fixed number of tokens that are none of the special ones; RoBERTa a number that is right on average,
-of all tokens, and its random tokens are never special ones.
+Rows are BERT's without pairs, or RoBERTa's full sentences and document sentences (Liu et al. 2019, 4.2). The rows
+determine the rules of masking: BERT masks a fixed number of tokens other than special ones; RoBERTa masks any tokens,
+in a number that is right on average, and its random tokens are never special ones.
 """
 
 from collections.abc import Iterable
@@ -36,32 +36,32 @@ class MaskedWords:
 
     @staticmethod
     def default_rows(family: Family) -> RowKind:
-        """Those of the family's paper."""
+        """Return the rows of the family's paper."""
         return family.rows
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
-        """With a run's settings."""
+        """See `ObjectiveClass.create`."""
         kind = config.rows or "sentences"
         return cls(make_masking(config, tokenizer, "bert" if kind == "sentences" else "roberta"), tokenizer, kind)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
-        """As `Objective.rows`."""
+        """See `Objective.rows`."""
         if self.kind == "sentences":
             return SentencePairRows(store, self.tokenizer, split, next_sentence=False, **settings)
         across = self.kind == "full-sentences"
         return FullSentenceRows(store, self.tokenizer, split, cross_documents=across, **settings)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
-        """Hide tokens."""
+        """Mask tokens."""
         return mask(self.masking, key, batch)
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        """Number of predictions."""
+        """Return the number of predictions."""
         return {"mlm": batch["mlm_weights"].sum()}
 
     def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
-        """Cross-entropy of the hidden tokens."""
+        """Compute the cross-entropy of the masked tokens."""
         logits = model.apply(
             {"params": params},
             *encoder_inputs(model.config, batch),
@@ -72,12 +72,12 @@ class MaskedWords:
         return {"mlm": prediction_sums(logits, batch["mlm_labels"], batch["mlm_weights"])}
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
-        """Texts with words hidden and filled in."""
+        """Show texts with masked words and the model's predictions."""
         return fill_in(model.apply, params, self.tokenizer, rows)
 
 
 def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "bert") -> Masking:
-    """The masking that a run's settings ask for, over a vocabulary.
+    """Return the masking of a run's settings, for a vocabulary.
 
     Raises:
         RunError: the tokenizer has no mask token.
@@ -88,7 +88,7 @@ def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "b
 
 
 def mask(masking: Masking, key: jax.Array, batch: Batch) -> Batch:
-    """The batch with tokens hidden, and where they were: `mlm_positions`, `mlm_labels`, `mlm_weights` [B, P]."""
+    """Return the batch with masked tokens, and `mlm_positions`, `mlm_labels` and `mlm_weights` [B, P]."""
     masked = masking(key, batch["input_ids"], batch["segment_ids"], batch["row_ids"])
     return {
         **batch,

@@ -1,4 +1,4 @@
-"""Masked words and next sentences: BERT's two losses, added up (Devlin et al. 2018, 3.1)."""
+"""Masked language modelling and next sentence prediction: the sum of BERT's two losses (Devlin et al. 2018, 3.1)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,33 +32,33 @@ class MaskedWordsAndNextSentence:
 
     @staticmethod
     def default_rows(family: Family) -> None:
-        """No choice is left."""
+        """Return None: there is only one kind of rows."""
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
-        """With a run's settings.
+        """See `ObjectiveClass.create`.
 
         Raises:
-            RunError: rows were asked for that hold no pairs.
+            RunError: the requested rows contain no pairs.
         """
         if config.rows is not None:
             raise RunError(f"--rows {config.rows}: --objective mlm+nsp has rows of its own, pairs of sentences.")
         return cls(make_masking(config, tokenizer), tokenizer)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
-        """As `Objective.rows`."""
+        """See `Objective.rows`."""
         return SentencePairRows(store, self.tokenizer, split, **settings)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
-        """Hide tokens."""
+        """Mask tokens."""
         return mask(self.masking, key, batch)
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        """Number of hidden tokens, and of pairs."""
+        """Return the numbers of masked tokens and of pairs."""
         return {"mlm": batch["mlm_weights"].sum(), "nsp": batch["next_sentence_weights"].sum()}
 
     def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
-        """Cross-entropy of the hidden tokens and of the pairs."""
+        """Compute the cross-entropies of the masked tokens and of the pairs."""
         logits = model.apply(
             {"params": params},
             *encoder_inputs(model.config, batch),
@@ -73,5 +73,5 @@ class MaskedWordsAndNextSentence:
         }
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
-        """Texts with words hidden and filled in."""
+        """Show texts with masked words and the model's predictions."""
         return fill_in(lambda *inputs: model.apply(*inputs).mlm_logits, params, self.tokenizer, rows)

@@ -1,4 +1,4 @@
-"""Draw which source tokens each token of a translation attended to: one HTML file that needs nothing else."""
+"""Draw attention maps, from the tokens of translations to those of their sources, as one self-contained HTML file."""
 
 import html
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ...models.transformer import TransformerConfig
 from ..errors import RunError
 from .translator import Translation, Translator
 
-MOST = 20  # translations that are drawn
+MOST = 20  # maximum number of translations to draw
 
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; }
@@ -29,7 +29,7 @@ td { width: 20px; height: 20px; border: 1px solid #eee; }
 
 
 def to_draw(config: TransformerConfig, layers: Sequence[int], heads: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The numbers of the layers and heads to draw, from 1: by default the last layer, and all heads.
+    """Return the numbers of the layers and heads to draw, from 1: by default the last layer, and all heads.
 
     Raises:
         RunError: the model has no such layer or head.
@@ -49,10 +49,10 @@ def draw_attention(
 
     Args:
         path: HTML file to write.
-        translator: what made the translations.
-        translations: the first `MOST` are drawn.
-        layers: from 1; the last one if none is named.
-        heads: from 1; all heads and their mean if none is named.
+        translator: the translator that made the translations.
+        translations: translations, of which the first `MOST` are drawn.
+        layers: numbers of layers, from 1; empty for the last one.
+        heads: numbers of heads, from 1; empty for all heads and their mean.
 
     Raises:
         RunError: the model has no such layer or head.
@@ -86,18 +86,18 @@ def draw_attention(
 
 
 def attention_of(model: Any, prepared: Any, source: Sequence[int], target: Sequence[int]) -> Any:
-    """The decoder's attention to one source.
+    """Compute the decoder's attention to one source.
 
-    Lengths are padded to a power of two inside, so that few programs are compiled.
+    Lengths are padded to a power of two internally, so that few programs are compiled.
 
     Args:
         model: the model.
         prepared: its parameters, prepared by its steps.
         source: S token ids, with the end token.
-        target: T token ids, from the start token on.
+        target: T token ids, including the start token.
 
     Returns:
-        [N, H, T, S] float32: of each layer and head.
+        [N, H, T, S] float32, for each layer and head.
     """
     rows = [np.asarray(ids, np.int32) for ids in (source, target)]
     widths = [1 << max(4, (len(ids) - 1).bit_length()) for ids in rows]
@@ -108,7 +108,7 @@ def attention_of(model: Any, prepared: Any, source: Sequence[int], target: Seque
 
 
 def check(what: str, asked: Sequence[int], count: int) -> list[int]:
-    """The numbers asked for; RunError for one that is not from 1 to `count`."""
+    """Return the requested numbers; raise RunError if one is not from 1 to `count`."""
     for number in asked:
         if not 1 <= number <= count:
             raise RunError(f"--{what}s {number}: the decoder has {what}s 1 to {count}.")
@@ -116,7 +116,7 @@ def check(what: str, asked: Sequence[int], count: int) -> list[int]:
 
 
 def table(weights: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> str:
-    """An HTML table with a coloured cell for each weight [rows, columns], whose tooltip is the number."""
+    """Return an HTML table with a coloured cell for each weight [rows, columns], whose tooltip is the number."""
     head = "".join(f"<th>{html.escape(piece)}</th>" for piece in columns)
     body = []
     for piece, row in zip(rows, weights, strict=True):

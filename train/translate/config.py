@@ -1,4 +1,4 @@
-"""The options of `bestiary translate train`, and their defaults for each size of model."""
+"""Options of `bestiary translate train`, and their defaults for each size of model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ DECODE = DecodeConfig(beam=5, max_length=256)
 """Default decoding options of the commands."""
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
-# The settings for text of your own, by --preset, where they differ from the defaults of `TranslateConfig` (which are
-# for the embedded phrases).
+# Settings for your own text, by --preset, if they differ from the defaults of `TranslateConfig` (which are for the
+# built-in phrases).
 
 VASWANI: Mapping[str, Any] = {  # Vaswani et al. 2017, 5 and 6.1: batches of 25,000 tokens, a joint vocabulary of 37,000
     "vocab_size": 37_000,
@@ -72,8 +72,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 class TranslateConfig:
     """Train a translator on parallel text.
 
-    With no arguments: English-German dates, durations, amounts and quantities, in minutes on two CPU cores. For text of
-    your own, the defaults are those of the --preset's paper; --source FILE --preset NAME --help shows them.
+    Without arguments: English-German dates, durations, amounts and quantities, in minutes on two CPU cores. For your
+    own text, the defaults are those of the --preset's paper; --source FILE --preset NAME --help shows them.
     """
 
     source: Path | None = None
@@ -99,11 +99,11 @@ class TranslateConfig:
     subwords: Subwords = "unigram"
     """Kind of subwords: SentencePiece's unigram or bpe, or BPE within words (word-bpe)."""
     vocab_size: int = 8000
-    """Size of the vocabulary, four special tokens included; of each side if the vocabularies are separate."""
+    """Vocabulary size, including four special tokens; of each side if the vocabularies are separate."""
     joint: bool = True
     """Use one vocabulary for both languages."""
     split_digits: bool | None = None
-    """Make every digit a token of its own. None: yes for SentencePiece's subwords."""
+    """Make every digit a separate token. None: yes for SentencePiece's subwords."""
     lowercase: bool = False
     """Lower-case both languages."""
     moses: bool = False
@@ -120,8 +120,8 @@ class TranslateConfig:
     preset: str = "transformer-tiny"
     """Model size: transformer-tiny (4+4 layers, width 128), -base or -big."""
     tying: Literal["all", "decoder", "none"] | None = None
-    """Which embeddings are shared: source, target and output (all), target and output (decoder), or none. None: all if
-    the vocabulary is joint, else decoder."""
+    """Embeddings to share: source, target and output (all), target and output (decoder), or none. None: all if the
+    vocabulary is joint, else decoder."""
     pre_norm: bool = False
     """Normalise the input of each sub-layer instead of its output (not the paper's)."""
     dropout: float = 0.0
@@ -144,14 +144,14 @@ class TranslateConfig:
     """Length of a packed row, in tokens, on either side; several pairs share a row. Longer pairs are dropped and
     counted (see --too-long)."""
     too_long: Literal["drop", "refuse"] = "drop"
-    """What to do with pairs that are longer than a row: leave them out and count them, or refuse them."""
+    """Handling of pairs that are longer than a row: leave them out and count them, or refuse them."""
     batch_tokens: int = 1024
     """Target tokens per step, padding included: rows per step times --row-tokens."""
     accumulate: int = 1
     """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory. The
     results stay the same."""
     steps: int = 900
-    """Most updates."""
+    """Maximum number of updates."""
     label_smoothing: float = 0.1
     """Label smoothing: probability mass spread over all words."""
     r_drop: float = 0.0
@@ -182,7 +182,7 @@ class TranslateConfig:
     average: int = 0
     """Export the mean of the weights at this many evaluations. 0: no mean."""
     average_of: Literal["last", "best"] = "last"
-    """Which evaluations --average uses: the last, or those with the best dev BLEU."""
+    """Evaluations that --average uses: the last, or those with the best dev BLEU."""
 
     out: Path = Path("runs/translate")
     """Run folder. To resume a run that was stopped, give the same command again."""
@@ -224,7 +224,7 @@ class TranslateConfig:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """The defaults for a command line: for the embedded phrases, or those of the --preset's recipe for a text."""
+        """Return the defaults for a command line: for the built-in phrases or, for a text, of the --preset's recipe."""
         phrases, given = cls(), flags(arguments)
         recipe = RECIPES.get(given.get("preset", phrases.preset))
         if recipe is None or not {"source", "pairs"} & given.keys():
@@ -235,14 +235,14 @@ class TranslateConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of a batch."""
+        """Number of rows of a batch."""
         return self.batch_tokens // self.row_tokens
 
 
-# Settings that change neither the numbers of a run nor what it exports: they may differ when it is started again.
+# Settings that change neither the numbers of a run nor what it exports: they may change when it is resumed.
 FREE = (*EVERY_FREE, "cache")
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-    """A run folder's settings as this version would have written them."""
+    """Convert a run folder's settings to this version's."""
     return {"parallelism" if name == "spread" else name: value for name, value in stored.items()}

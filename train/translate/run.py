@@ -1,10 +1,10 @@
-"""Translate text with a trained translator: lines in, lines out, in their order.
+"""Translate text with a trained translator, line by line, in order.
 
     bestiary translate run --model runs/ende --beam 5 < source.txt > translation.txt
     bestiary translate run --model runs/ende --attention map.html < sentence.txt
 
-It reads and writes as it goes, some lines at a time, and keeps nothing of them: a million lines need no more memory
-than the first thousand, if these include long lines too.
+Input is read and translated a window of lines at a time, and nothing is kept: a million lines need no more memory than
+the first thousand, if these include long lines too.
 """
 
 import queue
@@ -27,12 +27,12 @@ from .config import DECODE, TooLong
 if TYPE_CHECKING:
     from .translator import Translation
 
-WAIT_SECONDS = 0.05  # for more lines, once there is one
+WAIT_SECONDS = 0.05  # time to wait for more lines, once there is one
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Translate standard input to standard output, a line for a line."""
+    """Translate standard input to standard output, line by line."""
 
     model: Path
     """Run folder, or checkpoint folder with its tokenizer."""
@@ -46,10 +46,10 @@ class RunConfig:
     """Maximum length of a line, in tokens. 0: the length used in training (model_max_length in tokenizer_config.json),
     since the model has learned nothing about longer lines; if unknown, the model's number of positions."""
     too_long: TooLong = "split"
-    """What to do with longer lines: split them, translate the parts and report how many there were; or refuse them."""
+    """Handling of longer lines: split them, translate the parts and report their number; or refuse them."""
     scores: bool = False
-    """Write each translation's score and a tab before it. With --n-best above 1, scores are always written, and there
-    are N output lines per input line."""
+    """Write each translation's score and a tab before it. With --n-best above 1, scores are always written, with N
+    output lines per input line."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the computation."""
     generation_config: bool = False
@@ -80,7 +80,7 @@ class RunConfig:
 
 
 class Lines:
-    """The lines of a stream, read by a thread as they come; at most `window` wait to be taken."""
+    """Lines of a stream, read by a thread as they arrive; at most `window` lines are buffered."""
 
     def __init__(self, stream: BinaryIO, window: int):
         self._window = window
@@ -100,11 +100,11 @@ class Lines:
                     ) from None
                 self._waiting.put(text.removesuffix("\n").removesuffix("\r"))
             self._waiting.put(None)
-        except Exception as error:  # goes on in the thread that takes the lines
+        except Exception as error:  # re-raised in the thread that takes the lines
             self._waiting.put(error)
 
     def __iter__(self) -> Iterator[list[str]]:
-        """Up to `window` lines at a time: those that are there, once there is one."""
+        """Yield up to `window` lines at a time: those available, as soon as there is one."""
         some: list[str] = []
         while True:
             try:
@@ -125,8 +125,8 @@ class Lines:
 
 
 def main(config: RunConfig) -> int:
-    """`bestiary translate run`; returns the exit status."""
-    import jax  # here, so that --help need not wait for it
+    """Run `bestiary translate run`; return the exit status."""
+    import jax  # imported here, since it would delay --help
 
     from .attention_map import MOST, draw_attention, to_draw
     from .translator import open_translator

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from .translator import Translation
 
 ISO_639_1 = {"zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "jap": "ja", "kor": "ko"}
-"""Longer codes of the languages that sacreBLEU has a tokenizer for, as released translators name them."""
+"""Longer codes, as in released translators, of the languages that sacreBLEU has a tokenizer for."""
 
 
 class Scores(NamedTuple):
-    """Figures by name, and the signatures of sacreBLEU's."""
+    """Figures by name, and sacreBLEU's signatures."""
 
     values: dict[str, float]
     signatures: dict[str, str]
-    details: dict[str, str]  # of the tokenised ones, as multi-bleu.perl prints them
+    details: dict[str, str]  # of the tokenised figures, as printed by multi-bleu.perl
 
     def __str__(self) -> str:
         shown = "  ".join(f"{name} {value:.2f}" for name, value in self.values.items())
@@ -47,18 +47,18 @@ class Scores(NamedTuple):
 
 
 def deciding(form: TextForm) -> str:
-    """The figure that model selection goes by: a model that only writes lower case is not penalised for it."""
+    """Return the figure for model selection, which does not penalise a model for writing only lower case."""
     return "bleu_lowercase" if form.lowercase else "bleu"
 
 
 def bleu_language(language: str) -> str:
-    """The code by which sacreBLEU chooses its tokenizer, which is another one for Chinese, Japanese and Korean.
+    """Return the code by which sacreBLEU chooses its tokenizer, which differs for Chinese, Japanese and Korean.
 
     Args:
-        language: ISO 639 code of the text, which a script or a region may follow (zh_TW).
+        language: ISO 639 code of the text, optionally followed by a script or a region (zh_TW).
 
     Raises:
-        RunError: Japanese or Korean, and the dictionary that splits it into words is not installed.
+        RunError: the language is Japanese or Korean, and the dictionary for splitting it into words is not installed.
     """
     from sacrebleu.metrics.bleu import BLEU
 
@@ -84,13 +84,13 @@ def corpus_scores(
 
     Args:
         translations: detokenised text.
-        references: detokenised text, one for each translation.
-        form: its second language is that of the text. If it lower-cases, so are the references for the tokenised BLEU.
-        prepared: the translations as the model wrote them, already split into words; None: they are split here, as the
-            references are.
+        references: detokenised text, one per translation.
+        form: text form; its second language is that of the text. If it lower-cases, the references are lower-cased too
+            for the tokenised BLEU.
+        prepared: the model's output, already split into words; None: split the translations like the references.
 
     Raises:
-        RunError: the language is Japanese or Korean, and what splits it into words is not installed.
+        RunError: the language is Japanese or Korean, and the dictionary for splitting it into words is not installed.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
@@ -126,7 +126,7 @@ def corpus_scores(
 
 
 def translation_scores(translations: "Sequence[Translation]", references: Sequence[str], form: TextForm) -> Scores:
-    """Score a model's translations. If its text form splits words as Moses does, its words are taken as they are."""
+    """Score a model's translations. If its text form splits words as Moses does, its words are used as they are."""
     prepared = [found.prepared for found in translations] if form.moses else None
     return corpus_scores([found.text for found in translations], references, form, prepared)
 
@@ -189,7 +189,7 @@ class ScoreConfig:
 
 
 def check_language(language: str) -> None:
-    """Raise RunError unless this is a language's code that CLDR knows, as `de` or `zh_TW`."""
+    """Raise RunError unless this is the code of a language in CLDR, such as `de` or `zh_TW`."""
     from babel import Locale, UnknownLocaleError
 
     try:
@@ -199,8 +199,8 @@ def check_language(language: str) -> None:
 
 
 def main(config: ScoreConfig) -> int:
-    """`bestiary translate score`; returns the exit status."""
-    # Imported here, since they need JAX, for which --help need not wait.
+    """Run `bestiary translate score`; return the exit status."""
+    # Imported here, since they import JAX, which would delay --help.
     from ...data.files import write_text
     from ..run_folder import write_json
     from .translator import open_translator
@@ -221,7 +221,7 @@ def main(config: ScoreConfig) -> int:
             longest=config.longest,
             dtype=config.dtype,
         )
-        bleu_language(translator.tokenizer.form.languages[1])  # what is missing is named before the work
+        bleu_language(translator.tokenizer.form.languages[1])  # a missing dictionary is reported before the work
         clock = time.perf_counter()
         translated = [answers[0] for answers in translator.translate(sources)]
         seconds = time.perf_counter() - clock
@@ -244,10 +244,10 @@ def main(config: ScoreConfig) -> int:
 
 
 def read_two(first: Path, second: Path, encoding: str) -> tuple[list[str], list[str]]:
-    """The lines of two files of the same length, with control characters as spaces.
+    """Read the lines of two files of the same length, with control characters as spaces.
 
     Raises:
-        CorpusError: the files differ in their numbers of lines, or one is not in this encoding.
+        CorpusError: the files have different numbers of lines, or one is not in this encoding.
     """
     pairs = list(ParallelText([first, second], encoding=encoding))
     return [pair.source for pair in pairs], [pair.target for pair in pairs]

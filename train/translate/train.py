@@ -4,9 +4,9 @@
     bestiary translate train --source train.en.gz --target train.de.gz --dev val.en.gz val.de.gz \
         --preset transformer-tiny --out runs/ende
 
-Several pairs share a row, on both sides (data/translation.py). Label smoothing, Adam (0.9, 0.98) and the inverse
-square root of the step are the paper's (5.3, 5.4); what else there is - sampled pieces, R-Drop, a mean of checkpoints,
-a running mean, an early end by the dev set's BLEU - is off unless it is asked for.
+Several pairs share a row, on both sides (data/rows/translation.py). Label smoothing, Adam (0.9, 0.98) and the inverse
+square root schedule are the paper's (5.3, 5.4); everything else - sampled subwords, R-Drop, averaged checkpoints, a
+moving average of the weights, early stopping by the dev set's BLEU - is off by default.
 
 A run starts from, in this order: (1) its own newest whole checkpoint, (2) the checkpoint named by --resume-from,
 (3) the weights named by --init-from, (4) scratch.
@@ -64,17 +64,17 @@ from .translator import Translation, Translator, check_vocabulary, longest_outpu
 
 
 class Texts(NamedTuple):
-    """The pairs of a run, before they are tokenised."""
+    """Sentence pairs of a run, before tokenisation."""
 
-    train: Callable[[], Iterable[Pair]]  # anew at each call
+    train: Callable[[], Iterable[Pair]]  # reads them again at each call
     dev: list[Pair]
     fingerprint: str  # of the training pairs
     described: str
-    notes: Callable[[], list[str]]  # what was met in the training text, once it was read
+    notes: Callable[[], list[str]]  # remarks on the training text, once it has been read
 
 
 def read_texts(config: TranslateConfig) -> Texts:
-    """The training and the dev pairs. Only the dev pairs are read yet, where they have files of their own."""
+    """Open the training and dev pairs. Only dev pairs in their own files are read at once."""
     options: dict[str, Any] = dict(fields=config.fields, languages=config.languages, encoding=config.encoding)
     given = (config.source, config.target) if config.source is not None else (config.pairs,)
     if given == (None,):
@@ -111,7 +111,7 @@ def read_texts(config: TranslateConfig) -> Texts:
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """A hash of what pairs say."""
+    """Return a hash of the contents of pairs."""
     return hashlib.sha256(repr([(pair.source, pair.target) for pair in pairs]).encode()).hexdigest()
 
 
@@ -125,7 +125,7 @@ class Data(NamedTuple):
 
 
 def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
-    """Tokenizer and tokenised pairs, made where they are missing."""
+    """Return the tokenizer and the tokenised pairs, which are built if they are missing."""
     root = (config.cache or user_cache_folder()) / "translation"
 
     def show(report: Any) -> None:
@@ -151,7 +151,7 @@ def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
 def trained_tokenizer(
     config: TranslateConfig, texts: Texts, form: TextForm, root: Path, progress: Progress
 ) -> PairTokenizer:
-    """The tokenizer of this text; trained if it is not there yet."""
+    """Return the tokenizer of this text, after training it if it is missing."""
     split_digits = config.subwords != "word-bpe" if config.split_digits is None else config.split_digits
     key = f"{config.subwords} {config.vocab_size} {config.joint} {split_digits} {form} {texts.fingerprint}"
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -175,7 +175,7 @@ def trained_tokenizer(
 def make_rows(
     config: TranslateConfig, data: Data, start_id: int, progress: Progress, *, dev: bool = False
 ) -> TranslationRows:
-    """The rows that are trained on, or the dev set's.
+    """Return the training rows, or those of the dev set.
 
     Raises:
         RunError: pairs are longer than a row, and --too-long refuses them.
@@ -207,7 +207,7 @@ def make_rows(
 
 
 def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> TransformerConfig:
-    """The model's configuration: a preset, or that of the checkpoint it starts from.
+    """Return the model's configuration: a preset, or that of the checkpoint it starts from.
 
     Raises:
         RunError: the vocabularies do not fit.
@@ -246,7 +246,7 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> Transform
 
 
 def make_model(config: TranslateConfig, architecture: TransformerConfig) -> tuple[Transformer, Learner]:
-    """The model and how it is trained; nothing is computed yet."""
+    """Return the model and its learner; nothing is computed yet."""
     model = Marian(architecture) if isinstance(architecture, MarianConfig) else Transformer(architecture)
     ids = jnp.zeros((1, 8), jnp.int32)
     learner = make_learner(
@@ -254,13 +254,13 @@ def make_model(config: TranslateConfig, architecture: TransformerConfig) -> tupl
         optim=config.optim,
         rate=schedule(config.optim, [(config.steps, None)]),
         seed=config.seed,
-        trains=lambda names: "final_logits_bias" not in names,  # Marian's, which is only read and written
+        trains=lambda names: "final_logits_bias" not in names,  # Marian's, which is only loaded and saved
     )
     return model, learner
 
 
 def released(model: Transformer, params: Any) -> tuple[Transformer, Any]:
-    """The same function as a Marian model, which the reference implementation loads, where it can be one."""
+    """Convert the model to an equivalent Marian model, which the reference implementation loads, if possible."""
     c = model.config
     if isinstance(model, Marian) or c.pre_norm or c.table_width != c.width:
         return model, params
@@ -277,7 +277,7 @@ INPUTS = (
 def smoothed_sums(
     model: Transformer, params: Any, batch: dict[str, jax.Array], *dropout: jax.Array, **kwargs: Any
 ) -> SmoothedSums:
-    """The losses of a batch, summed: of a pass for each key of `dropout`, or of one without."""
+    """Return the summed losses of a batch: of one pass per key of `dropout`, or of one without dropout."""
     passes = [
         model.apply(
             {"params": params},
@@ -306,7 +306,7 @@ def train_step(
     r_drop: float,
     accumulate: int,
 ) -> tuple[TrainState, Sums]:
-    """One update: the mean smoothed loss over the batch's target tokens."""
+    """Do one update: minimise the mean smoothed loss over the batch's target tokens."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
@@ -332,7 +332,7 @@ def train_step(
 
 
 def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, model: Transformer) -> Sums:
-    """Sums over held-out rows."""
+    """Compute sums over held-out rows."""
     batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
     sums = replicas.sum(smoothed_sums(model, params, batch))
     return {"nll": (sums.nll, sums.weight), "accuracy": (sums.correct, sums.weight)}
@@ -342,10 +342,10 @@ def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas
 
 
 class Evaluation:
-    """The dev set's loss, and its BLEU when it is translated.
+    """Evaluation: the dev set's loss, and its BLEU if it is translated.
 
-    Every process translates the whole set, on one of its devices: a source that is longer than a row in parts, as
-    `translate score` does, an empty one to nothing.
+    Every process translates the whole set, on one of its devices. As in `translate score`, sources longer than a row
+    are translated in parts, and empty ones to nothing.
     """
 
     def __init__(
@@ -371,7 +371,7 @@ class Evaluation:
         self.deciding = deciding(data.tokenizer.form)
 
     def translate(self, params: Any, beam: int) -> list[Translation]:
-        """The dev set's translations by parameters on the host."""
+        """Translate the dev set with parameters on the host."""
         if beam in self._translators:
             self._translators[beam] = self._translators[beam].with_params(params)
         else:
@@ -380,7 +380,7 @@ class Evaluation:
         return [found[0] for found in self._translators[beam].translate(self._sources)]
 
     def scores(self, translations: Sequence[Translation]) -> Scores:
-        """Scores of the dev set's translations."""
+        """Score translations of the dev set."""
         return translation_scores(translations, self._references, self._tokenizer.form)
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
@@ -399,25 +399,25 @@ class Evaluation:
 
 
 class Means:
-    """The weights of evaluations, kept for their mean: `weights/STEP_BLEU.safetensors` in the run folder."""
+    """Weights saved at evaluations for averaging: `weights/STEP_BLEU.safetensors` in the run folder."""
 
     def __init__(self, folder: Path, config: TranslateConfig):
         self._folder, self._count, self._of = folder / "weights", config.average, config.average_of
 
     def __call__(self, step: int, params: Any, bleu: float) -> None:
-        """Keep an evaluation's weights, and no more than are needed."""
+        """Save an evaluation's weights, and delete those no longer needed."""
         if not self._count or jax.process_index() > 0:
             return
         self._folder.mkdir(exist_ok=True)
         for path in self._files():
-            if self._step(path) >= step:  # of a start that came further than its last checkpoint
+            if self._step(path) >= step:  # left by an interrupted run beyond its last checkpoint
                 path.unlink()
         write_params(self._folder / f"{step}_{bleu:.6f}.safetensors", params)
         for path in self._files()[: -self._count]:
             path.unlink()
 
     def mean(self) -> tuple[Any, list[int]]:
-        """The mean of the weights, and the steps that it is taken over; (None, []) where none were kept."""
+        """Return the mean of the weights, and their steps; (None, []) if none were saved."""
         files = self._files()
         total: Any = None
         for path in files:
@@ -433,7 +433,7 @@ class Means:
         return int(path.stem.split("_")[0])
 
     def _files(self) -> list[Path]:
-        """The worst first."""
+        """Return the files, worst first."""
         files = [path for path in self._folder.glob("*.safetensors") if re.fullmatch(r"\d+_[\d.]+", path.stem)]
         if self._of == "last":
             return sorted(files, key=self._step)
@@ -444,7 +444,7 @@ class Means:
 
 
 def describe(run: Run, config: TranslateConfig, rows: TranslationRows, model: TransformerConfig, params: Any) -> None:
-    """Say what is about to be done, and what the data came to."""
+    """Describe the run and its data."""
     statistics = rows.statistics()
     run.progress.line(f"an epoch: {statistics}; {statistics.rows / config.rows:,.1f} updates")
     run.progress.line(
@@ -457,7 +457,7 @@ def describe(run: Run, config: TranslateConfig, rows: TranslationRows, model: Tr
 def figures(
     data: Data, fitted: Fitted, held_out: Mapping[str, float | str], means: list[int], parameters: int
 ) -> dict[str, Any]:
-    """What results.json says of translation alone."""
+    """Return the part of results.json that is specific to translation."""
     return {
         "parameters": parameters,
         "held_out": dict(held_out),
@@ -471,14 +471,14 @@ def figures(
 
 
 def translate(run: Run, config: TranslateConfig) -> int:
-    """Train; returns the exit status."""
+    """Train; return the exit status."""
     if config.rows % config.accumulate:
         raise RunError(f"A batch of {config.rows} rows cannot be computed in {config.accumulate} parts.")
     run.parallelism.share(config.rows // config.accumulate)
     if run.folder.finished:
         run.progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
         return 0
-    bleu_language(config.languages[1])  # what is missing is named before the work
+    bleu_language(config.languages[1])  # a missing dictionary is reported before the work
     data = prepare_data(config, run.progress)
     architecture = model_config(config, data.tokenizer)
     model, learner = make_model(config, architecture)
@@ -510,8 +510,8 @@ def translate(run: Run, config: TranslateConfig) -> int:
     fitted = run.fit(training)
     if fitted.stopped is not None:
         return fitted.exit_status
-    last = on_host(ema_or_params(fitted.state))  # by all processes together
-    if run.main:  # it alone wrote the other weights
+    last = on_host(ema_or_params(fitted.state))  # all processes take part
+    if run.main:  # only this process has the other weights
         params, over = means.mean()
         if params is None:
             params = run.best_params() if config.patience else last
@@ -529,6 +529,6 @@ def translate(run: Run, config: TranslateConfig) -> int:
 
 
 def main(config: TranslateConfig) -> int:
-    """`bestiary translate train`; returns the exit status."""
+    """Run `bestiary translate train`; return the exit status."""
     with start_run(config, FREE, upgrade=upgrade) as run:
         return translate(run, config)

@@ -1,10 +1,10 @@
-"""A translator: a trained model with its tokenizer, from lines of text to their translations.
+"""Translator: a trained model with its tokenizer, which translates lines of text.
 
     translator = open_translator(Path("runs/ende"), DecodeConfig(beam=5))
     [[best, *_], ...] = translator.translate(["A dog runs.", ...])
 
-An empty line stays empty. Control characters count as spaces. A line that is longer than those of the training is
-translated in parts and counted, or refused; nothing is cut.
+An empty line stays empty. Control characters count as spaces. A line that is longer than those in training is
+translated in parts and counted, or refused; nothing is truncated.
 """
 
 import copy
@@ -24,7 +24,7 @@ from ..generate.generator import Generator, Hypothesis
 from ..generate.released import read_generation_config
 from .config import TooLong
 
-BREAKS = (".!?;:", ",", " ")  # characters that a long line is split after, the preferred ones first
+BREAKS = (".!?;:", ",", " ")  # characters after which to split a long line, preferred ones first
 
 
 class Part(NamedTuple):
@@ -40,11 +40,11 @@ class Translation(NamedTuple):
     text: str  # detokenised text
     prepared: str  # the model's own output: words as its tokenizer splits them
     score: float  # the search's score, summed over the parts
-    parts: tuple[Part, ...] = ()  # none for an empty line
+    parts: tuple[Part, ...] = ()  # empty for an empty line
 
 
 def longest_output(model: TransformerConfig, source: int) -> int:
-    """The most tokens that the translation of `source` tokens may have: half as many again, and 16."""
+    """Return the maximum length of the translation of `source` tokens: half as many again, plus 16."""
     return min(model.positions, source * 3 // 2 + 16)
 
 
@@ -62,7 +62,7 @@ def check_vocabulary(model: TransformerConfig, tokenizer: PairTokenizer, where: 
 
 
 def model_folder(folder: Path) -> Path:
-    """The checkpoint folder inside a run folder, or the folder itself if it is no run folder."""
+    """Return the checkpoint folder inside a run folder, or the folder itself if it is not a run folder."""
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
@@ -75,20 +75,20 @@ def open_translator(
     too_long: TooLong = "split",
     dtype: str | None = None,
 ) -> "Translator":
-    """Load a translator, for a process that translates and does nothing else.
+    """Load a translator, for a process that only translates.
 
     On a CPU this also sets up the process's threads (`cpu.yield_to_callers`).
 
     Args:
         folder: run folder or checkpoint folder.
-        decode: how to search; None for the settings in the folder's generation_config.json.
-        rows: sentences translated together.
-        longest: as for `Translator`.
-        too_long: as for `Translator`.
-        dtype: what is computed in; None for what the checkpoint's config says.
+        decode: decoding options; None for the settings in the folder's generation_config.json.
+        rows: number of sentences translated together.
+        longest: see `Translator`.
+        too_long: see `Translator`.
+        dtype: compute dtype; None for that of the checkpoint's config.
 
     Raises:
-        RunError: another kind of model, or a tokenizer that is not this model's.
+        RunError: it is another kind of model, or the tokenizer does not belong to the model.
     """
     folder = model_folder(folder)
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
@@ -109,17 +109,17 @@ def open_translator(
 
 
 class Translator:
-    """Translates lists of lines.
+    """Translate lists of lines.
 
     Args:
         model: the model.
         params: its parameters.
         tokenizer: its tokenizer.
-        decode: how to search. The longest output is cut down to the model's positions.
-        rows: sentences translated together.
-        longest: most source tokens of a line, its end token included; 0 for as many as in training, or the model's
-            positions where the tokenizer does not say.
-        too_long: whether longer lines are split or refused.
+        decode: decoding options. The maximum output length is limited to the model's positions.
+        rows: number of sentences translated together.
+        longest: maximum number of source tokens of a line, including the end token; 0 for the length used in training,
+            or if unknown, the model's positions.
+        too_long: whether to split or refuse longer lines.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Translator:
         positions = model.config.positions
         self.longest = min(positions, longest or tokenizer.longest or positions)
         self.findings, self.lines, self._sentences = Findings(), 0, 0
-        # Padding is never written, as in the reference's generation settings of Marian.
+        # Padding is never generated, as in the reference's generation settings of Marian.
         decode = self.decode = dataclasses.replace(
             decode,
             max_length=min(decode.max_length, positions),
@@ -146,7 +146,10 @@ class Translator:
         self.generator = Generator(model, params, decode, rows=rows)
 
     def with_params(self, params: Any) -> "Translator":
-        """The same compiled programs with other parameters, as for a model in training. Lines are counted from 0."""
+        """Return a translator with the same compiled programs and other parameters, for a model in training.
+
+        Its lines are counted from 0.
+        """
         other = copy.copy(self)
         other.generator = self.generator.with_params(params)
         other.findings, other.lines, other._sentences = Findings(), 0, 0
@@ -156,15 +159,15 @@ class Translator:
         """Translate lines.
 
         Returns:
-            for each line, in their order, its `n_best` translations, the best first.
+            the `n_best` translations of each line, in order, best first.
 
         Raises:
-            RunError: a line is too long, and these are refused.
+            RunError: a line is too long, and long lines are refused.
         """
         return list(self.answers(lines))
 
     def answers(self, lines: Iterable[str]) -> Iterator[list[Translation]]:
-        """Translate line by line: if a line is refused, those before it have been answered."""
+        """Translate line by line: if a line is refused, the lines before it have been translated."""
         sources: list[list[int]] = []
         counts: list[int] = []  # parts of each line
         first, refusal = self.lines + 1, None
@@ -191,7 +194,7 @@ class Translator:
         return [*self.tokenizer.encode_source([text])[0], self.tokenizer.source.eos_id]
 
     def _parts(self, text: str, line: int) -> list[list[int]]:
-        """Source ids of line number `line`, with the end token; several lists if it is too long for one."""
+        """Return the source ids of line number `line`, with the end token; several lists if it is too long for one."""
         ids = self._encode(text)
         if len(ids) <= self.longest:
             return [ids]
@@ -227,7 +230,7 @@ class Translator:
         return [part for half in halves for part in self._split(half, self._encode(half))]
 
     def _join(self, outputs: Sequence[tuple[list[int], list[Hypothesis]]], line: int) -> list[Translation]:
-        """The translations of a line from the outputs for its parts: the n-th best is made of the n-th best of each."""
+        """Join the outputs for a line's parts to translations: the n-th best consists of the n-th best of each part."""
         if not outputs:
             return [Translation("", "", 0.0)] * self.decode.n_best  # as many as other lines have
         sources = [source for source, _ in outputs]

@@ -21,7 +21,7 @@ from .layers import ACTIVATIONS
 Path = tuple[str, ...]  # of a parameter in its tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FamilyConfig:
     """Base of all families' configs. The defaults are those of the reference implementation."""
 
@@ -52,7 +52,7 @@ class FamilyConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"{type(self).__name__}: dtype is one of float32, bfloat16, not {self.dtype!r}")
+            raise ValueError(f"{type(self).__name__}: dtype must be float32 or bfloat16, not {self.dtype!r}")
 
     @property
     def max_length(self) -> int | None:

@@ -9,7 +9,7 @@ Both give the losses of one device, since masking and dropout are drawn from eac
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -216,16 +216,38 @@ class PmapParallelism(Parallelism):
         devices = jax.local_device_count()
         return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
 
-    # Axes of None: state and sums are the same in all replicas, and are held as one array on all devices.
+    # Axes of None: state and sums are the same in all replicas. pmap holds them on this process's devices alone;
+    # between steps the state is one array on the devices of all processes, which is what checkpoints are written of.
 
     def compile_train(
         self, step: Callable[[Any, Any, Replicas], tuple[Any, Any]], specs: Any
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
         replica = self._replica(step)
-        return jax.pmap(replica, axis_name=self.axis, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+        run = jax.pmap(replica, axis_name=self.axis, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+        if jax.process_count() == 1:
+            return run
+
+        def over_processes(state: Any, batch: Any) -> tuple[Any, Any]:
+            state, sums = run(self._placed(state, jax.local_devices()), batch)
+            return self._placed(state, jax.devices()), sums
+
+        return over_processes
 
     def compile_evaluate(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
-        return jax.pmap(self._replica(step), axis_name=self.axis, in_axes=(None, 0), out_axes=None)
+        run = jax.pmap(self._replica(step), axis_name=self.axis, in_axes=(None, 0), out_axes=None)
+        if jax.process_count() == 1:
+            return run
+        return lambda params, batch: run(self._placed(params, jax.local_devices()), batch)
+
+    def _placed(self, tree: Any, devices: Sequence[Any]) -> Any:
+        """Arrays that every device holds whole, as arrays on these devices; nothing is copied."""
+        sharding = NamedSharding(Mesh(np.array(devices), (self.axis,)), P())
+        return jax.tree.map(
+            lambda array: jax.make_array_from_single_device_arrays(
+                array.shape, sharding, [shard.data for shard in array.addressable_shards]
+            ),
+            tree,
+        )
 
     def _replica(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
         replicas = Replicas(self.axis)

@@ -11,7 +11,8 @@ from bestiary.data.corpus.pair_store import PairStore, build_pairs
 from bestiary.data.corpus.parallel import Pair
 from bestiary.data.errors import CorpusError
 from bestiary.data.progress import Report
-from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm, train_subwords
+from bestiary.data.tokenizers.pairs import PairTokenizer, TextForm
+from bestiary.data.tokenizers.pairs_training import train_subwords
 
 PAIRS = [Pair(f"ban lird {'kost ' * (i % 7)}", f"muko {'list ' * (i % 11)}ban", i + 1) for i in range(200)]
 

@@ -122,7 +122,7 @@ def test_many_findings_show_the_first_lines(file: Write):
         ("a.jsonl", '{"en": "a", "de": "b"}\n{"en": "c"}\n', None, "a.jsonl, line 2: no field 'de'"),
         ("a.jsonl", '{"en": "a"\n', None, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", '{"en": 3, "de": "b"}\n', None, "holds int"),
-        ("a.txt", "one\n", None, "ends in .tsv"),
+        ("a.txt", "one\n", None, "must end in .tsv"),
     ],
 )
 def test_bad_files_are_named(file: Write, name: str, content: str, fields: tuple[str, str] | None, message: str):

@@ -121,12 +121,12 @@ def test_a_checkpoint_keeps_the_transitions(tmp_path):
     params = jax.tree.map(np.asarray, nn.unbox(jax.jit(plain.init)(jax.random.key(0), ids))["params"])
     models.save(tmp_path / "plain", plain, params)
     made = models.load(tmp_path / "plain", head="crf")
-    assert made.model.crf
+    assert made.model.head == "crf"
     assert not made.params["crf"]["transitions"].any()
     made.params["crf"] = {"start": np.arange(5.0), "transitions": np.arange(25.0).reshape(5, 5), "end": -np.arange(5.0)}
     models.save(tmp_path / "crf", made.model, made.params)
     again = models.load(tmp_path / "crf")
-    assert again.model.crf
+    assert again.model.head == "crf"
     assert again.config.label_names == NAMES
     for name, weight in made.params["crf"].items():
         np.testing.assert_array_equal(again.params["crf"][name], weight)

@@ -266,7 +266,7 @@ def test_one_token_at_a_time() -> None:
 def test_parity_on_the_own_fixture() -> None:
     report = check(FIXTURE)
     assert report.passed, "\n".join(describe(report))
-    assert report.model == "Marian"
+    assert report.model == "MarianMTModel"
     assert report.gradients["final_logits_bias"] == 0
 
 

@@ -111,7 +111,7 @@ def test_a_folder_that_is_not_a_run(refused, tmp_path):
 
 def test_a_run_folder_of_another_configuration(refused, uninterrupted):
     said = refused("--learning-rate", "0.5", "--mesh", "data=8", out=uninterrupted)
-    assert "holds a run of another configuration" in said
+    assert "holds a run with another configuration" in said
     assert "optim.learning_rate: 0.001 there, 0.5 asked for" in said
     assert "mesh" not in said  # may differ
 

@@ -104,7 +104,7 @@ def test_a_cool_down_ends_any_course_at_zero():
     assert [float(rate(step)) for step in (5, 50, 80)] == [float(whole(step)) for step in (5, 50, 80)]
     assert float(rate(90)) == pytest.approx(float(whole(90)) / 2)
     assert float(rate(99)) == pytest.approx(float(whole(99)) / 20)
-    with pytest.raises(RunError, match="20 steps and the cool-down 90, but the phase has 100"):
+    with pytest.raises(RunError, match="20 steps and cooldown 90, but the phase has 100"):
         schedule(OptimConfig(warmup=20, cooldown=90), [(100, None)])
 
 

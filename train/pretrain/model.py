@@ -49,9 +49,11 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
         attention_implementation=config.attention,
     )
     if config.init_from is not None:
-        found: Any = load(config.init_from, head=head).config
+        loaded = load(config.init_from, head=head)
+        found: Any = loaded.config
         # An embedding table may have more rows than the vocabulary: it is padded to a multiple of at most 128.
-        if not 0 <= found.vocab_size - tokenizer.vocab_size < 128:
+        own = loaded.tokenizer is None or loaded.tokenizer.tokens == tokenizer.tokens
+        if not own or not 0 <= found.vocab_size - tokenizer.vocab_size < 128:
             raise RunError(
                 f"{config.init_from} has a vocabulary of {found.vocab_size}, the tokenizer one of "
                 f"{tokenizer.vocab_size}. Give the checkpoint's own with --tokenizer {config.init_from}."

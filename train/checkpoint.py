@@ -3,9 +3,9 @@
     checkpoints/120/            Orbax: `state` (arrays) and `progress` (JSON: data iterator, metrics window)
     checkpoints/120.json        the manifest, written last: size and CRC-32 of every file of the step
 
-A step without its manifest, or whose files differ from it, was cut short or damaged: it is reported, set aside under
-`checkpoints/broken-120`, and the one before it is used. The CRC-32 costs some 0.4 s of CPU time per GB that is saved.
-Sizes alone find a file that was cut short, not a changed bit: Orbax read 12 of 12 back as other numbers, silently.
+A step without its manifest, or whose files differ from it, is incomplete or damaged: it is reported, moved to
+`checkpoints/broken-120`, and the previous one is used. The CRC-32 costs about 0.4 s of CPU time per GB saved. Sizes
+alone detect a truncated file, but not a flipped bit: Orbax silently read 12 of 12 as other numbers.
 """
 
 import errno
@@ -36,7 +36,7 @@ class Restored(NamedTuple):
 
     state: Any
     step: int
-    extra_state: dict[str, Any]  # what is no array: the data iterator, the metrics' window
+    extra_state: dict[str, Any]  # everything but arrays: the data iterator, the metrics' window
 
 
 class Checkpoints:
@@ -72,7 +72,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, extra_state: dict[str, Any]) -> None:
-        """Save; on an accelerator, writing continues in the background."""
+        """Save a checkpoint; on an accelerator, writing continues in the background."""
         self.finish()
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(extra_state))
@@ -172,14 +172,14 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
 
 
 def write_params(path: Path, params: Any) -> None:
-    """Keep a tree of parameters in a file of its own (safetensors): the best so far, or one of an average."""
+    """Save a tree of parameters in a separate file (safetensors): the best so far, or one for averaging."""
     flat = traverse_util.flatten_dict(params, sep="/")
     with replacing(path) as unfinished:
         save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, unfinished)
 
 
 def read_params(path: Path) -> Any:
-    """The tree that `write_params` kept."""
+    """Read the tree saved by `write_params`."""
     return traverse_util.unflatten_dict(load_file(path), sep="/")
 
 

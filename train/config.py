@@ -1,4 +1,4 @@
-"""Settings that several commands share: of the loop, the optimiser and the devices. None needs JAX: --help is quick."""
+"""Settings shared by several commands: loop, optimiser and devices. Does not import JAX, so that --help is fast."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -48,7 +48,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often a run logs, evaluates and saves."""
+    """Intervals of logging, evaluating and saving."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl; each line is the mean over these steps."""
@@ -66,21 +66,21 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is divided over devices and processes."""
+    """Division of a run over devices and processes."""
 
     parallel: Literal["mesh", "pmap"] = "mesh"
     """mesh: jit over a mesh, which can divide the model; pmap: a replica on each device, gradients averaged."""
     mesh: str = "data=-1"
-    """Devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes those that are left."""
+    """Number of devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes the remaining ones."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes run. Found by itself on TPU pods and under SLURM."""
+    """HOST:PORT of process 0, if several processes run. Detected on TPU pods and under SLURM."""
     processes: int | None = None
     """Number of processes."""
     process: int | None = None
     """Number of this process, from 0."""
 
 
-# Settings of every run that change neither its numbers nor what it exports: they may differ when it is started again.
+# Settings of every run that change neither its numbers nor what it exports: they may change when it is resumed.
 FREE = (
     "out",
     "remat",

@@ -1,7 +1,7 @@
-"""Settings of the process that make XLA faster on a CPU, and cannot be made through JAX.
+"""Process settings that make XLA faster on a CPU, and cannot be made through JAX.
 
-`prepare_cpu` is for every command, before JAX starts. A process that only decodes also calls `yield_to_callers` once
-JAX has started, and `return_freed_memory` now and then. Nothing here changes what an accelerator does.
+Every command calls `prepare_cpu` before JAX starts. A process that only decodes also calls `yield_to_callers` once JAX
+has started, and `return_freed_memory` from time to time. Nothing here affects accelerators.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def yield_to_callers() -> None:
 
 
 def lacks_bfloat16() -> bool:
-    """Whether nothing on this CPU computes in bfloat16, which makes it the slower choice; False if unsaid."""
+    """Tell whether this CPU lacks bfloat16 arithmetic, which makes bfloat16 the slower choice; False if unknown."""
     with contextlib.suppress(OSError):
         words = set(Path("/proc/cpuinfo").read_text().split())
         return bool(words & {"avx2", "asimd"}) and not words & {"avx512_bf16", "amx_bf16", "bf16"}

@@ -1,4 +1,4 @@
-"""What every job shares of training proper: a new state, and one update of it."""
+"""The training state and its update, shared by all jobs."""
 
 import math
 from collections.abc import Callable
@@ -18,15 +18,18 @@ from .errors import RunError
 from .optim import OptimConfig, optimizer
 from .sharding import Replicas, logical_specs
 
-Names = tuple[str, ...]  # along the way to a parameter
+Names = tuple[str, ...]  # path of a parameter
 
 
 @flax.struct.dataclass
 class TrainState:
     """Everything on the devices that the next step depends on.
 
-    step: [] int32, updates done. params and opt_state: trees of float32. key: [2] uint32, the run's PRNG key data; a
-    step draws from it folded with `step`, masking from it folded with each row's numbers.
+    Attributes:
+        step: [] int32, number of updates done.
+        params: tree of float32.
+        opt_state: tree of float32.
+        key: [2] uint32, PRNG key data of the run; a step folds `step` into it, masking each row's numbers.
     """
 
     step: jax.Array
@@ -36,16 +39,16 @@ class TrainState:
 
 
 class Learner(NamedTuple):
-    """How to train a tree of parameters. Frozen parameters have neither gradients nor optimiser state."""
+    """Trainer of a tree of parameters. Frozen parameters have neither gradients nor optimiser state."""
 
     transform: optax.GradientTransformation
     rate: optax.Schedule
     specs: TrainState  # logical PartitionSpecs
-    make: Callable[[], TrainState]  # a new state
+    make: Callable[[], TrainState]  # makes a new state
     trains: Any  # tree of bool like the parameters
 
     def shapes(self) -> TrainState:
-        """Shapes and dtypes of the state."""
+        """Return the shapes and dtypes of the state."""
         return jax.eval_shape(self.make)
 
 
@@ -58,19 +61,19 @@ def make_learner(
     trains: Callable[[Names], bool] | None = None,
     scales: Callable[[Names], Any] | None = None,
 ) -> Learner:
-    """The optimiser and the initial state of a model; nothing is computed yet.
+    """Make a learner, with the optimiser and the initial state of a model; nothing is computed yet.
 
     Args:
-        initialise: key -> parameters in their boxes of logical axis names, as `Module.init` gives them.
-        optim: the optimiser.
+        initialise: key -> parameters boxed with logical axis names, as returned by `Module.init`.
+        optim: settings of the optimiser.
         rate: step -> learning rate.
-        seed: of the initial parameters and of everything that training draws.
-        trains: names along the way to a parameter -> whether it trains; None: all do.
-        scales: names along the way to a parameter -> what its learning rate is multiplied by, a number or an array that
-            spreads over the parameter (layers that are stacked for a scan share one); None: nothing.
+        seed: random seed of the initial parameters and of training.
+        trains: path of a parameter -> whether it is trained; None: all are.
+        scales: path of a parameter -> factor of its learning rate, a number or an array that broadcasts to the
+            parameter (layers stacked for a scan share one parameter); None: no factors.
 
     Raises:
-        RunError: nothing trains.
+        RunError: no parameter is trained.
     """
     key = jax.random.key(seed)
 
@@ -104,20 +107,20 @@ def make_learner(
 
 
 def _along(tree: Any, function: Callable[[Names], Any]) -> Any:
-    """A tree of what `function` says of the names along the way to each leaf."""
+    """Return a tree of `function` applied to the path of each leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: function(tuple(str(getattr(part, "key", part)) for part in path)), tree
     )
 
 
 def _split(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """The leaves where the mask holds, and the others; None stands for those that are missing."""
+    """Split a tree into the leaves where the mask is true and the others; missing leaves are None."""
     chosen = jax.tree.map(lambda leaf, here: leaf if here else None, tree, mask)
     return chosen, jax.tree.map(lambda leaf, here: None if here else leaf, tree, mask)
 
 
 def _join(left: Any, right: Any) -> Any:
-    """Put together what `_split` took apart."""
+    """Join the two results of `_split`."""
     return jax.tree.map(lambda a, b: b if a is None else a, left, right, is_leaf=lambda leaf: leaf is None)
 
 
@@ -130,19 +133,19 @@ def gradient_step(
     loss: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, Any]],
     accumulate: int = 1,
 ) -> tuple[TrainState, Any, jax.Array]:
-    """One update.
+    """Do one update.
 
     Args:
-        state: before it.
+        state: state before the update.
         batch: arrays [rows, ...] of this replica.
-        replicas: the others.
-        learner: what trains, and how.
-        loss: (parameters, part of the batch) -> (loss, sums to be added up). The loss is divided by the weight of the
-            whole batch of all replicas, which is known before any gradient, so that the parts' gradients add up to it.
-        accumulate: parts that the batch is computed in.
+        replicas: the replicas of the step.
+        learner: the learner.
+        loss: (parameters, part of the batch) -> (loss, sums to add up). The loss is divided by the weight of the whole
+            batch over all replicas, which is known before any gradient, so that the gradients of the parts add up.
+        accumulate: number of gradient-accumulation micro-batches.
 
     Returns:
-        (state after it, sums over the whole batch, norm of the gradient)
+        (state after the update, sums over the whole batch, norm of the gradient)
     """
     trained, frozen = _split(state.params, learner.trains)
 
@@ -154,7 +157,7 @@ def gradient_step(
     if accumulate == 1:
         gradients, sums = gradient(trained, batch)
     else:
-        # Part a takes rows a, a + accumulate, ...: with rows divided over devices, each keeps the rows it has.
+        # Micro-batch a has rows a, a + accumulate, ...: with rows sharded over devices, each keeps the rows it has.
         parts = {
             name: jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0) for name, array in batch.items()
         }
@@ -177,18 +180,18 @@ def gradient_step(
 
 
 def ema_or_params(state: TrainState) -> Any:
-    """The parameters to evaluate and to export: with --ema the running mean, of what trains."""
+    """Return the parameters to evaluate and export: with --ema, the moving average of the trained ones."""
     mean = optax.tree.get(state.opt_state, "running_mean")
     return state.params if mean is None else _join(mean, state.params)
 
 
 def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
-    """A new state that starts from other parameters.
+    """Return a new state with other initial parameters.
 
     Args:
-        state: as `learner.make` gives it.
-        learner: what trains.
-        params: on the host; they are placed on the devices as those of `state` are.
+        state: a state by `learner.make`.
+        learner: the learner.
+        params: parameters on the host; they are sharded over the devices like those of `state`.
     """
 
     def place(leaf: jax.Array, host: np.ndarray) -> jax.Array:
@@ -196,7 +199,7 @@ def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
 
     placed = jax.tree.map(place, state.params, params)
     opt_state = state.opt_state
-    if optax.tree.get(opt_state, "running_mean") is not None:  # it starts where the parameters start
+    if optax.tree.get(opt_state, "running_mean") is not None:  # it starts at the initial parameters
         copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(_split(placed, learner.trains)[0])
         opt_state = optax.tree.set(opt_state, running_mean=copied)
     return TrainState(state.step, placed, opt_state, state.key)
@@ -216,15 +219,15 @@ def describe_dtype(dtype: str) -> str:
 
 
 def count_parameters(params: Any) -> int:
-    """Number of parameters of a tree of arrays or shapes."""
+    """Count the parameters of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def count_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
+    """Count the bytes of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def on_host(tree: Any) -> Any:
-    """The whole tree as NumPy arrays, on every process."""
+    """Return the whole tree as NumPy arrays, on every process."""
     return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

@@ -1,4 +1,4 @@
-"""The loop that every job shares: draw a batch, step, log, evaluate, checkpoint; stop cleanly, resume exactly.
+"""The training loop of all jobs: draw a batch, step, log, evaluate, checkpoint; stop cleanly, resume exactly.
 
 A step is a pure function `(state, batch, replicas) -> (state, sums)`. Its sums are read on the host one step late,
 after the next step was dispatched, so that the device does not wait for the host.
@@ -25,10 +25,10 @@ from .sharding import Parallelism, Replicas
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a request to stop after the step in progress; a second SIGINT interrupts at once.
+    """Turn SIGTERM and SIGINT into a request to stop after the step in progress; a second SIGINT interrupts at once.
 
     While `preparing`, when there is no state to save yet, the first signal ends the process at once. With several
-    processes only SIGTERM is a request, which all of them hear of, and SIGINT interrupts.
+    processes only SIGTERM is a request, which all of them receive, and SIGINT interrupts.
     """
 
     def __init__(self) -> None:
@@ -54,11 +54,11 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether long work may end half-way: never with several processes, which would not agree on where."""
+        """Whether to abandon long work: never with several processes, which would not stop at the same place."""
         return self.signal is not None and jax.process_count() == 1
 
     def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`; with several processes, all of them give the same answer."""
+        """Tell whether to stop after `step`; with several processes, the answer is the same in all of them."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = self.signal or signal.SIGTERM
             return True
@@ -66,7 +66,7 @@ class Stop:
 
 
 class Batches(Protocol):
-    """An endless iterator of this process's share of the batches, whose state is JSON."""
+    """An endless iterator over this process's part of the batches, whose state is JSON."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> Any: ...
@@ -74,59 +74,59 @@ class Batches(Protocol):
 
 
 class Best(NamedTuple):
-    """Which evaluation is the best one, what is done at it, and how many without a better one end the run."""
+    """Settings of selecting the best evaluation and of early stopping."""
 
     metric: str  # of the held-out means; the largest value is the best
-    patience: int  # evaluations without a better value after which the run ends; 0: it never ends early
-    keep: Callable[[int, Any], None]  # (step, state), called at every evaluation that is better than all before it
+    patience: int  # evaluations without improvement until early stopping; 0: no early stopping
+    keep: Callable[[int, Any], None]  # (step, state), called at every new best evaluation
     counts_after: int = 0  # evaluations up to this step do not count against the patience, as during the warmup
 
 
 class InitialWeights(NamedTuple):
     """Parameters that a new run starts from."""
 
-    load: Callable[[], Any]  # -> parameters on the host, a tree like the learner's
-    described: str  # where they come from, for the log
+    load: Callable[[], Any]  # returns parameters on the host, a tree like the learner's
+    described: str  # their source, for the log
 
 
 class Training(NamedTuple):
-    """What a run trains, on what, and how it learns how well it does."""
+    """The learner, data and evaluation of a run."""
 
     learner: Learner
     step: Callable[[TrainState, Any, Replicas], tuple[TrainState, Sums]]
-    steps: int  # updates in all
+    steps: int  # total number of updates
     batches: Batches
-    evaluate: Callable[[TrainState, Stop], dict[str, float] | None]  # held-out means; None: it was stopped
+    evaluate: Callable[[TrainState, Stop], dict[str, float] | None]  # held-out means; None if stopped
     shown: tuple[str, ...]  # metrics on the progress line
-    counted: Mapping[str, str]  # metrics that are added up over the run, and what one per second is called
-    evaluate_every: int | None = None  # steps between evaluations; None: what the run's settings say
-    initial: InitialWeights | None = None  # None: what the learner makes
+    counted: Mapping[str, str]  # metrics that are added up over the run -> name of their rate per second
+    evaluate_every: int | None = None  # steps between evaluations; None: as in the run's settings
+    initial: InitialWeights | None = None  # None: those of the learner
     best: Best | None = None
 
 
 class Fitted(NamedTuple):
-    """How a run's training ended."""
+    """Outcome of a run's training."""
 
     state: TrainState
     step: int  # updates done
-    totals: dict[str, float]  # what was counted, over all starts of the run
-    timed: dict[str, float]  # the part of it that was seen in `seconds`
-    seconds: float  # spent in steps, without each start's first, which compiles
-    best: tuple[int, float] | None  # step and value of the best evaluation, where one was asked for
+    totals: dict[str, float]  # counted metrics, including earlier starts of the run
+    timed: dict[str, float]  # the part of them from the timed steps
+    seconds: float  # time of the timed steps: all but the first of each start, which compiles
+    best: tuple[int, float] | None  # step and value of the best evaluation, if selected
     stopped: int | None  # the signal that ended the run early
 
     def rate(self, name: str) -> float | None:
-        """What was counted as `name`, per second; None before a second step."""
+        """Return the rate of a counted metric per second; None before a second step."""
         return self.timed.get(name, 0.0) / self.seconds if self.seconds else None
 
     @property
     def exit_status(self) -> int:
-        """Of the command: 0, also after SIGTERM; 130 after an interrupt."""
+        """Exit status of the command: 0, also after SIGTERM; 130 after an interrupt."""
         return 0 if self.stopped in (None, signal.SIGTERM) else 128 + self.stopped
 
 
 class Session(Protocol):
-    """What the loop asks of the run that it is part of."""
+    """Interface of a run for the loop."""
 
     @property
     def intervals(self) -> LoopConfig: ...
@@ -141,7 +141,7 @@ class Session(Protocol):
 
 
 class _Counters:
-    """Adds up what a run sees and how long it takes: in all, and since the last line of the log."""
+    """Add up counted metrics and time: in total, and since the last line of the log."""
 
     def __init__(self, names: Iterable[str], saved: dict[str, Any]):
         self.totals = dict.fromkeys(names, 0.0) | saved.get("totals", {})
@@ -156,7 +156,7 @@ class _Counters:
         self._window_seconds, self._window_steps = 0.0, 0
 
     def restart_clock(self) -> None:
-        """Leave out what was done since the last step: logging, evaluating, saving."""
+        """Leave out the time since the last step, spent on logging, evaluating or saving."""
         self._clock = time.perf_counter()
 
     def add(self, sums: Mapping[str, tuple[Any, Any]]) -> None:
@@ -175,13 +175,13 @@ class _Counters:
         self._clock, self._compiling = now, False
 
     def rates(self) -> dict[str, float]:
-        """What was counted in the window, per second; empty before anything was timed."""
+        """Return the rates of the counted metrics in the window, per second; empty before any timed step."""
         if not self._window_steps:
             return {}
         return {name: seen / self._window_seconds for name, seen in self._window.items()}
 
     def seconds_per_step(self) -> float | None:
-        """Of the window; None before anything was timed."""
+        """Return the mean time per step in the window; None before any timed step."""
         return self._window_seconds / self._window_steps if self._window_steps else None
 
     def state(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class _Counters:
 
 
 class _EarlyStopping:
-    """Remembers the best evaluation, and says when there has been none for too long."""
+    """Track the best evaluation, and decide on early stopping."""
 
     def __init__(self, best: Best | None, saved: dict[str, Any]):
         self._best = best
@@ -210,7 +210,7 @@ class _EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Whether too many evaluations in turn were no better."""
+        """Whether too many consecutive evaluations were no better."""
         return self._best is not None and 0 < self._best.patience <= self._since
 
     def state(self) -> dict[str, Any]:
@@ -219,15 +219,15 @@ class _EarlyStopping:
 
 
 class Loop:
-    """Trains from where a run stands to its last step.
+    """Train from the current step of a run to the last.
 
     Args:
         session: the run.
-        training: what is trained.
-        checkpoints: where the state goes.
-        state: to start from.
-        start: updates that were already done.
-        extra_state: what was saved beside the state, or None; `training.batches` are already there.
+        training: learner, data and evaluation.
+        checkpoints: checkpoints to write.
+        state: initial state.
+        start: number of updates already done.
+        extra_state: what was saved along with the state, or None; `training.batches` is already restored.
     """
 
     def __init__(
@@ -243,11 +243,11 @@ class Loop:
         self._session, self._training, self._checkpoints = session, training, checkpoints
         self._state, self._start = state, start
         saved = extra_state or {"meter": None, "evaluation_due": False}
-        self._evaluation_due: bool = saved["evaluation_due"]  # a stop fell into it: the resumed run does it first
+        self._evaluation_due: bool = saved["evaluation_due"]  # a stop interrupted it: the resumed run does it first
         self._meter = Meter(saved["meter"])
         self._counters = _Counters(training.counted, saved)
         self._early_stopping = _EarlyStopping(training.best, saved)
-        self._in_flight: tuple[int, Any, dict[str, np.ndarray]] | None = None  # a step whose sums were not read yet
+        self._in_flight: tuple[int, Any, dict[str, np.ndarray]] | None = None  # a step whose sums are still to be read
 
     def run(self) -> Fitted:
         """Train.
@@ -296,7 +296,7 @@ class Loop:
         return self._fitted(training.steps, None)
 
     def _flush_metrics(self) -> None:
-        """Read the sums of the step in flight, which waits for its end, and count it."""
+        """Wait for the step in flight, read its sums and count it."""
         if self._in_flight is None:
             return
         step, sums, batch = self._in_flight
@@ -328,7 +328,7 @@ class Loop:
         self._counters.new_window()
 
     def _evaluate(self, step: int) -> bool:
-        """Evaluate on held-out data; False if it was stopped half-way."""
+        """Evaluate on held-out data; return False if stopped before the end."""
         values = self._training.evaluate(self._state, self._session.stop)
         if values is None:
             return False

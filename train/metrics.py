@@ -11,7 +11,7 @@ Sums = dict[str, tuple[Any, Any]]
 
 
 class Meter:
-    """Adds up a window of steps on the host, in float64. Its state goes into the checkpoint, as JSON."""
+    """Add up a window of steps on the host, in float64. The state is saved in checkpoints, as JSON."""
 
     def __init__(self, state: Mapping[str, list[float]] | None = None):
         self._sums = {name: [float(total), float(weight)] for name, (total, weight) in (state or {}).items()}
@@ -24,7 +24,7 @@ class Meter:
             kept[1] += float(weight)
 
     def means(self) -> dict[str, float]:
-        """The means since the last reset, of what has any weight: the mean of nothing does not exist."""
+        """Return the means since the last reset, of the metrics with a non-zero weight."""
         return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
 
     def state(self) -> dict[str, list[float]]:
@@ -37,5 +37,5 @@ class Meter:
 
 
 def finite(sums: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Whether every sum is a finite number."""
+    """Tell whether every sum is finite."""
     return all(math.isfinite(float(total)) for total, _ in sums.values())

@@ -1,8 +1,8 @@
-"""Optimisers and schedules: AdamW and LAMB with the masks of their papers, and warm-up followed by a decay.
+"""Optimisers and schedules: AdamW and LAMB with the masks of their papers, and warmup followed by decay.
 
-A parameter is decayed, and scaled by LAMB's trust ratio, unless it is a bias or a normalisation's scale (Devlin et
-al. 2018, A.2; You et al. 2019, 3.3 and the released code). Which one it is follows from the last part of its name, and
-a name in neither list is an error, so that a new kind of parameter cannot be decayed by accident.
+Weight decay and LAMB's trust ratio apply to all parameters but biases and normalisation scales (Devlin et al. 2018,
+A.2; You et al. 2019, 3.3 and the released code). The last part of a parameter's name decides, and a name in neither
+list is an error, so that a new kind of parameter cannot be decayed by accident.
 """
 
 from typing import Any, NamedTuple
@@ -19,17 +19,17 @@ NOT_DECAYED = frozenset({"bias", "scale", "start", "transitions", "end"})  # the
 
 
 def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> optax.Schedule:
-    """The learning rate at every step.
+    """Make the learning-rate schedule.
 
     Args:
-        config: peak, warm-up, decay and cool-down.
-        phases: (steps, peak) of each phase. A phase with a peak of its own warms up and decays anew, as LAMB's second
-            phase does (You et al. 2019, 4.1); one with None goes on with the course of the phase before it.
+        config: peak, warmup, decay and cooldown.
+        phases: (steps, peak) of each phase. A phase with its own peak has its own warmup and decay, as LAMB's second
+            phase (You et al. 2019, 4.1); one with None continues the schedule of the previous phase.
 
     Returns:
         step (int, from 0) -> learning rate; the first update already has a rate above zero.
     """
-    courses: list[list[float]] = []  # [steps, peak] of each warm-up and decay
+    courses: list[list[float]] = []  # [steps, peak] of each warmup and decay
     for steps, peak in phases:
         if peak is not None or not courses:
             courses.append([0, config.learning_rate if peak is None else peak])
@@ -42,7 +42,7 @@ def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> opt
 
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:
-    """Updates of `steps` in which the learning rate rises."""
+    """Return the number of warmup steps of `steps` steps."""
     return round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
 
 
@@ -72,7 +72,7 @@ def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for every parameter that weight decay and the trust ratio apply to.
+    """Return True for every parameter that weight decay and the trust ratio apply to.
 
     Raises:
         ValueError: the last part of a parameter's name is in neither DECAYED nor NOT_DECAYED.
@@ -95,10 +95,10 @@ def optimizer(
     """Build the update: clip, Adam moments, weight decay, trust ratio (LAMB), learning rate.
 
     Args:
-        config: what to build.
-        learning_rate: from `schedule`.
-        stacked: tree of bool like the parameters; True where the first axis counts layers, whose trust ratios differ.
-        scales: tree like the parameters of what each one's learning rate is multiplied by, or None.
+        config: settings of the optimiser.
+        learning_rate: schedule, by `schedule`.
+        stacked: tree of bool like the parameters; True if the first axis is layers, which have separate trust ratios.
+        scales: tree like the parameters, of factors of the learning rate, or None.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     steps = [
@@ -117,7 +117,7 @@ def optimizer(
 
 
 def _adam(config: OptimConfig) -> optax.GradientTransformation:
-    """Adam's moments; Optax raises a float to an integer power, which strict promotion of dtypes forbids."""
+    """Scale by Adam's moments; Optax raises a float to an integer power, which strict dtype promotion forbids."""
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -134,7 +134,7 @@ class RunningMean(NamedTuple):
 
 
 def running_mean(decay: float) -> optax.GradientTransformation:
-    """Keep mean <- decay * mean + (1 - decay) * parameters after each update; it stands last in a chain.
+    """Keep mean <- decay * mean + (1 - decay) * parameters after each update; must be last in a chain.
 
     `optax.tree.get(opt_state, "running_mean")` finds it. It starts at the first parameters.
     """
@@ -152,10 +152,10 @@ def running_mean(decay: float) -> optax.GradientTransformation:
 
 
 def scale_by_layer_trust_ratio(stacked: Any) -> optax.GradientTransformation:
-    """LAMB's ratio of norms ||w|| / ||update|| for each layer's tensor (You et al. 2019, algorithm 2).
+    """Scale by LAMB's ratio of norms ||w|| / ||update|| for each layer's tensor (You et al. 2019, algorithm 2).
 
-    Layers that are stacked for a scan share one array; each slice has a ratio of its own. Biases and normalisation
-    scales keep a ratio of one, and so does a tensor or an update of norm zero.
+    Layers that are stacked for a scan share one array; each slice has its own ratio. The ratio is one for biases and
+    normalisation scales, and if the tensor or the update has norm zero.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

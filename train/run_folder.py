@@ -1,7 +1,7 @@
 """The run folder: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, model/.
 
-`metrics.jsonl` holds only what the seed decides (no speeds, no times), so a resumed run's file equals the uninterrupted
-one's. Speeds are shown while the run goes, and are in TensorBoard and results.json.
+`metrics.jsonl` contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
+that of an uninterrupted one. Speeds are on the progress line, in TensorBoard and in results.json.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from .errors import RunError
 
 
 class RunFolder:
-    """A run's folder. Only process 0 writes into it, and nothing before `begin`.
+    """A run's folder. Only process 0 writes to it, and nothing before `begin`.
 
     Args:
-        folder: an earlier start's, or one that is empty or missing.
+        folder: folder of an earlier start of the run, or an empty or missing one.
         config: a frozen dataclass, the run's whole configuration.
-        free: names of fields (`optim.beta1` for nested ones) that may differ when the run is started again.
-        upgrade: from an earlier version's config.json to what this one would have written; None: nothing changed.
+        free: names of fields (`optim.beta1` for nested ones) that may change when the run is resumed.
+        upgrade: converts config.json of earlier versions; None: nothing changed.
 
     Raises:
-        RunError: the folder holds a run of another configuration, or something that is not a run.
+        RunError: the folder contains a run with another configuration, or something that is not a run.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier start of this run came to its end."""
+        """Whether an earlier start of this run has finished."""
         return (self.folder / "results.json").is_file() and (self.folder / "model").is_dir()
 
     def begin(self) -> None:
-        """Make the folder, with config.json, once everything that can be checked was checked."""
+        """Create the folder, with config.json, once all checks have passed."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self._asked)
@@ -76,7 +76,7 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`, and a last line that was cut short."""
+        """Remove the metrics after `step`, and a truncated last line."""
         path = self.folder / "metrics.jsonl"
         if self.main and path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
@@ -100,12 +100,12 @@ class RunFolder:
             self._events.add_scalar(name, value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """Return the lines of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save_batch(self, step: int, batch: Mapping[str, np.ndarray]) -> Path:
-        """Keep this process's share of the batch of a step that went wrong."""
+        """Save this process's part of the batch of a failed step."""
         path = self.folder / f"bad-batch-step-{step}-process-{jax.process_index()}.npz"
         np.savez(path, allow_pickle=False, **batch)
         return path
@@ -123,7 +123,7 @@ class RunFolder:
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """A panel for every metric over the steps, held-out values as dots (PNG)."""
+    """Draw a panel for every metric over the steps, held-out values as dots (PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,7 +147,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def to_json(config: Any) -> Any:
-    """A dataclass as JSON values; paths become text."""
+    """Convert a dataclass to JSON values; paths become text."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Path):
@@ -158,7 +158,7 @@ def to_json(config: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

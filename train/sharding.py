@@ -1,10 +1,10 @@
-"""How a step is divided over devices: one table of rules, and two ways of using it.
+"""Parallelism of a step over devices: one table of rules, and two ways of using it.
 
     mesh   jit over a mesh with axes data, fsdp and tensor; the compiler inserts the communication. Parameters are
-           divided by RULES, batches by rows.
-    pmap   every device holds the whole state and a share of the rows; gradients are averaged with `jax.lax.pmean`.
+           sharded by RULES, batches by rows.
+    pmap   every device has a replica of the state and a part of the rows; gradients are averaged with `jax.lax.pmean`.
 
-Both give the losses of one device, since masking and dropout are drawn from each row's number in the whole batch.
+Both give the same losses as one device, since masking and dropout depend on each row's number in the whole batch.
 """
 
 import math
@@ -29,7 +29,7 @@ from .errors import RunError
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# From the logical axes that models name their parameters by (LOGICAL_AXES in models/layers.py) to mesh axes.
+# From the logical axes of the models' parameters (LOGICAL_AXES in models/layers.py) to mesh axes.
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "embed": "fsdp",
@@ -63,20 +63,20 @@ class Replicas:
         return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
     def gather(self, tree: Any) -> Any:
-        """From arrays of this replica's rows to those of all rows."""
+        """Gather arrays of all rows from those of this replica's rows."""
         return tree if self.axis is None else jax.lax.all_gather(tree, self.axis, tiled=True)
 
     def rows(self, local: int) -> jax.Array:
-        """[local] uint32: numbers, in the whole batch, of the rows that this replica holds."""
+        """Return the numbers of this replica's rows in the whole batch, [local] uint32."""
         rows = jnp.arange(local, dtype=jnp.uint32)
         return rows if self.axis is None else rows + jax.lax.axis_index(self.axis).astype(jnp.uint32) * local
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """Read `data=4,fsdp=2`; an axis of -1 takes the devices that are left, axes not named are 1.
+    """Read `data=4,fsdp=2`; an axis of -1 takes the remaining devices, axes not named are 1.
 
     Raises:
-        RunError: unknown axis, a size that is no number, or a product that is not the number of devices.
+        RunError: an axis is unknown, a size is not a number, or their product is not the number of devices.
     """
     sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, text.replace(" ", "").split(",")):
@@ -99,16 +99,16 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str) -> Mesh:
-    """A mesh with MESH_AXES over all devices of all processes."""
+    """Make a mesh with MESH_AXES over all devices of all processes."""
     sizes = parse_mesh(text, jax.device_count())
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def logical_specs(boxed: Any) -> Any:
-    """PartitionSpecs of logical names from an abstract tree of `nn.LogicallyPartitioned` parameters.
+    """Return PartitionSpecs of logical names from an abstract tree of `nn.LogicallyPartitioned` parameters.
 
     Raises:
-        ValueError: a parameter without names, or a name that RULES does not have: it would silently be replicated.
+        ValueError: a parameter has no names, or a name that is not in RULES: it would silently be replicated.
     """
 
     def check(path: tuple[Any, ...], leaf: Any) -> P:
@@ -123,7 +123,7 @@ def logical_specs(boxed: Any) -> Any:
 
 
 def mesh_sharding(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one array by RULES. A size that the mesh axis does not divide stays whole on every device."""
+    """Return the sharding of an array by RULES. An axis that the mesh axis does not divide is replicated."""
     axes: list[str | None] = []
     for name, size in zip(spec, shape, strict=False):
         axis = RULES[name] if name is not None else None
@@ -132,7 +132,7 @@ def mesh_sharding(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
 
 
 class Parallelism:
-    """jit over a mesh: how a state lies on all devices, and how a step runs there."""
+    """Parallelism by jit over a mesh: sharding of the state, and compilation of steps."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
@@ -145,7 +145,7 @@ class Parallelism:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def share(self, rows: int) -> tuple[int, int]:
-        """(index, count): this process reads the index-th of `count` equal shares of a batch of `rows` rows.
+        """Return (index, count): this process reads the index-th of `count` equal parts of a batch of `rows` rows.
 
         Raises:
             RunError: the devices do not divide the batch.
@@ -160,18 +160,18 @@ class Parallelism:
         return first // (last - first), rows // (last - first)
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Any:
-        """Bring this process's share of a batch, arrays [rows / count, ...], to its devices."""
+        """Put this process's part of a batch, arrays [rows / count, ...], on its devices."""
         return {name: jax.make_array_from_process_local_data(self._batch, value) for name, value in batch.items()}
 
     def _shardings(self, shapes: Any, specs: Any) -> Any:
         return jax.tree.map(lambda leaf, spec: mesh_sharding(self.mesh, spec, leaf.shape), shapes, specs)
 
     def initialise(self, make: Callable[[], Any], specs: Any) -> Any:
-        """Run `make` on the devices; returns the state, divided as its logical `specs` say."""
+        """Run `make` on the devices; return the state, sharded by its logical `specs`."""
         return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make), specs))()
 
     def abstract(self, make: Callable[[], Any], specs: Any) -> Any:
-        """Shapes, dtypes and shardings of what `initialise` gives, without computing it."""
+        """Return the shapes, dtypes and shardings of `initialise`'s result, without computing it."""
         shapes = jax.eval_shape(make)
         shardings = self._shardings(shapes, specs)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -184,13 +184,13 @@ class Parallelism:
         def sharded(state: Any, batch: Any) -> tuple[Any, Any]:
             with self._attention():
                 state, sums = step(state, batch, Replicas())
-            # The state comes out divided as it went in, so that steps never move parameters.
+            # The output state is sharded like the input, so that steps never move parameters.
             return jax.lax.with_sharding_constraint(state, self._shardings(state, specs)), sums
 
         return jax.jit(sharded, donate_argnums=0)
 
     def compile_evaluate(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
-        """Compile (params, batch) -> sums, or whatever else is the same on all devices in the end."""
+        """Compile (params, batch) -> sums, or anything else that is the same on all devices in the end."""
 
         def sharded(params: Any, batch: Any) -> Any:
             with self._attention():
@@ -199,12 +199,12 @@ class Parallelism:
         return jax.jit(sharded, out_shardings=self._everywhere)
 
     def _attention(self) -> AbstractContextManager[None]:
-        """Attention's Pallas kernels are told how they are split; the compiler divides the rest by itself."""
+        """Tell attention's Pallas kernels how they are sharded; the compiler shards everything else."""
         return splitting(self.mesh, batch=BATCH_AXES, heads="tensor")
 
 
 class PmapParallelism(Parallelism):
-    """`jax.pmap`: every device holds the whole state, and steps say what they add up over the replicas."""
+    """Parallelism by `jax.pmap`: every device has the whole state, and steps add up over the replicas explicitly."""
 
     axis = "replica"
 
@@ -240,7 +240,7 @@ class PmapParallelism(Parallelism):
         return lambda params, batch: run(self._placed(params, jax.local_devices()), batch)
 
     def _placed(self, tree: Any, devices: Sequence[Any]) -> Any:
-        """Arrays that every device holds whole, as arrays on these devices; nothing is copied."""
+        """Turn replicated arrays into arrays on these devices, without copying."""
         sharding = NamedSharding(Mesh(np.array(devices), (self.axis,)), P())
         return jax.tree.map(
             lambda array: jax.make_array_from_single_device_arrays(
@@ -255,10 +255,10 @@ class PmapParallelism(Parallelism):
 
 
 def start_parallelism(config: ParallelConfig) -> Parallelism:
-    """Join the other processes, if there are any, and take all their devices.
+    """Join the other processes, if any, and use all their devices.
 
     Raises:
-        RunError: the mesh does not fit the devices, or pmap was asked to divide parameters.
+        RunError: the mesh does not fit the devices, or shards parameters with pmap.
     """
     start_processes(config.coordinator, config.processes, config.process)
     if config.parallel == "mesh":
@@ -272,7 +272,7 @@ def start_parallelism(config: ParallelConfig) -> Parallelism:
 
 
 def start_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes: by flags, else from the environment of a TPU pod or of SLURM, else stay alone.
+    """Join the other processes: by flags, else by the environment of a TPU pod or of SLURM, else stay alone.
 
     Raises:
         RunError: some but not all of the three flags were given.
@@ -292,10 +292,10 @@ def start_processes(coordinator: str | None, processes: int | None, process: int
 
 @contextmanager
 def first_process_first(name: str) -> Iterator[None]:
-    """Run the block in process 0 first and then in the others, which find what it has made.
+    """Run the block in process 0 first and then in the others, which find its results.
 
     Args:
-        name: of the point where they wait, the same in all processes.
+        name: name of the barrier, the same in all processes.
     """
     if jax.process_index() > 0:
         multihost_utils.sync_global_devices(name)

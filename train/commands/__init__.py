@@ -1,1 +1,1 @@
-"""Commands that are no training job: tokenizers, the table of models, parity with the reference implementation."""
+"""Commands other than training jobs: tokenizers, the list of models, parity with the reference implementation."""

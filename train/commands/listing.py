@@ -1,6 +1,6 @@
-"""What the families offer, as plain data: sizes, heads, and the parameters of one size.
+"""Descriptions of the families as plain data: sizes, heads, and the parameters of one size.
 
-Nothing is computed: shapes come from tracing the models alone.
+Nothing is computed: shapes come from tracing the models.
 """
 
 import math
@@ -12,15 +12,15 @@ from flax import linen as nn
 from ...models.family import Family, FamilyConfig
 from ...models.registry import init_params, presets
 
-BYTES = 4  # of a parameter, which is float32 always
+BYTES = 4  # of a parameter, which is always float32
 
 
 class UnknownModelError(ValueError):
-    """A size or a head that no family has."""
+    """Raised for a size or a head that does not exist."""
 
 
 def describe_family(family: Family) -> dict[str, Any]:
-    """One family: its sizes, and what its models can do."""
+    """Describe one family: its sizes, heads and objectives."""
     sizes = {name: _count(family, family.config.preset(name)) for name in family.config.PRESETS}
     return {
         "family": family.name,
@@ -34,7 +34,7 @@ def describe_family(family: Family) -> dict[str, Any]:
 
 
 def describe_model(name: str, head: str | None = None) -> dict[str, Any]:
-    """The parameters of one size with one head.
+    """Describe the parameters of one size with one head.
 
     Raises:
         UnknownModelError: there is no such size, or its family has no such head.

@@ -1,4 +1,4 @@
-"""`bestiary parity FOLDER...`: hold models against the reference implementation's numbers."""
+"""`bestiary parity FOLDER...`: compare models with the reference implementation's numbers."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class ParityConfig:
     """Compare checkpoints with the reference implementation's stored outputs, losses and gradients."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """fixture folders: a checkpoint, expected.safetensors and, where there is a loss, grads.safetensors"""
+    """fixture folders: a checkpoint, expected.safetensors and, if there is a loss, grads.safetensors"""
     json: bool = False
     """print one JSON object instead of lines"""
     output_tolerance: float = 1e-5
@@ -29,7 +29,7 @@ class ParityConfig:
 
 def main(config: ParityConfig) -> int:
     """Run the fixtures and print the errors; return 0 if all are within tolerance, else 1."""
-    from ...models.checkpoints.parity import check  # here, since it needs JAX, for which --help need not wait
+    from ...models.checkpoints.parity import check  # here, since it imports JAX, which would delay --help
 
     if not config.folders:
         print("bestiary parity: no folders given", file=sys.stderr)
@@ -37,7 +37,7 @@ def main(config: ParityConfig) -> int:
     reports = [check(folder, config.output_tolerance, config.gradient_tolerance) for folder in config.folders]
     passed = all(report.passed for report in reports)
     if config.json:
-        # Infinity and NaN are no JSON; what is not finite is shown as text.
+        # Infinity and NaN are not valid JSON, so they are shown as text.
         finite = json.loads(json.dumps([dataclasses.asdict(r) for r in reports]), parse_constant=str)
         tolerances = {"output_tolerance": config.output_tolerance, "gradient_tolerance": config.gradient_tolerance}
         print(json.dumps({"passed": passed, **tolerances, "folders": finite}, indent=2))

@@ -28,9 +28,9 @@ class TokenizerConfig:
     kind: Literal["wordpiece", "byte-bpe", "unigram"] = "wordpiece"
     """wordpiece: BERT's. byte-bpe: RoBERTa's and GPT-2's byte-level BPE. unigram: ALBERT's and T5's SentencePiece."""
     family: Literal["bert", "roberta", "gpt2", "albert", "t5"] | None = None
-    """Whose special tokens to use, and how the text is normalised; by default bert, roberta or albert, by the kind."""
+    """Model family, which determines special tokens and normalisation. None: bert, roberta or albert, by the kind."""
     vocab_size: int = 16384
-    """Pieces, the special tokens counted in (T5's 100 sentinels are not)."""
+    """Vocabulary size, including special tokens (but not T5's 100 sentinels)."""
     lowercase: bool = True
     """Lower-case the text and strip accents first, as the uncased models do; byte-bpe and T5 keep the text as it is."""
     encoding: str = "utf-8"
@@ -49,7 +49,7 @@ class TokenizerConfig:
 
 
 def main(config: TokenizerConfig) -> int:
-    """`bestiary tokenizer train`; returns the exit status."""
+    """Run `bestiary tokenizer train`; return the exit status."""
     if config.out.exists() and any(config.out.iterdir()):
         raise RunError(f"{config.out} exists and is not empty. Choose another --out.")
     progress = Progress()

@@ -1,4 +1,4 @@
-"""What models there are: `bestiary models`, and `bestiary models show NAME` for one's parameters."""
+"""List the models: `bestiary models`, and `bestiary models show NAME` for the parameters of one."""
 
 import json as json_text
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import tyro
 
 @dataclass(frozen=True)
 class ModelsConfig:
-    """List the families and their sizes, with what can be done with them."""
+    """List the model families, with their sizes, heads and objectives."""
 
     json: bool = False
     """Print one JSON array instead of text."""
@@ -20,15 +20,15 @@ class ShowConfig:
     """Show the parameters of one size: names, shapes, logical axes, bytes."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A size, as `bestiary models` lists them: bert-base, roberta-base, ..."""
+    """A size in the list of `bestiary models`: bert-base, roberta-base, ..."""
     head: str | None = None
-    """What the model is for: encoder, masked_lm, classification, ... None: the first that the family has."""
+    """Head of the model: encoder, masked_lm, classification, ... None: the family's first."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 def main(config: ModelsConfig | ShowConfig) -> int:
-    """Run either command; returns the exit status."""
+    """Run either command; return the exit status."""
     from ...models.registry import families
     from .listing import describe_family, describe_model
 

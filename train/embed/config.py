@@ -1,4 +1,4 @@
-"""The settings of `bestiary embed` and `bestiary probe`."""
+"""Settings of `bestiary embed` and `bestiary probe`."""
 
 import sys
 from dataclasses import dataclass

@@ -267,7 +267,7 @@ def fit_head(inputs: np.ndarray, targets: np.ndarray, classes: int | None, stren
 
 
 def main(config: ProbeConfig) -> int:
-    """`bestiary probe`; returns the exit status."""
+    """Run `bestiary probe`; return the exit status."""
     started = time.perf_counter()
     progress = Progress()
     run = RunFolder(config.out, config, frozenset({"out", "cache"}))

@@ -21,7 +21,7 @@ class ObjectiveClass(Protocol):
         ...
 
     def default_rows(self, family: Family) -> RowKind | None:
-        """The rows that a family learns it from, where the objective leaves a choice."""
+        """Return the default rows of a family, if the objective leaves a choice."""
         ...
 
 

@@ -18,7 +18,7 @@ class Statistics:
         tokens: number of tokens in the rows, special tokens included; random second segments add to the documents'
             tokens, truncation removes some.
         dropped_examples: always 0; it is counted so that this can be seen.
-        split_sentences: sentences longer than a row, which go on in the next one.
+        split_sentences: sentences longer than a row, which continue in the next one.
     """
 
     sequence_length: int

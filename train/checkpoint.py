@@ -153,7 +153,7 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
     raise FileNotFoundError(f"{folder}: no complete checkpoint to resume from.")
 
 
-# Orbax's messages for arrays, or trees of them, that differ from those asked for.
+# Orbax's messages for arrays, or trees of them, that differ from the requested ones.
 OTHER_ARRAYS = ("Structure mismatch", "structures do not match", "not compatible with the stored")
 
 

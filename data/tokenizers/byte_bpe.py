@@ -39,10 +39,10 @@ _SPACES = ("Ġ", "Ċ", "ĉ", "č")  # space, line feed, tab and carriage return,
 
 
 class ByteBpeTokenizer(Tokenizer):
-    """GPT-2's bytes and merges, in its words.
+    """GPT-2's bytes and merges, within its words.
 
-    A word after a space is another piece than one at the start of a text, unless `add_prefix_space` puts a space there;
-    the words of texts that are split already (`encode_words`) always get one.
+    A word after a space has other tokens than one at the start of a text, unless `add_prefix_space` puts a space there;
+    words of texts that are already split (`encode_words`) always get one.
     """
 
     def _continues(self, piece: str) -> bool:
@@ -68,15 +68,15 @@ class ByteBpeTokenizer(Tokenizer):
 def byte_bpe_backend(
     vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *, add_prefix_space: bool = False
 ) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer around a vocabulary and its merges.
+    """Build GPT-2's tokenizer from a vocabulary and its merges.
 
     Args:
-        vocabulary: ids of the pieces, bytes written as printable characters.
-        merges: in the order of their learning.
-        add_prefix_space: put a space before a text that begins with none.
+        vocabulary: ids of the tokens, with bytes as printable characters.
+        merges: merges, in the order in which they were learnt.
+        add_prefix_space: put a space before a text that does not begin with one.
 
     Raises:
-        DataError: a merge whose parts or outcome the vocabulary lacks.
+        DataError: the vocabulary lacks the parts or the result of a merge.
     """
     try:
         model = models.BPE(
@@ -98,18 +98,18 @@ def train_byte_bpe(
     min_frequency: int = 2,
     progress: ProgressCallback | None = None,
 ) -> ByteBpeTokenizer:
-    """Learn merges of bytes from documents: the same documents always give the same ones.
+    """Learn byte merges from documents, deterministically.
 
-    The special tokens come first, the 256 bytes follow, then the merges' outcomes in the order of their learning.
+    The special tokens come first, then the 256 bytes, then the results of the merges in the order of learning.
 
     Args:
-        documents: read once.
-        vocab_size: the most pieces to keep, special tokens included; a small corpus may give fewer.
+        documents: documents, read once.
+        vocab_size: maximum vocabulary size, including special tokens; a small corpus may give fewer.
         family: roberta, with <s>, <pad>, </s>, <unk> and <mask>, or gpt2, with <|endoftext|>.
-        min_frequency: how often a pair must occur to be merged.
+        min_frequency: minimum frequency of a pair to be merged.
 
     Raises:
-        DataError: a vocabulary size that does not hold the special tokens and the bytes.
+        DataError: the vocabulary size is too small for the special tokens and the bytes.
     """
     roberta = family == "roberta"
     tokens = ROBERTA_TOKENS if roberta else GPT2_TOKENS

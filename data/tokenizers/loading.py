@@ -1,10 +1,9 @@
-"""Which tokenizer a folder holds: `load_tokenizer` reads every kind that the released checkpoints come with.
+"""Load tokenizers: `load_tokenizer` reads every kind that released checkpoints come with.
 
-What decides, in this order: the class that tokenizer_config.json or config.json names, the class of config.json's
-model_type, and the files that are there. As in the reference implementation (transformers 5), a class of its list
-takes the vocabulary and the added tokens from the files, and everything else from its own definition and from
-tokenizer_config.json: a tokenizer.json that says otherwise is not asked. A folder that names no class has its
-tokenizer.json taken as it is.
+The class is determined by, in this order: tokenizer_config.json or config.json, config.json's model_type, and the
+available files. As in the reference implementation (transformers 5), a known class takes the vocabulary and the added
+tokens from the files, and everything else from its own definition and tokenizer_config.json, even if tokenizer.json
+differs. If a folder names no class, its tokenizer.json is used as it is.
 """
 
 from __future__ import annotations
@@ -59,15 +58,15 @@ MODEL_TYPES = {
 }
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
 _MOST_EXTRA_IDS = 10_000
-_KEPT = ("model_max_length",)  # settings that are not about ids, and are written again
+_KEPT = ("model_max_length",)  # settings that do not affect ids, and are written back
 
 
 @dataclass
 class _Folder:
-    """A tokenizer's files, as far as they are there."""
+    """A tokenizer's files, as far as they exist."""
 
     where: Path
-    """the file that the vocabulary is read from"""
+    """file of the vocabulary"""
     settings: dict[str, Any] = field(default_factory=dict)
     """tokenizer_config.json"""
     roles: dict[str, Any] = field(default_factory=dict)
@@ -77,14 +76,14 @@ class _Folder:
     model: dict[str, Any] = field(default_factory=dict)
     """config.json"""
     whole: dict[str, Any] | None = None
-    """tokenizer.json, where the vocabulary is read from it"""
+    """tokenizer.json, if the vocabulary is read from it"""
 
     @property
     def cls(self) -> str | None:
-        """The class here; None to take tokenizer.json as it is.
+        """Class of this package; None to use tokenizer.json as it is.
 
         Raises:
-            DataError: another class is named.
+            DataError: the class is unknown.
         """
         named = self.settings.get("tokenizer_class") or self.model.get("tokenizer_class")
         if named is None:
@@ -101,10 +100,10 @@ class _Folder:
         return CLASSES[name.removesuffix("Tokenizer")]
 
     def setting(self, name: str, default: Any, kind: type | tuple[type, ...]) -> Any:
-        """An entry of tokenizer_config.json.
+        """Return an entry of tokenizer_config.json.
 
         Raises:
-            DataError: it is of another kind.
+            DataError: it has another type.
         """
         value = self.settings.get(name, default)
         if value is not None and not isinstance(value, kind):
@@ -113,11 +112,11 @@ class _Folder:
 
     @property
     def _sources(self) -> tuple[dict[str, Any], ...]:
-        """What names special tokens; as in the reference, their map only where the settings do not describe them."""
+        """Sources of special tokens; as in the reference, their map only if the settings do not describe them."""
         return (self.settings,) if "added_tokens_decoder" in self.settings else (self.settings, self.roles)
 
     def special_tokens(self, defaults: Mapping[str, str]) -> dict[str, AddedToken]:
-        """The token of each role, in the reference's order; what the files do not name is the class's own."""
+        """Return the token of each role, in the reference's order; by default the class's own."""
         found: dict[str, Any] = dict(defaults)
         for source in self._sources:
             found |= {role: source[f"{role}_token"] for role in ROLES if f"{role}_token" in source}
@@ -138,7 +137,7 @@ class _Folder:
         return [self._token(some, "extra special token", special=True) for some in found]
 
     def _token(self, said: Any, name: Any, *, special: bool = False) -> AddedToken:
-        """A token that a file names, or describes.
+        """Return a token that a file names or describes.
 
         Raises:
             DataError: it does neither.
@@ -152,7 +151,7 @@ class _Folder:
         return AddedToken(content, **{**options, "special": special or options.get("special", False)})
 
     def added_tokens(self, special: Mapping[str, AddedToken]) -> Iterator[tuple[int, AddedToken]]:
-        """(the id that the files tell, the token) of what stands beside the vocabulary, in the order of ids."""
+        """Yield (id in the files, token) of the tokens added to the vocabulary, in the order of ids."""
         roles = {token.content for token in special.values()}
         if "added_tokens_decoder" in self.settings:
             entries = _object(self.settings["added_tokens_decoder"], f"{self.where.parent}: added_tokens_decoder")
@@ -167,18 +166,17 @@ class _Folder:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or file in a released format.
+    """Load the tokenizer of a folder or file in a released format.
+
+    A vocab.txt without `do_lower_case` in tokenizer_config.json counts as cased if a token has an upper-case letter.
 
     Args:
         path: a folder with tokenizer.json, vocab.txt, vocab.json and merges.txt, or spiece.model (tokenizer.model,
-            sentencepiece.bpe.model), the first of them that is there; or one of these files.
-
-    A vocab.txt without a word on lower-casing (`do_lower_case` of tokenizer_config.json) is taken for a cased one where
-    a piece has an upper-case letter.
+            sentencepiece.bpe.model), of which the first that exists is used; or one of these files.
 
     Raises:
-        DataError: nothing of the kind there, a class or a kind that is not known, files that contradict each other, or
-            a vocabulary without the special tokens that its class needs.
+        DataError: there is no tokenizer, its class or kind is unknown, files contradict each other, or the vocabulary
+            lacks special tokens that the class needs.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -228,7 +226,7 @@ def _read_folder(path: Path) -> _Folder:
     )
 
 
-# One function a class: vocabulary, added tokens, template
+# One function per class: vocabulary, added tokens, template
 
 
 def _bert(folder: _Folder) -> Tokenizer:
@@ -340,7 +338,7 @@ def _t5(folder: _Folder) -> Tokenizer:
 
 
 def _pieces(folder: _Folder) -> tuple[Pieces, bytes, SentencePieceModel | None]:
-    """(pieces and scores, the compiled table of characters, the SentencePiece model where they are from one)."""
+    """Return (pieces and scores, the compiled character table, the SentencePiece model if they are from one)."""
     if folder.whole is None:
         model = parse_model(folder.where.read_bytes(), str(folder.where))
         if not model.unigram:
@@ -361,10 +359,10 @@ _MODEL = {"bert": "WordPiece", "roberta": "BPE", "gpt2": "BPE", "albert": "Unigr
 
 
 def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
-    """The class whose special tokens a vocabulary has, where no file names one.
+    """Determine the class by the special tokens in the vocabulary, if no file names one.
 
     Raises:
-        DataError: a SentencePiece model that is neither ALBERT's nor T5's.
+        DataError: the SentencePiece model is neither ALBERT's nor T5's.
     """
     if classes == ("roberta", "gpt2"):
         return "roberta" if {"<s>", "</s>", "<mask>"} <= set(_read_object(folder.where)) else "gpt2"
@@ -394,7 +392,7 @@ def _byte_bpe(
 
 
 def _as_it_is(folder: _Folder) -> Tokenizer:
-    """tokenizer.json and what it says."""
+    """Load tokenizer.json as it is."""
     assert folder.whole is not None
     backend = tokenizers.Tokenizer.from_file(str(folder.where))
     backend.no_padding()
@@ -439,10 +437,10 @@ def _add_tokens(
     special: Mapping[str, AddedToken],
     model: SentencePieceModel | None = None,
 ) -> None:
-    """Give the backend the added tokens that the files name, then the special ones; what is new gets the next ids.
+    """Add the added tokens in the files to the backend, then the special ones; new tokens get the next ids.
 
     Raises:
-        DataError: a token gets another id than the files tell.
+        DataError: a token gets another id than in the files.
     """
     for number, token in folder.added_tokens(special):
         found = backend.token_to_id(token.content)
@@ -455,7 +453,7 @@ def _add_tokens(
         backend.add_tokens([token])
     if model is not None:
         backend.add_tokens(model.added)
-    # To add a token once more would take away what was said of it, such as that the mask takes the space before it.
+    # Adding a token again would reset its options, such as that the mask includes the space before it.
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token in (*special.values(), *folder.extra_special_tokens()):
         if token.content not in there:
@@ -468,7 +466,7 @@ def _contents(special: Mapping[str, AddedToken]) -> dict[str, str]:
 
 
 def _stated(folder: _Folder, backend: tokenizers.Tokenizer) -> Template:
-    """What tokenizer.json puts around texts."""
+    """Return the template in tokenizer.json."""
     assert folder.whole is not None
     return read_template(folder.whole.get("post_processor"), backend, f"{folder.where}: post_processor")
 
@@ -478,10 +476,10 @@ def _kept(folder: _Folder) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
+    """Read a file with a JSON object.
 
     Raises:
-        DataError: it holds something else; with the line.
+        DataError: it is something else; with the line.
     """
     try:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -510,7 +508,7 @@ def _first(pair: tuple[int, Any]) -> int:
 
 
 def _guarded[Made](make: Callable[[], Made], path: Path) -> Made:
-    """What `make` gives; whatever else a damaged file raises, a panic of the Rust library too, becomes a DataError."""
+    """Call `make`; turn any error of a damaged file, including a panic of the Rust library, into a DataError."""
     try:
         return make()
     except (DataError, KeyboardInterrupt, SystemExit):

@@ -146,7 +146,7 @@ class PairTokenizer:
         return self.source is self.target or self.source.vocabulary == self.target.vocabulary
 
     def language_code(self, text: str) -> str:
-        """The code at the start of a source text that every part of it needs; empty if there is none."""
+        """Return the language code at the start of a source text, which each part of it needs; empty if none."""
         return language_code(text) if self.kind == "marian" else ""
 
     def encode_source(self, texts: Iterable[str]) -> list[list[int]]:
@@ -295,9 +295,9 @@ class SentencePieceSide:
 
 
 class MarianSide:
-    """One side of a released Marian folder: pieces by SentencePiece, ids by a vocabulary file.
+    """One side of a released Marian folder: subwords by SentencePiece, ids by a vocabulary file.
 
-    A language code at the start of a text, as `>>fra<<`, is one token. Decoded text has no unknown tokens.
+    A language code at the start of a text, such as `>>fra<<`, is one token. Decoded text has no unknown tokens.
     """
 
     def __init__(self, model: bytes, vocabulary: dict[str, int], where: str):
@@ -342,7 +342,7 @@ class MarianSide:
 
 
 def language_code(text: str) -> str:
-    """The code at the start of a Marian model's source text that names the language to translate to, or nothing."""
+    """Return the target language code at the start of a Marian model's source text; empty if there is none."""
     end = text.find("<<")
     return text[: end + 2] if text.startswith(">>") and end >= 0 else ""
 

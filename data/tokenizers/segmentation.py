@@ -113,7 +113,7 @@ def banked(
 
 
 def _uniforms(*key: int) -> Iterator[float]:
-    """Numbers in [0, 1) without end."""
+    """Yield endless numbers in [0, 1)."""
     start = 0
     while True:
         yield from ((mixed(*key, np.arange(start, start + 64)) >> np.uint64(11)) * 2.0**-53).tolist()
@@ -121,7 +121,7 @@ def _uniforms(*key: int) -> Iterator[float]:
 
 
 def mixed(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 of the parts, numbers or arrays of one length: each mixed in by splitmix64's finaliser (Steele 2014)."""
+    """Hash parts, numbers or arrays of the same length, to uint64 by splitmix64's finaliser (Steele 2014)."""
     state = np.uint64(_SAMPLE)
     with np.errstate(over="ignore"):
         for part in parts:

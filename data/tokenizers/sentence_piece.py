@@ -3,13 +3,13 @@
 Kudo and Richardson 2018. A folder holds
 
     tokenizer.json           the whole tokenizer
-    spiece.model             SentencePiece's own model, where the tokenizer was read from one or trained
+    spiece.model             SentencePiece's own model, if the tokenizer was read from one or trained
     tokenizer_config.json    tokenizer_class, do_lower_case and keep_accents (ALBERT), extra_ids (T5), special tokens
     special_tokens_map.json  the special tokens by role
 
-The pieces, their scores and the table of characters come out of the model; the `tokenizers` library cuts texts with
-them, as the reference implementation does, which gives other ids than the `sentencepiece` library in a few places: a
-space before a special token, a digit before a comma in ALBERT's.
+The pieces, their scores and the character table come from the model; the `tokenizers` library applies them, as in the
+reference implementation, which gives other ids than the `sentencepiece` library in a few cases: a space before a
+special token, and a digit before a comma for ALBERT.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ Pieces = list[tuple[str, float]]
 
 
 class SentencePieceModel(NamedTuple):
-    """What a SentencePiece model file says."""
+    """The contents of a SentencePiece model file."""
 
     pieces: Pieces
     """each piece and its score, by id"""
     unk_id: int
     characters: bytes
-    """the table that normalises characters, compiled; empty for none"""
+    """compiled table for normalising characters; empty for none"""
     added: list[AddedToken]
-    """pieces that stand for themselves wherever they are written"""
+    """pieces that are matched literally in texts"""
     unigram: bool
-    """or BPE"""
+    """unigram; otherwise BPE"""
     byte_fallback: bool
-    """what no piece spells is written in pieces of a byte each"""
+    """whether characters without a piece are split into bytes"""
     state: bytes
     """the file"""
 
@@ -69,8 +69,8 @@ class SentencePieceTokenizer(Tokenizer):
     """SentencePiece's pieces, with the special tokens and the normalisation of a family.
 
     Args:
-        model: the SentencePiece model, to be saved again; None where there was none.
-        others: of `Tokenizer`.
+        model: the SentencePiece model, to save again; None if there is none.
+        others: arguments of `Tokenizer`.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def parse_model(state: bytes, where: str) -> SentencePieceModel:
-    """What a SentencePiece model file of these bytes says.
+    """Parse a SentencePiece model file.
 
     Raises:
-        DataError: it is none, or of words or characters.
+        DataError: it is not a SentencePiece model, or one of words or characters.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -129,14 +129,14 @@ def parse_model(state: bytes, where: str) -> SentencePieceModel:
 def albert_backend(
     pieces: Pieces, characters: bytes, *, lowercase: bool = True, keep_accents: bool = False, spaced: bool = True
 ) -> tokenizers.Tokenizer:
-    """ALBERT's tokenizer around unigram pieces.
+    """Build ALBERT's tokenizer from unigram pieces.
 
     Args:
         pieces: each piece and its score, by id; the unknown one is 1.
-        characters: a compiled table that normalises characters; empty for none.
+        characters: compiled table for normalising characters; empty for none.
         lowercase: lower-case the text.
-        keep_accents: leave accents on their letters.
-        spaced: begin a text as a word after a space.
+        keep_accents: keep accents.
+        spaced: begin a text like a word after a space.
     """
     steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
     if not keep_accents:
@@ -151,11 +151,11 @@ def albert_backend(
 
 
 def t5_backend(pieces: Pieces, characters: bytes) -> tokenizers.Tokenizer:
-    """T5's tokenizer around unigram pieces.
+    """Build T5's tokenizer from unigram pieces.
 
     Args:
-        pieces: each piece and its score, by id, <extra_id_0> and so on among them; the unknown one is 2.
-        characters: a compiled table that normalises characters; empty for none.
+        pieces: each piece and its score, by id, including <extra_id_0> and so on; the unknown one is 2.
+        characters: compiled table for normalising characters; empty for none.
     """
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     if characters:
@@ -164,10 +164,10 @@ def t5_backend(pieces: Pieces, characters: bytes) -> tokenizers.Tokenizer:
 
 
 def t5_template(backend: tokenizers.Tokenizer, where: str) -> Template:
-    """`A </s> B </s>`; `backend` is given the same.
+    """Return the template `A </s> B </s>`, which `backend` is given too.
 
     Raises:
-        DataError: the vocabulary has no such token.
+        DataError: the vocabulary lacks the token.
     """
     eos = T5_TOKENS["eos"]
     (number,) = token_ids(backend, (eos,), where)
@@ -178,7 +178,7 @@ def t5_template(backend: tokenizers.Tokenizer, where: str) -> Template:
 
 
 def extra_ids(count: int) -> Pieces:
-    """T5's sentinels, which stand after all other pieces, the first one last."""
+    """Return T5's sentinels, which come after all other pieces, the first one last."""
     return [(f"<extra_id_{number}>", 0.0) for number in reversed(range(count))]
 
 
@@ -201,17 +201,17 @@ def train_unigram(
     lowercase: bool = True,
     progress: ProgressCallback | None = None,
 ) -> SentencePieceTokenizer:
-    """Learn unigram pieces from documents (Kudo 2018): the same documents always give the same ones.
+    """Learn unigram pieces from documents (Kudo 2018), deterministically.
 
     Args:
-        documents: read once.
-        vocab_size: the most pieces to keep, special tokens included but for T5's 100 sentinels, which come on top; a
+        documents: documents, read once.
+        vocab_size: maximum vocabulary size, including special tokens but not T5's 100 sentinels, which are added; a
             small corpus may give fewer.
         family: albert, with [CLS], [SEP] and [MASK] for encoders, or t5, with </s> and the sentinels.
         lowercase: lower-case the text and strip accents, as ALBERT's uncased models do; ALBERT only.
 
     Raises:
-        DataError: a corpus that has not as many pieces, or more characters than the vocabulary holds.
+        DataError: the corpus has too few pieces, or more characters than the vocabulary size.
     """
     import sentencepiece
 
@@ -221,7 +221,7 @@ def train_unigram(
         special = dict(pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, control_symbols="[CLS],[SEP],[MASK]")
     else:
         special = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
-    # The text is learnt as it will be cut: normalised by the family's own steps.
+    # Training uses the same normalisation as tokenisation: the family's own steps.
     empty = [("<pad>", 0.0), ("<unk>", 0.0)]
     normalizer = albert_backend(empty, b"", lowercase=lowercase, keep_accents=not lowercase).normalizer
     report = Reporter("reading for the vocabulary", "MB", progress)

@@ -1,4 +1,4 @@
-"""The special tokens around a text or a pair, and how a tokenizer.json says them."""
+"""The special tokens around a text or a pair, and their form in tokenizer.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class Template:
     """The special tokens that a family puts around a text, `before A after`, or a pair, `before A between B after`.
 
     Attributes:
-        before, between, after: ids of special tokens.
-        second_type: token type of B and of what comes after it; everything else has type 0.
+        before: ids of special tokens before A.
+        between: ids of special tokens between A and B.
+        after: ids of special tokens at the end.
+        second_type: token type of B and the tokens after it; everything else has type 0.
     """
 
     before: tuple[int, ...] = ()
@@ -28,11 +30,11 @@ class Template:
     second_type: int = 0
 
     def cost(self, pair: bool) -> int:
-        """Special tokens of a text, or of a pair."""
+        """Return the number of special tokens of a text or a pair."""
         return len(self.before) + len(self.between) * pair + len(self.after)
 
     def join(self, first: Sequence[int], second: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-        """The ids and token types of a text or a pair whose tokens are given without special ones."""
+        """Return the ids and token types of a text or a pair, given without special tokens."""
         ids = [*self.before, *first]
         if second is None:
             ids += self.after
@@ -45,12 +47,12 @@ class Template:
         return ids, types
 
     def cut(self, first: int, second: int | None, most: int) -> tuple[int, int | None]:
-        """How many tokens of a text, or of both texts of a pair, to keep so that all of it has at most `most` tokens.
+        """Return the numbers of tokens to keep of a text or a pair, so that there are at most `most` tokens in total.
 
-        The longer text of a pair loses tokens first, as in the reference implementation.
+        The longer text of a pair is truncated first, as in the reference implementation.
 
         Raises:
-            DataError: `most` is less than the special tokens alone take.
+            DataError: `most` is less than the number of special tokens.
         """
         room = most - self.cost(second is not None)
         if room < 0:
@@ -65,7 +67,7 @@ class Template:
 
 
 def token_ids(backend: tokenizers.Tokenizer, tokens: Sequence[str], where: str) -> list[int]:
-    """The ids of the tokens of a template.
+    """Return the ids of a template's tokens.
 
     Raises:
         DataError: the vocabulary lacks one.
@@ -78,10 +80,10 @@ def token_ids(backend: tokenizers.Tokenizer, tokens: Sequence[str], where: str) 
 
 
 def bert_template(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], where: str) -> Template:
-    """`[CLS] A [SEP] B [SEP]`, of token types 0 and 1 (BERT, ALBERT); `backend` is given the same.
+    """Return the template `[CLS] A [SEP] B [SEP]`, with token types 0 and 1 (BERT, ALBERT); `backend` is given it too.
 
     Raises:
-        DataError: the vocabulary has no such tokens.
+        DataError: the vocabulary lacks these tokens.
     """
     cls, sep = special_tokens["cls"], special_tokens["sep"]
     before, after = token_ids(backend, (cls, sep), where)
@@ -96,10 +98,10 @@ def bert_template(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, st
 def roberta_template(
     backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], where: str, *, add_prefix_space: bool
 ) -> Template:
-    """`<s> A </s></s> B </s>`, all of token type 0; `backend` is given the same.
+    """Return the template `<s> A </s></s> B </s>`, all with token type 0; `backend` is given it too.
 
     Raises:
-        DataError: the vocabulary has no such tokens.
+        DataError: the vocabulary lacks these tokens.
     """
     cls, sep = special_tokens["cls"], special_tokens["sep"]
     before, after = token_ids(backend, (cls, sep), where)
@@ -110,11 +112,11 @@ def roberta_template(
 
 
 def read_template(stated: Any, backend: tokenizers.Tokenizer, where: str) -> Template:
-    """What the post_processor of a tokenizer.json puts around texts; nothing, where there is none.
+    """Read the template in the post_processor of a tokenizer.json; empty if there is none.
 
     Raises:
-        DataError: something that is not of the form `before A after` and `before A between B after`, or has tokens
-            that the vocabulary does not know by these ids.
+        DataError: it is not of the form `before A after` and `before A between B after`, or its tokens have other ids
+            in the vocabulary.
     """
     if stated is None:
         return Template()
@@ -130,7 +132,7 @@ def read_template(stated: Any, backend: tokenizers.Tokenizer, where: str) -> Tem
 
 
 def _parse(stated: Mapping[str, Any]) -> tuple[Template, dict[str, int]]:
-    """(the template, the ids of its tokens)."""
+    """Return (the template, the ids of its tokens)."""
     kind = stated["type"]
     if kind == "Sequence":
         found = [_parse(step) for step in stated["processors"]]
@@ -152,7 +154,7 @@ def _parse_pieces(stated: Mapping[str, Any]) -> tuple[Template, dict[str, int]]:
     named: dict[str, int] = {}
 
     def parts(pieces: Sequence[Any], texts: str) -> tuple[list[list[int]], list[list[int]]]:
-        """(ids, token types) before, between and after the texts; a text's own type ends the part before it."""
+        """Return (ids, token types) before, between and after the texts; a text's own type ends the part before it."""
         ids: list[list[int]] = [[]]
         types: list[list[int]] = [[]]
         order = ""
@@ -182,7 +184,7 @@ def _parse_pieces(stated: Mapping[str, Any]) -> tuple[Template, dict[str, int]]:
 
 
 def write_template(template: Template, backend: tokenizers.Tokenizer) -> Any:
-    """The post_processor for a template, after a step that takes the spaces before words out of their spans."""
+    """Return the post_processor for a template, after a step that removes spaces before words from their spans."""
     trim = processors.ByteLevel(trim_offsets=True)
     if template == Template():
         return trim

@@ -1,10 +1,10 @@
-"""What every tokenizer offers, whatever stands behind it: ids, offsets, special tokens, word boundaries, a template.
+"""The interface of all tokenizers: ids, offsets, special tokens, word boundaries, a template.
 
-The kinds are WordPiece (`wordpiece`), byte-level BPE (`byte_bpe`) and SentencePiece's pieces (`sentence_piece`);
-`loading.load_tokenizer` finds out which one a folder holds. The `tokenizers` library does the work in all of them, as
-it does in the reference implementation, so that ids and offsets are the same.
+The kinds are WordPiece (`wordpiece`), byte-level BPE (`byte_bpe`) and SentencePiece (`sentence_piece`);
+`loading.load_tokenizer` chooses the kind for a folder. All of them use the `tokenizers` library, like the reference
+implementation, so that ids and offsets are the same.
 
-A tokenizer is a function from texts to what a model takes:
+A tokenizer is a function from texts to a model's inputs:
 
     tokenizer = load_tokenizer("roberta-folder")
     batch = tokenizer(["A first text.", "And another one."])  # input_ids, segment_ids, token_type_ids [B, L]
@@ -38,7 +38,7 @@ _NEEDED_FOR = {
     "cls": "what classification reads a whole text from",
     "mask": "what hides a token in masked language modelling",
 }
-_COPIES = ("_literal", "_spaced")  # of the backend, with options that its JSON does not hold
+_COPIES = ("_literal", "_spaced")  # copies of the backend, with options that its JSON does not include
 
 
 class Encoded(NamedTuple):
@@ -46,26 +46,26 @@ class Encoded(NamedTuple):
 
     ids: list[list[int]]
     types: list[list[int]]  # token types, as many as ids
-    truncated: int  # how many tokens were cut off
+    truncated: int  # number of truncated tokens
 
 
 class Tokenizer:
     """Text to ids and back; the kinds are its subclasses.
 
     Args:
-        backend: the `tokenizers.Tokenizer` that does the work. What it would put around a text is not used.
-        template: what this class puts around it instead.
-        special_tokens: the token of each role ("bos", "eos", "unk", "sep", "pad", "cls", "mask") that there is.
-        settings: what is kept for `tokenizer_config.json`, its `tokenizer_class` among it.
-        where: what to call it in an error message.
+        backend: the underlying `tokenizers.Tokenizer`. Its own template is not used.
+        template: special tokens around a text or a pair.
+        special_tokens: existing tokens by role ("bos", "eos", "unk", "sep", "pad", "cls", "mask").
+        settings: entries for `tokenizer_config.json`, including `tokenizer_class`.
+        where: name for error messages.
 
     Attributes:
-        special_ids: the id of each role that the vocabulary has a token for.
-        pad_id: what fills up rows. No token ever attends to it, so that one without a padding token takes id 0.
-        vocab_size: V.
+        special_ids: ids by role, for roles with a token in the vocabulary.
+        pad_id: id of the padding token. No token ever attends to it, so that it is 0 if there is no padding token.
+        vocab_size: number of tokens, V.
 
     Raises:
-        DataError: ids that do not run from 0 without gaps.
+        DataError: ids are not consecutive from 0.
     """
 
     def __init__(
@@ -98,32 +98,32 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """Begins a text that is generated. Like all the others, raises DataError where there is none."""
+        """Id of the token that begins a generated text. Like all the others, raises DataError if there is none."""
         return self._id("bos")
 
     @property
     def eos_id(self) -> int:
-        """Ends a text that is generated."""
+        """Id of the token that ends a generated text."""
         return self._id("eos")
 
     @property
     def unk_id(self) -> int:
-        """Stands for what the vocabulary cannot spell."""
+        """Id of the token for text outside the vocabulary."""
         return self._id("unk")
 
     @property
     def cls_id(self) -> int:
-        """Begins what is classified."""
+        """Id of the token that begins an input to classify."""
         return self._id("cls")
 
     @property
     def sep_id(self) -> int:
-        """Ends a text."""
+        """Id of the token that ends a text."""
         return self._id("sep")
 
     @property
     def mask_id(self) -> int:
-        """Stands where a token is hidden."""
+        """Id of the token that replaces masked tokens."""
         return self._id("mask")
 
     # The vocabulary
@@ -134,19 +134,19 @@ class Tokenizer:
 
     @cached_property
     def tokens(self) -> list[str]:
-        """The pieces by id."""
+        """Tokens by id."""
         return [piece for piece, _ in sorted(self.backend.get_vocab().items(), key=lambda pair: pair[1])]
 
     @cached_property
     def special(self) -> np.ndarray:
-        """[V] bool: the piece stands for no text ([PAD], </s>, <extra_id_0>, ...), and is never predicted."""
+        """[V] bool: tokens that represent no text ([PAD], </s>, <extra_id_0>, ...), and are never predicted."""
         known = set(self.special_tokens.values())
         known |= {added["content"] for added in self._state["added_tokens"] if added["special"]}
         return np.array([piece in known for piece in self.tokens], np.bool_)
 
     @cached_property
     def continuation(self) -> np.ndarray:
-        """[V] bool: the piece goes on with the word of the piece before it."""
+        """[V] bool: tokens that continue the word of the token before."""
         whole = {added["content"] for added in self._state["added_tokens"]}
         return np.array([piece not in whole and self._continues(piece) for piece in self.tokens], np.bool_)
 
@@ -165,7 +165,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; equal for two tokenizers that give every text the same ids, special tokens around it aside."""
+        """Hexadecimal; equal for two tokenizers that give every text the same ids, before adding special tokens."""
         parts = {name: self._state.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -174,12 +174,12 @@ class Tokenizer:
     def __call__(
         self, first: Sequence[str], second: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> dict[str, np.ndarray]:
-        """What a model takes of texts, or of pairs of texts.
+        """Return a model's inputs for texts, or pairs of texts.
 
         Args:
             first: B texts.
             second: the second text of each pair.
-            max_length: most tokens of a row, special ones included; what is beyond them is cut off.
+            max_length: maximum number of tokens per row, including special tokens; longer texts are truncated.
 
         Returns:
             input_ids, segment_ids (1 on the text, 0 on padding) and token_type_ids, [B, L] int32 each.
@@ -199,12 +199,12 @@ class Tokenizer:
     def encode(
         self, first: Sequence[str], second: Sequence[str] | None = None, max_length: int | None = None
     ) -> Encoded:
-        """Texts, or pairs of texts, with the family's special tokens, of at most `max_length` tokens.
+        """Encode texts, or pairs of texts, with the family's special tokens, in at most `max_length` tokens.
 
-        What is too long loses tokens at the end, the longer of a pair first, as in the reference implementation.
+        Longer texts are truncated at the end, the longer of a pair first, as in the reference implementation.
 
         Raises:
-            DataError: a length that the special tokens alone exceed.
+            DataError: the special tokens alone are longer.
         """
         parts = [self.encode_batch(first)]
         if second is not None:
@@ -222,37 +222,37 @@ class Tokenizer:
         return Encoded(ids, types, truncated)
 
     def join(self, first: Sequence[int], second: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-        """Ids and token types of a text or a pair, from tokens without special ones; `template` tells their places."""
+        """Return the ids and token types of a text or a pair, adding the template's special tokens."""
         return self.template.join(first, second)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """The ids of each text; with `add_special_tokens`, with the family's around it. Nothing is cut.
+        """Return the ids of each text, without truncation; with `add_special_tokens`, with the family's around it.
 
-        A special token that is written in a text becomes that token.
+        A special token that occurs in a text becomes that token.
         """
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encoded]
         return [self.join(some)[0] for some in ids] if add_special_tokens else ids
 
     def encode_literally(self, texts: Sequence[str], dtype: Any = np.int32) -> tuple[np.ndarray, np.ndarray]:
-        """Many texts, whose special tokens are text like all the rest ("[SEP]" in a corpus).
+        """Encode many texts, treating special tokens in them as text ("[SEP]" in a corpus).
 
         Returns:
-            The tokens of all texts, one after the other, [T] of `dtype`; and how many each has, [N] int64.
+            The tokens of all texts, concatenated, [T] of `dtype`; and the number of tokens of each, [N] int64.
         """
         encoded = self._literal.encode_batch_fast(texts, add_special_tokens=False)
         lengths = np.fromiter((len(encoding) for encoding in encoded), np.int64, len(encoded))
         return np.fromiter(chain.from_iterable(e.ids for e in encoded), dtype, int(lengths.sum())), lengths
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
-        """The ids of each word of texts that are split into words already, as it stands after a space."""
+        """Return the ids of each word of texts that are already split into words, as after a space."""
         return [encoding.ids for encoding in self._spaced.encode_batch_fast(words, add_special_tokens=False)]
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The ids of each text, [T] int32, and where they stand in it, [T, 2] int32, without special tokens.
+        """Return the ids of each text, [T] int32, and their spans, [T, 2] int32, without special tokens.
 
-        A span is the token's first character (Unicode code point of the text as given) and the one after its last,
-        without the space before it; tokens that share a character have it in both spans.
+        A span is the index of the token's first character (Unicode code point of the given text) and of the one after
+        its last, without the space before it; a character shared by two tokens is in both spans.
         """
         encoded = self.backend.encode_batch(texts, add_special_tokens=False)
         return [
@@ -261,7 +261,7 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """Text from ids: pieces joined to words."""
+        """Return the text of ids."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     @cached_property
@@ -285,7 +285,7 @@ class Tokenizer:
     # Files
 
     def save(self, folder: str | Path) -> None:
-        """Write the files of the released format into `folder`, which is made if it is not there.
+        """Write the files of the released format to `folder`, which is created if needed.
 
         transformers' AutoTokenizer loads them to the same ids.
         """
@@ -307,10 +307,10 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
-    """Refuse a tokenizer with more pieces than a model's embedding table has rows; a padded table is fine.
+    """Check that a model's embedding table has a row for each token; a padded table is fine.
 
     Raises:
-        DataError: it has.
+        DataError: it has too few rows.
     """
     if tokenizer.vocab_size > rows:
         raise DataError(
@@ -320,7 +320,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
 
 
 def _read_backend(text: str) -> tokenizers.Tokenizer:
-    """A backend from its JSON, with scores to the last bit: the library's own reading of numbers rounds them."""
+    """Build a backend from its JSON, with bit-exact scores: the library's own parsing rounds them."""
     backend = tokenizers.Tokenizer.from_str(text)
     if isinstance(backend.model, models.Unigram):
         said = json.loads(text)["model"]
@@ -330,7 +330,7 @@ def _read_backend(text: str) -> tokenizers.Tokenizer:
 
 
 def read_paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator[list[str]]:
-    """The paragraphs of each document, for a trainer; `report` hears of the characters."""
+    """Yield the paragraphs of each document, for a trainer; `report` is called with the numbers of characters."""
     characters = 0
     for document in documents:
         yield document.paragraphs()

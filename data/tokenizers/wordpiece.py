@@ -1,9 +1,9 @@
-"""WordPiece (BERT and its relatives): words at spaces and punctuation, then the longest piece first, ##ing goes on.
+"""WordPiece (BERT and its relatives): split at spaces and punctuation, then longest match; `##ing` continues a word.
 
 A folder holds
 
     tokenizer.json           the whole tokenizer
-    vocab.txt                a piece a line, its id the line's number from 0
+    vocab.txt                one token per line; its id is the line number, from 0
     tokenizer_config.json    tokenizer_class, do_lower_case, strip_accents, tokenize_chinese_chars, the special tokens
     special_tokens_map.json  the special tokens by role
 """
@@ -31,17 +31,17 @@ _LONGEST_WORD = 100  # characters; a longer word is [UNK], as in the released to
 
 
 class WordPieceTokenizer(Tokenizer):
-    """BERT's: `[CLS] A [SEP] B [SEP]`, of token types 0 and 1.
+    """BERT's tokenizer: `[CLS] A [SEP] B [SEP]`, with token types 0 and 1.
 
     Args:
         backend: a `tokenizers.Tokenizer` with a WordPiece model.
-        special_tokens: by role, all five of BERT's.
+        special_tokens: all five special tokens of BERT, by role.
         settings: more entries of tokenizer_config.json.
-        template: what goes around a text, where it is not BERT's.
-        where: what to call it in an error message.
+        template: special tokens around a text, if not BERT's.
+        where: name for error messages.
 
     Raises:
-        DataError: a special token that the vocabulary lacks.
+        DataError: the vocabulary lacks a special token.
     """
 
     def __init__(
@@ -88,24 +88,24 @@ def bert_backend(
     chinese: bool = True,
     unk: str = SPECIAL_TOKENS["unk"],
 ) -> tokenizers.Tokenizer:
-    """BERT's tokenizer around a vocabulary: normalised, split at spaces and punctuation, then WordPiece.
+    """Build BERT's tokenizer from a vocabulary: normalise, split at spaces and punctuation, then WordPiece.
 
     Args:
-        vocabulary: ids of the pieces.
+        vocabulary: ids of the tokens.
         lowercase: lower-case the text.
-        strip_accents: None does so where the text is lower-cased.
+        strip_accents: strip accents; None: if the text is lower-cased.
         chinese: make every Chinese character a word.
-        unk: the token of words that cannot be spelt.
+        unk: the token for words outside the vocabulary.
     """
     model = models.WordPiece(dict(vocabulary), unk_token=unk, max_input_chars_per_word=_LONGEST_WORD)
     return _bert(model, lowercase=lowercase, strip_accents=strip_accents, chinese=chinese)
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """The ids of a vocab.txt: a piece a line, ended by a line feed; blank lines at the end are none.
+    """Read the ids in a vocab.txt: one token per line, ended by a line feed; blank lines at the end are ignored.
 
     Raises:
-        DataError: not UTF-8, or a piece twice; with file and line.
+        DataError: it is not UTF-8, or a token is repeated; with file and line.
     """
     try:
         pieces = path.read_bytes().decode("utf-8").rstrip("\r\n").split("\n")
@@ -131,21 +131,21 @@ def train_wordpiece(
     alphabet_limit: int = 1000,
     progress: ProgressCallback | None = None,
 ) -> WordPieceTokenizer:
-    """Learn a WordPiece vocabulary from documents: the same documents always give the same one.
+    """Learn a WordPiece vocabulary from documents, deterministically.
 
-    The pieces are learnt by `tokenizers`' trainer, the one that stands behind the WordPiece vocabularies trained with
-    the Hugging Face libraries: the most frequent pair of pieces is merged, again and again. Ids 0 to 4 are [PAD],
-    [UNK], [CLS], [SEP], [MASK]; single characters follow, then the learnt pieces in the order of their learning.
+    The trainer is that of `tokenizers`, as for WordPiece vocabularies trained with the Hugging Face libraries: it
+    repeatedly merges the most frequent pair of subwords. Ids 0 to 4 are [PAD], [UNK], [CLS], [SEP], [MASK]; single
+    characters follow, then the learnt subwords in the order of learning.
 
     Args:
-        documents: read twice (an iterator, which can be read once only, is kept in memory).
-        vocab_size: the most pieces to keep, special tokens included; a small corpus may give fewer.
+        documents: documents, read twice (an iterator is kept in memory).
+        vocab_size: maximum vocabulary size, including special tokens; a small corpus may give fewer.
         lowercase: lower-case the text and strip accents, as the uncased models do.
-        min_frequency: how often a pair must occur to be merged.
-        alphabet_limit: the most different characters to keep, the most frequent first; words with another are [UNK].
+        min_frequency: minimum frequency of a pair to be merged.
+        alphabet_limit: maximum number of characters to keep, most frequent first; words with others are [UNK].
 
     Raises:
-        DataError: a vocabulary size that does not hold the special tokens and the alphabet.
+        DataError: the vocabulary size is too small for the special tokens and the alphabet.
     """
     if iter(documents) is documents:
         documents = list(documents)
@@ -178,7 +178,7 @@ def train_wordpiece(
 
 
 def _alphabet(documents: Iterable[Document], backend: tokenizers.Tokenizer, limit: int, report: Reporter) -> list[str]:
-    """The most frequent characters of the normalised text, in the order of their code points."""
+    """Return the most frequent characters of the normalised text, in the order of their code points."""
     raw = np.zeros(0x110000, np.int64)
     for paragraphs in read_paragraphs(documents, report):
         codes = np.frombuffer("".join(paragraphs).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -195,7 +195,7 @@ def _alphabet(documents: Iterable[Document], backend: tokenizers.Tokenizer, limi
 
 
 def _continues(character: str, backend: tokenizers.Tokenizer) -> bool:
-    """Whether the character can stand inside of a word: punctuation and Chinese characters are words of their own."""
+    """Tell whether the character can be inside a word: punctuation and Chinese characters are separate words."""
     return len(backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(f"a{character}a"))) == 1
 
 

@@ -2,7 +2,7 @@
 
     modules.json                         modules to apply in order: Transformer, Pooling, Normalize
     config.json, model.safetensors, ...  the encoder: here, or in the folder of the Transformer module
-    sentence_bert_config.json            beside the encoder: max_seq_length, do_lower_case
+    sentence_bert_config.json            next to the encoder: max_seq_length, do_lower_case
     1_Pooling/config.json                pooling_mode_cls_token, pooling_mode_mean_tokens, ...
     config_sentence_transformers.json    prompts, default_prompt_name
 

@@ -46,7 +46,7 @@ class Hypotheses(NamedTuple):
     history: Array | None  # [R, K, T] int32, the tokens read so far, -1 after them; None unless a rule needs them
     coverage: Array | None  # [R, K, S] float32, attention that each source token has received; None likewise
     finished: Finished
-    active: Array  # [R, G] bool, whether the search of each group of beams goes on
+    active: Array  # [R, G] bool, whether each group of beams is still searched
 
 
 class Step(NamedTuple):

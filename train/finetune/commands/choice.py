@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SwagConfig:
-    """Fine-tune an encoder to choose how a scene goes on, on SWAG's official CSV files."""
+    """Fine-tune an encoder to choose the continuation of a scene, on SWAG's official CSV files."""
 
     data: Path
     """Folder with train.csv, val.csv and, to be predicted at the end, test.csv; or the file to train on."""

@@ -57,7 +57,7 @@ class Cotangents(NamedTuple):
 
 
 class Axis(enum.Enum):
-    """Which side of a tile runs down (dimension 0); the other runs across."""
+    """The side of a tile that runs down (dimension 0); the other runs across."""
 
     QUERIES_DOWN = 0
     KEYS_DOWN = 1

@@ -71,7 +71,9 @@ class Extractor:
 
     Raises:
         RunError: the model does not have these layers, this pooling or this length, or the folder has no tokenizer.
-        FileNotFoundError, CheckpointError, ConfigError: as `models.load`.
+        FileNotFoundError: see `models.load`.
+        CheckpointError: see `models.load`.
+        ConfigError: see `models.load`.
     """
 
     def __init__(self, config: FeatureConfig, *, apart: bool = False):

@@ -16,7 +16,7 @@ from ..config import LoopConfig, OptimConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """Which parameters of a model to train, if not all."""
+    """Options for training only some parameters of a model."""
 
     lora_rank: int = 0
     """LoRA: rank of the adapters; the model's own weights are frozen. 0: no adapters."""

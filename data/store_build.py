@@ -92,7 +92,6 @@ class Builder[S: Store]:
             description of its inputs to save. Raises `CorpusError` for unusable input.
         unit: unit of the progress.
         total: total of the progress; None if it is unknown.
-        group: number of records that are compressed and read together.
     """
 
     store: type[S]
@@ -103,7 +102,6 @@ class Builder[S: Store]:
     finish: Callable[[Any], tuple[Any, dict[str, Any]]]
     unit: str
     total: float | None = None
-    group: int = 1
 
 
 def open_or_build[S: Store](
@@ -165,7 +163,7 @@ def _encode(builder: Builder, work: Path, processes: int, progress: ProgressCall
     detail = f"once more: {damage}" if damage else ""
     done = resumed = before = 0.0
     number = -1
-    with _workers(processes, (builder.encode, builder.store.kind, builder.group, str(work))) as submit:
+    with _workers(processes, (builder.encode, builder.store.kind, str(work))) as submit:
         running: dict[Future[None], float] = {}
         for chunk in builder.chunks():
             number, size, before = chunk.number, chunk.read - before, chunk.read
@@ -241,8 +239,8 @@ def _do(chunk: Chunk) -> None:
 
 
 class _Worker:
-    def __init__(self, encode: Encoder, kind: str, group: int, work: str):
-        self.encode, self.kind, self.group, self.work = encode, kind, group, Path(work)
+    def __init__(self, encode: Encoder, kind: str, work: str):
+        self.encode, self.kind, self.work = encode, kind, Path(work)
 
     def do(self, chunk: Chunk) -> None:
         """Encode one chunk and write its two files."""
@@ -254,7 +252,8 @@ class _Worker:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         with replacing(self.work / shard_name(self.kind, number)) as temporary:
-            writer = ArrayRecordWriter(str(temporary), f"group_size:{self.group}")
+            # Grain reads single records at random, and warns of larger groups.
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
             records = 0
             for features in encoded.records:
                 writer.write(encode_example(features))

@@ -240,6 +240,15 @@ def _chunks(corpus: Corpus, characters: int) -> Iterator[Chunk]:
         yield Chunk(number, first, documents, corpus.counts.bytes_read / 1e6)
 
 
+def _with_spaces(paragraph: str, sentences: Sequence[str]) -> Iterator[str]:
+    """Yield the sentences of a paragraph, each with the space before it: byte-level BPE encodes it with the word."""
+    end = 0
+    for sentence in sentences:
+        start = paragraph.find(sentence, end)
+        yield f" {sentence}" if 0 < end < start else sentence
+        end = max(start, 0) + len(sentence)
+
+
 @dataclass(frozen=True)
 class _Encoder:
     """Split documents into sentences, tokenise them and divide long ones into records."""
@@ -253,7 +262,7 @@ class _Encoder:
         for number, document in enumerate(items):
             before = len(sentences)
             for paragraph in document.paragraphs():
-                sentences += split_sentences(paragraph, self.language)
+                sentences += _with_spaces(paragraph, split_sentences(paragraph, self.language))
             per_document[number] = len(sentences) - before
         tokens, lengths = self.tokenizer.encode_literally(sentences, token_dtype(self.tokenizer.vocab_size))
         lengths, per_document, cut_sentences = _sized(lengths, per_document)

@@ -31,7 +31,6 @@ from .parallel import Pair
 
 _TEXT_VERSION = 1  # increased when readers or tokenizers change their results
 _PAIRS_AT_ONCE = 1 << 15
-_PAIRS_TOGETHER = 16  # pairs that are compressed and read together: small files, and hardly slower random access
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,6 @@ def build_pairs(
         counts=PairCounts,
         finish=finish,
         unit="thousand pairs",
-        group=_PAIRS_TOGETHER,
     )
     made_of = f"{_TEXT_VERSION} {fingerprint} {tokenizer.fingerprint} {as_text}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:32]

@@ -20,6 +20,7 @@ from bestiary.data import (
     DocumentStore,
     Tokenizer,
     build_documents,
+    train_byte_bpe,
 )
 from bestiary.data.corpus import document_store
 from bestiary.data.corpus.document_store import RECORD_TOKENS
@@ -42,6 +43,20 @@ def assert_same(one: DocumentStore, other: DocumentStore) -> None:
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def test_byte_level_pieces_are_those_of_the_running_text(tmp_path: Path):
+    """Sentences of a paragraph keep the spaces between them, where there are any."""
+    text = "It rained. He left!  She stayed.\n\nA new paragraph. The end."
+    (tmp_path / "a.txt").write_text(text)
+    corpus = Corpus((str(tmp_path / "a.txt"),))
+    tokenizer = train_byte_bpe([*corpus], vocab_size=270)
+    store = build_documents(corpus, tokenizer, tmp_path / "stores", processes=1)
+    sentences = store.document(0)
+    assert len(sentences) == 5
+    paragraphs = ["It rained. He left! She stayed.", "A new paragraph. The end."]
+    found = np.concatenate(sentences).tolist()
+    assert found == [piece for ids in tokenizer.encode_batch(paragraphs) for piece in ids]
 
 
 def test_every_token_of_every_sentence(cache: DocumentStore, documents: tuple[Path, Sentences], tokenizer: Tokenizer):

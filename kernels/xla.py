@@ -217,7 +217,7 @@ def _scores(rule: _Rule, queries: _Queries, keys: _Keys) -> Array:
 def _mask(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | None:
     """Return which keys each query attends to: bool [1 or B, 1, L, S]; None if nothing is masked."""
     q_len, k_len = queries.query.shape[1], keys.key.shape[1]
-    distance = jnp.arange(k_len)[None, :] - (start + jnp.arange(q_len))[:, None]
+    distance = jnp.arange(k_len, dtype=jnp.int32)[None, :] - (start + jnp.arange(q_len, dtype=jnp.int32))[:, None]
     left, right = rule.sides
     terms = []
     if left is not None:
@@ -235,7 +235,7 @@ def _kept(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | 
     if keys.dropout_seeds is None:
         return None
     q_len, heads = queries.query.shape[1:3]
-    a, b = query_words(keys.dropout_seeds, jnp.arange(heads), start + jnp.arange(q_len))
+    a, b = query_words(keys.dropout_seeds, jnp.arange(heads), start + jnp.arange(q_len, dtype=jnp.int32))
     g = key_words(jnp.arange(keys.key.shape[1]))
     return keep(a[..., None], b[..., None], g[None, None, None, :], rule.dropout_rate)
 

@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, strict ranks, warnings as errors."""
+"""What every test runs under: eight CPU devices, strict ranks and dtypes, warnings as errors."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from bestiary.data.cores import usable_cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # Most of a test's time is XLA's. What it compiles for CPUs without its slow passes answers the same questions, in two
 # thirds of the time; `optimised` is for tests of exact numbers.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

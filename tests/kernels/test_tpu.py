@@ -161,7 +161,7 @@ def test_over_an_explicit_mesh():
     waves = (
         put(jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape), "data", None, "tensor"),
         put(
-            jnp.cos(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape) * (lse > -jnp.inf),
+            jnp.cos(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape) * (lse > -jnp.inf).astype(jnp.float32),
             "data",
             None,
             "tensor",

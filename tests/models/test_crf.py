@@ -110,7 +110,7 @@ def test_new_weights_leave_the_linear_head_as_it_is(drawn):
     zero = CrfWeights(jnp.zeros(C), jnp.zeros((C, C)), jnp.zeros(C))
     expected = np.take_along_axis(jax.nn.log_softmax(emissions, axis=-1), tags[..., None], axis=-1)[..., 0]
     found = jax.jit(log_likelihood)(zero, emissions, tags, SEGMENTS, TAGGED)
-    np.testing.assert_allclose(found, (expected * TAGGED).sum(axis=1), atol=1e-4)
+    np.testing.assert_allclose(found, (np.asarray(expected) * TAGGED).sum(axis=1), atol=1e-4)
     assert (jax.jit(decode)(zero, emissions, SEGMENTS, TAGGED) == np.where(TAGGED, emissions.argmax(axis=-1), 0)).all()
 
 

@@ -43,7 +43,7 @@ def test_prediction_sums_leave_out_what_has_no_weight() -> None:
     sums = losses.prediction_sums(logits, labels, weights)
     np.testing.assert_allclose(sums.loss, (each * kept).sum(), rtol=1e-6)
     assert float(sums.weight) == 4
-    assert float(sums.correct) == ((logits.argmax(-1) == labels) * kept).sum()
+    assert float(sums.correct) == ((logits.argmax(-1) == labels).astype(jnp.float32) * kept).sum()
     found = losses.class_losses(logits, labels, weights)
     assert found == {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
     gradient = jax.grad(lambda x: losses.class_losses(x, labels, weights)["loss"].total)(logits)

@@ -165,7 +165,7 @@ def sums_by_definition(passes: Any, labels: Any, weights: Any, smoothing: float,
         target = (1 - smoothing) * right + smoothing / right.shape[-1]
         loss -= ((target * log_p).sum(-1) * weights).sum()
         nll -= ((right * log_p).sum(-1) * weights).sum()
-        correct += ((log_p.argmax(-1) == labels) * weights).sum()
+        correct += ((log_p.argmax(-1) == labels).astype(weights.dtype) * weights).sum()
     for log_p in logs:
         for log_q in logs:
             divergence += 0.5 * ((jnp.exp(log_p) * (log_p - log_q)).sum(-1) * weights).sum()

@@ -200,7 +200,7 @@ def test_batches_and_order_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 @dataclass(frozen=True)
 class Rememberer(Chain):
     def start(self, prepared: Any, input_ids: Any, segment_ids: Any) -> Any:
-        return (prepared["words"][input_ids] * segment_ids[..., None]).sum(axis=1)
+        return (prepared["words"][input_ids] * segment_ids[..., None].astype(jnp.float32)).sum(axis=1)
 
     def cache(self, rows: int, slots: int) -> Any:
         return jnp.zeros((rows, slots, 8))
@@ -208,7 +208,8 @@ class Rememberer(Chain):
     def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, places: Any, mask: Any) -> Any:
         new = prepared["words"][tokens] * prepared["places"][positions][:, None]
         cache = cache.at[jnp.arange(len(tokens))[:, None], places].set(new, mode="drop")
-        past = jnp.einsum("rks,rsd->rkd", mask / mask.sum(axis=-1, keepdims=True), cache)
+        share = mask.astype(jnp.float32)
+        past = jnp.einsum("rks,rsd->rkd", share / share.sum(axis=-1, keepdims=True), cache)
         hidden = jnp.tanh(new + 3 * past + memory[:, None])
         return (
             hidden @ prepared["words"].T + prepared["often"],

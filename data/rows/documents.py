@@ -6,6 +6,9 @@ full_sentences.py, define the examples and the layout of a row.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,6 +108,12 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         self.tokens = int(store.document_tokens[self.documents].sum())
         self._least_documents = least_documents
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _fingerprint(self, settings: Sequence[str | float | None]) -> str:
+        """Return the hexadecimal hash of what decides the rows: a subclass's settings, and the documents."""
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        digest.update(self.documents.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def windows_in_epoch(self, epoch: int) -> int:
         """Return the number of windows of an epoch."""

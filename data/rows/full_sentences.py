@@ -15,8 +15,6 @@ separated.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,9 +172,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
             self.copies,
             self.window_tokens,
         ]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        digest.update(self.documents.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return self._fingerprint(settings)
 
     def _make_plan(self, epoch: int, window: int) -> SentencePlan:
         sentences, random = self._read_window(epoch, window)

@@ -16,8 +16,6 @@ tokens are read for it, so that a plan is cheap and a pure function of its argum
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -300,9 +298,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
             self.short_fraction,
             self.window_tokens,
         ]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        digest.update(self.documents.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return self._fingerprint(settings)
 
     def _make_plan(self, epoch: int, window: int) -> PairPlan:
         sentences, random = self._read_window(epoch, window)

@@ -22,17 +22,13 @@ from jax import Array
 from .checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
 from .encoder import Encoder, check_length
 from .family import Architecture, EncoderConfig, Family
-from .heads import EncoderParts, Form, architectures, masked_words, masked_words_entries
-from .layers import (
-    Attention,
-    Dropout,
-    Embed,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    Segments,
-    gather_positions,
-)
+from .heads.with_head import EncoderParts, Form, architectures, masked_words, masked_words_entries
+from .layers.attention import Attention
+from .layers.dropout import Dropout
+from .layers.feed_forward import FeedForward
+from .layers.linear import Embed, Linear
+from .layers.norms import LayerNorm
+from .layers.segments import Segments, gather_positions
 
 
 def _size(layers: int, width: int, vocab_size: int = 30_522) -> dict[str, int]:

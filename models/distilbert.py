@@ -18,8 +18,13 @@ from jax import Array
 from .checkpoints.tables import Entry, linear_entries, norm_entries, same
 from .encoder import Encoder, check_length
 from .family import EncoderConfig, Family
-from .heads import EncoderParts, Form, architectures
-from .layers import Attention, Dropout, Embed, FeedForward, LayerNorm, Segments
+from .heads.with_head import EncoderParts, Form, architectures
+from .layers.attention import Attention
+from .layers.dropout import Dropout
+from .layers.feed_forward import FeedForward
+from .layers.linear import Embed
+from .layers.norms import LayerNorm
+from .layers.segments import Segments
 
 
 def _size(vocab_size: int) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from .family import EncoderConfig
-from .layers import Linear, Segments, gather_positions, row_numbers
-from .stack import run_layers
+from .layers.linear import Linear
+from .layers.segments import Segments, gather_positions, row_numbers
+from .layers.stack import run_layers
 
 
 class Encoded(NamedTuple):

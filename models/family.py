@@ -16,7 +16,7 @@ from jax.nn.initializers import Initializer
 
 from .checkpoints.config import ConfigError, Extra, read_fields, read_labels, write_fields, write_labels
 from .checkpoints.tables import Table
-from .layers import ACTIVATIONS
+from .layers.activations import ACTIVATIONS
 
 Path = tuple[str, ...]  # of a parameter in its tree
 

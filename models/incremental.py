@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .checkpoints.tables import Params
-from .layers import add_bias
+from .layers.linear import add_bias
 
 
 class Slots(NamedTuple):

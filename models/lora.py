@@ -39,7 +39,9 @@ from jax import Array
 
 from ..kernels.hash import hash_dropout, row_seeds
 from .checkpoints.tables import Entry, Kernel, Params, flatten, merge
-from .layers import Linear, dropout_seed, matmul, row_numbers
+from .layers.dropout import dropout_seed
+from .layers.linear import Linear, matmul
+from .layers.segments import row_numbers
 from .registry import family_of_model
 
 LORA_A, LORA_B = "lora_a", "lora_b"

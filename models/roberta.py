@@ -21,8 +21,10 @@ from jax import Array
 from .bert import Block, encoder_entries
 from .encoder import Encoder, check_length
 from .family import EncoderConfig, Family
-from .heads import EncoderParts, Form, architectures
-from .layers import Dropout, Embed, LayerNorm
+from .heads.with_head import EncoderParts, Form, architectures
+from .layers.dropout import Dropout
+from .layers.linear import Embed
+from .layers.norms import LayerNorm
 
 
 def _size(layers: int, width: int, vocab_size: int = 50_265) -> dict[str, Any]:

@@ -26,24 +26,17 @@ from jax import Array
 
 from .checkpoints.encoder_decoder import encoder_decoder_table
 from .family import Architecture, Family, FamilyConfig
+from .heads.losses import SmoothedSums, projected_sums
 from .incremental import IncrementalEncoderDecoder, Slots
-from .layers import (
-    ACTIVATIONS,
-    Attention,
-    Dropout,
-    Embed,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    Segments,
-    add_bias,
-    partitioned,
-    row_numbers,
-    sinusoids,
-    split_segments,
-)
-from .losses import SmoothedSums, projected_sums
-from .stack import run_layers
+from .layers.activations import ACTIVATIONS
+from .layers.attention import Attention
+from .layers.dropout import Dropout
+from .layers.feed_forward import FeedForward
+from .layers.linear import Embed, Linear, add_bias, partitioned
+from .layers.norms import LayerNorm
+from .layers.positions import sinusoids
+from .layers.segments import Segments, row_numbers, split_segments
+from .layers.stack import run_layers
 
 NORM_EPSILON = 1e-5  # not in the paper; this is PyTorch's, and so that of every released checkpoint
 

@@ -29,7 +29,7 @@ from .errors import RunError
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# From the logical axes of the models' parameters (LOGICAL_AXES in models/layers.py) to mesh axes.
+# From the logical axes of the models' parameters (LOGICAL_AXES in models/layers/linear.py) to mesh axes.
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "embed": "fsdp",

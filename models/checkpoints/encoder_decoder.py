@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..layers import sinusoids
+from ..layers.positions import sinusoids
 from .tables import Entry, Reshaped, Table, linear_entries, norm_entries, same
 
 

@@ -29,10 +29,10 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from .. import losses
 from ..encoder import Encoded
-from ..heads import encoder_inputs
-from ..layers import Segments, reference_segments, row_numbers
+from ..heads import losses
+from ..heads.with_head import encoder_inputs
+from ..layers.segments import Segments, reference_segments, row_numbers
 from ..registry import family_of_model
 from .folder import Loaded, Tensors, load, save
 from .tables import CheckpointError, Params

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bestiary.kernels.bias import AlibiBias, DenseBias, RelativeBias, dense_bias
-from bestiary.models.layers import Attention, RelativePositions, rotate
+from bestiary.models.layers.attention import Attention
+from bestiary.models.layers.positions import RelativePositions, rotate
 
 B, L, E, H, D = 2, 7, 8, 2, 6
 ROWS = jnp.zeros(B, jnp.uint32)

@@ -10,7 +10,7 @@ import pytest
 
 from bestiary import models
 from bestiary.models.bert import FAMILY, BertConfig
-from bestiary.models.crf import CrfWeights, constrained, decode, legal_steps, log_likelihood
+from bestiary.models.heads.crf import CrfWeights, constrained, decode, legal_steps, log_likelihood
 
 NAMES = ("O", "B-a", "I-a", "B-b", "I-b")
 C = len(NAMES)

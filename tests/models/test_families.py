@@ -13,7 +13,7 @@ from bestiary.models import registry
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.family import EncoderConfig, Family
-from bestiary.models.heads import encoder_inputs, is_head_parameter
+from bestiary.models.heads.with_head import encoder_inputs, is_head_parameter
 from bestiary.models.lora import linear_maps
 
 ENCODERS = [family for family in registry.families() if "encoder" in family.heads]

@@ -20,7 +20,7 @@ from bestiary.models import lora
 from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.checkpoints.peft import load_lora, save_lora
 from bestiary.models.checkpoints.tables import CheckpointError, flatten
-from bestiary.models.layers import Linear
+from bestiary.models.layers.linear import Linear
 from bestiary.models.lora import (
     LoraConfig,
     LoraError,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models import layers, losses
+from bestiary.models.heads import losses
+from bestiary.models.layers.segments import gather_positions
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
@@ -100,7 +101,7 @@ def test_a_sequence_loss_follows_its_problem_type() -> None:
 
 def test_positions_outside_of_the_row_give_nan() -> None:
     hidden = draw(2, 4, 3)
-    taken = layers.gather_positions(hidden, jnp.array([[3, 0], [4, 1]]))
+    taken = gather_positions(hidden, jnp.array([[3, 0], [4, 1]]))
     np.testing.assert_array_equal(taken[0], hidden[0, jnp.array([3, 0])])
     assert jnp.isnan(taken[1, 0]).all()
     assert not jnp.isnan(taken[1, 1]).any()

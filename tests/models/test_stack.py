@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models.layers import Attention, Dropout, FeedForward, LayerNorm
-from bestiary.models.stack import _rounds, run_layers
+from bestiary.models.layers.attention import Attention
+from bestiary.models.layers.dropout import Dropout
+from bestiary.models.layers.feed_forward import FeedForward
+from bestiary.models.layers.norms import LayerNorm
+from bestiary.models.layers.stack import _rounds, run_layers
 
 N, B, L, E = 5, 2, 6, 8
 HIDDEN = jax.random.normal(jax.random.key(1), (B, L, E))

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models import layers, losses
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.parity import check
+from bestiary.models.heads import losses
 from bestiary.models.incremental import cross_attention_maps
+from bestiary.models.layers.dropout import Dropout
+from bestiary.models.layers.linear import LOGICAL_AXES
+from bestiary.models.layers.positions import sinusoids
 from bestiary.models.marian import MarianConfig, from_transformer
 from bestiary.models.transformer import EncoderBlock, Transformer, TransformerConfig
 from bestiary.train.commands.parity import describe
@@ -75,7 +78,7 @@ def test_every_parameter_names_its_axes() -> None:
         specs = nn.get_partition_spec(tree)
         for leaf, spec in zip(jax.tree.leaves(nn.unbox(tree)), jax.tree.leaves(specs), strict=True):
             assert len(spec) == leaf.ndim == len(set(spec))
-            assert set(spec) <= set(layers.LOGICAL_AXES)
+            assert set(spec) <= set(LOGICAL_AXES)
 
 
 def test_new_weights() -> None:
@@ -91,8 +94,8 @@ def test_new_weights() -> None:
 
 
 def test_positions_are_the_papers() -> None:
-    table = layers.sinusoids(50, 12, interleaved=True)
-    halves = layers.sinusoids(50, 12, interleaved=False)
+    table = sinusoids(50, 12, interleaved=True)
+    halves = sinusoids(50, 12, interleaved=False)
     for position, i in ((0, 0), (7, 2), (49, 5)):
         angle = position / 10_000 ** (2 * i / 12)
         np.testing.assert_allclose(table[position, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-7)
@@ -141,7 +144,7 @@ def test_dropout_is_where_the_paper_has_it() -> None:
 
     def record(call: Any, arguments: Any, named: Any, context: Any) -> Any:
         result = call(*arguments, **named)
-        if isinstance(context.module, layers.Dropout) and context.module.rate:
+        if isinstance(context.module, Dropout) and context.module.rate:
             jax.debug.callback(lambda x: dropped.append(np.asarray(x) == 0), result)
         return result
 

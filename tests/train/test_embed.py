@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from bestiary import models
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.sentence_folder import read_sentence_folder
-from bestiary.models.pooling import combine, mix, normalize
+from bestiary.models.heads.pooling import combine, mix, normalize
 from bestiary.train.cli import main
 from bestiary.train.embed.config import FeatureConfig
 from bestiary.train.embed.embed import ArrayFile

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from bestiary.models import layers
+from bestiary.models.layers.linear import LOGICAL_AXES
 from bestiary.train.errors import RunError
 from bestiary.train.sharding import MESH_AXES, RULES, mesh_sharding, parse_mesh
 
@@ -67,7 +67,7 @@ def test_two_processes_of_four_devices(workshop, uninterrupted, parallel):
 
 
 def test_every_axis_of_the_models_has_a_rule():
-    assert set(layers.LOGICAL_AXES) == set(RULES)
+    assert set(LOGICAL_AXES) == set(RULES)
     assert {axis for axis in RULES.values() if axis} <= set(MESH_AXES)
 
 

@@ -23,8 +23,8 @@ from ...data.packing import pack
 from ...models import load
 from ...models.checkpoints.folder import TOKENIZER_FILES, family_of_folder, read_config
 from ...models.checkpoints.sentence_folder import SentenceFolder, read_sentence_folder
-from ...models.heads import encoder_inputs
-from ...models.pooling import POOLINGS, combine, normalize, pool
+from ...models.heads.pooling import POOLINGS, combine, normalize, pool
+from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from ..finetune.tasks.task import Kept, gather_kept
 from ..sharding import Parallelism, Replicas, make_mesh

@@ -28,7 +28,7 @@ from ...data.errors import DataError
 from ...data.files import replacing, user_cache_folder
 from ...data.random import RandomStream
 from ...data.tasks.tables import TextExample
-from ...models.pooling import mix
+from ...models.heads.pooling import mix
 from ..finetune.tasks.glue import glue_data, glue_task
 from ..finetune.tasks.table import table_task
 from ..finetune.tasks.task import Kept, TaskData, hold_out

@@ -12,7 +12,7 @@ from flax import linen as nn
 from ...models.checkpoints.config import read_labels
 from ...models.checkpoints.folder import Loaded, load_with_report, read_config
 from ...models.family import EncoderConfig
-from ...models.heads import is_head_parameter
+from ...models.heads.with_head import is_head_parameter
 from ...models.registry import family_of_model, init_params
 from ..errors import RunError
 from ..learner import Learner, Names, compute_dtype, make_learner

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ...data import evaluation_batches
-from ...models.losses import PredictionSums
+from ...models.heads.losses import PredictionSums
 from ..errors import RunError
 from ..learner import Learner, TrainState, count_parameters, describe_dtype, gradient_step, on_host
 from ..loop import Fitted, Stop, Training

@@ -11,8 +11,8 @@ from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.family import Family
-from ...models.heads import encoder_inputs
-from ...models.losses import PredictionSums, prediction_sums
+from ...models.heads.losses import PredictionSums, prediction_sums
+from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from .config import PretrainConfig
 from .masking import Masking

@@ -14,7 +14,7 @@ import numpy as np
 from ...data import DocumentStore
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
-from ...models.losses import PredictionSums
+from ...models.heads.losses import PredictionSums
 
 Batch = dict[str, jax.Array]
 

@@ -15,7 +15,7 @@ from ....data.errors import DataError
 from ....data.files import write_text
 from ....data.tasks.multiple_choice import CHOICES, Choice, read_codah, read_swag
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.losses import class_losses
+from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from .task import Arrays, Kept, PlainTask, apply_segments

@@ -20,7 +20,7 @@ from ....data.errors import DataError
 from ....data.files import write_text
 from ....data.tasks.squad import Question, Windows, make_windows, read_squad
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.losses import span_sums
+from ....models.heads.losses import span_sums
 from ...errors import RunError
 from ...metrics import Sums
 from .squad_answers import Answers, find_answers

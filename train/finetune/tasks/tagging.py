@@ -1,7 +1,7 @@
 """Tagging of words: entities (Devlin et al. 2018, 5.3) and parts of speech.
 
 A word's tag belongs to its first subword; its other subwords have none. With `crf` the tags of a sentence are scored as
-a chain (models/crf.py), else independently. Entities are scored by seqeval, as in conlleval.
+a chain (models/heads/crf.py), else independently. Entities are scored by seqeval, as in conlleval.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from ....data.tasks.tagging import (
     tokenise_words,
 )
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.crf import CrfWeights, constrained, decode, log_likelihood
-from ....models.losses import class_losses
+from ....models.heads.crf import CrfWeights, constrained, decode, log_likelihood
+from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from .task import Arrays, Kept, PlainTask, apply_tokens

@@ -16,7 +16,7 @@ import numpy as np
 from ....data.batches import Features
 from ....data.random import RandomStream
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.heads import encoder_inputs
+from ....models.heads.with_head import encoder_inputs
 from ...errors import RunError
 from ...metrics import Sums
 

@@ -14,7 +14,7 @@ from ....data.batches import Features, pack_features
 from ....data.files import write_text
 from ....data.tasks.tables import TextExample
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.losses import sequence_losses
+from ....models.heads.losses import sequence_losses
 from ...errors import RunError
 from ...metrics import Sums
 from .scores import scored

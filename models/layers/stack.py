@@ -1,7 +1,7 @@
 """A Transformer's stack of N layers: all alike, of several alternating kinds, or one layer shared N times.
 
 Parameters of all kinds of layers are stacked along a first axis "layers" of size N, so that sharding, layer-wise
-learning rates and checkpoint tables find a layer by its number. Letters for shapes are those of `layers.py`.
+learning rates and checkpoint tables find a layer by its number. Letters for shapes are the folder's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .layers import Attention, gather_positions
+from .attention import Attention
+from .segments import gather_positions
 
 Kind = Mapping[str, Any]
 

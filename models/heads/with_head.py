@@ -14,21 +14,15 @@ import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from .checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
+from ..checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
+from ..encoder import Encoded
+from ..family import Architecture, EncoderConfig
+from ..layers.activations import ACTIVATIONS
+from ..layers.dropout import Dropout
+from ..layers.linear import Embed, Linear, add_bias, partitioned
+from ..layers.norms import LayerNorm
+from ..layers.segments import gather_positions, row_numbers
 from .crf import Crf, crf_entries
-from .encoder import Encoded
-from .family import Architecture, EncoderConfig
-from .layers import (
-    ACTIVATIONS,
-    Dropout,
-    Embed,
-    LayerNorm,
-    Linear,
-    add_bias,
-    gather_positions,
-    partitioned,
-    row_numbers,
-)
 
 
 class Form(NamedTuple):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .checkpoints.tables import Entry, same
-from .layers import partitioned
+from ..checkpoints.tables import Entry, same
+from ..layers.linear import partitioned
 
 FORBIDDEN = -1e4
 """Added to the score of an illegal transition. Its exponential is 0 in float32 and float64; minus infinity would give

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .layers import outer_sum
+from ..layers.linear import outer_sum
 
 IGNORED_LABEL = -100  # label in the reference implementation's data where nothing is predicted
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .layers import gather_positions
+from ..layers.segments import gather_positions
 
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len")
 

@@ -1,0 +1,1 @@
+"""Task heads over any encoder, their losses, and pooling."""

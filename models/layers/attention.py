@@ -1,0 +1,196 @@
+"""Multi-head attention with its projections."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import Initializer
+
+from ...kernels import attention
+from ...kernels.bias import Bias
+from ...kernels.hash import row_seeds
+from .dropout import dropout_seed
+from .linear import Linear
+from .positions import rotate
+from .segments import Segments, segments_at, split_segments
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its four projections (Vaswani et al. 2017, 3.2.2).
+
+    From a sequence to itself or to a memory (an encoder's output); in decoding, from one token per beam to the cached
+    keys and values of earlier tokens, whose layout is that of the products, so that no step transposes them.
+
+    Attributes:
+        width: size of the queries' hidden states and of the output, E.
+        heads: number of heads, H.
+        dropout: dropout rate of the attention probabilities.
+        implementation: backend of `kernels.attention`; None for the fastest.
+        causal: whether to hide later tokens.
+        head_size: D; None for E / H.
+        use_bias: whether the projections of queries, keys and values have a bias.
+        out_bias: whether the output projection has a bias.
+        scale: scale of the scores; None for 1/sqrt(D).
+        window: (left, right), number of visible tokens before and after the query's own, inclusive; None for all.
+        rotary: base of the frequencies of rotary position embedding; None for no rotation.
+    """
+
+    width: int
+    heads: int
+    dropout: float
+    kernel_init: Initializer
+    dtype: str = "float32"
+    implementation: str | None = None
+    causal: bool = False
+    head_size: int | None = None
+    use_bias: bool = True
+    out_bias: bool = True
+    scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    rotary: float | None = None
+
+    def setup(self) -> None:
+        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
+        project = partial(linear, (self.heads, self._size), ("embed", "heads", "head_dim"), use_bias=self.use_bias)
+        self.query, self.key, self.value = project(), project(), project()
+        self.out = linear((self.width,), ("heads", "head_dim", "embed"), use_bias=self.out_bias)
+
+    @property
+    def _size(self) -> int:
+        return self.width // self.heads if self.head_size is None else self.head_size
+
+    def __call__(
+        self,
+        hidden: Array,
+        segment_ids: Segments,
+        rows: Array,
+        *,
+        memory: Array | None = None,
+        bias: Bias | None = None,
+        position_ids: Array | None = None,
+        query_positions: Array | None = None,
+        deterministic: bool,
+    ) -> Array:
+        """Attend from every token.
+
+        Args:
+            hidden: [B, L, E].
+            segment_ids: [B, L], or a pair (of the queries, of the keys), or None if everything is one segment.
+            rows: [B] uint32, row numbers.
+            memory: [B, S, E], what to attend to; None for `hidden` itself.
+            bias: bias added to the scores.
+            position_ids: int [B or 1, L], each token's position in its example, for rotary attention; None counts from
+                0 along the row.
+            query_positions: int [B, L], indices of the tokens of `hidden` in the memory; `segment_ids` and
+                `position_ids` are then those of all tokens of the memory. None if `hidden` is the whole row, or
+                another sequence than the memory.
+            deterministic: disable dropout.
+
+        Returns:
+            [B, L, E]
+
+        Raises:
+            NotImplementedError: rotary attention to another sequence; `query_positions` with causal attention, a window
+                or a bias, all of which depend on a query's place in the row.
+        """
+        query_segments, key_segments = split_segments(segment_ids)
+        if query_positions is not None:
+            if self.causal or self.window is not None or bias is not None:
+                raise NotImplementedError("Attention: query_positions with causal, window or bias are not implemented")
+            query_segments, key_segments = split_segments(segments_at(segment_ids, query_positions))
+        elif memory is not None and self.rotary is not None:
+            raise NotImplementedError("Attention: rotary attention to another sequence is not implemented")
+        memory = hidden if memory is None else memory
+        query, key, value = self.query(hidden), self.key(memory), self.value(memory)
+        if self.rotary is not None:
+            if position_ids is None:
+                position_ids = jnp.arange(memory.shape[1])[None]
+            at = position_ids
+            if query_positions is not None:
+                at = jnp.take_along_axis(jnp.broadcast_to(at, memory.shape[:2]), query_positions, axis=1)
+            query, key = rotate(query, at, self.rotary), rotate(key, position_ids, self.rotary)
+        dropping = not deterministic and self.dropout > 0.0
+        attended = attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            causal=self.causal,
+            window=self.window,
+            query_segment_ids=query_segments,
+            key_segment_ids=key_segments,
+            scale=self.scale,
+            dropout_rate=self.dropout if dropping else 0.0,
+            dropout_seed=row_seeds(dropout_seed(self), rows) if dropping else None,
+            implementation=self.implementation,
+        )
+        return self.out(attended)
+
+    def keys_values(self, memory: Array) -> tuple[Array, Array]:
+        """Compute the keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""
+        return jnp.moveaxis(self.key(memory), 1, 3), jnp.swapaxes(self.value(memory), 1, 2)
+
+    def write(
+        self, hidden: Array, keys: Array, values: Array, places: Array, position_ids: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Add the keys and values of one token per beam to those of a row.
+
+        Args:
+            hidden: [B, K, E], K beams per row.
+            keys: [B, H, D, S], as returned by `keys_values`.
+            values: [B, H, S, D], as returned by `keys_values`.
+            places: int32 [B, K], the slot of the S that each token is written to; S for none.
+            position_ids: int [B, K], position of each token in its text; only rotary attention needs it.
+        """
+        rows = jnp.arange(len(hidden))[:, None]
+        key = self._turned(self.key(hidden), position_ids)
+        return (
+            keys.at[rows, :, :, places].set(key, mode="drop"),
+            values.at[rows, :, places].set(self.value(hidden), mode="drop"),
+        )
+
+    def step(
+        self,
+        hidden: Array,
+        keys: Array,
+        values: Array,
+        mask: Array,
+        position_ids: Array | None = None,
+        bias: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Attend from one token of each of a row's beams, which share the row's keys and values.
+
+        Args:
+            hidden: [B, K, E], K beams per row.
+            keys: [B, H, D, S], as returned by `keys_values`.
+            values: [B, H, S, D], as returned by `keys_values`.
+            mask: bool [B, 1 or K, S], what each beam attends to, within the window if there is one. A beam that
+                attends to nothing gets zeros.
+            position_ids: int [B, K], position of each token in its text; only rotary attention needs it.
+            bias: float32 [1 or B, H, 1 or K, S], bias added to the scores.
+
+        Returns:
+            ([B, K, E], the probabilities [B, H, K, S] float32)
+        """
+        scale = self._size**-0.5 if self.scale is None else self.scale
+        query = self._turned(self.query(hidden), position_ids) * jnp.asarray(scale, self.dtype)
+        scores = jnp.einsum("bkhd,bhds->bhks", query, keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores = scores + bias
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights / jnp.where(total == 0.0, 1.0, total)
+        # The axes are swapped separately: as part of the product, XLA's CPU compiler makes it five times slower.
+        attended = jnp.einsum("bhks,bhsd->bhkd", weights.astype(self.dtype), values)
+        return self.out(jnp.swapaxes(attended, 1, 2)), weights
+
+    def _turned(self, vectors: Array, position_ids: Array | None) -> Array:
+        """Rotate a step's queries or keys [B, K, H, D] if this attention is rotary."""
+        if self.rotary is None:
+            return vectors
+        if position_ids is None:
+            raise ValueError("Attention: position_ids: expected int [B, K] for rotary attention, found None")
+        return rotate(vectors, position_ids, self.rotary)

@@ -1,0 +1,48 @@
+"""The position-wise feed-forward network."""
+
+from functools import partial
+
+import flax.linen as nn
+from jax import Array
+from jax.nn.initializers import Initializer
+
+from .activations import ACTIVATIONS
+from .dropout import Dropout
+from .linear import Linear
+
+
+class FeedForward(nn.Module):
+    """A position-wise feed-forward network, activation(x·W₁ + b₁)·W₂ + b₂ (Vaswani et al. 2017, 3.3).
+
+    Gated (Shazeer 2020, 2): (activation(x·V + c) ⊙ (x·W₁ + b₁))·W₂ + b₂, GEGLU with a GELU and SwiGLU with "silu". The
+    activation is applied to the gate V.
+
+    Attributes:
+        width: the inner width, F.
+        activation: a name in `ACTIVATIONS`.
+        dropout: dropout rate of the inner activations (not in the paper).
+        gated: whether there is a gate.
+        use_bias: whether the linear maps have a bias.
+    """
+
+    width: int
+    activation: str
+    kernel_init: Initializer
+    dtype: str = "float32"
+    dropout: float = 0.0
+    gated: bool = False
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, hidden: Array, rows: Array | None = None, *, deterministic: bool = True) -> Array:
+        """Transform hidden states [..., E] -> [..., E]; rows [B] uint32 are needed for dropout of inner activations."""
+        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype, use_bias=self.use_bias)
+        activation = ACTIVATIONS[self.activation]
+        inner = linear((self.width,), ("embed", "mlp"), name="inner")(hidden)
+        if self.gated:
+            inner = activation(linear((self.width,), ("embed", "mlp"), name="gate")(hidden)) * inner
+        else:
+            inner = activation(inner)
+        if rows is not None:
+            inner = Dropout(self.dropout)(inner, rows, deterministic=deterministic)
+        return linear((hidden.shape[-1],), ("mlp", "embed"), name="outer")(inner)

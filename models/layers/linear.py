@@ -1,0 +1,165 @@
+"""Linear maps and embeddings. Parameters are float32 and carry logical axis names, all of them in `LOGICAL_AXES`;
+`dtype` is the compute dtype.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import Initializer
+
+# Every logical axis name that a parameter of this package carries. `train/sharding.py` maps each of them to mesh axes.
+LOGICAL_AXES = ("layers", "vocab", "positions", "types", "embed", "embed_out", "heads", "head_dim", "mlp", "labels")
+
+
+def partitioned(initializer: Initializer, *axes: str) -> Callable[..., Any]:
+    """Wrap `initializer` to give the parameter the logical names `axes`, one per axis, all in `LOGICAL_AXES`."""
+    unknown = set(axes) - set(LOGICAL_AXES)
+    if unknown:
+        raise ValueError(f"unknown logical axes {sorted(unknown)}; known: {', '.join(LOGICAL_AXES)}")
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str) -> Array:
+    """Compute inputs [..., I] · kernel -> [..., O] in `dtype`, accumulated in float32, returned as `out_dtype`.
+
+    The kernel is [I, O] (axis 0 is contracted) or [O, I] (axis 1), and float32; its gradient is float32 and never
+    rounded to `dtype`. The incoming gradient is rounded to `dtype` once, so that both products of the backward pass run
+    at the rate of that type too.
+    """
+    return _dot(inputs.astype(dtype), kernel.astype(dtype), inputs.ndim - 1, axis, out_dtype)
+
+
+def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out_dtype: Any) -> Array:
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def _matmul_forward(
+    inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str
+) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(inputs, kernel, axis, dtype, out_dtype), (inputs, kernel)
+
+
+def _matmul_backward(
+    axis: int, dtype: str, out_dtype: str, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    del out_dtype  # the gradient's own
+    inputs, kernel = residuals
+    gradient = gradient.astype(dtype)
+    to_inputs = _dot(gradient, kernel.astype(dtype), gradient.ndim - 1, 1 - axis, inputs.dtype)
+    rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    return to_inputs, outer_sum(*((rows, gradient) if axis == 0 else (gradient, rows)))
+
+
+HALVED = 1 << 24
+
+
+"""Minimum number of multiplications in a product for which `_outer_in_halves` pays off."""
+
+
+def outer_sum(a: Array, b: Array) -> Array:
+    """Sum the outer products of a [T, M] and b [T, N], of the same dtype, over T -> [M, N] float32."""
+    if a.dtype == jnp.float32 or a.size * b.shape[1] < HALVED or a.shape[0] % 2:
+        return _outer(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=_outer_in_halves, default=_outer)
+
+
+def _outer(a: Array, b: Array) -> Array:
+    """Compute `outer_sum` by one product."""
+    return _dot(a, b, 0, 0, jnp.float32)
+
+
+def _outer_in_halves(a: Array, b: Array) -> Array:
+    """Compute `_outer` with the first operand transposed in two parts, for XLA's CPU backend in bfloat16.
+
+    XLA would fold a plain transpose into the product, and computes a product of that form in float32, at half the rate.
+    Not for small products: there is nothing to gain, and if an operand is constant, the compiler splits the two parts
+    again into a form that it cannot run.
+    """
+    half = a.shape[0] // 2
+    return _dot(jnp.concatenate([a[:half].T, a[half:].T], axis=1), b, 1, 0, jnp.float32)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """Add bias [O] float32 to x [..., O], in the dtype of x; the gradient of the bias is summed in float32."""
+    return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - 1)))
+
+
+def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient, gradient.reshape(-1, gradient.shape[-1]).sum(axis=0, dtype=jnp.float32)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
+
+
+class Linear(nn.Module):
+    """inputs · kernel + bias, contracting as many trailing axes of the inputs as the kernel has input axes.
+
+    Attributes:
+        features: sizes of the output axes, such as (D,) or (H, D).
+        axes: logical names of the kernel's axes, input axes first.
+        kernel_init: initialiser of the kernel; the bias is initialised to zero.
+        dtype: compute dtype, and dtype of the output.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    kernel_init: Initializer
+    dtype: str = "float32"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        contracted = len(self.axes) - len(self.features)
+        lead, given = inputs.shape[:-contracted], inputs.shape[-contracted:]
+        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (*given, *self.features), jnp.float32)
+        flat = matmul(inputs.reshape(*lead, -1), kernel.reshape(math.prod(given), -1), 0, self.dtype, self.dtype)
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros_init(), *self.axes[contracted:])
+            flat = add_bias(flat, self.param("bias", zeros, self.features, jnp.float32).reshape(-1))
+        return flat.reshape(*lead, *self.features)
+
+
+class Embed(nn.Module):
+    """A table of vectors: `embed(ids)` looks up, `embed.attend(x)` multiplies with every vector (tied decoder).
+
+    Attributes:
+        count: number of vectors.
+        width: their size, E.
+        axis: logical name of the first axis.
+        padding_id: an id whose vector gets no gradient from lookups, as in the reference implementation.
+    """
+
+    count: int
+    width: int
+    axis: str
+    embedding_init: Initializer
+    dtype: str = "float32"
+    padding_id: int | None = None
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding", partitioned(self.embedding_init, self.axis, "embed"), (self.count, self.width), jnp.float32
+        )
+
+    def __call__(self, ids: Array) -> Array:
+        """Look up ids [...] int -> [..., E] float32. An id outside the table gives NaN, never another id's vector."""
+        vectors = jnp.take(self.embedding, ids, axis=0, mode="fill")
+        if self.padding_id is None:
+            return vectors
+        return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
+
+    def attend(self, inputs: Array) -> Array:
+        """Multiply [..., E] with every vector -> [..., count] float32, in the compute dtype, accumulated in float32."""
+        return matmul(inputs, self.embedding, 1, self.dtype, "float32")

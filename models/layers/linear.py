@@ -59,8 +59,6 @@ def _matmul_backward(
 
 
 HALVED = 1 << 24
-
-
 """Minimum number of multiplications in a product for which `_outer_in_halves` pays off."""
 
 

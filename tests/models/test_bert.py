@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models import bert, layers, losses
+from bestiary.models import bert
+from bestiary.models.heads import losses
+from bestiary.models.layers.dropout import Dropout
+from bestiary.models.layers.linear import LOGICAL_AXES
+from bestiary.models.layers.segments import reference_segments
 
 SMALL = bert.BertConfig(vocab_size=61, width=16, layers=2, heads=2, feed_forward=24, positions=12)
 MODEL = bert.BertForPreTraining(SMALL)
@@ -79,7 +83,7 @@ def test_every_parameter_names_its_axes() -> None:
     specs = nn.get_partition_spec(tree)
     for leaf, spec in zip(jax.tree.leaves(nn.unbox(tree)), jax.tree.leaves(specs), strict=True):
         assert len(spec) == leaf.ndim
-        assert set(spec) <= set(layers.LOGICAL_AXES)
+        assert set(spec) <= set(LOGICAL_AXES)
         assert len(set(spec)) == len(spec)
     query = specs["encoder"]["layers"]["attention"]["query"]["kernel"]
     assert tuple(query) == ("layers", "embed", "heads", "head_dim")
@@ -138,7 +142,7 @@ def test_packed_examples_are_as_each_alone() -> None:
 def test_padding_changes_nothing() -> None:
     short = run(MODEL, params(), IDS[:, :7])
     mask = (jnp.arange(12) < 7).astype(jnp.int32)[None].repeat(4, 0)
-    for segments in (mask, layers.reference_segments(mask)):
+    for segments in (mask, reference_segments(mask)):
         padded = run(MODEL, params(), IDS, segments)
         np.testing.assert_allclose(padded.mlm_logits[:, :7], short.mlm_logits, atol=1e-6)
         np.testing.assert_allclose(padded.nsp_logits, short.nsp_logits, atol=1e-6)
@@ -162,7 +166,7 @@ def test_dropout_differs_between_layers_and_places() -> None:
 
     def record(call: Any, arguments: Any, named: Any, context: Any) -> Any:
         result = call(*arguments, **named)
-        if isinstance(context.module, layers.Dropout) and context.method_name == "__call__":
+        if isinstance(context.module, Dropout) and context.method_name == "__call__":
             jax.debug.callback(lambda x: dropped.append(np.asarray(x) == 0), result)
         return result
 

@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models import layers, stack
+from bestiary.models.layers.activations import ACTIVATIONS, gelu_exact
+from bestiary.models.layers.attention import Attention
+from bestiary.models.layers.dropout import Dropout
+from bestiary.models.layers.feed_forward import FeedForward
+from bestiary.models.layers.linear import Embed, add_bias, matmul, partitioned
+from bestiary.models.layers.norms import LayerNorm, RMSNorm
+from bestiary.models.layers.stack import run_layers
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
@@ -17,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> jax.Array:
 @pytest.mark.parametrize("rows", [1, 6, 7])
 def test_matmul_in_float32(axis: int, rows: int) -> None:
     x, kernel = draw(2, rows, 8), draw(8, 5, seed=1)
-    ours = jax.value_and_grad(lambda x, k: jnp.sin(layers.matmul(x, k, axis, "float32", "float32")).sum(), (0, 1))
+    ours = jax.value_and_grad(lambda x, k: jnp.sin(matmul(x, k, axis, "float32", "float32")).sum(), (0, 1))
     theirs = jax.value_and_grad(lambda x, k: jnp.sin(x @ (k if axis == 0 else k.T)).sum(), (0, 1))
     arguments = (x, kernel if axis == 0 else kernel.T)
     jax.tree.map(
@@ -34,7 +40,7 @@ def test_matmul_in_bfloat16_accumulates_in_float32(axis: int, rows: int, inputs:
 
     @jax.jit
     def run(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
-        result, back = jax.vjp(lambda x, k: layers.matmul(x, k, axis, "bfloat16", "float32"), x, kernel)
+        result, back = jax.vjp(lambda x, k: matmul(x, k, axis, "bfloat16", "float32"), x, kernel)
         return (result, *back(gradient))
 
     result, to_x, to_kernel = run(x, kernel if axis == 0 else kernel.T, gradient)
@@ -48,7 +54,7 @@ def test_matmul_in_bfloat16_accumulates_in_float32(axis: int, rows: int, inputs:
 
 def test_a_bias_gradient_is_summed_in_float32() -> None:
     x, bias = jnp.zeros((3000, 4), jnp.bfloat16), jnp.zeros(4)
-    gradient = jax.grad(lambda b: layers.add_bias(x, b).astype(jnp.float32).sum())(bias)
+    gradient = jax.grad(lambda b: add_bias(x, b).astype(jnp.float32).sum())(bias)
     np.testing.assert_array_equal(gradient, 3000)  # bfloat16 would stop at 256
 
 
@@ -57,7 +63,7 @@ def test_gelu_and_its_slope(dtype: jnp.dtype) -> None:
     x = jnp.linspace(-6, 6, 1001).astype(dtype)
     exact = x.astype(jnp.float32)
     tolerance = 1e-6 if dtype == jnp.float32 else 2**-7
-    value, slope = jax.vmap(jax.value_and_grad(layers.gelu_exact))(x)
+    value, slope = jax.vmap(jax.value_and_grad(gelu_exact))(x)
     assert value.dtype == slope.dtype == dtype
     expected, expected_slope = jax.vmap(jax.value_and_grad(lambda x: x * jax.scipy.stats.norm.cdf(x)))(exact)
     np.testing.assert_allclose(value.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
@@ -66,11 +72,11 @@ def test_gelu_and_its_slope(dtype: jnp.dtype) -> None:
 
 def test_an_unknown_axis_name_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown logical axes \\['width'\\]"):
-        layers.partitioned(jax.nn.initializers.zeros, "width")
+        partitioned(jax.nn.initializers.zeros, "width")
 
 
 def test_the_padding_vector_takes_no_gradient_from_being_looked_up() -> None:
-    embed = layers.Embed(5, 3, "vocab", jax.nn.initializers.normal(), padding_id=2)
+    embed = Embed(5, 3, "vocab", jax.nn.initializers.normal(), padding_id=2)
     table = draw(5, 3)
 
     def total(table: jax.Array) -> jax.Array:
@@ -80,7 +86,7 @@ def test_the_padding_vector_takes_no_gradient_from_being_looked_up() -> None:
 
 
 def test_an_id_outside_of_the_table_gives_nan() -> None:
-    embed = layers.Embed(5, 3, "vocab", jax.nn.initializers.normal())
+    embed = Embed(5, 3, "vocab", jax.nn.initializers.normal())
     found = embed.apply({"params": {"embedding": draw(5, 3)}}, jnp.array([[4, 5]]))
     assert not jnp.isnan(found[0, 0]).any()
     assert jnp.isnan(found[0, 1]).all()
@@ -88,7 +94,7 @@ def test_an_id_outside_of_the_table_gives_nan() -> None:
 
 def test_dropout_follows_the_row_not_its_place() -> None:
     x = jnp.ones((4, 7, 5))
-    drop = layers.Dropout(0.5)
+    drop = Dropout(0.5)
     rows = jnp.array([3, 9, 4, 2**31], jnp.uint32)
 
     def run(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -108,7 +114,7 @@ def test_only_a_layer_of_one_self_attention_is_computed_at_some_positions() -> N
         @nn.compact
         def __call__(self, hidden: jax.Array, rows: jax.Array, *, deterministic: bool) -> jax.Array:
             for number in range(2):
-                attention = layers.Attention(8, 2, 0.0, nn.initializers.normal(), name=f"attention_{number}")
+                attention = Attention(8, 2, 0.0, nn.initializers.normal(), name=f"attention_{number}")
                 hidden += attention(hidden, None, rows, deterministic=deterministic)
             return hidden
 
@@ -116,7 +122,7 @@ def test_only_a_layer_of_one_self_attention_is_computed_at_some_positions() -> N
         @nn.compact
         def __call__(self, hidden: jax.Array, positions: jax.Array | None) -> jax.Array:
             mode = {"count": 2, "scan": True, "remat": False, "deterministic": True}
-            return stack.run_layers(Twice(), hidden, jnp.zeros(1), last_positions=positions, **mode)[0]
+            return run_layers(Twice(), hidden, jnp.zeros(1), last_positions=positions, **mode)[0]
 
     hidden = draw(1, 3, 8)
     params = Stack().init(jax.random.key(0), hidden, None)
@@ -127,10 +133,10 @@ def test_only_a_layer_of_one_self_attention_is_computed_at_some_positions() -> N
 def test_norms() -> None:
     x, scale = draw(3, 5) + 1, jnp.arange(1.0, 6.0)
     wide = np.float64(x)
-    rms = layers.RMSNorm(1e-3).apply({"params": {"scale": scale}}, x)
+    rms = RMSNorm(1e-3).apply({"params": {"scale": scale}}, x)
     expected = np.arange(1, 6) * wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-3)
     np.testing.assert_allclose(rms, expected, rtol=1e-5)
-    plain = layers.LayerNorm(1e-3, use_bias=False).apply({"params": {"scale": scale}}, x)
+    plain = LayerNorm(1e-3, use_bias=False).apply({"params": {"scale": scale}}, x)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     expected = np.arange(1, 6) * centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-3)
     np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-6)
@@ -139,7 +145,7 @@ def test_norms() -> None:
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
 def test_a_gated_feed_forward(activation: str, use_bias: bool) -> None:
-    module = layers.FeedForward(7, activation, nn.initializers.normal(), gated=True, use_bias=use_bias)
+    module = FeedForward(7, activation, nn.initializers.normal(), gated=True, use_bias=use_bias)
     x = draw(2, 3, 5)
     params = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.unbox(module.init(jax.random.key(0), x))["params"])
     assert set(params) == {"inner", "gate", "outer"}
@@ -148,5 +154,5 @@ def test_a_gated_feed_forward(activation: str, use_bias: bool) -> None:
     def linear(name: str, x: jax.Array) -> jax.Array:
         return x @ params[name]["kernel"] + (params[name]["bias"][None, None] if use_bias else 0.0)
 
-    expected = linear("outer", layers.ACTIVATIONS[activation](linear("gate", x)) * linear("inner", x))
+    expected = linear("outer", ACTIVATIONS[activation](linear("gate", x)) * linear("inner", x))
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from .errors import CorpusError
 
 CHUNK_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".zst")
+_MARK = "\ufeff"  # the byte order mark, decoded
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_FILES = {"idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape"}
 
 
 def decoded_chunks(
@@ -28,54 +32,81 @@ def decoded_chunks(
         CorpusError: the encoding is unknown, bytes are not in it, or compressed data is damaged or truncated.
     """
     remedy = "Convert the file to UTF-8." if encoding is None else "Convert the file, or pass --encoding."
-    encoding = encoding or "utf-8"
-    try:
-        decoder = codecs.getincrementaldecoder(_with_mark_dropped(encoding))("strict")
-    except LookupError:
-        raise CorpusError(f"{encoding!r} is not a text encoding; try utf-8, latin-1 or cp1252.") from None
-    line, column = 1, 1
+    codec = _text_codec(encoding or "utf-8")
+    decoder = codec.incrementaldecoder("strict")
+    line, column, begun = 1, 1, False
     for data, last in _with_last(_raw_chunks(path, on_bytes)):
+        _, state = decoder.getstate()
         try:
             text = decoder.decode(data, last)
+            if surrogate := _SURROGATE.search(text):  # UTF-7 can spell one
+                raise UnicodeError(f"half of a character, U+{ord(surrogate[0]):04X}")
         except UnicodeDecodeError as error:
-            before = error.object[: error.start].decode(encoding, "replace")
-            if "\n" in before:
-                line, column = line + before.count("\n"), 1
-            column += len(before) - (before.rfind("\n") + 1)
+            lenient = codec.incrementaldecoder("replace")
+            lenient.setstate((b"", state))
+            line, column = _advanced(
+                line, column, lenient.decode(error.object[: error.start]).lstrip("" if begun else _MARK)
+            )
             found = f"byte 0x{error.object[error.start]:02x} at column {column}"
-            raise CorpusError(f"{path}, line {line}: not {_display_name(encoding)} ({found}). {remedy}") from None
-        breaks = text.count("\n")
-        if breaks:
-            line, column = line + breaks, 1
-        column += len(text) - (text.rfind("\n") + 1)
+            raise CorpusError(f"{path}, line {line}: not {codec.name.upper()} ({found}). {remedy}") from None
+        except UnicodeError as error:  # no byte order mark where one is needed, for instance
+            raise CorpusError(f"{path}, line {line}: not {codec.name.upper()} ({error}). {remedy}") from None
+        if not begun:
+            text = text.lstrip(_MARK)
+            begun = bool(text)
+        line, column = _advanced(line, column, text)
         if text:
             yield text
 
 
 def read_text(path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """Return the whole text of a file, with `\\n` line ends. Errors as in `decoded_chunks`."""
-    return "".join(decoded_chunks(path, encoding, on_bytes)).replace("\r\n", "\n")
+    """Return the whole text of a file, with `\\n` for `\\r\\n` and `\\r`. Errors as in `decoded_chunks`."""
+    return "".join(decoded_chunks(path, encoding, on_bytes)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(
     path: Path, encoding: str | None = None, on_bytes: Callable[[int], None] = lambda count: None
 ) -> Iterator[str]:
-    """Yield the lines of a file without `\\n` or `\\r\\n`, in constant memory. Errors as in `decoded_chunks`."""
-    rest = ""
+    """Yield the lines of a file without `\\n` or `\\r\\n`, in constant memory.
+
+    A carriage return within a line is part of its text.
+
+    Raises:
+        CorpusError: as in `decoded_chunks`; or all lines end in a carriage return alone.
+    """
+    rest, several = "", False
     for chunk in decoded_chunks(path, encoding, on_bytes):
         *lines, rest = (rest + chunk).split("\n")
+        several = several or bool(lines)
         for line in lines:
             yield line.removesuffix("\r")
+    rest = rest.removesuffix("\r")
+    if "\r" in rest and not several:
+        raise CorpusError(f"{path}: its lines end in a carriage return alone. Convert them to end in a line feed.")
     if rest:
-        yield rest.removesuffix("\r")
+        yield rest
 
 
-def _display_name(encoding: str) -> str:
-    return codecs.lookup(encoding).name.upper()
+def _text_codec(name: str) -> codecs.CodecInfo:
+    """Return the codec of a character encoding.
+
+    Raises:
+        CorpusError: there is none, or it is not one of text files (base64, idna, unicode_escape, ...).
+    """
+    try:
+        "a".encode(name)
+        codec = codecs.lookup(name)
+    except (LookupError, ValueError):  # ValueError: a null character in the name
+        codec = None
+    if codec is None or codec.name.replace("-", "_") in _NO_FILES or codec.incrementaldecoder is None:
+        raise CorpusError(f"{name!r} is not a text encoding; try utf-8, latin-1 or cp1252.")
+    return codec
 
 
-def _with_mark_dropped(encoding: str) -> str:
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+def _advanced(line: int, column: int, text: str) -> tuple[int, int]:
+    """Return the line and column after a text."""
+    breaks = text.count("\n")
+    return line + breaks, (1 if breaks else column) + len(text) - (text.rfind("\n") + 1)
 
 
 def _with_last(chunks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:

@@ -19,11 +19,9 @@ files and files with other endings are skipped and counted.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +29,9 @@ from ..errors import CorpusError
 from ..reading import COMPRESSIONS, read_lines, read_text
 from . import python_docs
 from .markup import WIKITEXT_TITLE, Markup, paragraphs
+from .tfds import TFDS_PREFIX, decoded, is_tfds, open_tfds, prepared_folder
 
 EMBEDDED = "embedded:python"
-TFDS_PREFIX = "tfds:"
 _EXAMPLES_AT_ONCE = 256
 
 Format = Literal["text", "markdown", "wikitext", "jsonl", "tfds-folder", "tfds-name", "embedded"]
@@ -84,7 +82,7 @@ class Source:
     @property
     def tfds_folder(self) -> Path:
         """Folder of the prepared data set. `tfds:NAME` is downloaded and prepared first if this machine lacks it."""
-        return self.path if self.format == "tfds-folder" else _tfds_folder(self.name.removeprefix(TFDS_PREFIX))
+        return self.path if self.format == "tfds-folder" else prepared_folder(self.name.removeprefix(TFDS_PREFIX))
 
 
 @dataclass
@@ -260,15 +258,13 @@ class Corpus:
             yield Document(text, "docstrings", f"{source.name}/{name}")
 
     def _read_tfds(self, source: Source) -> Iterator[Document]:
-        examples = open_tfds(source, self.split)
+        examples = open_tfds(source.tfds_folder, self.split, str(source.path))
         size = sum(file.stat().st_size for _, file in source.files) / max(1, len(examples))
-        for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
-            numbers = range(first, min(first + _EXAMPLES_AT_ONCE, len(examples)))
-            for number, example in zip(numbers, examples.__getitems__(list(numbers)), strict=True):
-                where = f"{source.path}, example {number} of split {self.split!r}"
-                self._count_bytes(int(size * (number + 1)) - int(size * number))
-                text = _text_of(example, self.text_field, where, "an example with named features")
-                yield Document(text, "lines", source.name, number + 1)
+        for number, example in examples.windows(_EXAMPLES_AT_ONCE):
+            where = f"{source.path}, example {number} of split {self.split!r}"
+            self._count_bytes(int(size * (number + 1)) - int(size * number))
+            text = _text_of(example, self.text_field, where, "an example with named features")
+            yield Document(text, "lines", source.name, number + 1)
 
 
 def _format_of(file: Path) -> Format | None:
@@ -276,11 +272,6 @@ def _format_of(file: Path) -> Format | None:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return _FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def is_tfds(folder: Path) -> bool:
-    """Tell whether this is the folder of a prepared tensorflow-datasets data set."""
-    return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
 
 
 def _below(top: Path, file: Path) -> list[Path]:
@@ -294,50 +285,7 @@ def _text_of(value: Any, name: str, where: str, expected: str) -> str:
     if name not in value:
         names = ", ".join(sorted(map(str, value))) or "none"
         raise CorpusError(f"{where}: no field {name!r} (found: {names}). Name the field with --text-field.")
-    text = value[name]
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{where}: field {name!r} is not UTF-8 (byte {error.start}).") from None
+    text = decoded(value[name], f"{where}: field {name!r}")
     if not isinstance(text, str):
         raise CorpusError(f"{where}: field {name!r} holds {type(text).__name__}, expected text.")
     return text
-
-
-def open_tfds(source: Source, split: str) -> Any:
-    """Open a split of a prepared data set: a sequence with a length that is indexed with lists of integers."""
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(source.tfds_folder)
-    if split not in builder.info.splits:
-        raise CorpusError(f"{source.path}: no split {split!r} (found: {', '.join(builder.info.splits)}).")
-    try:
-        return builder.as_data_source(split=split)
-    except NotImplementedError as error:
-        raise CorpusError(
-            f"{source.path}: cannot be read without TensorFlow ({error}). Prepare it with file_format='array_record'."
-        ) from error
-
-
-@cache
-def _tfds_folder(name: str) -> Path:
-    import tensorflow_datasets as tfds
-
-    needs_tensorflow = (
-        f"{TFDS_PREFIX}{name}: this machine has no copy prepared as ArrayRecord (searched TFDS_DATA_DIR, or "
-        "~/tensorflow_datasets), and preparing one needs TensorFlow, which is not installed. Install `tensorflow` (and "
-        "`apache-beam` for large data sets), or name the folder of a copy that was prepared elsewhere."
-    )
-    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
-    try:
-        builder = tfds.builder(name, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        if has_tensorflow:
-            raise CorpusError(f"{TFDS_PREFIX}{name}: tensorflow-datasets has no data set of this name.") from None
-        raise CorpusError(needs_tensorflow) from None
-    if not builder.is_prepared():
-        if not has_tensorflow:
-            raise CorpusError(needs_tensorflow)
-        builder.download_and_prepare()
-    return Path(builder.data_path)

@@ -25,7 +25,8 @@ from typing import Any, Literal
 
 from ..errors import CorpusError
 from ..reading import COMPRESSIONS, read_lines
-from .corpus import TFDS_PREFIX, Source, is_tfds, open_tfds
+from .corpus import Source
+from .tfds import TFDS_PREFIX, decoded, is_tfds, open_tfds
 
 LINES_SHOWN = 10
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -220,11 +221,9 @@ class ParallelText:
             yield self._fields_of(value, where)
 
     def _tfds(self) -> Iterator[tuple[str, str]]:
-        examples = open_tfds(self._source, self.split)
-        for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
-            numbers = list(range(first, min(first + _EXAMPLES_AT_ONCE, len(examples))))
-            for number, example in zip(numbers, examples.__getitems__(numbers), strict=True):
-                yield self._fields_of(example, f"{self.paths[0]}, example {number} of split {self.split!r}")
+        examples = open_tfds(self._source.tfds_folder, self.split, str(self.paths[0]))
+        for number, example in examples.windows(_EXAMPLES_AT_ONCE):
+            yield self._fields_of(example, f"{self.paths[0]}, example {number} of split {self.split!r}")
 
     def _fields_of(self, value: Any, where: str) -> tuple[str, str]:
         names = self.fields or self.languages
@@ -236,12 +235,7 @@ class ParallelText:
             raise CorpusError(f"{where}: no field {missing[0]!r} (found: {there}). Name them with --fields.")
         texts = []
         for name in names:
-            text = value[name]
-            if isinstance(text, bytes):
-                try:
-                    text = text.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise CorpusError(f"{where}: field {name!r} is not UTF-8 (byte {error.start}).") from None
+            text = decoded(value[name], f"{where}: field {name!r}")
             if not isinstance(text, str):
                 raise CorpusError(f"{where}: field {name!r} holds {type(text).__name__}, expected text.")
             texts.append(text)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..corpus.corpus import TFDS_PREFIX, Source, is_tfds, open_tfds
+import numpy as np
+
+from ..corpus.tfds import TFDS_PREFIX, decoded, glue_config, is_tfds, open_tfds, prepared_folder
 from ..errors import DataError
-from .tables import Row, TextExample, class_of, field_of, number_of, read_table, text_of
+from .tables import Row, TextExample, class_of, field_of, number_of, read_table, tab_records, text_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class GlueTask:
     cut_rows: bool = False
     """whether the official files contain truncated rows"""
     columns: tuple[tuple[str, str], ...] = ()
-    """(column above, alternative name) in some files or in tensorflow-datasets"""
+    """(column above, alternative name) in some files"""
+    tfds_columns: tuple[tuple[str, str], ...] = ()
+    """(column above, alternative name) in tensorflow-datasets"""
+    range: tuple[float, float] | None = None
+    """lowest and highest value, for regression"""
 
 
 BINARY = ("0", "1")
@@ -86,7 +92,7 @@ GLUE: dict[str, GlueTask] = {
             ("not_equivalent", "equivalent"),
             ("accuracy", "f1"),
             "MRPC",
-            columns=(("#1 String", "sentence1"), ("#2 String", "sentence2"), ("Quality", "label")),
+            tfds_columns=(("#1 String", "sentence1"), ("#2 String", "sentence2"), ("Quality", "label")),
         ),
         GlueTask(
             "stsb",
@@ -98,7 +104,8 @@ GLUE: dict[str, GlueTask] = {
             None,
             ("pearson", "spearman"),
             "STS-B",
-            columns=(("score", "label"),),
+            tfds_columns=(("score", "label"),),
+            range=(0.0, 5.0),
         ),
         GlueTask(
             "qqp",
@@ -111,7 +118,7 @@ GLUE: dict[str, GlueTask] = {
             ("accuracy", "f1"),
             "QQP",
             cut_rows=True,
-            columns=(("is_duplicate", "label"),),
+            tfds_columns=(("is_duplicate", "label"),),
         ),
         GlueTask(
             "mnli",
@@ -124,7 +131,7 @@ GLUE: dict[str, GlueTask] = {
             ("accuracy",),
             "MNLI",
             **TWO_DEVS,
-            columns=(("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label")),
+            tfds_columns=(("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label")),
         ),
         GlueTask("qnli", "QNLI", "question", "sentence", "label", ENTAILMENT, ENTAILMENT, ("accuracy",), "QNLI"),
         GlueTask("rte", "RTE", "sentence1", "sentence2", "label", ENTAILMENT, ENTAILMENT, ("accuracy",), "RTE"),
@@ -150,13 +157,8 @@ GLUE: dict[str, GlueTask] = {
             ("matthews",),
             "AX",
             evaluation=(),
-            columns=(
-                ("sentence1", "Premise"),
-                ("sentence2", "Hypothesis"),
-                ("sentence1", "premise"),
-                ("sentence2", "hypothesis"),
-                ("Label", "label"),
-            ),
+            columns=(("sentence1", "Premise"), ("sentence2", "Hypothesis")),
+            tfds_columns=(("sentence1", "premise"), ("sentence2", "hypothesis"), ("Label", "label")),
         ),
     )
 }
@@ -165,6 +167,7 @@ GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte",
 FINETUNED: tuple[GlueName, ...] = get_args(GlueName)
 
 TFDS_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
+_AT_ONCE = 256  # examples
 FILES = {"ax": ("AX.tsv", "diagnostic.tsv", "diagnostic-full.tsv")}
 FOLDERS = {"ax": ("AX", "diagnostic", "MNLI")}
 
@@ -204,7 +207,7 @@ def has_split(task: GlueTask, path: str | Path, split: str) -> bool:
     """Tell whether a split exists."""
     path = glue_source(task, path)
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
-        described = json.loads((_tfds_source(path).tfds_folder / "dataset_info.json").read_text(encoding="utf-8"))
+        described = json.loads((_tfds_folder(path) / "dataset_info.json").read_text(encoding="utf-8"))
         return TFDS_SPLITS.get(split, split) in [there["name"] for there in described["splits"]]
     return path.is_file() or _split_file(task, path, split) is not None
 
@@ -213,11 +216,11 @@ def has_labels(task: GlueTask, path: str | Path, split: str) -> bool:
     """Tell whether the first example of a split has a label; the full file of the diagnostic set has labels."""
     path = glue_source(task, path)
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
-        row = next(_tfds_rows(path, split), None)
+        row = next(_tfds_rows(task, path, split), None)
     else:
         file = path if path.is_file() else _split_file(task, path, split)
-        row = None if file is None else next(read_table(file, exact=False), None)
-    label = None if row is None else row.fields.get(_column(task, row, task.label))
+        row = None if file is None else next(read_table(file), None)
+    label = None if row is None else row.fields.get(task.label)
     return label is not None and label != -1
 
 
@@ -242,7 +245,7 @@ def read_glue(task: GlueTask, path: str | Path, split: str, *, labelled: bool) -
     path = glue_source(task, path)
     found = GlueSplit([])
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
-        rows = _tfds_rows(path, split)
+        rows = _tfds_rows(task, path, split)
     else:
         file = path if path.is_file() else _split_file(task, path, split)
         if file is None:
@@ -253,9 +256,14 @@ def read_glue(task: GlueTask, path: str | Path, split: str, *, labelled: bool) -
         def cut() -> None:
             found.cut_rows += 1
 
-        rows = read_table(file, header=header, exact=False, on_short=cut if task.cut_rows else None)
+        rows = read_table(file, header=header, on_short=cut if task.cut_rows else None)
+    keys: set[str] = set()
     for number, row in enumerate(rows):
-        found.examples.append(_example(task, row, number, labelled))
+        example, named = _example(task, row, number, labelled)
+        if named and example.key in keys:
+            raise DataError(f"{row.where}: another row before has the id {example.key!r} too.")
+        keys.add(example.key)
+        found.examples.append(example)
     if not found.examples:
         raise DataError(f"{path}: the file is empty.")
     return found
@@ -263,38 +271,46 @@ def read_glue(task: GlueTask, path: str | Path, split: str, *, labelled: bool) -
 
 def _names_columns(file: Path) -> bool:
     """Tell whether a CoLA file has a header: the test file does."""
-    first = next(read_table(file, header=("first",), exact=False), None)
-    return first is not None and first.fields["first"] == "index"
+    first = next((fields for _, fields in tab_records(file) if fields), [])
+    return first[:1] == ["index"]
 
 
-def _tfds_source(path: str | Path) -> Source:
+def _tfds_folder(path: str | Path) -> Path:
     named = str(path).startswith(TFDS_PREFIX)
-    return Source(Path(path), str(path), "tfds-name" if named else "tfds-folder")
+    return prepared_folder(str(path).removeprefix(TFDS_PREFIX)) if named else Path(path)
 
 
-def _tfds_rows(path: str | Path, split: str) -> Iterator[Row]:
-    examples = open_tfds(_tfds_source(path), TFDS_SPLITS.get(split, split))
-    for number in range(len(examples)):
-        fields = {
-            name: value.decode("utf-8") if isinstance(value, bytes) else value
-            for name, value in examples[number].items()
-        }
-        yield Row(fields, f"{path}, example {number} of split {split!r}")
+def _tfds_rows(task: GlueTask, path: str | Path, split: str) -> Iterator[Row]:
+    """Yield a split's examples, with the columns of the TSV files."""
+    config = glue_config(_tfds_folder(path))
+    if config is not None and not str(config).startswith(task.name):
+        raise DataError(f"{path}: GLUE's data set {config}, expected {task.name}.")
+    names = {other: column for column, other in task.tfds_columns}
+    for number, example in open_tfds(_tfds_folder(path), TFDS_SPLITS.get(split, split), str(path)).windows(_AT_ONCE):
+        where = f"{path}, example {number} of split {split!r}"
+        yield Row({names.get(name, name): decoded(value, where) for name, value in example.items()}, where)
 
 
-def _example(task: GlueTask, row: Row, number: int, labelled: bool) -> TextExample:
+def _example(task: GlueTask, row: Row, number: int, labelled: bool) -> tuple[TextExample, bool]:
+    """Return (the example, whether its key is in the data)."""
     label: int | float | None = None
     if labelled:
-        value = field_of(row, _column(task, row, task.label))
+        value = field_of(row, task.label)
         if task.labels is None:
             label = number_of(value, row.where)
-        elif isinstance(value, str):
+            if task.range is not None and not task.range[0] <= label <= task.range[1]:
+                low, high = task.range
+                raise DataError(
+                    f"{row.where}: the {task.label} is {value!r}, expected a number from {low:g} to {high:g}."
+                )
+        elif isinstance(value, int | np.integer):  # tensorflow-datasets' number
+            label = class_of(str(value), [str(number) for number in range(len(task.labels))], row.where)
+        else:
             label = class_of(value, task.labels, row.where)
-        else:  # tensorflow-datasets' number
-            label = class_of(str(int(value)), [str(number) for number in range(len(task.labels))], row.where)
     second = None if task.second is None else text_of(row, _column(task, row, task.second))
-    keys = (str(row.fields[name]) for name in ("index", "idx", "id") if name in row.fields)
-    return TextExample(text_of(row, _column(task, row, task.first)), second, label, next(keys, str(number)), row.where)
+    keys = [str(row.fields[name]) for name in ("index", "idx", "id") if name in row.fields]
+    first = text_of(row, _column(task, row, task.first))
+    return TextExample(first, second, label, keys[0] if keys else str(number), row.where), bool(keys)
 
 
 def _column(task: GlueTask, row: Row, name: str) -> str:

@@ -6,14 +6,12 @@ ending (Devlin et al. 2018, 4.4), so a question stores its choices as pairs.
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
 from ..random import RandomStream
-from ..reading import read_lines, read_text
+from .tables import read_csv, tab_records, text_of
 
 CHOICES = 4
 SWAG_COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)))
@@ -35,37 +33,26 @@ def read_swag(path: Path, *, labelled: bool = True) -> list[Choice]:
     """Read SWAG's train.csv, val.csv or test.csv.
 
     Columns are found by their names in the header: sent1, sent2 (the start of the second sentence), ending0 to ending3
-    and, if `labelled`, label (0 to 3). A question's key is the number in the first column, or the line number if that
-    column has a name.
+    and, if `labelled`, label (0 to 3). A question's key is the number in the first column, or the number of its row if
+    that column has a name.
 
     Raises:
-        DataError: a column is missing, a row has too few fields, or a label is invalid; with file and line.
+        DataError: a column is missing, a row has too few or too many fields, two rows have the same number, or a label
+            is invalid; with file and line.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
-            raise DataError(f"{path}: the file is empty. Expected SWAG's CSV with a header.")
-        wanted = (*SWAG_COLUMNS, "label") if labelled else SWAG_COLUMNS
-        missing = [name for name in wanted if name not in header]
-        if missing:
-            found = ", ".join(name or "(no name)" for name in header)
-            raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {found}.")
-        column = {name: header.index(name) for name in wanted}
-        questions = []
-        line = reader.line_num
-        for row in reader:
-            where, line = f"{path}, line {line + 1}", reader.line_num
-            if not row:
-                continue
-            if len(row) < len(header):
-                raise DataError(f"{where}: expected {len(header)} fields, found {len(row)}.")
-            first, second = row[column["sent1"]], row[column["sent2"]]
-            pairs = tuple((first, f"{second} {row[column[name]]}".strip()) for name in SWAG_COLUMNS[2:])
-            key = row[0] if not header[0] else str(len(questions))
-            questions.append(Choice(key, pairs, _label(row[column["label"]], where) if labelled else None, where))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+    questions: list[Choice] = []
+    keys: set[str] = set()
+    needs = (*SWAG_COLUMNS, "label") if labelled else SWAG_COLUMNS
+    for number, row in enumerate(read_csv(path, needs)):
+        endings = [text_of(row, name) for name in SWAG_COLUMNS[2:]]
+        first, second = text_of(row, "sent1"), text_of(row, "sent2")
+        key = str(number) if next(iter(row.fields)) else row.fields[""]
+        if key in keys:
+            raise DataError(f"{row.where}: another row before has the number {key!r} too.")
+        keys.add(key)
+        pairs = tuple((first, f"{second} {ending}".strip()) for ending in endings)
+        label = _label(text_of(row, "label"), row.where) if labelled else None
+        questions.append(Choice(key, pairs, label, row.where))
     return _some(questions, path)
 
 
@@ -77,11 +64,10 @@ def read_codah(path: Path, *, labelled: bool = True) -> list[Choice]:
     """
     questions = []
     fields = CHOICES + 2 + labelled
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
+    for number, row in tab_records(path):
+        if not row:
             continue
         where = f"{path}, line {number}"
-        row = line.split("\t")
         if len(row) not in (fields, CHOICES + 3):
             raise DataError(
                 f"{where}: expected {fields} fields between tabs (category, beginning, {CHOICES} endings"

@@ -111,22 +111,25 @@ def _questions(document: Any, path: Path) -> Any:
             for q, entry in enumerate(_list(paragraph, "qas", where)):
                 at = f"{where}, question {q + 1}"
                 key = entry.get("id") if isinstance(entry, dict) else None
-                if not isinstance(key, str | int):
+                if not isinstance(key, str | int) or isinstance(key, bool):
                     raise DataError(f"{at}: expected an id, found {_found(key)}.")
                 at = f'{path}, question "{key}"'
+                stated = entry.get("answers")
+                if not isinstance(stated, list | None):
+                    raise DataError(f"{at}: expected a list `answers`, found {_found(stated)}.")
                 answers = []
-                for answer in entry.get("answers") or []:
+                for answer in stated or []:
                     text = _text(answer, "text", f"{at}, an answer")
                     start = answer.get("answer_start", -1)
                     if not isinstance(start, int) or isinstance(start, bool):
                         raise DataError(f"{at}: expected a whole number as answer_start, found {_found(start)}.")
                     answers.append(Answer(text, start))
                 impossible = entry.get("is_impossible")
-                if impossible not in (None, True, False):
+                if not isinstance(impossible, bool | None):
                     raise DataError(f"{at}: is_impossible is true or false, not {_found(impossible)}.")
-                question = Question(
-                    str(key), _text(entry, "question", at), context, () if impossible else tuple(answers), impossible
-                )
+                if impossible and answers:
+                    raise DataError(f"{at}: it is marked is_impossible, but has answers.")
+                question = Question(str(key), _text(entry, "question", at), context, tuple(answers), impossible)
                 yield question, next(filter(None, (_problem(answer, context) for answer in question.answers)), None)
 
 

@@ -1,10 +1,11 @@
 """Read tables of texts: TSV, CSV and JSON lines with named columns; every error names its file and line.
 
     .tsv .txt               one row per line, fields separated by tabs; quotes are ordinary characters, as in GLUE
-    .csv                    RFC 4180: commas, and quotes around fields that contain commas, quotes or line ends
+    .csv                    RFC 4180: commas, and quotes around fields that contain commas, quotes or line ends; if the
+                            header has no comma, the semicolons or tabs that it has separate the fields
     .jsonl .ndjson .json    one object per line
 
-Files are UTF-8 and may also end in `.gz` or `.zst`. Blank lines are skipped.
+Files are UTF-8 and may also end in `.gz` or `.zst`. Blank lines are skipped; a line of empty fields is a row.
 """
 
 from __future__ import annotations
@@ -12,14 +13,24 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..errors import DataError
 from ..reading import COMPRESSIONS, read_lines
 
 LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit is 131,072
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+Records = Iterator[tuple[int, list[str]]]
+"""each row's line number, from 1, and its fields"""
 
 
 class Row(NamedTuple):
@@ -40,22 +51,17 @@ class TextExample(NamedTuple):
 
 
 def read_table(
-    path: Path,
-    *,
-    header: Sequence[str] | None = None,
-    exact: bool = True,
-    on_short: Callable[[], None] | None = None,
+    path: Path, *, header: Sequence[str] | None = None, on_short: Callable[[], None] | None = None
 ) -> Iterator[Row]:
     """Yield the rows of a table.
 
     Args:
         path: .tsv, .txt, .csv, .jsonl, .ndjson or .json, optionally with .gz or .zst.
         header: column names, for a file without a header.
-        exact: whether more fields than columns are an error; otherwise the surplus is ignored.
         on_short: called for a row with too few fields, which is then skipped; None makes such a row an error.
 
     Raises:
-        DataError: a row has too few fields, or the file is not a table.
+        DataError: a row has too few or too many fields, or the file is not a table.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
@@ -66,56 +72,91 @@ def read_table(
     if kind in (".jsonl", ".ndjson", ".json"):
         return _json_lines(path)
     if kind == ".csv":
-        return _records(path, _csv_records(path), header, exact, on_short)
+        return _rows(path, csv_records(path), header, on_short)
     if kind in (".tsv", ".txt"):
-        return _records(path, _tab_records(path), header, exact, on_short)
+        return _rows(path, tab_records(path), header, on_short)
     raise DataError(
         f"{path}: expected a name that ends in .tsv, .txt, .csv, .jsonl or .json (or these with .gz, .zst)."
     )
 
 
-def _tab_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_csv(path: Path, needs: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a CSV file, whatever its name ends in, whose header must have some columns.
+
+    Raises:
+        DataError: a column is missing, a row has too few or too many fields, or it is not CSV; with file and line.
+    """
+    number, header = next(records := csv_records(path), (1, []))
+    missing = [name for name in needs if name not in header]
+    if missing:
+        found = ", ".join(name or "(no name)" for name in header) or "nothing"
+        raise DataError(f"{path}, line {number}: no column {', '.join(missing)}; found {found}.")
+    return _rows(path, chain([(number, header)], records), None, None)
+
+
+def tab_records(path: Path) -> Records:
+    """Yield the fields of each line between tabs; none for a blank line, which is a row if there is one column.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            yield number, line.split("\t")
+        yield number, line.split("\t") if line else []
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_records(path: Path) -> Records:
+    """Yield the fields of each record of a CSV file; a blank line is none.
+
+    Raises:
+        DataError: it is not CSV.
+    """
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True)
+    lines = read_lines(path)
+    first = next(lines, "")
+    delimiter = "," if "," in first else next((mark for mark in ";\t" if mark in first), ",")
+    reader = csv.reader((f"{line}\n" for line in chain([first], lines)), delimiter=delimiter, strict=True)
     number = 1
     try:
         for record in reader:
-            if any(field.strip() for field in record):
+            if record:
                 yield number, record
             number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {number}: not CSV ({error}).") from None
 
 
-def _records(
-    path: Path,
-    records: Iterator[tuple[int, list[str]]],
-    header: Sequence[str] | None,
-    exact: bool,
-    on_short: Callable[[], None] | None,
+def _rows(
+    path: Path, records: Records, header: Sequence[str] | None, on_short: Callable[[], None] | None
 ) -> Iterator[Row]:
     if header is None:
-        header = next(records, (0, []))[1]
-        twice = {name for name in header if header.count(name) > 1}
+        header = next((record for _, record in records if record), [])
+        twice = {name for name in header if name and header.count(name) > 1}
         if twice:
             raise DataError(f"{path}, line 1: two columns are called {sorted(twice)[0]!r}.")
+        odd = next((name for name in header if _CONTROL.search(name)), None)
+        if odd is not None:
+            raise DataError(f"{path}, line 1: a column is called {odd[:60]!r}, with a control character in it.")
     columns = len(header)
+    blank: list[int] = []  # lines since the last row
     for number, record in records:
+        if not record:
+            blank.append(number)
+            continue
+        if columns == 1:  # a blank line is a row, unless it is at the end
+            yield from (Row({header[0]: ""}, f"{path}, line {line}") for line in blank)
+        blank.clear()
         if len(record) < columns and on_short is not None:
             on_short()
             continue
-        if len(record) < columns or (exact and len(record) > columns):
+        if len(record) != columns:
             raise DataError(
                 f"{path}, line {number}: expected {columns} fields ({', '.join(header)}), found {len(record)}: "
                 f"{_shown(record)}"
             )
-        yield Row(dict(zip(header, record, strict=False)), f"{path}, line {number}")
+        fields: dict[str, Any] = {}
+        for name, field in zip(header, record, strict=True):
+            fields.setdefault(name, field)  # of the columns without a name, the first: pandas writes one an index
+        yield Row(fields, f"{path}, line {number}")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -168,13 +209,22 @@ def number_of(value: Any, where: str) -> float:
     Raises:
         DataError: it is not a finite number.
     """
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = math.nan
+    if (isinstance(value, str) and _NUMBER.fullmatch(value.strip())) or _is_number(value):
+        number = float(value)
     if not math.isfinite(number):
-        raise DataError(f"{where}: the target is {value!r}, expected a finite number.")
+        raise DataError(f"{where}: the target is {_short(value)}, expected a finite number, such as 3.5.")
     return number
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value of JSON or of a data set is a number; a boolean is not."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def class_of(value: Any, labels: Sequence[str], where: str) -> int:
@@ -197,20 +247,31 @@ def label_text(value: Any, where: str) -> str:
         DataError: the label is missing, or of another type.
     """
     if isinstance(value, str) and value.strip():
-        return value.strip()
+        text = value.strip()
+        if _CONTROL.search(text):
+            raise DataError(f"{where}: the label {_short(text)} has a control character in it.")
+        return text
     if isinstance(value, bool | int):
         return json.dumps(value)
     if value is None or isinstance(value, str):
         raise DataError(f"{where}: the label is missing.")
-    raise DataError(f"{where}: the label is {json.dumps(value)}, expected text, an integer or a boolean.")
+    raise DataError(f"{where}: the label is {_short(value)}, expected text, an integer or a boolean.")
 
 
-def labels_of(values: Iterable[str]) -> tuple[str, ...]:
-    """Return the sorted label set: integers by value, anything else alphabetically."""
-    found = set(values)
-    if all(value.lstrip("-").isdecimal() for value in found):
-        return tuple(sorted(found, key=lambda value: (int(value), value)))
-    return tuple(sorted(found))
+def labels_of(values: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the sorted label set: integers by value, anything else alphabetically.
+
+    Raises:
+        DataError: two labels are spellings of one number, such as 1 and 1.0.
+    """
+    found = sorted(set(values))
+    numbers: dict[float, str] = {}
+    for text in found:
+        if _NUMBER.fullmatch(text) and (other := numbers.setdefault(float(text), text)) != text:
+            raise DataError(f"{where}: the labels {other!r} and {text!r} are the same number; write it in one way.")
+    if all(_INTEGER.fullmatch(value) for value in found):
+        found.sort(key=int)
+    return tuple(found)
 
 
 def read_texts(
@@ -255,4 +316,4 @@ def read_labels(path: Path, label: str) -> tuple[str, ...]:
     found = [label_text(field_of(row, label), row.where) for row in read_table(path)]
     if not found:
         raise DataError(f"{path}: the file is empty. Expected a header and rows.")
-    return labels_of(found)
+    return labels_of(found, str(path))

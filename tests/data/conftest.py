@@ -75,3 +75,31 @@ def file(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_tfds() -> Callable[..., Path]:
+    """Writes a prepared tensorflow-datasets folder, without TensorFlow."""
+
+    def write(folder: Path, examples: list[str], feature: str = "text") -> Path:
+        import tensorflow_datasets as tfds
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        folder.mkdir(parents=True)
+        features = tfds.features.FeaturesDict({feature: tfds.features.Text()})
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=tfds.core.Path(folder), dataset_name="some", split="train", filetype_suffix="array_record"
+        )
+        writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
+        for text in examples:
+            writer.write(features.serialize_example({feature: text}))
+        writer.close()
+        split = tfds.core.SplitInfo(
+            name="train", shard_lengths=[len(examples)], num_bytes=1, filename_template=template
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False
+        )
+        return folder
+
+    return write

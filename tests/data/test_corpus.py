@@ -94,28 +94,7 @@ def test_a_folder_is_read_in_the_order_of_names(file: File, tmp_path: Path):
     assert [path.name for path in corpus.skipped_files] == ["picture.png"]
 
 
-def write_tfds(folder: Path, examples: list[str], feature: str = "text") -> Path:
-    """A prepared tensorflow-datasets folder, written without TensorFlow."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict({feature: tfds.features.Text()})
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=tfds.core.Path(folder), dataset_name="some", split="train", filetype_suffix="array_record"
-    )
-    writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
-    for text in examples:
-        writer.write(features.serialize_example({feature: text}))
-    writer.close()
-    split = tfds.core.SplitInfo(name="train", shard_lengths=[len(examples)], num_bytes=1, filename_template=template)
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False
-    )
-    return folder
-
-
-def test_prepared_tfds_folder(file: File, tmp_path: Path):
+def test_prepared_tfds_folder(file: File, tmp_path: Path, write_tfds):
     folder = write_tfds(tmp_path / "sets" / "some" / "1.0.0", ["One.\nTwo.", "", "Drei ü."])
     corpus = Corpus([folder])
     assert [document.paragraphs() for document in corpus] == [["One.", "Two."], ["Drei ü."]]
@@ -125,7 +104,7 @@ def test_prepared_tfds_folder(file: File, tmp_path: Path):
     assert texts(tmp_path / "sets") == ["beside", "One.\nTwo.", "Drei ü."]
 
 
-def test_tfds_refusals(tmp_path: Path):
+def test_tfds_refusals(tmp_path: Path, write_tfds):
     folder = write_tfds(tmp_path / "some", ["One."], feature="body")
     assert refusal(folder) == (
         f"{folder}, example 0 of split 'train': no field 'text' (found: body). Name the field with --text-field."

@@ -73,6 +73,10 @@ def test_stsb_rates(file):
     assert texts(read_glue(GLUE["stsb"], path.parent, "train", labelled=True).examples) == [("A", "B", 3.8, "9")]
 
 
+MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+
+
 @pytest.mark.parametrize(
     ("task", "name", "content", "message"),
     [
@@ -96,6 +100,27 @@ def test_stsb_rates(file):
             r"line 2: not UTF-8 .*to UTF-8\.$",
         ),
         ("rte", "other.tsv", "x\n", r"expected RTE's files"),
+        (
+            "mrpc",
+            "train.tsv",
+            f"{MRPC}1\t1\t2\tA.\tB.0\t3\t4\tC.\tD.\n",
+            "line 2: expected 5 fields .*found 9: 1 | 1 | 2",
+        ),
+        ("mrpc", "train.tsv", f"{MRPC}1\t1\t2\tA.\tmore\tB.\n", "line 2: expected 5 fields .*found 6"),
+        ("mrpc", "train.tsv", "index\tsentence1\tsentence2\tlabel\n0\tA\tB\t1\n", "line 2: no column 'Quality'"),
+        ("mrpc", "train.tsv", f"{MRPC}\t\t\t\t\n", "line 2: the label is missing"),
+        ("qqp", "train.tsv", f"{QQP}5\t1\t2\tA\tB\t0\t6\n", "line 2: expected 6 fields .*found 7"),
+        ("qqp", "train.tsv", f"{QQP}5\t1\t2\tA\tB\t0\n5\t1\t2\tC\tD\t1\n", "line 3: another row before has the id '5'"),
+        ("cola", "train.tsv", "gj04\t1\t\tA\tB\n", "line 1: expected 4 fields"),
+        (
+            "stsb",
+            "train.tsv",
+            "sentence1\tsentence2\tscore\nA\tB\t500\n",
+            "line 2: the score is '500', expected a number from 0",
+        ),
+        ("stsb", "train.tsv", "sentence1\tsentence2\tscore\nA\tB\t-0.1\n", "line 2: the score is '-0.1'"),
+        ("sst2", "train.tsv", "sentence\tlabel\rgood\t1\rbad\t0\n", "line 1: a column is called .* control character"),
+        ("sst2", "train.tsv", "sentence\tlabel\rgood\t1\r", "its lines end in a carriage return alone"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(file, task, name, content, message):
@@ -139,6 +164,10 @@ def test_tensorflow_datasets_give_the_same_examples(tmp_path):
     assert texts(read_glue(GLUE["qnli"], folder, "train", labelled=True).examples) == [("Wer?", "Bär.", 1, "4")]
     assert texts(read_glue(GLUE["qnli"], folder, "dev", labelled=True).examples) == [("a", "b", 0, "5")]
     assert [has_split(GLUE["qnli"], folder, split) for split in ("train", "dev", "test")] == [True, True, False]
+    info = folder / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"name": "glue", "configName": "wnli"}))
+    with pytest.raises(DataError, match="GLUE's data set wnli, expected qnli"):
+        read_glue(GLUE["qnli"], folder, "train", labelled=True)
 
 
 def test_the_real_files(shared):
@@ -172,6 +201,42 @@ def test_tsv_csv_and_json_lines_hold_the_same(file):
         assert texts(read_texts(path, text="body", text_pair=None, label="stars", labels=labels)) == expected
 
 
+def test_semicolons_and_tabs_separate_fields_where_there_is_no_comma(file):
+    for mark in ";\t":
+        path = file("a.csv", f'text{mark}label\n"a{mark} b, c"{mark}x\n')
+        assert [row.fields for row in read_table(path)] == [{"text": f"a{mark} b, c", "label": "x"}]
+
+
+def test_columns_without_a_name_may_be_several(file):
+    rows = read_table(file("a.csv", ",,text,label\n0,1,x,a\n"))
+    assert [row.fields for row in rows] == [{"": "0", "text": "x", "label": "a"}]
+
+
+def test_a_row_of_empty_fields_is_a_row(file):
+    def keys(name: str, content: str) -> list[tuple]:
+        return [
+            (x.key, x.first) for x in read_texts(file(name, content), text="t", text_pair=None, label=None, labels=())
+        ]
+
+    two = [("0", "x"), ("1", ""), ("2", "y")]
+    assert keys("a.csv", 't,u\nx,1\n"",\n\ny,2\n') == two
+    assert keys("a.tsv", "t\tu\nx\t1\n\t\n\ny\t2\n") == two
+    assert keys("a.csv", 't\nx\n""\ny\n') == two
+    assert keys("a.tsv", "t\nx\n\ny\n\n\n") == two
+
+
+@pytest.mark.parametrize("twins", [("1", "1.0"), ("01", "1"), ("+1", "1"), ("1e0", "1")])
+def test_two_spellings_of_a_number_are_no_two_labels(file, twins):
+    path = file("a.csv", "l\n" + "".join(f"{text}\n" for text in ("a", *twins)))
+    with pytest.raises(DataError, match=r"a.csv: the labels .* are the same number"):
+        read_labels(path, "l")
+
+
+def test_labels_that_only_look_like_numbers_are_names(file):
+    path = file("a.csv", "l\n--1\n-2\n\u0663\n" + "9" * 5000 + "\n")
+    assert read_labels(path, "l") == ("--1", "-2", "9" * 5000, "\u0663")
+
+
 def test_line_ends_inside_of_quotes_belong_to_the_field(file):
     path = file("a.csv", 'text,label\n"two\nlines",a\nthree\n')
     rows = read_table(path)
@@ -202,6 +267,12 @@ def test_whole_numbers_are_sorted_by_value_and_names_by_the_alphabet(file):
         ("a.jsonl", '{"text": "x", "label": 0.5}\n', "line 1: the label is 0.5, expected"),
         ("a.jsonl", "[]\n", "line 1: expected a JSON object, found list"),
         ("a.jsonl", "{\n", "line 1: not JSON"),
+        ("a.csv", "text,label\nx,a,more\n", "line 2: expected 2 fields"),
+        ("a.csv", ",text,label\n0,x\n", "line 2: expected 3 fields"),
+        ("a.csv", 'text,label\n"",""\n', "line 2: the label is missing"),
+        ("a.tsv", "text\tlabel\n\t\n", "line 2: the label is missing"),
+        ("a.tsv", "text\tlabel\nx\ta\0\n", "line 2: the label 'a.x00' has a control character"),
+        ("a.csv", "text,label\rx,a\ry,b\n", "not CSV|control character"),
         ("a.tsv", "", "the file is empty"),
         ("a.xml", "", "expected a name that ends in .tsv"),
     ],
@@ -211,7 +282,9 @@ def test_what_is_wrong_with_a_table(file, name, content, message):
         read_texts(file(name, content), text="text", text_pair=None, label="label", labels=("a", "b"))
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "", "good", None, True])
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "", "good", None, True, "1_000", "\u0663", "9" * 400, "0x1p3", "3,5", "1e999", []]
+)
 def test_a_regression_target_is_a_finite_number(file, value):
     path = file("a.jsonl", json.dumps({"text": "x", "label": value}) + "\n")
     with pytest.raises(DataError, match=r"line 1: the target is .*expected a finite number"):

@@ -28,12 +28,17 @@ def test_swag_has_the_official_columns(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file is empty"),
+        ("", "line 1: no column sent1, sent2, ending0, ending1, ending2, ending3, label; found nothing"),
         (HEADER, "no questions"),
         (HEADER.replace("ending3,label", "gold"), "line 1: no column ending3, label"),
-        (HEADER + ROW + "1,x,2\n", "line 4: expected 12 fields, found 3"),
+        (HEADER + ROW + "1,x,2\n", "line 4: expected 12 fields (, video-id"),
         (HEADER + ROW.replace(",2\n", ",4\n"), "line 2: expected the right ending's number, 0 to 3, found '4'"),
         (HEADER + '0,"open', "not CSV"),
+        (HEADER + ROW.replace(",2\n", ",2,\n"), "line 2: expected 12 fields"),
+        (HEADER + ROW.replace(",2\n", ",21,x,y\n"), "line 2: expected 12 fields"),
+        (HEADER + ROW + ROW, "line 4: another row before has the number '0' too"),
+        (HEADER.replace("fold-ind", "label") + ROW, "line 1: two columns are called 'label'"),
+        (HEADER + ",,,,,,,,,,,\n", "expected the right ending's number, 0 to 3, found ''"),
     ],
 )
 def test_bad_swag_is_refused_with_its_line(file, text, message):

@@ -69,6 +69,27 @@ def test_an_answer_that_is_not_in_its_context_is_named_or_left_out(tmp_path: Pat
             '"answer_start": "0"}]}]}]}]}',
             "expected a whole number as answer_start",
         ),
+        *(
+            (
+                '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "x", "question": "q", ENTRY}]}]}]}'.replace(
+                    "ENTRY", entry
+                ),
+                said,
+            )
+            for entry, said in (
+                ('"answers": 5', "expected a list `answers`, found int"),
+                ('"answers": ""', "expected a list `answers`, found str"),
+                ('"answers": {"text": "c"}', "expected a list `answers`, found dict"),
+                ('"answers": [5]', '"x", an answer: expected text as `text`'),
+                ('"answers": [{"text": "c", "answer_start": 0.0}]', "expected a whole number as answer_start"),
+                ('"is_impossible": 1', "is_impossible is true or false"),
+                (
+                    '"is_impossible": true, "answers": [{"text": "c", "answer_start": 0}]',
+                    "is_impossible, but has answers",
+                ),
+            )
+        ),
+        ('{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": true, "question": "q"}]}]}]}', "expected an id"),
     ],
 )
 def test_what_is_not_squad_is_refused(tmp_path: Path, content: str, message: str):

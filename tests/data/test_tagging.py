@@ -64,7 +64,14 @@ def test_an_i_that_goes_on_with_nothing_is_an_error_in_iob2_unless_repaired(file
     ("text", "message"),
     [
         ("", "no sentences"),
-        ("a\tO\nb\n", "line 2: expected at least 2 columns"),
+        ("a\tO\nb\n", "line 2: expected 2 columns, as on line 1, found 1"),
+        ("a\nb\n", "line 1: expected at least 2 columns"),
+        ("EU\tB-ORGrejects\tO\nb\tO\n", "line 2: expected 3 columns, as on line 1, found 2"),
+        ("a\tO\r\tO\n", "line 1: a carriage return within the line"),
+        ("a O\rb B-x\r", "lines end in a carriage return alone"),
+        ("\tO\n", "line 1: column 0 is empty"),
+        ("\xa0\n", "line 1: expected at least 2 columns"),
+        ("a\tB-x\0\n", "the tag 'B-x\\x00' is not"),
         ("a\tO\nb\tS-x\n", "line 2: the tag 'S-x' is not of IOB1 or IOB2"),
         ("a\tO\nb\tB-\n", "line 2: the tag 'B-' is not"),
     ],
@@ -75,6 +82,50 @@ def test_bad_columns_are_refused_with_their_line(file, text, message):
         read_conll(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
+
+
+def test_only_space_and_tab_separate_columns(file):
+    (sentence,) = read_conll(file("a.conll", "10\u00a0000  O\n\u3000 B-x\n")).sentences
+    assert (sentence.words, sentence.tags) == (("10\u00a0000", "\u3000"), ("O", "B-x"))
+    assert read_conll(file("b.conll", "New York \tB-loc\t\n")).sentences[0].words == ("New York",)
+
+
+BIOES = "a\tB-x\nb\tI-x\nc\tE-x\nd\tS-x\ne\tO\nf\tS-y\n"
+
+
+def test_bioes_becomes_iob2(file):
+    assert tags(file("a.conll", BIOES), scheme="bioes") == [("B-x", "I-x", "I-x", "B-x", "O", "B-y")]
+    for text, message in (
+        (BIOES.replace("c\tE", "c\tI"), "line 4: no E-x ends the entity before"),
+        (BIOES.replace("b\tI-x", "b\tI-y"), "line 2: no E-x ends"),
+        ("a\tE-x\n", "line 1: E-x continues no entity"),
+        ("a\tO\nb\tB-x\n", "line 2: no E-x ends"),
+        ("a\tL-x\n", "line 1: the tag 'L-x' is not of BIOES"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_conll(file("bad.conll", text), scheme="bioes")
+    repaired = read_conll(file("bad.conll", "a\tB-x\nb\tI-y\nc\tE-y\n"), scheme="bioes", repair=True)
+    assert (repaired.sentences[0].tags, repaired.repaired) == (("B-x", "B-y", "I-y"), 1)
+    with pytest.raises(DataError, match="pass --scheme bioes"):
+        read_conll(file("b.conll", "a\tS-x\n"))
+
+
+def test_comments_by_what_they_begin_with(file):
+    text = "# id 7\tdomain=en\n#\tO\nwins\tB-x\n\n# id 8\tdomain=en\n\n"
+    assert read_conll(file("a.conll", text), comment="# id").sentences[0].words == ("#", "wins")
+    with pytest.raises(DataError, match="line 1: the tag 'domain=en'"):
+        read_conll(file("a.conll", text))
+
+
+def test_a_file_without_the_column_of_the_tags_has_none(file):
+    words = file("test.conll", "a NN\nb DT\n")
+    assert tags(words, columns=3) == [None]
+    assert read_conll(words, columns=3, word_column=-3).sentences[0].words == ("a", "b")
+    assert tags(file("some.conll", "a NN O\n"), columns=3) == [("O",)]
+    bare = file("test.conllu", CONLLU.replace("AUX", "_").replace("PART", "_").replace("VERB", "_"))
+    assert read_conllu(bare, labelled=None).sentences[0].tags is None
+    with pytest.raises(DataError, match="line 3: the word has no UPOS"):
+        read_conllu(bare)
 
 
 CONLLU = """# text = Don't go there.
@@ -88,6 +139,20 @@ CONLLU = """# text = Don't go there.
 """
 
 
+NUMBERS = (
+    (("\n3\t", "\n1\t"), "line 5: the number is 1; the next in the sentence is 3"),
+    (("\n3\t", "\n3.\t"), "line 5: expected a word's number, found '3.'"),
+    (("\n3\t", "\n-3\t"), "line 5: expected a word's number, found '-3'"),
+    (("\n3\t", "\n\u0663\t"), "line 5: expected a word's number"),
+    (("1-2", "2-3"), "line 2: the number is 2-3; the next in the sentence is 1-2"),
+    (("1-2", "1-5"), "line 6: the sentence ends with word 3, within a multiword token"),
+    (("3.1", "3.2"), "line 6: the number is 3.2; the next in the sentence is 3.1"),
+    (("\tgo there\t", "\t\t"), "line 5: field 2 is empty"),
+    (("VERB", "Verb"), "line 5: 'Verb' is not a universal part of speech: ADJ, ADP"),
+    (("# a comment", "4\tx"), "line 8: expected CoNLL-U's 10 fields"),
+)
+
+
 def test_conllu_leaves_out_multiword_tokens_and_empty_nodes(file):
     path = file("x.conllu", CONLLU)
     (sentence,) = read_conllu(path).sentences
@@ -98,6 +163,7 @@ def test_conllu_leaves_out_multiword_tokens_and_empty_nodes(file):
         ("1\tx\tx\tNOUN\n", "line 1: expected CoNLL-U's 10 fields"),
         ("1\tx\tx\t_" + "\t_" * 6, "line 1: the word has no UPOS"),
         ("x" + "\t_" * 9, "line 1: expected a word's number"),
+        *((CONLLU.replace(*change), message) for change, message in NUMBERS),
     ):
         with pytest.raises(DataError, match=message):
             read_conllu(file("bad.conllu", bad))

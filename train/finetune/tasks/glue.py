@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ....data.batches import Features
+from ....data.errors import DataError
 from ....data.tasks.glue import GLUE, has_labels, has_split, read_glue
 from ....data.tasks.tables import TextExample
 from .scores import metric
@@ -55,8 +56,16 @@ def glue_task(name: str, max_length: int) -> GlueTextTask:
 
 
 def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> TaskData:
-    """Read the splits of a task: training and development sets, and the test set if there is one."""
+    """Read the splits of a task: training and development sets, and the test set if there is one.
+
+    Raises:
+        DataError: the data is invalid, with file and line; or `data` is one file, which cannot hold several splits.
+    """
     source = GLUE[task.name]
+    if Path(data).is_file():
+        raise DataError(
+            f"{data}: a file. Expected {source.folder}'s folder, with train.tsv and {source.evaluation[0]}.tsv."
+        )
     train = read_glue(source, data, "train", labelled=True)
     evaluation = {
         split: read_glue(source, data, split, labelled=True).examples

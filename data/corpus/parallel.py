@@ -31,6 +31,7 @@ from .tfds import TFDS_PREFIX, decoded, is_tfds, open_tfds
 LINES_SHOWN = 10
 _JSON = (".jsonl", ".ndjson", ".json")
 _EXAMPLES_AT_ONCE = 1024
+_COLUMN = re.compile("[1-9][0-9]{0,5}")
 # Control characters, and Unicode's line and paragraph separators: none of them means anything within a sentence.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -113,7 +114,7 @@ class ParallelText:
             if not str(path).startswith(TFDS_PREFIX) and not Path(path).expanduser().exists():
                 raise CorpusError(f"{path}: no such file or folder.")
         self.form = self._form()
-        if self.form == "tsv" and self.fields and not all(name.isdigit() and int(name) for name in self.fields):
+        if self.form == "tsv" and self.fields and not all(map(_COLUMN.fullmatch, self.fields)):
             raise CorpusError(f"{self.paths[0]}: columns {' and '.join(self.fields)}: expected two numbers, from 1.")
 
     def _form(self) -> Form:
@@ -197,13 +198,17 @@ class ParallelText:
     def _tsv(self) -> Iterator[tuple[str, str]]:
         path = Path(self.paths[0]).expanduser()
         first, second = (int(name) - 1 for name in self.fields or ("1", "2"))
+        columns = 0
         for number, line in enumerate(read_lines(path, self.encoding), 1):
             cells = line.split("\t")
+            columns = columns or len(cells)
             if len(cells) <= max(first, second):
                 raise CorpusError(
                     f"{path}, line {number}: {len(cells)} columns between tabs; expected at least "
                     f"{max(first, second) + 1}."
                 )
+            if len(cells) != columns:
+                raise CorpusError(f"{path}, line {number}: {len(cells)} columns between tabs; line 1 has {columns}.")
             yield cells[first], cells[second]
 
     def _json(self) -> Iterator[tuple[str, str]]:

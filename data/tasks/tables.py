@@ -153,6 +153,8 @@ def _rows(
                 f"{path}, line {number}: expected {columns} fields ({', '.join(header)}), found {len(record)}: "
                 f"{_shown(record)}"
             )
+        if list(record) == list(header):
+            raise DataError(f"{path}, line {number}: the header again. Are these several files in one?")
         fields: dict[str, Any] = {}
         for name, field in zip(header, record, strict=True):
             fields.setdefault(name, field)  # of the columns without a name, the first: pandas writes one an index

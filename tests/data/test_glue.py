@@ -268,6 +268,7 @@ def test_whole_numbers_are_sorted_by_value_and_names_by_the_alphabet(file):
         ("a.jsonl", "[]\n", "line 1: expected a JSON object, found list"),
         ("a.jsonl", "{\n", "line 1: not JSON"),
         ("a.csv", "text,label\nx,a,more\n", "line 2: expected 2 fields"),
+        ("a.csv", "text,label\nx,a\ntext,label\ny,b\n", "line 3: the header again"),
         ("a.csv", ",text,label\n0,x\n", "line 2: expected 3 fields"),
         ("a.csv", 'text,label\n"",""\n', "line 2: the label is missing"),
         ("a.tsv", "text\tlabel\n\t\n", "line 2: the label is missing"),

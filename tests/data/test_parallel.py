@@ -118,7 +118,10 @@ def test_many_findings_show_the_first_lines(file: Write):
     ("name", "content", "fields", "message"),
     [
         ("a.tsv", "one\teins\ntwo\n", None, "a.tsv, line 2: 1 columns"),
+        ("a.tsv", "one\teins\ntwo\tzwei\tmore\n", None, "a.tsv, line 2: 3 columns between tabs; line 1 has 2"),
+        ("a.tsv", "one\teinstwo\tzwei\nthree\tdrei\n", None, "a.tsv, line 2: 2 columns between tabs; line 1 has 3"),
         ("a.tsv", "one\teins\n", ("en", "de"), "two numbers, from 1"),
+        ("a.tsv", "one\teins\n", ("\u0663", "\u00b2"), "two numbers, from 1"),
         ("a.jsonl", '{"en": "a", "de": "b"}\n{"en": "c"}\n', None, "a.jsonl, line 2: no field 'de'"),
         ("a.jsonl", '{"en": "a"\n', None, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", '{"en": 3, "de": "b"}\n', None, "holds int"),

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .bias import AlibiBias, Bias, DenseBias, RelativeBias, bucket_edges
-from .hash import check_rate, row_seeds
+from .hash import Words, check_rate, key_words, query_words, row_seeds
 
 _DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64"))
 
@@ -30,12 +30,13 @@ class Call:
     query_segment_ids: Array | None
     key_segment_ids: Array | None
     dropout_seeds: Array | None
-    """uint32 [B, 2], one seed per row; None if and only if `dropout_rate` is 0."""
+    """uint32 [B, 2], one seed per row, or [B, L, 2], one per query; None if and only if `dropout_rate` is 0."""
     causal: bool
     window: tuple[int | None, int | None]
     scale: float
     softcap: float | None
     dropout_rate: float
+    dropout_positions: tuple[Array, Array] | None = None
 
     @classmethod
     def of(
@@ -53,6 +54,7 @@ class Call:
         softcap: float | None = None,
         dropout_rate: float = 0.0,
         dropout_seed: ArrayLike | None = None,
+        dropout_positions: tuple[ArrayLike, ArrayLike] | None = None,
     ) -> Call:
         """Check the arguments of `attention`, and fill in the defaults.
 
@@ -92,14 +94,22 @@ class Call:
                 raise argument_error(name, ids, f"int32 [{b}, {length}]")
 
         rate = check_rate("dropout_rate", dropout_rate)
+        shapes = f"[2], [{b}, 2] or [{b}, {q_len}, 2]"
         if dropout_seed is not None:
-            if dropout_seed.shape not in ((2,), (b, 2)) or dropout_seed.dtype != jnp.uint32:
-                raise argument_error("dropout_seed", dropout_seed, f"uint32 [2] or [{b}, 2]")
+            if dropout_seed.shape not in ((2,), (b, 2), (b, q_len, 2)) or dropout_seed.dtype != jnp.uint32:
+                raise argument_error("dropout_seed", dropout_seed, f"uint32 {shapes}")
         elif rate > 0:
-            raise ValueError(f"dropout_seed: expected uint32 [2] or [{b}, 2] for dropout_rate {rate}, found None")
+            raise ValueError(f"dropout_seed: expected uint32 {shapes} for dropout_rate {rate}, found None")
+        positions = None if dropout_positions is None else tuple(jnp.asarray(part) for part in dropout_positions)
+        if positions is not None:
+            if len(positions) != 2:
+                raise ValueError(f"dropout_positions: expected (queries, keys), found {len(positions)} arrays")
+            for part, length in zip(positions, (q_len, k_len), strict=True):
+                if part.shape != (b, length) or part.dtype != jnp.int32:
+                    raise argument_error("dropout_positions", part, f"int32 ([{b}, {q_len}], [{b}, {k_len}])")
         seeds = None
         if dropout_seed is not None and rate > 0:
-            seeds = dropout_seed if dropout_seed.ndim == 2 else row_seeds(dropout_seed, jnp.arange(b))
+            seeds = dropout_seed if dropout_seed.ndim > 1 else row_seeds(dropout_seed, jnp.arange(b))
 
         return cls(
             query=query,
@@ -114,7 +124,17 @@ class Call:
             scale=1 / math.sqrt(size) if scale is None else _check_number("scale", scale),
             softcap=None if softcap is None else _check_number("softcap", softcap, positive=True),
             dropout_rate=rate,
+            dropout_positions=None if seeds is None else positions,
         )
+
+    def dropout_words(self) -> Words | None:
+        """Return the words of dropout's bits, for all heads; None without dropout."""
+        if self.dropout_seeds is None:
+            return None
+        queries, keys = jnp.arange(self.query.shape[1]), jnp.arange(self.key.shape[1])[None]
+        if self.dropout_positions is not None:
+            queries, keys = self.dropout_positions
+        return Words(*query_words(self.dropout_seeds, jnp.arange(self.query.shape[2]), queries), key_words(keys))
 
     @property
     def sides(self) -> tuple[int | None, int | None]:

@@ -30,6 +30,7 @@ def attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: ArrayLike | None = None,
+    dropout_positions: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: Literal[False] = False,
     implementation: str | None = None,
 ) -> Array: ...
@@ -50,6 +51,7 @@ def attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: ArrayLike | None = None,
+    dropout_positions: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: Literal[True],
     implementation: str | None = None,
 ) -> tuple[Array, Array]: ...
@@ -69,6 +71,7 @@ def attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: ArrayLike | None = None,
+    dropout_positions: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -97,9 +100,13 @@ def attention(
       scale: factor of the scores; default 1 / sqrt(D).
       softcap: scores become `softcap * tanh(score / softcap)`.
       dropout_rate: fraction of attention weights to drop, in [0, 1); the others are divided by 1 - rate.
-      dropout_seed: uint32 [2], or [B, 2] with one seed per row. Required if the rate is not 0. The bits are a hash of
-        (seed, row, head, query, key): `attention(seed)` equals `attention(row_seeds(seed, arange(B)))`, and a row with
-        a given seed has the same bits however the batch is partitioned.
+      dropout_seed: uint32 [2], or [B, 2] with one seed per row, or [B, L, 2] with one per query. Required if the rate
+        is not 0. The bits are a hash of (seed, row, head, query, key): `attention(seed)` equals
+        `attention(row_seeds(seed, arange(B)))`, and a row with a given seed has the same bits however the batch is
+        partitioned.
+      dropout_positions: int32 [B, L] and [B, S], what the hash takes as the indices of the queries and of the keys;
+        None for their indices in the row. With each token's position in its example, and the example's own seed for
+        each query, an example has the same bits in whatever row it is packed.
       return_lse: also return log(sum(exp(scores))) of each query over the keys it attends to (before dropout).
       implementation: a name in `BACKENDS`, or None for the fastest that supports the call (and passes its self-check).
 
@@ -124,6 +131,7 @@ def attention(
         softcap=softcap,
         dropout_rate=dropout_rate,
         dropout_seed=dropout_seed,
+        dropout_positions=dropout_positions,
     )
     out, lse = _choose(call, implementation).run(call)
     return (out, lse) if return_lse else out

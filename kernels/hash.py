@@ -1,8 +1,10 @@
 """Dropout bits from a counter hash: identical in every backend, block size and partitioning of the batch.
 
-A bit is a pure function of (row seed, head, query, key) for attention and of (row seed, position, channel) for hidden
-activations. A *row seed* is two 32-bit words that belong to one row of the batch, so a row drops the same elements
-whether it is computed alone, in a micro-batch, on another device or on another host.
+A bit is a pure function of (seed, head, query, key) for attention and of (seed, position, channel) for hidden
+activations. A seed is two 32-bit words. A *row seed* belongs to one row of the batch, so a row drops the same elements
+whether it is computed alone, in a micro-batch, on another device or on another host. Where examples share rows, each
+token can have the seed of its example, with queries, keys and positions counted from the example's first token: then
+an example drops the same elements in whatever row and at whatever place it is.
 
 Most of the work is done per query and per key, so that little is left per element. Each query gets two well-mixed
 words, `a` and `b` (`query_words`, 31 integer operations per query and head), each key a well-mixed word `g`
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,27 +49,46 @@ def fold(a: Array, b: Array, index: Array) -> tuple[Array, Array]:
 
 
 def row_seeds(seed: Array, rows: Array) -> Array:
-    """Derive one seed per row from the seed of the batch and the indices of the rows.
+    """Derive one seed per row, or per example, from the seed of the batch and the numbers of the rows or examples.
 
     Args:
       seed: uint32 [2], for example `jax.random.bits(key, (2,), "uint32")`.
       rows: integers [B], each row's index in the *global* batch, so that a row keeps its seed however the batch is
-        partitioned.
+        partitioned; or of any other shape, such as [B, L], the number of each token's example.
 
     Returns:
-      uint32 [B, 2], which `attention(dropout_seed=...)` and `hash_dropout` take.
+      uint32 [B, 2], or [..., 2], which `attention(dropout_seed=...)` and `hash_dropout` take.
     """
     if seed.shape != (2,) or seed.dtype != jnp.uint32:
         raise ValueError(f"seed: expected uint32 [2], found {seed.dtype} {list(seed.shape)}")
-    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
-        raise ValueError(f"rows: expected integers [B], found {rows.dtype} {list(rows.shape)}")
+    if rows.ndim < 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(f"rows: expected integers [B] or [B, L], found {rows.dtype} {list(rows.shape)}")
     return jnp.stack(fold(seed[0], seed[1], rows.astype(jnp.uint32)), axis=-1)
 
 
+class Words(NamedTuple):
+    """The words from which attention's dropout bits are computed, by `keep`."""
+
+    a: Array
+    """uint32 [B, H, L]"""
+    b: Array
+    """uint32 [B, H, L]"""
+    g: Array
+    """uint32 [1 or B, S]"""
+
+
 def query_words(seeds: Array, heads: Array, queries: Array) -> tuple[Array, Array]:
-    """Return two words per (row, head, query): `seeds` [B, 2], `heads` [H], `queries` [L] -> two uint32 [B, H, L]."""
-    a, b = fold(seeds[:, 0, None], seeds[:, 1, None], heads.astype(jnp.uint32)[None, :])
-    return fold(a[:, :, None], b[:, :, None], queries.astype(jnp.uint32)[None, None, :])
+    """Return two words, uint32 [B, H, L], per (row, head, query).
+
+    Args:
+      seeds: uint32 [B, 2], or [B, L, 2] with one seed per query.
+      heads: integers [H], indices of the heads.
+      queries: integers [L], indices of the queries, or [B, L], their positions within their examples.
+    """
+    first, second = (seeds[..., part].reshape(len(seeds), 1, -1) for part in (0, 1))  # [B, 1, 1 or L]
+    a, b = fold(first, second, heads.astype(jnp.uint32)[None, :, None])
+    queries = queries.astype(jnp.uint32)
+    return fold(a, b, queries[None, None, :] if queries.ndim == 1 else queries[:, None, :])
 
 
 def key_words(keys: Array) -> Array:
@@ -92,17 +114,19 @@ def check_rate(name: str, rate: float) -> float:
     return float(rate)
 
 
-def hash_dropout(x: Array, rate: float, seeds: Array) -> Array:
+def hash_dropout(x: Array, rate: float, seeds: Array, positions: Array | None = None) -> Array:
     """Apply inverted dropout to hidden activations: zero elements with probability `rate`, divide others by `1 - rate`.
 
-    The bits depend only on (row seed, flat index over the middle dimensions, index in the last dimension). The backward
-    pass recomputes them instead of storing them.
+    The bits depend only on (seed, position, flat index over the dimensions between those of the seeds and the last,
+    index in the last dimension). The backward pass recomputes them instead of storing them.
 
     Args:
       x: float [B, ...].
       rate: dropout rate in [0, 1); 0 returns `x` itself.
-      seeds: uint32 [B, 2] (see `row_seeds`). Two calls with the same seeds drop the same elements: use different seeds
-        for each place in a model.
+      seeds: uint32 [B, 2], one per row, or [B, L, 2], one per token of x [B, L, ...] (see `row_seeds`). Two calls with
+        the same seeds drop the same elements: use different seeds for each place in a model.
+      positions: integers [B] or [B, L], like the seeds, that tell apart what has the same seed, such as the tokens of
+        an example; None for 0.
 
     Returns:
       An array like `x`.
@@ -111,30 +135,37 @@ def hash_dropout(x: Array, rate: float, seeds: Array) -> Array:
       ValueError: `rate` or the shapes do not fit.
     """
     rate = check_rate("rate", rate)
-    if seeds.shape != (x.shape[0] if x.ndim else None, 2) or seeds.dtype != jnp.uint32:
+    lead = seeds.shape[:-1]
+    if not 1 <= len(lead) <= 2 or seeds.shape != (*x.shape[: len(lead)], 2) or seeds.dtype != jnp.uint32:
         raise ValueError(
-            f"seeds: expected uint32 [B, 2] for x {list(x.shape)}, found {seeds.dtype} {list(seeds.shape)}"
+            f"seeds: expected uint32 [B, 2] or [B, L, 2] for x {list(x.shape)}, found {seeds.dtype} {list(seeds.shape)}"
         )
-    return x if rate == 0 else _dropout(rate, x, seeds)
+    if positions is not None and (positions.shape != lead or not jnp.issubdtype(positions.dtype, jnp.integer)):
+        raise ValueError(f"positions: expected integers {list(lead)}, found {positions.dtype} {list(positions.shape)}")
+    return x if rate == 0 else _dropout(rate, x, seeds, positions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dropout(rate: float, x: Array, seeds: Array) -> Array:
-    rows, *middle, channels = x.shape if x.ndim > 1 else (*x.shape, 1)
-    positions = jnp.arange(math.prod(middle), dtype=jnp.uint32)
-    a, b = fold(seeds[:, 0, None], seeds[:, 1, None], positions[None, :])
-    shape = (rows, *middle, 1)
-    g = key_words(jnp.arange(channels, dtype=jnp.uint32)).reshape((1,) * (len(shape) - 1) + (channels,))
-    kept = keep(a.reshape(shape), b.reshape(shape), g, rate).reshape(x.shape)
+def _dropout(rate: float, x: Array, seeds: Array, positions: Array | None) -> Array:
+    lead = seeds.ndim - 1
+    shape = (*x.shape, 1) if x.ndim == lead else x.shape
+    *middle, channels = shape[lead:]
+    count = math.prod(middle)
+    index = jnp.arange(count, dtype=jnp.uint32).reshape(*[1] * lead, count)
+    if positions is not None:
+        index = positions.astype(jnp.uint32)[..., None] * np.uint32(count) + index
+    a, b = (word.reshape(*shape[:-1], 1) for word in fold(seeds[..., 0, None], seeds[..., 1, None], index))
+    g = key_words(jnp.arange(channels, dtype=jnp.uint32)).reshape(*[1] * (len(shape) - 1), channels)
+    kept = keep(a, b, g, rate).reshape(x.shape)
     return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
-def _dropout_forward(rate: float, x: Array, seeds: Array) -> tuple[Array, Array]:
-    return _dropout(rate, x, seeds), seeds
+def _dropout_forward(rate: float, x: Array, seeds: Array, positions: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    return _dropout(rate, x, seeds, positions), (seeds, positions)
 
 
-def _dropout_backward(rate: float, seeds: Array, cotangent: Array) -> tuple[Array, None]:
-    return _dropout(rate, cotangent, seeds), None
+def _dropout_backward(rate: float, saved: tuple[Any, ...], cotangent: Array) -> tuple[Array, None, None]:
+    return _dropout(rate, cotangent, *saved), None, None
 
 
 _dropout.defvjp(_dropout_forward, _dropout_backward)

@@ -26,7 +26,7 @@ from jax import Array
 
 from .bias import dense_bias
 from .call import Call
-from .hash import keep, key_words, query_words
+from .hash import keep
 
 BLOCK_SCORES = 1 << 20
 """Maximum number of scores per head that are materialised at a time: 4 MiB in float32, times batch and heads."""
@@ -49,8 +49,9 @@ def run(call: Call) -> tuple[Array, Array]:
     # them.
     key, value = (x if heads == k_heads else jnp.repeat(x, heads // k_heads, axis=2) for x in (call.key, call.value))
     rule = _Rule(call.sides, call.scale, call.softcap, call.dropout_rate)
-    queries = _Queries(call.query, call.query_segment_ids, bias)
-    keys = _Keys(key, value, call.key_segment_ids, call.dropout_seeds)
+    words = call.dropout_words()
+    queries = _Queries(call.query, call.query_segment_ids, bias, None if words is None else (words.a, words.b))
+    keys = _Keys(key, value, call.key_segment_ids, None if words is None else words.g)
     out, lse = _attention(rule, queries, keys)
     return out, jnp.swapaxes(lse, 1, 2)
 
@@ -74,6 +75,8 @@ class _Queries(NamedTuple):
     """[B, L]."""
     bias: Array | None
     """[1 or B, 1 or H, L, S]."""
+    words: tuple[Array, Array] | None
+    """`Words.a` and `Words.b`, [B, H, L]."""
 
 
 class _Keys(NamedTuple):
@@ -85,8 +88,8 @@ class _Keys(NamedTuple):
     """[B, S, H, Dv]."""
     segment_ids: Array | None
     """[B, S]."""
-    dropout_seeds: Array | None
-    """[B, 2]."""
+    words: Array | None
+    """`Words.g`, [1 or B, S]."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,7 +149,9 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
         d_query = _join(d_query, 1, q_len)
         d_bias = None if d_bias is None else _join(d_bias, 2, q_len)
     dtype = queries.query.dtype
-    return _Queries(d_query.astype(dtype), None, d_bias), _Keys(d_key.astype(dtype), d_value.astype(dtype), None, None)
+    return _Queries(d_query.astype(dtype), None, d_bias, None), _Keys(
+        d_key.astype(dtype), d_value.astype(dtype), None, None
+    )
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -162,7 +167,7 @@ def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) ->
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
-    kept = _kept(rule, start, queries, keys)
+    kept = _kept(rule, queries, keys)
     if kept is not None:
         weights = jnp.where(kept, weights, 0)
     out = _product("bhls,bshd->blhd", weights.astype(keys.value.dtype), keys.value)
@@ -179,7 +184,7 @@ def _backward_block(
     dtype = queries.query.dtype
     scores = _scores(rule, queries, keys)
     mask = _mask(rule, start, queries, keys)
-    kept = _kept(rule, start, queries, keys)
+    kept = _kept(rule, queries, keys)
     weights = jnp.exp(scores - lse[..., None])
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
@@ -230,14 +235,12 @@ def _mask(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | 
     return functools.reduce(jnp.logical_and, terms)[:, None] if terms else None
 
 
-def _kept(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> Array | None:
+def _kept(rule: _Rule, queries: _Queries, keys: _Keys) -> Array | None:
     """Return which weights dropout keeps: bool [B, H, L, S]; None without dropout."""
-    if keys.dropout_seeds is None:
+    if queries.words is None or keys.words is None:
         return None
-    q_len, heads = queries.query.shape[1:3]
-    a, b = query_words(keys.dropout_seeds, jnp.arange(heads), start + jnp.arange(q_len, dtype=jnp.int32))
-    g = key_words(jnp.arange(keys.key.shape[1]))
-    return keep(a[..., None], b[..., None], g[None, None, None, :], rule.dropout_rate)
+    a, b = queries.words
+    return keep(a[..., None], b[..., None], keys.words[:, None, None, :], rule.dropout_rate)
 
 
 def _accumulator(x: Array) -> jnp.dtype:
@@ -272,9 +275,10 @@ def _join(x: Array, axis: int, length: int) -> Array:
 
 
 def _split_queries(queries: _Queries, blocks: int, size: int) -> _Queries:
-    query, ids, bias = queries
+    query, ids, bias, words = queries
     return _Queries(
         _split(query, 1, blocks, size),
         None if ids is None else _split(ids, 1, blocks, size),
         None if bias is None else _split(bias, 2, blocks, size),
+        None if words is None else (_split(words[0], 2, blocks, size), _split(words[1], 2, blocks, size)),
     )

@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 
 from ..bias import DenseBias, toeplitz_row
 from ..call import Call
-from ..hash import query_words
 from ..split import Split, misfit, split_of, undeclared
 from ..tuning import tuned
 from . import short as hopper_short
@@ -116,8 +115,7 @@ def supports(call: Call) -> str | None:
 
 def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
     """See `Backend`. `tuning` overrides the tuning table and, where it has no row, `blocks_for`."""
-    queries, heads = call.query.shape[1:3]
-    keys, value_size = call.value.shape[1], call.value.shape[3]
+    queries, keys, value_size = call.query.shape[1], call.value.shape[1], call.value.shape[3]
     options = _options(call)
     bias: dict[str, Array] = {}
     if isinstance(call.bias, DenseBias):
@@ -127,9 +125,9 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
     fixed: dict[str, Array] = {}
     if call.query_segment_ids is not None and call.key_segment_ids is not None:
         fixed = {"query_segments": call.query_segment_ids, "key_segments": call.key_segment_ids}
-    if call.dropout_seeds is not None:
-        a, b = query_words(call.dropout_seeds, jnp.arange(heads), jnp.arange(queries))
-        fixed |= {"a": a, "b": b}
+    words = call.dropout_words()
+    if words is not None:
+        fixed |= words._asdict()
     split = split_of(call)
     # The copy engine needs rows of a multiple of 16 bytes, `wgmma` steps of 16 elements; zeros leave products
     # unchanged.
@@ -289,6 +287,7 @@ _AXES = {
     "delta": "bh.",
     "a": "bh.",
     "b": "bh.",
+    "g": "b.",
     "query_segments": "b.",
     "key_segments": "b.",
     "row": "h.",
@@ -306,12 +305,11 @@ def _everywhere(
     split = plan.split
     if split is None:
         return compute(plan, dict(arrays))
-    shared = arrays["dense"].shape[:2] if "dense" in arrays else (0, 0)
 
     def spec(name: str) -> P:
         axes = {"b": split.batch, "h": split.heads, ".": ()}
-        if name == "dense":
-            axes |= {letter: () for letter, size in zip("bh", shared, strict=True) if size == 1}
+        if name in ("dense", "g"):  # may be the same for all rows, or heads
+            axes |= {letter: () for letter, size in zip(_AXES[name], arrays[name].shape, strict=True) if size == 1}
         return P(*(axes[letter] or None for letter in _AXES[name]))
 
     specs = {name: spec(name) for name in arrays}

@@ -49,7 +49,7 @@ def query_gradient(
     batch, queries, heads, size = query.shape
     keys, key_heads, value_size = value.shape[1:]
     rows, columns, stages, group = blocks.rows, blocks.columns, blocks.stages, heads // key_heads
-    vectors = Vectors(options, extra, keys, rows, columns)
+    vectors = Vectors(options, extra, rows, columns)
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     ids = extra.get("query_segments"), extra.get("key_segments")
     items = work(options.area(queries, keys), rows, columns, *ids, axis=1)
@@ -153,7 +153,7 @@ def key_gradient(
     keys, key_heads, value_size = value.shape[1:]
     rows, columns, stages, group = blocks.rows, blocks.columns, blocks.stages, heads // key_heads
     sizes = {"k": size, "v": value_size}
-    vectors = Vectors(options, extra, keys, columns, rows)
+    vectors = Vectors(options, extra, columns, rows)
     biases = BiasTiles(options, extra, blocks, queries, axis=1)
     ids = extra.get("query_segments"), extra.get("key_segments")
     items = work(options.area(queries, keys), columns, rows, *ids, axis=2)

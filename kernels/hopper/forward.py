@@ -55,7 +55,8 @@ def forward(
       key: [B, S, K, D], likewise.
       value: [B, S, K, Dv], likewise, with Dv a multiple of 16.
       extra: the arrays that the options need: "row" [H, L+S-1] or "dense" [1 or B, 1 or H, L, S], float32, in units of
-        log2; "query_segments" [B, L] and "key_segments" [B, S]; "a" and "b" [B, H, L], the hash words of the queries.
+        log2; "query_segments" [B, L] and "key_segments" [B, S]; "a" and "b" [B, H, L] and "g"
+        [1 or B, S], the words of dropout (`hash.Words`).
       out_dtype: dtype of the output; that of the query unless given.
     """
     out_dtype = out_dtype or query.dtype
@@ -72,7 +73,7 @@ def forward(
     inputs: dict[str, Array] = dict(zip(("query", "key", "value"), in_tiles(query, key, value), strict=True))
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
-    vectors = Vectors(options, extra, keys, rows, columns)
+    vectors = Vectors(options, extra, rows, columns)
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     inputs |= vectors.arrays | biases.arrays
     names = list(inputs)

@@ -11,7 +11,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
 
-from ..hash import key_words
 from .tile import WARPGROUP_ROWS, Blocks, Options, Side, ceil_to, matrix, toeplitz_tile
 from .work import KEY_PADDING, QUERY_PADDING, pad_ids, pad_row, pad_words
 
@@ -19,9 +18,7 @@ from .work import KEY_PADDING, QUERY_PADDING, pad_ids, pad_row, pad_words
 class Vectors:
     """Vectors per query and per key: their arrays, their shared memory, and their copies into it."""
 
-    def __init__(
-        self, options: Options, extra: Mapping[str, Array], keys: int, query_block: int, key_block: int
-    ) -> None:
+    def __init__(self, options: Options, extra: Mapping[str, Array], query_block: int, key_block: int) -> None:
         self.options = options
         self.arrays: dict[str, Array] = {}
         self.queries: dict[str, Any] = {}
@@ -39,7 +36,7 @@ class Vectors:
             self.keys["key_segments"] = jnp.int32
         if options.dropout_rate:
             self.arrays |= {name: pad_words(extra[name], query_block) for name in ("a", "b")}
-            self.arrays["g"] = key_words(jnp.arange(ceil_to(keys, key_block), dtype=jnp.uint32))
+            self.arrays["g"] = pad_words(extra["g"], key_block)
             self.queries |= {"a": jnp.uint32, "b": jnp.uint32}
             self.keys["g"] = jnp.uint32
 
@@ -54,7 +51,7 @@ class Vectors:
 
     def copy_keys(self, refs: Any, scratch: Any, slot: Any, b: Any, place: Any, barrier: Any) -> None:
         for name in self.keys:
-            source = refs[name].at[b] if name == "key_segments" else refs[name]
+            source = refs[name].at[b if self.arrays[name].shape[0] > 1 else 0]
             plgpu.copy_gmem_to_smem(source.at[place], scratch[name].at[slot], barrier)
 
 

@@ -131,7 +131,7 @@ def forward(
     inputs: dict[str, Array] = dict(zip(("query", "key", "value"), in_tiles(query, key, value), strict=True))
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
-    vectors = Vectors(options, extra, keys, rows, columns)
+    vectors = Vectors(options, extra, rows, columns)
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     inputs |= vectors.arrays | biases.arrays
     names = list(inputs)
@@ -295,7 +295,7 @@ def backward(
     blocks = backward_blocks(keys, stages)
     w, rows, group = blocks.warpgroups, blocks.rows, heads // key_heads
     tile_shape = WARPGROUP_ROWS, WARPGROUP_ROWS
-    vectors = Vectors(options, extra, keys, rows, rows)
+    vectors = Vectors(options, extra, rows, rows)
     ids = extra.get("query_segments"), extra.get("key_segments")
     items = work(options.area(queries, keys), WARPGROUP_ROWS, WARPGROUP_ROWS, *ids, axis=2)
     inputs = dict(zip(("q", "k", "v", "do"), in_tiles(query, key, value, gradient), strict=True)) | vectors.arrays

@@ -116,8 +116,8 @@ def pad_ids(ids: Array, multiple: int, padding: int) -> Array:
 
 
 def pad_words(words: Array, multiple: int) -> Array:
-    """Pad vectors of the queries [B, H, L] to a multiple of `multiple`."""
-    return jnp.pad(words, ((0, 0), (0, 0), (0, -words.shape[2] % multiple)))
+    """Pad vectors of queries [B, H, L] or of keys [B, S] with zeros to a multiple of `multiple`."""
+    return jnp.pad(words, (*[(0, 0)] * (words.ndim - 1), (0, -words.shape[-1] % multiple)))
 
 
 def pad_row(row: Array, rows: int, columns: int) -> Array:

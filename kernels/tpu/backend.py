@@ -27,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 from ..bias import DenseBias, toeplitz_row
 from ..blocks import Area
 from ..call import Call
-from ..hash import fold
 from ..split import Split, misfit, split_of, undeclared
 from ..tuning import tuned
 from . import long as tpu_long
@@ -147,8 +146,7 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
         blocks = tuned(call, Blocks)
     mode = _mode.get() or _Mode(False)
     bias = None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
-    length, heads = call.query.shape[1:3]
-    key_length = call.key.shape[1]
+    length, key_length = call.query.shape[1], call.key.shape[1]
     plan = _Plan(
         meaning=Meaning(
             area=Area(length, key_length, *call.sides),
@@ -162,12 +160,8 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
         interpret=mode.interpret,
         split=split_of(call),
     )
-    words = None
-    if call.dropout_seeds is not None:
-        # Computed here for all heads of all rows, so that a device that holds some of the heads gets their words.
-        seeds = call.dropout_seeds
-        words = fold(seeds[:, 0, None], seeds[:, 1, None], jnp.arange(heads, dtype=jnp.uint32)[None, :])
-        words = jnp.stack(words, axis=-1)
+    # Computed here for all heads of all rows, so that a device that holds some of the heads gets their words.
+    words = call.dropout_words()
     dtype = jnp.float32 if call.query.dtype == jnp.float16 else call.query.dtype
     dense = call.bias.value if isinstance(call.bias, DenseBias) else None
     if dense is not None and dense.dtype not in (jnp.float32, jnp.bfloat16):
@@ -178,7 +172,7 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
         value=call.value.astype(dtype),
         query_ids=call.query_segment_ids,
         key_ids=call.key_segment_ids,
-        words=words,
+        **{} if words is None else words._asdict(),
         row=None
         if call.bias is None or isinstance(call.bias, DenseBias)
         else toeplitz_row(call.bias, length, key_length),
@@ -224,7 +218,6 @@ def _attention_backward(plan: _Plan, saved: Any, gradients: tuple[Array, Array])
             value=value,
             query_ids=None,
             key_ids=None,
-            words=None,
             row=None if row is None else jnp.sum(row, axis=0),
             # Computed separately, so that it is eliminated as dead code where the gradient is not used.
             dense=None if operands.dense is None else _split(plan, "dense", operands, cotangents),
@@ -274,6 +267,8 @@ def _split(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents | 
         rows, heads = split.batch, split.heads
         if name == "dense":
             rows, heads = (() if one else axes for one, axes in zip(shared, (rows, heads), strict=True))
+        elif name == "g" and array.shape[0] == 1:
+            rows = ()
         return P(*({"b": rows, "h": heads}.get(letter) or None for letter in _AXES[name]))
 
     def local(operands: Operands, cotangents: Cotangents | None) -> Any:
@@ -314,7 +309,9 @@ _AXES = {
     "value": "b.h.",
     "query_ids": "b.",
     "key_ids": "b.",
-    "words": "bh.",
+    "a": "bh.",
+    "b": "bh.",
+    "g": "b.",
     "row": "h.",
     "rows": "bh.",
     "dense": "bh..",

@@ -20,6 +20,7 @@ from .tile import (
     ceil_to,
     dense_index,
     pad_row,
+    row_index,
     to_lanes,
 )
 
@@ -97,9 +98,6 @@ class Frame:
         first, stop = self.bounds(ref, b, block)
         return jnp.clip(c, lax.div(first, self.tiles), lax.div(jnp.maximum(stop - 1, 0), self.tiles))
 
-    def words(self, ref: Any, b: Any, h: Any) -> tuple[Any, Any]:
-        return tuple(self.scalars.read(ref, "words", b, 2 * h + part).astype(jnp.uint32) for part in (0, 1))
-
     def walk(self, ref: Any, b: Any, block: Any, c: Any, tile: Callable[[Any, Any, bool], None]) -> None:
         """Call `tile(token, offset, masked)` for every needed tile of chunk c.
 
@@ -158,8 +156,6 @@ def make_frame(operands: Operands, meaning: Meaning, tiling: Tiling, *, by_keys:
             parts |= {f"{side}_{part}": value for part, value in ranges._asdict().items()}
     first, stop = blocks.bounds(meaning.area, tiling.queries, tiling.keys, *ids)[int(by_keys)]
     parts |= {"first": jnp.broadcast_to(first, (b, first.shape[1])), "stop": jnp.broadcast_to(stop, (b, stop.shape[1]))}
-    if meaning.rate:
-        parts["words"] = lax.bitcast_convert_type(operands.words, jnp.int32).reshape(b, -1)
     return Frame(meaning, tiling, Scalars(**parts), heads, by_keys)
 
 
@@ -173,6 +169,9 @@ class Inputs(NamedTuple):
     key_ids: Any
     row: Any
     dense: Any
+    a: Any
+    b: Any
+    g: Any
     out: Any = None
     lse: Any = None
     delta: Any = None
@@ -188,6 +187,7 @@ def inputs_by_queries(
     v_size = operands.value.shape[3]
     q_padded, k_padded = ceil_to(area.queries, tiling.queries), ceil_to(area.keys, tiling.chunk)
     row = None if operands.row is None else pad_row(operands.row, area.queries, area.keys, q_padded, k_padded)
+    of_row = row_index(operands.g)
 
     def held(lanes: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, tiling.queries, lanes), lambda b, h, i, c, s: (b, h, i, 0))
@@ -208,6 +208,9 @@ def inputs_by_queries(
         key_ids=to_lanes(operands.key_ids, tiling.chunk),
         row=row,
         dense=operands.dense,
+        a=to_lanes(operands.a, tiling.queries),
+        b=to_lanes(operands.b, tiling.queries),
+        g=to_lanes(operands.g, tiling.chunk),
     )
     specs = Inputs(
         query=held(size),
@@ -222,6 +225,9 @@ def inputs_by_queries(
             (None, None, tiling.queries, tiling.chunk),
             lambda b, h, i, c, s: (*dense_index(operands.dense.shape)(b, h), i, frame.chunk(s, b, i, c)),
         ),
+        a=held_row(),
+        b=held_row(),
+        g=pl.BlockSpec((None, 1, tiling.chunk), lambda b, h, i, c, s: (of_row(b), 0, frame.chunk(s, b, i, c))),
     )
     if cotangents is not None:
         arrays = arrays._replace(
@@ -248,6 +254,7 @@ def inputs_by_keys(operands: Operands, cotangents: Cotangents, frame: Frame) -> 
     row = operands.row
     if row is not None:  # Keys run along dimension 0 here, so the row is reversed.
         row = pad_row(row[:, ::-1], area.keys, area.queries, k_padded, q_padded)
+    of_row = row_index(operands.g)
 
     def held(lanes: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, tiling.keys, lanes), lambda b, k, j, g, c, s: (b, k, j, 0))
@@ -271,6 +278,9 @@ def inputs_by_keys(operands: Operands, cotangents: Cotangents, frame: Frame) -> 
         key_ids=to_lanes(operands.key_ids, tiling.keys),
         row=row,
         dense=operands.dense,
+        a=to_lanes(operands.a, tiling.chunk),
+        b=to_lanes(operands.b, tiling.chunk),
+        g=to_lanes(operands.g, tiling.keys),
         out=cotangents.out,
         lse=to_lanes(cotangents.lse, tiling.chunk, jnp.inf),
         delta=to_lanes(cotangents.delta, tiling.chunk),
@@ -292,6 +302,9 @@ def inputs_by_keys(operands: Operands, cotangents: Cotangents, frame: Frame) -> 
                 j,
             ),
         ),
+        a=streamed_row(),
+        b=streamed_row(),
+        g=pl.BlockSpec((None, 1, tiling.keys), lambda b, k, j, g, c, s: (of_row(b), 0, j)),
         out=streamed(v_size),
         lse=streamed_row(),
         delta=streamed_row(),

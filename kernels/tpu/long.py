@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..hash import keep
 from .frame import Inputs, Tiling, inputs_by_keys, inputs_by_queries, make_frame
 from .tile import (
     LANES,
@@ -32,8 +33,8 @@ from .tile import (
     ceil_to,
     column,
     dot,
-    kept,
-    query_hash,
+    query_words,
+    row_index,
     row_part,
     rows_within,
     score_gradient,
@@ -53,7 +54,7 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
     b, heads = operands.query.shape[:2]
 
     def kernel(s: Any, x: Inputs, out: Any, lse: Any, sums: Any, top: Any, total: Any) -> None:
-        b, h, i, c = (pl.program_id(axis) for axis in range(4))
+        b, _, i, c = (pl.program_id(axis) for axis in range(4))
         query_start = i * tiling.queries
 
         @pl.when(c == 0)
@@ -64,9 +65,7 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
 
         query = x.query[...]
         query_ids = column(x.query_ids[...]) if meaning.segmented else None
-        words = (
-            query_hash(frame.words(s, b, h), query_start, tiling.queries, Axis.QUERIES_DOWN) if meaning.rate else None
-        )
+        words = query_words(x, meaning)
 
         def tile(key_start: Any, offset: Any, masked: bool) -> None:
             place = pl.ds(offset, tiling.keys)
@@ -85,7 +84,7 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
             top[...] = jnp.broadcast_to(top_new, top.shape)
             total[...] = jnp.broadcast_to(total_new, total.shape)
             if words is not None:
-                weights = jnp.where(kept(meaning, words, key_start, tiling.keys, Axis.QUERIES_DOWN), weights, 0.0)
+                weights = jnp.where(keep(*words, x.g[:, place], meaning.rate), weights, 0.0)
             sums[...] = sums[...] * ratio + dot(weights.astype(value.dtype), value, (1, 0))
 
         frame.walk(s, b, i, c, tile)
@@ -150,7 +149,7 @@ def query_gradient(
 
     def kernel(s: Any, x: Inputs, gradient: Any, *rest: Any) -> None:
         *row_gradient, sums = rest
-        b, h, i, c = (pl.program_id(axis) for axis in range(4))
+        b, _, i, c = (pl.program_id(axis) for axis in range(4))
         query_start = i * tiling.queries
 
         @pl.when(c == 0)
@@ -169,9 +168,7 @@ def query_gradient(
         lse, delta = column(x.lse[...]), column(x.delta[...])
         lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
         query_ids = column(x.query_ids[...]) if meaning.segmented else None
-        words = (
-            query_hash(frame.words(s, b, h), query_start, tiling.queries, Axis.QUERIES_DOWN) if meaning.rate else None
-        )
+        words = query_words(x, meaning)
 
         def tile(key_start: Any, offset: Any, masked: bool) -> None:
             place = pl.ds(offset, tiling.keys)
@@ -186,7 +183,7 @@ def query_gradient(
                     key, value = rows_within(key, key_start, area.keys), rows_within(value, key_start, area.keys)
             bias = _bias_by_queries(meaning, tiling, x, query_start, key_start, offset)
             values, bent = scores(meaning, dot(query, key, (1, 1)), bias, mask)
-            bits = None if words is None else kept(meaning, words, key_start, tiling.keys, Axis.QUERIES_DOWN)
+            bits = None if words is None else keep(*words, x.g[:, place], meaning.rate)
             _, change = score_gradient(meaning, jnp.exp(values - lse), dot(out, value, (1, 1)), delta, bent, bits, mask)
             if row_gradient:
                 start = row_part(query_start, key_start, tiling.queries, q_padded)
@@ -244,8 +241,8 @@ def key_value_gradients(
     k_padded = ceil_to(area.keys, tiling.keys)
 
     def kernel(s: Any, x: Inputs, key_gradient: Any, value_gradient: Any, key_sums: Any, value_sums: Any) -> None:
-        b, k, j, g, c = (pl.program_id(axis) for axis in range(5))
-        h, key_start = k * group + g, j * tiling.keys
+        b, _, j, g, c = (pl.program_id(axis) for axis in range(5))
+        key_start = j * tiling.keys
 
         @pl.when((c == 0) & (g == 0))
         def _() -> None:
@@ -256,6 +253,7 @@ def key_value_gradients(
         if area.keys % tiling.keys:
             key, value = rows_within(key, key_start, area.keys), rows_within(value, key_start, area.keys)
         key_ids = column(x.key_ids[...]) if meaning.segmented else None
+        key_words = column(x.g[...]) if meaning.rate else None
 
         def tile(query_start: Any, offset: Any, masked: bool) -> None:
             place = pl.ds(offset, tiling.queries)
@@ -280,10 +278,7 @@ def key_value_gradients(
             elif meaning.bias == "dense":
                 bias = jnp.transpose(x.dense[place].astype(jnp.float32))
             values, bent = scores(meaning, dot(key, query, (1, 1)), bias, mask)
-            bits = None
-            if meaning.rate:
-                words = query_hash(frame.words(s, b, h), query_start, tiling.queries, Axis.KEYS_DOWN)
-                bits = kept(meaning, words, key_start, tiling.keys, Axis.KEYS_DOWN)
+            bits = None if key_words is None else keep(x.a[:, place], x.b[:, place], key_words, meaning.rate)
             weights, change = score_gradient(
                 meaning, jnp.exp(values - lse), dot(value, out, (1, 1)), delta, bent, bits, mask
             )
@@ -338,6 +333,7 @@ def dense_gradient(
     rows, shown = operands.dense.shape[:2]
     heads_summed = heads // shown
     summed = (b // rows) * heads_summed
+    of_row = row_index(operands.g)
 
     def which(y: Any, z: Any, r: Any) -> tuple[Any, Any]:
         """Return the row and head that step r adds to the bias of row y, head z."""
@@ -366,6 +362,9 @@ def dense_gradient(
         key_ids=pl.BlockSpec((None, 1, tiling.keys), lambda y, z, i, j, r, s: (which(y, z, r)[0], 0, j)),
         row=None,
         dense=pl.BlockSpec((None, None, tiling.queries, tiling.keys), lambda y, z, i, j, r, s: (y, z, i, j)),
+        a=by_query_row(),
+        b=by_query_row(),
+        g=pl.BlockSpec((None, 1, tiling.keys), lambda y, z, i, j, r, s: (of_row(which(y, z, r)[0]), 0, j)),
         out=by_query(v_size),
         lse=by_query_row(),
         delta=by_query_row(),
@@ -374,7 +373,7 @@ def dense_gradient(
 
     def kernel(s: Any, x: Inputs, gradient: Any, sums: Any) -> None:
         y, z, i, j, r = (pl.program_id(axis) for axis in range(5))
-        b, h = which(y, z, r)
+        b, _ = which(y, z, r)
         query_start, key_start = i * tiling.queries, j * tiling.keys
 
         @pl.when(r == 0)
@@ -399,10 +398,8 @@ def dense_gradient(
             lse, delta = column(x.lse[...]), column(x.delta[...])
             lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
             values, bent = scores(meaning, dot(query, key, (1, 1)), x.dense[...].astype(jnp.float32), mask)
-            bits = None
-            if meaning.rate:
-                words = query_hash(frame.words(s, b, h), query_start, tiling.queries, Axis.QUERIES_DOWN)
-                bits = kept(meaning, words, key_start, tiling.keys, Axis.QUERIES_DOWN)
+            words = query_words(x, meaning)
+            bits = None if words is None else keep(*words, x.g[...], meaning.rate)
             _, change = score_gradient(meaning, jnp.exp(values - lse), dot(out, value, (1, 1)), delta, bent, bits, mask)
             sums[...] += change
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..hash import keep
 from .tile import (
     LANES,
     Axis,
@@ -29,9 +30,8 @@ from .tile import (
     column,
     dense_index,
     dot,
-    kept,
     pad_row,
-    query_hash,
+    row_index,
     rows_within,
     score_gradient,
     scores,
@@ -57,6 +57,9 @@ class _Inputs(NamedTuple):
     key_ids: Any
     row: Any
     dense: Any
+    a: Any
+    b: Any
+    g: Any
     out: Any = None
     lse: Any = None
     delta: Any = None
@@ -86,8 +89,8 @@ def _head(ref: Any, head: int, size: int) -> Any:
 
 def _prepare(
     operands: Operands, cotangents: Cotangents | None, meaning: Meaning, key_heads: int
-) -> tuple[_Inputs, _Inputs, Array | None, tuple[int, int]]:
-    """Return arrays, block specs, the dropout words as scalars, and the grid (B, steps of `key_heads` heads)."""
+) -> tuple[_Inputs, _Inputs, tuple[int, int]]:
+    """Return arrays, block specs, and the grid (B, steps of `key_heads` heads)."""
     b, length, heads, size = operands.query.shape
     key_length = operands.key.shape[1]
     shown = key_heads * (heads // operands.key.shape[2])
@@ -103,16 +106,16 @@ def _prepare(
         return x.reshape(*x.shape[:2], -1)
 
     def block(tokens: int, lanes: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, tokens, lanes), lambda b, n, *_: (b, 0, n))
+        return pl.BlockSpec((None, tokens, lanes), lambda b, n: (b, 0, n))
 
     def rows() -> pl.BlockSpec:
-        return pl.BlockSpec((None, shown, 1, queries), lambda b, n, *_: (b, n, 0, 0))
+        return pl.BlockSpec((None, shown, 1, queries), lambda b, n: (b, n, 0, 0))
 
     dense = None
     if operands.dense is not None:
         which = dense_index(operands.dense.shape)
         dense = pl.BlockSpec(
-            (None, shown if operands.dense.shape[1] > 1 else 1, queries, keys), lambda b, n, *_: (*which(b, n), 0, 0)
+            (None, shown if operands.dense.shape[1] > 1 else 1, queries, keys), lambda b, n: (*which(b, n), 0, 0)
         )
     arrays = _Inputs(
         query=flat(operands.query),
@@ -122,15 +125,22 @@ def _prepare(
         key_ids=to_lanes(operands.key_ids, keys),
         row=row,
         dense=operands.dense,
+        a=to_lanes(operands.a, queries),
+        b=to_lanes(operands.b, queries),
+        g=to_lanes(operands.g, keys),
     )
+    of_row = row_index(operands.g)
     specs = _Inputs(
         query=block(queries, shown * size),
         key=block(keys, key_heads * size),
         value=block(keys, key_heads * v_size),
-        query_ids=pl.BlockSpec((None, 1, queries), lambda b, n, *_: (b, 0, 0)),
-        key_ids=pl.BlockSpec((None, 1, keys), lambda b, n, *_: (b, 0, 0)),
-        row=pl.BlockSpec((shown, 1, queries + keys), lambda b, n, *_: (n, 0, 0)),
+        query_ids=pl.BlockSpec((None, 1, queries), lambda b, n: (b, 0, 0)),
+        key_ids=pl.BlockSpec((None, 1, keys), lambda b, n: (b, 0, 0)),
+        row=pl.BlockSpec((shown, 1, queries + keys), lambda b, n: (n, 0, 0)),
         dense=dense,
+        a=rows(),
+        b=rows(),
+        g=pl.BlockSpec((None, 1, keys), lambda b, n: (of_row(b), 0, 0)),
     )
     if cotangents is not None:
         arrays = arrays._replace(
@@ -140,26 +150,19 @@ def _prepare(
         )
         specs = specs._replace(out=block(queries, shown * v_size), lse=rows(), delta=rows())
     specs = _Inputs(*(spec if array is not None else None for array, spec in zip(arrays, specs, strict=True)))
-    words = lax.bitcast_convert_type(operands.words, jnp.int32).reshape(-1) if meaning.rate else jnp.zeros(1, jnp.int32)
-    return arrays, specs, words, (b, operands.key.shape[2] // key_heads)
-
-
-def _words(ref: Any, b: Any, n: Any, head: int, shown: int, heads: int) -> tuple[Any, Any]:
-    place = 2 * (b * heads + n * shown + head)
-    return ref[place].astype(jnp.uint32), ref[place + 1].astype(jnp.uint32)
+    return arrays, specs, (b, operands.key.shape[2] // key_heads)
 
 
 def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any) -> tuple[Array, Array]:
     """Compute the output [B, L, H, Dv] in the query's dtype, and lse [B, H, L], with `key_heads` key heads per step."""
-    arrays, specs, words, grid = _prepare(operands, None, meaning, key_heads)
+    arrays, specs, grid = _prepare(operands, None, meaning, key_heads)
     b, length, heads, size = operands.query.shape
     group, v_size = heads // operands.key.shape[2], operands.value.shape[3]
     shown = key_heads * group
     queries, keys = ceil_to(length, LANES), ceil_to(operands.key.shape[1], LANES)
     area = meaning.area
 
-    def kernel(s: Any, x: _Inputs, out: Any, lse: Any) -> None:
-        b, n = pl.program_id(0), pl.program_id(1)
+    def kernel(x: _Inputs, out: Any, lse: Any) -> None:
         query_ids, key_ids = (column(x.query_ids[...]), x.key_ids[...]) if meaning.segmented else (None, None)
         mask = allowed(meaning, 0, queries, 0, keys, query_ids, key_ids, Axis.QUERIES_DOWN)
         for head in range(shown):
@@ -175,8 +178,8 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
             nothing = jnp.full((queries, 1), -jnp.inf), jnp.zeros((queries, 1))
             weights, top, total, _ = softmax_step(values, *nothing)
             if meaning.rate:
-                bits = query_hash(_words(s, b, n, head, shown, heads), 0, queries, Axis.QUERIES_DOWN)
-                weights = jnp.where(kept(meaning, bits, 0, keys, Axis.QUERIES_DOWN), weights, 0.0)
+                bits = keep(column(x.a[head]), column(x.b[head]), x.g[...], meaning.rate)
+                weights = jnp.where(bits, weights, 0.0)
             factor, end = softmax_end(top, total)
             products = dot(weights.astype(value.dtype), value, (1, 0))
             _head(out, head, v_size)[...] = (products * (factor * (1 / (1 - meaning.rate)))).astype(out.dtype)
@@ -184,15 +187,12 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
 
     out, lse = pl.pallas_call(
         kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=grid,
-            in_specs=[specs],
-            out_specs=[
-                pl.BlockSpec((None, queries, shown * v_size), lambda b, n, s: (b, 0, n)),
-                pl.BlockSpec((None, shown, 1, queries), lambda b, n, s: (b, n, 0, 0)),
-            ],
-        ),
+        grid=grid,
+        in_specs=[specs],
+        out_specs=[
+            pl.BlockSpec((None, queries, shown * v_size), lambda b, n: (b, 0, n)),
+            pl.BlockSpec((None, shown, 1, queries), lambda b, n: (b, n, 0, 0)),
+        ],
         out_shape=[
             jax.ShapeDtypeStruct((b, length, heads * v_size), operands.query.dtype),
             jax.ShapeDtypeStruct((b, heads, 1, length), jnp.float32),
@@ -200,7 +200,7 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="attention_short_forward",
-    )(words, arrays)
+    )(arrays)
     return out.reshape(b, length, heads, v_size), lse[:, :, 0]
 
 
@@ -211,7 +211,7 @@ def backward(
 
     The fourth result is the gradient of the Toeplitz row of each (row, head), float32 [B, H, L+S-1], or None.
     """
-    arrays, specs, words, grid = _prepare(operands, cotangents, meaning, key_heads)
+    arrays, specs, grid = _prepare(operands, cotangents, meaning, key_heads)
     b, length, heads, size = operands.query.shape
     key_length, all_key_heads, v_size = operands.value.shape[1:]
     group = heads // all_key_heads
@@ -219,12 +219,10 @@ def backward(
     queries, keys = ceil_to(length, LANES), ceil_to(key_length, LANES)
     area = meaning.area
 
-    def kernel(
-        s: Any, x: _Inputs, query_gradient: Any, key_gradient: Any, value_gradient: Any, *row_gradient: Any
-    ) -> None:
-        b, n = pl.program_id(0), pl.program_id(1)
+    def kernel(x: _Inputs, query_gradient: Any, key_gradient: Any, value_gradient: Any, *row_gradient: Any) -> None:
         query_ids, key_ids = (x.query_ids[...], column(x.key_ids[...])) if meaning.segmented else (None, None)
         mask = allowed(meaning, 0, queries, 0, keys, query_ids, key_ids, Axis.KEYS_DOWN)
+        key_words = column(x.g[...]) if meaning.rate else None
         for key_head in range(key_heads):
             key, value = _head(x.key, key_head, size)[...], _head(x.value, key_head, v_size)[...]
             if area.keys % keys:
@@ -242,10 +240,7 @@ def backward(
                 elif meaning.bias == "dense":
                     bias = jnp.transpose(x.dense[head if x.dense.shape[0] > 1 else 0].astype(jnp.float32))
                 values, bent = scores(meaning, dot(key, query, (1, 1)), bias, mask)
-                bits = None
-                if meaning.rate:
-                    bits = query_hash(_words(s, b, n, head, shown, heads), 0, queries, Axis.KEYS_DOWN)
-                    bits = kept(meaning, bits, 0, keys, Axis.KEYS_DOWN)
+                bits = None if key_words is None else keep(x.a[head], x.b[head], key_words, meaning.rate)
                 weights, change = score_gradient(
                     meaning, jnp.exp(values - lse), dot(value, out, (1, 1)), x.delta[head], bent, bits, mask
                 )
@@ -265,16 +260,18 @@ def backward(
     out_specs = [specs.query, specs.key, specs.value]
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
     if meaning.bias == "row":
-        out_specs.append(pl.BlockSpec((None, shown, 1, queries + keys), lambda b, n, s: (b, n, 0, 0)))
+        out_specs.append(pl.BlockSpec((None, shown, 1, queries + keys), lambda b, n: (b, n, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((b, heads, 1, queries + keys), jnp.float32))
     query, key, value, *row_gradient = pl.pallas_call(
         kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=[specs], out_specs=out_specs),
+        grid=grid,
+        in_specs=[specs],
+        out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="attention_short_backward",
-    )(words, arrays)
+    )(arrays)
     wholes = operands.query, operands.key, operands.value
     gradients = tuple(x.reshape(whole.shape) for x, whole in zip((query, key, value), wholes, strict=True))
     if not row_gradient:

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..blocks import Area
-from ..hash import fold, keep, key_words
 
 LANES = 128
 SUBLANES = 8
@@ -37,12 +36,16 @@ class Operands(NamedTuple):
     """int32 [B, L]"""
     key_ids: Any
     """int32 [B, S]"""
-    words: Any
-    """uint32 [B, H, 2]: dropout words of each (row, head)"""
     row: Any
     """float32 [H, L+S-1]: the Toeplitz row of each head"""
     dense: Any
     """[1 or B, 1 or H, L, S]"""
+    a: Any = None
+    """uint32 [B, H, L]: `a` of dropout's `Words`"""
+    b: Any = None
+    """uint32 [B, H, L]"""
+    g: Any = None
+    """uint32 [1 or B, S]"""
 
 
 class Cotangents(NamedTuple):
@@ -110,16 +113,9 @@ def rows_within(x: Array, start: Any, length: int) -> Array:
     return jnp.where(places(start, x.shape[0], 0) < length, x, jnp.zeros((), x.dtype))
 
 
-def query_hash(words: tuple[Any, Any], start: Any, size: int, axis: Axis) -> tuple[Array, Array]:
-    """Return dropout's two words of each query, from those of its (row, head), oriented as the queries are."""
-    a, b = fold(words[0], words[1], places(start, size, 1).astype(jnp.uint32))
-    return (column(a), column(b)) if axis is Axis.QUERIES_DOWN else (a, b)
-
-
-def kept(meaning: Meaning, query_words: tuple[Array, Array], key: Any, size: int, axis: Axis) -> Array:
-    """Return which weights of the tile dropout keeps, for the keys from `key` on."""
-    g = key_words(places(key, size, 1))
-    return keep(*query_words, g if axis is Axis.QUERIES_DOWN else column(g), meaning.rate)
+def query_words(x: Any, meaning: Meaning) -> tuple[Array, Array] | None:
+    """Return dropout's words of the queries as columns, from a kernel's inputs; None without dropout."""
+    return (column(x.a[...]), column(x.b[...])) if meaning.rate else None
 
 
 def allowed(
@@ -291,3 +287,8 @@ def to_lanes(x: Array | None, block: int, value: Any = 0) -> Array | None:
 def dense_index(shape: tuple[int, ...]) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Return a function from (row b, head or block of heads h) to the row and head of a dense bias of this shape."""
     return lambda b, h: (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0)
+
+
+def row_index(x: Array | None) -> Callable[[Any], Any]:
+    """Return a function from row b to the row of an array [1 or B, ...]."""
+    return lambda b: b if x is not None and x.shape[0] > 1 else 0

@@ -114,6 +114,26 @@ def test_the_split_of_the_batch_does_not_matter():
     np.testing.assert_array_equal(whole.reshape(6, 20, 7), dropout(x.reshape(6, 20, 7), np.arange(6)))
 
 
+def test_an_example_drops_the_same_wherever_it_is_packed():
+    """Each token has its example's seed and its position in it: then neither row nor place matters."""
+    x = np.random.default_rng(0).normal(size=(2, 7, 3, 5)).astype(np.float32)
+    seed, five, two = jnp.asarray(SEED), x[0, :5], x[1, :2]
+    alone = np.zeros((6, 5, 3, 5), np.float32)
+    alone[4], alone[5, :2] = five, two
+    expected = np.asarray(hash_dropout(jnp.asarray(alone), 0.5, row_seeds(seed, jnp.arange(6))))
+    packed = jnp.concatenate([two, five])[None]
+    examples, positions = jnp.array([[5, 5, 4, 4, 4, 4, 4]]), jnp.array([[0, 1, 0, 1, 2, 3, 4]])
+    dropped = np.asarray(hash_dropout(packed, 0.5, row_seeds(seed, examples), positions))[0]
+    np.testing.assert_array_equal(dropped[:2], expected[5, :2])
+    np.testing.assert_array_equal(dropped[2:], expected[4])
+    # A vector of an example is its token at the given position.
+    vectors = jnp.asarray(np.stack([five[0], two[1]])[:, 0])
+    dropped = hash_dropout(vectors, 0.5, row_seeds(seed, jnp.array([4, 5])), jnp.array([0, 1]))
+    rows = row_seeds(seed, jnp.arange(6))
+    one = np.asarray(hash_dropout(jnp.asarray(alone[:, :, 0]), 0.5, rows))
+    np.testing.assert_array_equal(dropped, [one[4, 0], one[5, 1]])
+
+
 @pytest.mark.parametrize("shape", [(4, 6, 16), (4, 16), (4,)])
 def test_the_gradient_drops_the_same(shape):
     x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
@@ -152,11 +172,13 @@ def test_rates_that_are_none(rate):
 
 
 def test_seeds_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"seeds: expected uint32 \[B, 2\] for x \[3, 4\], found uint32 \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"seeds: expected .* or \[B, L, 2\] for x \[3, 4\], found uint32 \[2, 2\]"):
         hash_dropout(jnp.ones((3, 4)), 0.1, jnp.zeros((2, 2), jnp.uint32))
     with pytest.raises(ValueError, match=r"seeds: expected uint32 .* found int32 \[3, 2\]"):
         hash_dropout(jnp.ones((3, 4)), 0.1, jnp.zeros((3, 2), jnp.int32))
     with pytest.raises(ValueError, match=r"seed: expected uint32 \[2\], found uint32 \[3\]"):
         row_seeds(jnp.zeros(3, jnp.uint32), jnp.arange(2))
-    with pytest.raises(ValueError, match=r"rows: expected integers \[B\], found float32 \[2\]"):
+    with pytest.raises(ValueError, match=r"rows: expected integers \[B\] or \[B, L\], found float32 \[2\]"):
         row_seeds(jnp.zeros(2, jnp.uint32), jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"positions: expected integers \[3\], found int32 \[3, 4\]"):
+        hash_dropout(jnp.ones((3, 4)), 0.1, jnp.zeros((3, 2), jnp.uint32), jnp.zeros((3, 4), jnp.int32))

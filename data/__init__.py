@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .tokenizers.loading import load_tokenizer as load_tokenizer
     from .tokenizers.sentence_piece import train_unigram as train_unigram
     from .tokenizers.tokenizer import Tokenizer as Tokenizer
+    from .tokenizers.training import train_tokenizer as train_tokenizer
     from .tokenizers.wordpiece import train_wordpiece as train_wordpiece
 
 _HOME = {
@@ -49,6 +50,7 @@ _HOME = {
     "Tokenizer": "tokenizers.tokenizer",
     "load_tokenizer": "tokenizers.loading",
     "train_byte_bpe": "tokenizers.byte_bpe",
+    "train_tokenizer": "tokenizers.training",
     "train_unigram": "tokenizers.sentence_piece",
     "train_wordpiece": "tokenizers.wordpiece",
 }

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .progress import counted
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -56,13 +58,14 @@ class Statistics:
 
     def __str__(self) -> str:
         share = self.random_examples / max(1, self.examples)
-        split = f"{self.split_sentences:,} sentences split over rows; " if self.split_sentences else ""
+        split = f"{counted(self.split_sentences, 'sentence')} split over rows; " if self.split_sentences else ""
         random = f"{share:.1%} with a random second segment; " if self.random_examples else ""
         return (
-            f"{self.documents:,} documents, {self.source_tokens:,} tokens: {self.examples:,} examples in {self.rows:,} "
-            f"rows of {self.sequence_length}, {self.packing_efficiency:.1%} full; {random}{split}"
-            f"{self.truncated_tokens:,} tokens ({self.truncated_fraction:.2%}) truncated, "
-            f"{self.dropped_examples} examples dropped"
+            f"{counted(self.documents, 'document')}, {counted(self.source_tokens, 'token')}: "
+            f"{counted(self.examples, 'example')} in {counted(self.rows, 'row')} of {self.sequence_length}, "
+            f"{self.packing_efficiency:.1%} full; {random}{split}"
+            f"{counted(self.truncated_tokens, 'token')} ({self.truncated_fraction:.2%}) truncated, "
+            f"{counted(self.dropped_examples, 'example')} dropped"
         )
 
 

@@ -1,10 +1,15 @@
-"""Progress reports of long tasks."""
+"""Progress reports of long tasks, and numbers of things in words."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+def counted(number: int, what: str) -> str:
+    """Return `1 document`, `2,000 documents`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ FAMILY = Family(
     config=BertConfig,
     title="BERT",
     paper="Devlin et al. 2018",
-    tokenizer="WordPiece",
+    tokenizers=("wordpiece",),
     architectures=architectures(
         PARTS, FORMS, [Architecture("BertForPreTraining", "pretraining", BertForPreTraining, _pretraining_table)]
     ),

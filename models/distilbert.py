@@ -181,7 +181,7 @@ FAMILY = Family(
     config=DistilBertConfig,
     title="DistilBERT",
     paper="Sanh et al. 2019",
-    tokenizer="WordPiece",
+    tokenizers=("wordpiece",),
     architectures=architectures(PARTS, FORMS),
     objectives=("mlm",),
 )

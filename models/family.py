@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from ..data.tokenizers.kinds import Kind
 from .checkpoints.config import ConfigError, Extra, read_fields, read_labels, write_fields, write_labels
 from .checkpoints.tables import Table
 from .layers.activations import ACTIVATIONS
@@ -226,8 +227,8 @@ class Family:
     title: str
     """name to display"""
     paper: str
-    tokenizer: str
-    """tokenizer type of the released checkpoints"""
+    tokenizers: tuple[Kind, ...]
+    """kinds of tokenizers of the released checkpoints; pretraining trains the first"""
     architectures: tuple[Architecture, ...]
     """in the order to try for a checkpoint that names none of them; `bestiary models` counts the first"""
     objectives: tuple[str, ...] = ()

@@ -135,7 +135,7 @@ def lora_targets(model: nn.Module, patterns: Sequence[str]) -> list[Target]:
     family, _ = family_of_model(model)
     maps = [target for target in linear_maps(model) if family.is_encoder_parameter((*target.path, "kernel"))]
     if not patterns:
-        raise LoraError("LoRA: no targets were named." + _listed(maps))
+        raise LoraError("LoRA: no targets." + _listed(maps))
     chosen: dict[tuple[str, ...], np.ndarray] = {}
     for pattern in patterns:
         found = False

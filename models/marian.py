@@ -131,5 +131,5 @@ FAMILY = make_family(
     Marian,
     title="Marian",
     paper="Junczys-Dowmunt et al. 2018",
-    tokenizer="SentencePiece",
+    tokenizers=("unigram", "bpe"),
 )

@@ -108,7 +108,7 @@ class Embeddings(nn.Module):
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, length), jnp.int32)
         elif c.token_types < 2:
-            raise ValueError("this model has one sentence kind: it takes no token_type_ids")
+            raise ValueError("this model has only one token type: it takes no token_type_ids")
         positions = self.position(position_ids + c.first_position)
         hidden = self.word(input_ids) + self.token_type(token_type_ids) + positions
         return self.drop(self.norm(hidden), rows, deterministic=deterministic)
@@ -138,7 +138,7 @@ FAMILY = Family(
     config=RobertaConfig,
     title="RoBERTa",
     paper="Liu et al. 2019",
-    tokenizer="byte-level BPE",
+    tokenizers=("byte-bpe",),
     architectures=architectures(PARTS, FORMS),
     objectives=("mlm",),
     rows="full-sentences",

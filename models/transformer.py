@@ -570,12 +570,17 @@ def _cross_segments(
     return query_segments, key_segments
 
 
-def make_family(config: type[TransformerConfig], name: str, build: type[Transformer], **words: str) -> Family:
+def make_family(config: type[TransformerConfig], name: str, build: type[Transformer], **words: Any) -> Family:
     """Return the family of this network under another name: one kind of model."""
     kind = Architecture(name, "translation", build, encoder_decoder_table)
-    return Family(config=config, architectures=(kind,), one_kind=True, **words)  # type: ignore[arg-type]
+    return Family(config=config, architectures=(kind,), one_kind=True, **words)
 
 
 FAMILY = make_family(
-    TransformerConfig, "Transformer", Transformer, title="Transformer", paper="Vaswani et al. 2017", tokenizer="BPE"
+    TransformerConfig,
+    "Transformer",
+    Transformer,
+    title="Transformer",
+    paper="Vaswani et al. 2017",
+    tokenizers=("unigram", "bpe", "word-bpe"),
 )

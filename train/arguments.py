@@ -1,6 +1,7 @@
 """Inspect a command line before it is parsed: which flags it gives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 from .errors import RunError
 
@@ -26,6 +27,12 @@ def flags(arguments: Sequence[str]) -> dict[str, str]:
             name, equals, value = argument.removeprefix("--").partition("=")
             found[name.replace("-", "_")] = value if equals else following
     return found
+
+
+def did_you_mean(asked: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'bert-base'?`, or nothing if no known name is similar."""
+    near = get_close_matches(asked, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def refuse_renamed(arguments: Sequence[str]) -> None:

@@ -1,14 +1,13 @@
 """The command line. A command's module is imported only when the command is called."""
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from .arguments import refuse_renamed
+from .arguments import did_you_mean, refuse_renamed
 from .cpu import prepare_cpu
 
 
@@ -22,6 +21,8 @@ class Command(NamedTuple):
     what: str
     runs_in: str | None = None
     """None: the config's module."""
+    first: str | None = None
+    """values that its first argument may have, if it has subcommands too, as `module:name`"""
 
 
 COMMANDS: dict[tuple[str, ...], Command] = {
@@ -43,7 +44,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ),
     ("tokenizer", "train"): Command(".commands.tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
     ("finetune",): Command(
-        ".finetune.commands.glue:GlueConfig", "fine-tune on a GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, ..."
+        ".finetune.commands.glue:GlueConfig",
+        "fine-tune on a GLUE task: cola, mrpc, mnli, ...",
+        first="..data.tasks.glue:FINETUNED",
     ),
     ("finetune", "glue"): Command(
         ".finetune.commands.glue_suite:GlueSuiteConfig", "fine-tune on several GLUE tasks and write one table"
@@ -125,15 +128,32 @@ def main(argv: list[str] | None = None) -> int:
     longest_first = sorted(COMMANDS.items(), key=lambda command: -len(command[0]))
     for words, command in longest_first:
         if tuple(arguments[: len(words)]) == words:
-            return _guarded(words, command, arguments[len(words) :])
+            rest = arguments[len(words) :]
+            return _unknown_subcommand(words, command, rest) or _guarded(words, command, rest)
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))
     parts = [" ".join(words) for words in COMMANDS if words[:-1] == (asked,)]
     if parts:
         print(f"bestiary: {asked!r} needs a subcommand: {', '.join(parts)}; see --help of these.", file=sys.stderr)
         return 2
-    near = get_close_matches(asked, [" ".join(words) for words in COMMANDS], n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
+    meant = did_you_mean(asked, [" ".join(words) for words in COMMANDS])
     print(f"bestiary: there is no command {asked!r}.{meant}\n\n{usage()}", end="", file=sys.stderr)
+    return 2
+
+
+def _unknown_subcommand(words: tuple[str, ...], command: Command, rest: list[str]) -> int:
+    """Refuse a mistyped subcommand of a command that can also be called by itself; return 2, or 0 if it is none."""
+    subcommands = [other[-1] for other in COMMANDS if other[:-1] == words]
+    if not subcommands or not rest or rest[0].startswith("-"):
+        return 0
+    if command.first is not None:
+        module, _, name = command.first.partition(":")
+        values = getattr(import_module(module, __package__), name)
+        if rest[0] in values:
+            return 0
+        subcommands = [*values, *subcommands]
+    name = " ".join(words)
+    meant = did_you_mean(rest[0], subcommands) or f" Expected one of {', '.join(subcommands)}."
+    print(f"bestiary {name}: there is no {rest[0]!r}.{meant}", file=sys.stderr)
     return 2
 
 

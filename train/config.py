@@ -5,6 +5,8 @@ from typing import Literal
 
 from .errors import check_setting
 
+Attention = Literal["hopper", "tpu", "cudnn", "xla"]
+"""Names of attention backends, those of `kernels.BACKENDS`; here, since that module imports JAX."""
 Decay = Literal["linear", "cosine", "constant", "inverse_sqrt"]
 
 
@@ -19,11 +21,11 @@ class OptimConfig:
     warmup: float = 0.01
     """Length of the linear warmup: a fraction of the steps if below 1, else a number of steps."""
     decay: Decay = "linear"
-    """Learning-rate schedule after the warmup, down to zero at the last step; constant stays at the peak, inverse_sqrt
-    falls with the square root of the step (Vaswani et al. 2017, 5.3)."""
+    """Learning-rate schedule after the warmup: linear or cosine to zero at the last step, constant at the peak, or
+    inverse_sqrt, proportional to the inverse square root of the step (Vaswani et al. 2017, 5.3)."""
     cooldown: float = 0.0
-    """Length of a final linear decay to zero, on top of the schedule: a fraction of the steps after the warmup if below
-    1, else a number of steps; 0 for none."""
+    """Length of a final linear decay to zero, by which the schedule is multiplied: a fraction of the steps after the
+    warmup if below 1, else a number of steps; 0 for none."""
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
     beta1: float = 0.9
@@ -73,11 +75,11 @@ class ParallelConfig:
     mesh: str = "data=-1"
     """Number of devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes the remaining ones."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, if several processes run. Detected on TPU pods and under SLURM."""
+    """Address of process 0, HOST:PORT, if there are several processes. On TPU pods and under SLURM it is detected."""
     processes: int | None = None
-    """Number of processes."""
+    """Number of processes, with --coordinator."""
     process: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, from 0, with --coordinator."""
 
 
 # Settings of every run that change neither its numbers nor what it exports: they may change when it is resumed.

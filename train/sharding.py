@@ -93,7 +93,8 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != devices:
         raise RunError(
             f"--mesh {text} needs {' x '.join(str(size) for size in sizes.values())} devices, but {devices} "
-            f"{'was' if devices == 1 else 'were'} found. Their product must be {devices}; -1 for one axis makes it so."
+            f"{'was' if devices == 1 else 'were'} found. The sizes must multiply "
+            f"to {devices}; -1 for one axis takes what remains."
         )
     return sizes
 

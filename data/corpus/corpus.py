@@ -147,7 +147,7 @@ class Corpus:
                     counts.empty_documents += 1
         if not counts.documents:
             named = ", ".join(str(path) for path in self.paths)
-            raise CorpusError(f"{named}: the corpus is empty: no document with text in it. Name files that hold text.")
+            raise CorpusError(f"{named}: the corpus is empty: none of its documents contains text.")
 
     # --- finding ------------------------------------------------------------------------------------------------------
 

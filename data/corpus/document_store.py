@@ -193,10 +193,7 @@ def build_documents(
 
     def finish(counts: DocumentCounts) -> tuple[DocumentCounts, dict[str, Any]]:
         if not counts.tokens:
-            raise CorpusError(
-                f"{', '.join(map(str, corpus.paths))}: an empty corpus, its text gives not one token. Name files with "
-                "text."
-            )
+            raise CorpusError(f"{', '.join(map(str, corpus.paths))}: the corpus is empty: its text has no tokens.")
         made_from = {
             "corpus": [str(path) for path in corpus.paths],
             "corpus_fingerprint": corpus_key,

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorpusError
-from ..progress import ProgressCallback
-from ..store import Store, token_dtype
+from ..progress import ProgressCallback, counted
+from ..store import HEADER, Store, token_dtype
 from ..store_build import Builder, Chunk, Encoded, open_or_build
 from ..tokenizers.pairs import PairTokenizer
 from .parallel import Pair
@@ -102,6 +102,16 @@ class PairStore(Store):
         return [source for source, _ in records], [target for _, target in records]
 
 
+def outdated_pairs(root: Path) -> list[Path]:
+    """Return the stores of an earlier version in `root`, which are no longer read.
+
+    Empty if `root` already has a store of this version, so that they are named only once.
+    """
+    if any(root.glob(f"*/{HEADER}")):
+        return []
+    return sorted(path.parent for path in root.glob("*/pairs.json"))
+
+
 def build_pairs(
     text: Callable[[], Iterable[Pair]],
     tokenizer: PairTokenizer,
@@ -136,7 +146,7 @@ def build_pairs(
 
     def finish(counts: PairCounts) -> tuple[PairCounts, dict[str, Any]]:
         if not counts.pairs:
-            raise CorpusError("A parallel text without a single pair. Name files that hold text.")
+            raise CorpusError("The parallel text contains no pair of sentences.")
         made_from = {
             "text_fingerprint": fingerprint,
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -204,7 +214,8 @@ def describe_pairs(store: PairStore, name: str) -> list[str]:
     """Describe a text that was read."""
     counts: Any = store.counts
     return [
-        f"{name}: {counts.pairs:,} pairs, {counts.source_tokens:,} source and {counts.target_tokens:,} target tokens, "
-        f"{counts.unknown_tokens:,} of them unknown; the longest {counts.longest_source} and {counts.longest_target}",
+        f"{name}: {counted(counts.pairs, 'pair')}, {counts.source_tokens:,} source and "
+        f"{counts.target_tokens:,} target tokens, {counts.unknown_tokens:,} of them unknown; the longest "
+        f"{counts.longest_source} and {counts.longest_target}",
         *(f"{name}: {note}" for note in store.notes),
     ]

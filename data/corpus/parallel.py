@@ -121,7 +121,7 @@ class ParallelText:
         if len(self.paths) == 2:
             for path in self.paths:
                 if str(path).startswith(TFDS_PREFIX) or Path(path).expanduser().is_dir():
-                    raise CorpusError(f"{path}: a data set holds both sides, so give it alone. Expected a file.")
+                    raise CorpusError(f"{path}: a data set contains both sides. Expected two files, or one data set.")
             return "lines"
         path = Path(self.paths[0]).expanduser()
         if str(self.paths[0]).startswith(TFDS_PREFIX):

@@ -99,7 +99,7 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
     ):
         super().__init__()
         if copies is not None and copies < 1:
-            raise DataError(f"{copies} copies of the corpus: expected at least 1, or none for dynamic masking.")
+            raise DataError(f"{copies} copies of the corpus; expected at least 1, or none for dynamic masking.")
         if seed < 0:
             raise DataError(f"A seed of {seed}: expected 0 or more.")
         self.store, self.tokenizer, self.split, self.sequence_length = store, tokenizer, split, sequence_length

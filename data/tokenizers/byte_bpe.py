@@ -45,6 +45,8 @@ class ByteBpeTokenizer(Tokenizer):
     words of texts that are already split (`encode_words`) always get one.
     """
 
+    kind = "byte-bpe"
+
     def _continues(self, piece: str) -> bool:
         return not piece.startswith(_SPACES)
 

@@ -207,21 +207,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         found = ("bert",)
     cls = folder.cls or _class_of_vocabulary(folder, found)
     if cls not in found:
-        raise DataError(f"{path}: the file of another tokenizer than its class, {cls}.")
+        raise DataError(f"{path}: not a file of its tokenizer class, {cls}.")
     return _guarded(lambda: _BUILD[cls](folder), path)
 
 
 def _read_folder(path: Path) -> _Folder:
-    def beside(name: str) -> dict[str, Any]:
+    def read(name: str) -> dict[str, Any]:
         file = path.parent / name
         return _read_object(file) if file.is_file() else {}
 
     return _Folder(
         path,
-        beside("tokenizer_config.json"),
-        beside("special_tokens_map.json"),
-        beside("added_tokens.json"),
-        beside("config.json"),
+        read("tokenizer_config.json"),
+        read("special_tokens_map.json"),
+        read("added_tokens.json"),
+        read("config.json"),
         _read_object(path) if path.suffix == ".json" and path.name != "vocab.json" else None,
     )
 
@@ -289,7 +289,7 @@ def _bytes(folder: _Folder) -> tuple[tokenizers.Tokenizer, bool]:
     else:
         file = folder.where.with_name("merges.txt")
         if not file.is_file():
-            raise DataError(f"{file}: not there. The vocabulary {folder.where} needs its merges.")
+            raise DataError(f"{file}: missing. The vocabulary {folder.where} needs its merges.")
         vocabulary, merges = _guarded(lambda: models.BPE.read_file(str(folder.where), str(file)), file)
     try:
         return byte_bpe_backend(vocabulary, merges, add_prefix_space=spaced), spaced
@@ -342,7 +342,7 @@ def _pieces(folder: _Folder) -> tuple[Pieces, bytes, SentencePieceModel | None]:
     if folder.whole is None:
         model = parse_model(folder.where.read_bytes(), str(folder.where))
         if not model.unigram:
-            raise DataError(f"{folder.where}: BPE pieces; its class {folder.cls} expects unigram ones.")
+            raise DataError(f"{folder.where}: a BPE model; its class, {folder.cls}, expects a unigram model.")
         return model.pieces, model.characters, model
     try:
         pieces = [(str(piece), float(score)) for piece, score in folder.whole["model"]["vocab"]]
@@ -413,7 +413,7 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
         return ByteBpeTokenizer(backend, template, _contents(special), settings=settings, where=where)
     if kind == "Unigram" and folder.whole["model"].get("unk_id") is None:
-        raise DataError(f"{where}: a Unigram tokenizer without unk_id, the piece for what it cannot spell.")
+        raise DataError(f"{where}: a Unigram tokenizer without unk_id, the id of the unknown token.")
     if kind == "Unigram" or (kind == "BPE" and SPACE in json.dumps(folder.whole["decoder"], ensure_ascii=False)):
         special = folder.special_tokens({})
         _add_tokens(backend, folder, special)

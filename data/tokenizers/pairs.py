@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,7 +34,6 @@ from ..errors import DataError
 from ..packing import ranges
 from .segmentation import banked, merge, mixed, segmentations, walk
 
-Kind = Literal["unigram", "bpe", "word-bpe"]
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPACE = "▁"
 WORD_END = "</w>"

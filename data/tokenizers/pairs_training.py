@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from ..errors import DataError
-from .pairs import BOS, EOS, PAD, UNK, WORD_END, Kind, PairTokenizer, SentencePieceSide, Side, TextForm, WordBpeSide
+from .kinds import PairKind
+from .pairs import BOS, EOS, PAD, UNK, WORD_END, PairTokenizer, SentencePieceSide, Side, TextForm, WordBpeSide
 
 
 def train_subwords(
-    kind: Kind,
+    kind: PairKind,
     source: Callable[[], Iterable[str]],
     target: Callable[[], Iterable[str]],
     *,

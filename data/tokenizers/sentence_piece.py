@@ -85,6 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
     ):
         super().__init__(backend, template, special_tokens, settings=settings, where=where)
         self._model = model
+        self.kind = "unigram" if isinstance(backend.model, models.Unigram) else "bpe"
 
     def _continues(self, piece: str) -> bool:
         return not piece.startswith(SPACE)

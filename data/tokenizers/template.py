@@ -75,7 +75,7 @@ def token_ids(backend: tokenizers.Tokenizer, tokens: Sequence[str], where: str) 
     found = {token: backend.token_to_id(token) for token in tokens}
     missing = ", ".join(token for token, number in found.items() if number is None)
     if missing:
-        raise DataError(f"{where}: the vocabulary has no {missing}, which stands around every text.")
+        raise DataError(f"{where}: the vocabulary has no {missing}, a special token of every input.")
     return [number for number in (found[token] for token in tokens) if number is not None]
 
 
@@ -127,7 +127,7 @@ def read_template(stated: Any, backend: tokenizers.Tokenizer, where: str) -> Tem
     for token, number in named.items():
         if backend.token_to_id(token) != number:
             has = backend.token_to_id(token)
-            raise DataError(f"{where}: it gives {token!r} the id {number}; in the vocabulary it has {has}.")
+            raise DataError(f"{where}: the id of {token!r} is {number} there, but {has} in the vocabulary.")
     return template
 
 
@@ -176,10 +176,10 @@ def _parse_pieces(stated: Mapping[str, Any]) -> tuple[Template, dict[str, int]]:
     (before, after), single_types = parts(stated["single"], "A")
     (pair_before, between, pair_after), pair_types = parts(stated["pair"], "AB")
     if (before, after) != (pair_before, pair_after):
-        raise ValueError("other tokens around a pair than around a text")
+        raise ValueError("different tokens around a pair and around a single text")
     *between_types, second = pair_types[1]
     if any(chain(*single_types, pair_types[0], between_types)) or set(pair_types[2]) - {second}:
-        raise ValueError("token types that are not 0 up to the second text, and one and the same from there on")
+        raise ValueError("token types other than 0 up to the second text and one value from there on")
     return Template(tuple(before), tuple(between), tuple(after), second), named
 
 

@@ -27,13 +27,14 @@ from tokenizers import models
 from ..corpus.corpus import Document
 from ..errors import DataError
 from ..progress import Reporter
+from .kinds import Kind
 from .template import Template
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _NEEDED_FOR = {
     "bos": "what begins a generated text",
     "eos": "what ends a generated text",
-    "unk": "what stands for characters and words that it does not know",
+    "unk": "what replaces text outside the vocabulary",
     "sep": "what ends each text of a pair",
     "cls": "what classification reads a whole text from",
     "mask": "what hides a token in masked language modelling",
@@ -60,6 +61,7 @@ class Tokenizer:
         where: name for error messages.
 
     Attributes:
+        kind: kind of the tokenizer.
         special_ids: ids by role, for roles with a token in the vocabulary.
         pad_id: id of the padding token. No token ever attends to it, so that it is 0 if there is no padding token.
         vocab_size: number of tokens, V.
@@ -67,6 +69,8 @@ class Tokenizer:
     Raises:
         DataError: ids are not consecutive from 0.
     """
+
+    kind: Kind
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class Tokenizer:
         highest = max(vocabulary.values(), default=-1)
         if highest != self.vocab_size - 1:
             raise DataError(
-                f"{where}: {self.vocab_size} pieces, but the highest id is {highest}. Ids must run from 0 without gaps."
+                f"{where}: {self.vocab_size} tokens, but the highest id is {highest}. Ids must be consecutive from 0."
             )
 
     # Special tokens
@@ -314,8 +318,8 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
     """
     if tokenizer.vocab_size > rows:
         raise DataError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size:,} pieces, and the model's embedding table {rows:,} "
-            "rows. Take the tokenizer that the model was trained with."
+            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's embedding table has "
+            f"{rows:,} rows. Use the tokenizer that the model was trained with."
         )
 
 

@@ -44,6 +44,8 @@ class WordPieceTokenizer(Tokenizer):
         DataError: the vocabulary lacks a special token.
     """
 
+    kind = "wordpiece"
+
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -111,7 +113,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
         pieces = path.read_bytes().decode("utf-8").rstrip("\r\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not a vocabulary: not UTF-8 at byte {error.start}. Expected one piece a line."
+            f"{path}: not a vocabulary: not UTF-8 at byte {error.start}. Expected one token per line."
         ) from None
     vocabulary: dict[str, int] = {}
     for number, piece in enumerate(pieces):

@@ -19,6 +19,29 @@ class ConfigError(ValueError):
     """Raised for a config.json that this version does not support; the message lists every problem."""
 
 
+def require_folder(folder: Path) -> None:
+    """Raise FileNotFoundError if there is no such checkpoint folder."""
+    if folder.is_dir():
+        return
+    size = "" if len(folder.parts) > 1 else " Only `bestiary pretrain` takes the name of a size."
+    raise FileNotFoundError(
+        f"{folder}: no such folder. Expected a checkpoint folder (config.json, model.safetensors, tokenizer files): "
+        f"model/ in a run's folder, or a released checkpoint, already downloaded.{size}"
+    )
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raise FileNotFoundError if there is no such folder, it has no config.json, or it is a run's folder."""
+    require_folder(folder)
+    model = folder / "model"
+    if (model / "config.json").is_file() and not any(folder.glob("model*.safetensors*")):
+        raise FileNotFoundError(f"{folder}: the folder of a run; expected that of its model, {model}.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no config.json. A checkpoint folder holds config.json, model.safetensors and tokenizer files."
+        )
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; raise ConfigError if it is not JSON."""
     try:

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from ..family import Architecture, Family, FamilyConfig
 from ..registry import FAMILIES, families, family_named, family_of_model, init_params
-from .config import read_object
+from .config import read_object, require_checkpoint
 from .tables import CheckpointError, Params, Placed, Table, flatten, merge, shortened
 
 log = logging.getLogger("bestiary.models")
@@ -128,9 +128,8 @@ def load_with_report(
     folder = Path(folder)
     stored = read_config(folder)
     family = family_of_folder(stored, folder)
-    if head is not None and head not in family.heads:
-        known = ", ".join(family.heads)
-        raise CheckpointError(f"{folder}: a checkpoint of {family.name}; head: expected one of {known}, found {head!r}")
+    if head is not None:
+        check_head(family, head, folder)
     config: Any = family.config.from_json(stored)
     if num_labels is not None and num_labels != config.num_labels:
         changes = {"num_labels": num_labels, "label_names": None, **changes}
@@ -222,12 +221,8 @@ def save(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a checkpoint folder."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; a checkpoint folder holds config.json and {SINGLE}")
-    return read_object(path)
+    require_checkpoint(folder)
+    return read_object(folder / "config.json")
 
 
 def family_of_folder(stored: Mapping[str, Any], folder: Path) -> Family:
@@ -242,6 +237,13 @@ def family_of_folder(stored: Mapping[str, Any], folder: Path) -> Family:
     if name not in FAMILIES:
         raise CheckpointError(f"{folder}: {name} is not a family of this version; known: {', '.join(FAMILIES)}")
     return family_named(name)
+
+
+def check_head(family: Family, head: str, folder: Path) -> None:
+    """Raise CheckpointError if the family of a checkpoint folder has no such head."""
+    if head not in family.heads:
+        known = ", ".join(family.heads)
+        raise CheckpointError(f"{folder}: a checkpoint of {family.name}; head: expected one of {known}, found {head!r}")
 
 
 def _architectures(stored: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,9 @@ def run(folder: Path, report: Report) -> None:
     architecture = family_of_model(loaded.model)[1]
     report.model = architecture.name
     if architecture.head not in ADAPTERS:
-        raise CheckpointError(f"{folder}: parity of {architecture.head} is not known; known: {', '.join(ADAPTERS)}")
+        raise CheckpointError(
+            f"{folder}: no parity of the head {architecture.head}; expected one of {', '.join(ADAPTERS)}"
+        )
     adapter = ADAPTERS[architecture.head]
     inputs: Inputs = {
         name.removeprefix("input."): jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
@@ -96,7 +98,7 @@ def run(folder: Path, report: Report) -> None:
     }
     types = inputs.get("token_type_ids")
     if types is not None and loaded.config.token_types < 2 and types.any():
-        raise CheckpointError(f"{folder}: token_type_ids, but the model has one sentence kind")
+        raise CheckpointError(f"{folder}: token_type_ids, but the model has only one token type")
     with jax.default_matmul_precision("highest"):
         outputs, gradient = _evaluate(adapter, loaded.model, "loss" in expected, loaded.params, inputs)
     for name, value in expected.items():

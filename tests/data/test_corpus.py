@@ -168,7 +168,7 @@ def test_no_path():
 
 def test_nothing_in_it(file: File, tmp_path: Path):
     path = file("a.txt", " \n\n")
-    assert refusal(path) == (f"{path}: the corpus is empty: no document with text in it. Name files that hold text.")
+    assert refusal(path) == (f"{path}: the corpus is empty: none of its documents contains text.")
     (tmp_path / "folder").mkdir()
     assert refusal(tmp_path / "folder").startswith(
         f"{tmp_path}/folder: no text in this folder. Expected files that end in"

@@ -313,7 +313,7 @@ def test_an_unreadable_corpus_leaves_nothing_behind(tmp_path: Path, tokenizer: T
 
 def test_a_corpus_of_nothing_but_empty_documents(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "a.txt").write_text("\u200b")
-    with pytest.raises(CorpusError, match="an empty corpus, its text gives not one token"):
+    with pytest.raises(CorpusError, match="the corpus is empty: its text has no tokens"):
         build_documents(Corpus([tmp_path / "a.txt"]), tokenizer, tmp_path / "caches")
 
 

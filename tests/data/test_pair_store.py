@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bestiary.data.corpus import pair_store
-from bestiary.data.corpus.pair_store import PairStore, build_pairs
+from bestiary.data.corpus.pair_store import PairStore, build_pairs, outdated_pairs
 from bestiary.data.corpus.parallel import Pair
 from bestiary.data.errors import CorpusError
 from bestiary.data.progress import Report
@@ -104,6 +104,16 @@ def test_it_is_built_once_and_again_where_it_is_damaged(tmp_path: Path, tokenize
 
 
 def test_no_pair_at_all_is_refused(tmp_path: Path, tokenizer: PairTokenizer):
-    with pytest.raises(CorpusError, match="without a single pair"):
+    with pytest.raises(CorpusError, match="contains no pair of sentences"):
         build_pairs(list, tokenizer, tmp_path, fingerprint="x")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_caches_of_an_earlier_version_are_named_once(tmp_path: Path, tokenizer: PairTokenizer):
+    assert outdated_pairs(tmp_path / "nowhere") == []
+    for name in ("0123456789abcdef", "fedcba9876543210"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pairs.json").write_text("{}")
+    assert outdated_pairs(tmp_path) == [tmp_path / "0123456789abcdef", tmp_path / "fedcba9876543210"]
+    build(tmp_path, tokenizer)
+    assert outdated_pairs(tmp_path) == []

@@ -252,7 +252,7 @@ def test_windows_hold_whole_documents_once_each(cache: DocumentStore, tokenizer:
     [
         ({"sequence_length": 7}, "A sequence length of 7: too short for two sentences"),
         ({"seed": -1}, "A seed of -1: expected 0 or more"),
-        ({"copies": 0}, "0 copies of the corpus: expected at least 1"),
+        ({"copies": 0}, "0 copies of the corpus; expected at least 1"),
         ({"examples_per_row": 0}, "0 examples a row: expected at least 1"),
         ({"validation_fraction": 2.0}, r"A validation fraction of 2\.0"),
     ],

@@ -180,4 +180,4 @@ def test_gaps_between_ids_are_refused(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     vocabulary = {token: number for number, token in enumerate(SPECIAL)} | {"word": 9}
     tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(path))
-    assert refusal(path) == f"{path}: 6 pieces, but the highest id is 9. Ids must run from 0 without gaps."
+    assert refusal(path) == f"{path}: 6 tokens, but the highest id is 9. Ids must be consecutive from 0."

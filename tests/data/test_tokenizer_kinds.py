@@ -185,7 +185,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused():
     tokenizer = load_tokenizer(FIXTURES / "byte_bpe")
     check_vocabulary(tokenizer, 704, "folder")
     with pytest.raises(
-        DataError, match="folder: the tokenizer has 700 pieces, and the model's embedding table 699 rows"
+        DataError, match="folder: the tokenizer has 700 tokens, but the model's embedding table has 699 rows"
     ):
         check_vocabulary(tokenizer, 699, "folder")
 
@@ -193,7 +193,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused():
 def test_a_class_that_does_not_fit_its_files_is_refused(tmp_path: Path):
     (tmp_path / "spiece.model").write_bytes((FIXTURES / "t5" / "spiece.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    with pytest.raises(DataError, match=r"spiece\.model: the file of another tokenizer than its class, bert"):
+    with pytest.raises(DataError, match=r"spiece\.model: not a file of its tokenizer class, bert"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "spiece.model").write_bytes(b"no model")

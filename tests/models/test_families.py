@@ -137,5 +137,5 @@ def test_roberta_with_one_sentence_kind_refuses_token_types() -> None:
     config = small(family, token_types=1)
     ids = jnp.ones((1, 4), jnp.int32)
     assert len(encoder_inputs(config, {"input_ids": ids, "token_type_ids": ids})) == 3
-    with pytest.raises(ValueError, match="one sentence kind"):
+    with pytest.raises(ValueError, match="only one token type"):
         jax.eval_shape(lambda: family.build("encoder", config).init(jax.random.key(0), ids, None, None, ids))

@@ -463,7 +463,7 @@ def test_a_tokenizer_is_loaded_and_saved_with_its_model(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     words += [f"word{number}" for number in range(loaded.config.vocab_size)]
     (tmp_path / "copied" / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
-    with pytest.raises(DataError, match=f"pieces, and the model's embedding table {loaded.config.vocab_size} rows"):
+    with pytest.raises(DataError, match=f"tokens, but the model's embedding table has {loaded.config.vocab_size} rows"):
         models.load(tmp_path / "copied")
 
 

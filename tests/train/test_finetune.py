@@ -533,11 +533,11 @@ def test_a_checkpoint_without_a_tokenizer(refused, encoder, tmp_path):
     ("flags", "message"),
     [
         (["--max-length", "100"], "--max-length is 100, beyond the model's 64 positions"),
-        (["--freeze-layers", "3"], "--freeze-layers 3: the model has 1 layers"),
+        (["--freeze-layers", "3"], "--freeze-layers is 3, but the model has 1 layer."),
         (["--layer-decay", "0"], "--layer-decay is 0.0"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--epochs", "0"], "--epochs is 0.0"),
-        (["--diagnostic", "ax"], "--diagnostic goes with mnli"),
+        (["--diagnostic", "ax"], "--diagnostic is for mnli"),
     ],
 )
 def test_settings_that_make_no_sense(refused, flags, message):

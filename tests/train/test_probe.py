@@ -155,7 +155,7 @@ def test_bad_input_is_one_message(sentence_encoder, table, tmp_path, capsys):
     assert f"{wrong}, line 3: expected 2 fields" in capsys.readouterr().err
     wrong.write_text("said,size\nbast,long\nkost,long\n")
     assert main(arguments(sentence_encoder, wrong, tmp_path / "run")) == 1
-    assert "there is nothing to tell apart" in capsys.readouterr().err
+    assert "there is nothing to learn" in capsys.readouterr().err
     assert main(arguments(sentence_encoder, table, tmp_path / "run", "--label", "other")) == 1
     assert "no column 'other' (found: said, size)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -48,7 +48,9 @@ def test_a_size_is_shown_with_its_axes_and_bytes(capsys: pytest.CaptureFixture[s
 
 
 def test_what_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "show", "bert-huge"]) == 1
-    assert "'bert-huge' is not a size of this version; known: bert-tiny," in capsys.readouterr().err
+    assert main(["models", "show", "bert-bse"]) == 1
+    assert "'bert-bse' is not a size of this version. Did you mean 'bert-base'?" in capsys.readouterr().err
+    assert main(["models", "show", "whale"]) == 1
+    assert "'whale' is not a size of this version. Expected one of bert-tiny," in capsys.readouterr().err
     assert main(["models", "show", "distilbert-base", "--head", "pretraining"]) == 1
     assert "DistilBERT has no head 'pretraining'; known: encoder, masked_lm," in capsys.readouterr().err

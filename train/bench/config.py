@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..config import ParallelConfig
+from ...data.tokenizers.kinds import PairKind
+from ..config import Attention, ParallelConfig
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 
@@ -37,7 +38,7 @@ class PretrainBenchConfig:
     """Warmup steps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """As for `bestiary pretrain`."""
-    attention: str | None = None
+    attention: Attention | None = None
     """As for `bestiary pretrain`."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
     seed: int = 0
@@ -56,7 +57,7 @@ class TranslateBenchConfig:
     """File of their translations."""
     tokenizer: Path | None = None
     """As for `bestiary translate train`."""
-    subwords: Literal["unigram", "bpe", "word-bpe"] = "unigram"
+    subwords: PairKind = "unigram"
     """As for `bestiary translate train`."""
     vocab_size: int = 8000
     """As for `bestiary translate train`."""
@@ -76,7 +77,7 @@ class TranslateBenchConfig:
     """Number of initial steps to exclude from the timing."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """As for `bestiary translate train`."""
-    attention: str | None = None
+    attention: Attention | None = None
     """As for `bestiary translate train`."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
     model: Path | None = None

@@ -25,7 +25,7 @@ from ..config import OptimConfig
 from ..learner import count_parameters
 from ..loop import Stop
 from ..pretrain.config import PretrainConfig
-from ..pretrain.data import PhasedBatches, prepare_data
+from ..pretrain.data import PhasedBatches, prepare_data, prepare_tokenizer
 from ..pretrain.loop import Evaluation, train_step
 from ..pretrain.model import asked_family, make_model, model_config
 from ..pretrain.objectives import make_objective, with_defaults
@@ -55,9 +55,10 @@ def main(config: PretrainBenchConfig) -> int:
     )
     training = with_defaults(training, asked_family(training))
     parallelism = start_parallelism(config.parallelism)
-    data = prepare_data(training, progress)
-    objective = make_objective(training, data.tokenizer)
-    architecture = model_config(training, data.tokenizer, objective.head)
+    tokenizer = prepare_tokenizer(training, progress)
+    objective = make_objective(training, tokenizer)
+    architecture = model_config(training, tokenizer, objective.head)
+    data = prepare_data(training, tokenizer, progress)
     model, learner = make_model(training, architecture, objective.head)
     evaluate = Evaluation(training, data, objective, model, parallelism)
 

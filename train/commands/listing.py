@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from ...models.family import Family, FamilyConfig
 from ...models.registry import init_params, presets
+from ..arguments import did_you_mean
 
 BYTES = 4  # of a parameter, which is always float32
 
@@ -26,7 +27,7 @@ def describe_family(family: Family) -> dict[str, Any]:
         "family": family.name,
         "title": family.title,
         "paper": family.paper,
-        "tokenizer": family.tokenizer,
+        "tokenizers": list(family.tokenizers),
         "heads": list(family.heads),
         "objectives": list(family.objectives),
         "sizes": sizes,
@@ -41,7 +42,8 @@ def describe_model(name: str, head: str | None = None) -> dict[str, Any]:
     """
     known = presets()
     if name not in known:
-        raise UnknownModelError(f"{name!r} is not a size of this version; known: {', '.join(known)}.")
+        meant = did_you_mean(name, known) or f" Expected one of {', '.join(known)}."
+        raise UnknownModelError(f"{name!r} is not a size of this version.{meant}")
     family = known[name]
     head = family.heads[0] if head is None else head
     if head not in family.heads:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...data import Corpus, train_byte_bpe, train_unigram, train_wordpiece
+from ...data import Corpus, train_tokenizer
+from ...data.progress import counted
+from ...data.tokenizers.kinds import FAMILIES, TextKind
 from ..errors import RunError
 from ..progress import Progress
-
-FAMILIES = {"wordpiece": ("bert",), "byte-bpe": ("roberta", "gpt2"), "unigram": ("albert", "t5")}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TokenizerConfig:
     out: Path
     """Folder to write: tokenizer.json, the kind's own files of the vocabulary, tokenizer_config.json and
     special_tokens_map.json."""
-    kind: Literal["wordpiece", "byte-bpe", "unigram"] = "wordpiece"
+    kind: TextKind = "wordpiece"
     """wordpiece: BERT's. byte-bpe: RoBERTa's and GPT-2's byte-level BPE. unigram: ALBERT's and T5's SentencePiece."""
     family: Literal["bert", "roberta", "gpt2", "albert", "t5"] | None = None
     """Model family, which determines special tokens and normalisation. None: bert, roberta or albert, by the kind."""
@@ -44,8 +44,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         families = FAMILIES[self.kind]
         if self.family not in (None, *families):
-            known = " and ".join(families)
-            raise RunError(f"--family {self.family} does not go with --kind {self.kind}, which is of {known}.")
+            known = " or ".join(families)
+            raise RunError(f"--family {self.family} does not have --kind {self.kind}; expected {known}.")
 
 
 def main(config: TokenizerConfig) -> int:
@@ -55,14 +55,14 @@ def main(config: TokenizerConfig) -> int:
     progress = Progress()
     options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
     corpus = Corpus(config.corpus, **options)
-    common: Any = dict(vocab_size=config.vocab_size, progress=lambda report: progress.update(str(report)))
-    family: Any = config.family or FAMILIES[config.kind][0]
-    if config.kind == "wordpiece":
-        tokenizer = train_wordpiece(corpus, lowercase=config.lowercase, **common)
-    elif config.kind == "byte-bpe":
-        tokenizer = train_byte_bpe(corpus, family=family, **common)
-    else:
-        tokenizer = train_unigram(corpus, family=family, lowercase=config.lowercase, **common)
+    tokenizer = train_tokenizer(
+        config.kind,
+        corpus,
+        vocab_size=config.vocab_size,
+        family=config.family,
+        lowercase=config.lowercase,
+        progress=lambda report: progress.update(str(report)),
+    )
     tokenizer.save(config.out)
-    progress.line(f"{config.out}: {tokenizer.vocab_size:,} tokens from {corpus.counts.documents:,} documents")
+    progress.line(f"{config.out}: {tokenizer.vocab_size:,} tokens from {counted(corpus.counts.documents, 'document')}")
     return 0

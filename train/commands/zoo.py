@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from ...data.tokenizers.kinds import TITLES
+
 
 @dataclass(frozen=True)
 class ModelsConfig:
@@ -42,7 +44,8 @@ def main(config: ModelsConfig | ShowConfig) -> int:
 
 
 def _block(family: dict[str, Any]) -> str:
-    lines = [f"{family['title']} ({family['family']}): {family['paper']}; {family['tokenizer']}"]
+    tokenizers = ", ".join(TITLES[kind] for kind in family["tokenizers"])
+    lines = [f"{family['title']} ({family['family']}): {family['paper']}; {tokenizers}"]
     lines.append(f"  heads       {', '.join(family['heads'])}")
     if family["objectives"]:
         lines.append(f"  objectives  {', '.join(family['objectives'])}")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ...data.tasks.glue import GlueName
+from ...models.checkpoints.config import require_folder
 from ..errors import RunError
 
 
@@ -50,6 +51,9 @@ class FeatureConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the encoder's computation."""
 
+    def __post_init__(self) -> None:
+        require_folder(self.model)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(FeatureConfig):
@@ -65,6 +69,7 @@ class EmbedConfig(FeatureConfig):
     """File to write, .npy or .npz. None: standard output."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.out is not None and self.out.suffix not in (".npy", ".npz"):
             raise RunError(f"--out {self.out}: expected a name that ends in .npy or .npz.")
         if self.out is not None and self.out.suffix == ".npy" and self.pooling == "token":

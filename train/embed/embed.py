@@ -19,6 +19,7 @@ import numpy as np
 
 from ...data.errors import DataError
 from ...data.files import replacing
+from ...data.progress import counted
 from ...data.reading import read_lines
 from ..progress import Progress
 from .config import EmbedConfig
@@ -101,6 +102,9 @@ def main(config: EmbedConfig) -> int:
         arrays = {name: ArrayFile(stack.enter_context(tempfile.TemporaryFile(dir=folder))) for name in names}
         tokens = 0
         for window in windows(_again(first, lines)):
+            if done:
+                rate = done / (time.perf_counter() - started)
+                progress.update(f"{done:,} texts, {tokens:,} tokens, {rate:,.0f} texts/s")
             found = extract(window)
             arrays["vectors"].append(found.vectors)
             if tokens_too:
@@ -108,8 +112,6 @@ def main(config: EmbedConfig) -> int:
                 arrays["starts"].append(found.starts[1 if done else 0 :] + tokens)
             tokens += int(found.starts[-1])
             done += len(window)
-            rate = done / (time.perf_counter() - started)
-            progress.update(f"{done:,} texts, {tokens:,} tokens, {rate:,.0f} texts/s")
         with _target(config.out) as target:
             if tokens_too or (config.out is not None and config.out.suffix == ".npz"):
                 with zipfile.ZipFile(target, "w") as archive:
@@ -119,8 +121,8 @@ def main(config: EmbedConfig) -> int:
             else:
                 shutil.copyfileobj(arrays["vectors"].finish(), target, 1 << 20)
     seconds = time.perf_counter() - started
-    cut = f", {extract.truncated:,} tokens truncated (--max-length)" if extract.truncated else ""
-    progress.line(f"{done:,} texts, {tokens:,} tokens{cut}, {done / seconds:,.0f} texts/s")
+    cut = f", {counted(extract.truncated, 'token')} truncated (--max-length)" if extract.truncated else ""
+    progress.line(f"{counted(done, 'text')}, {counted(tokens, 'token')}{cut}, {done / seconds:,.0f} texts/s")
     return 0
 
 

@@ -11,7 +11,7 @@ from ..errors import RunError, check_setting
 if TYPE_CHECKING:
     from ...models.lora import LoraConfig
 from ..config import FREE as EVERY_FREE
-from ..config import LoopConfig, OptimConfig, ParallelConfig
+from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class AdaptConfig:
         from ...models.lora import LoraConfig
 
         return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)
+
+
+@dataclass(frozen=True)
+class FinetuneLoopConfig(LoopConfig):
+    """Intervals of fine-tuning, which evaluates by epochs."""
+
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out data; 0: by --evaluate-epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +84,19 @@ class FinetuneConfig:
     scan_layers: bool | None = None
     """Compile one layer and loop over it. Off: unroll the layers, with the same results and faster steps, but longer
     compilation. None: unroll models of up to 8 layers."""
-    attention: str | None = None
+    attention: Attention | None = None
     """Attention backend. None: the fastest that supports the call."""
     freeze_layers: int = 0
-    """Freeze the embeddings and the lowest N layers; 0: nothing is frozen."""
+    """Freeze the embeddings and this many of the lowest layers; 0: freeze nothing."""
     layer_decay: float = 1.0
     """Factor from each layer's learning rate to that of the layer below; pooler and head have the full rate."""
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)
     )
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
+    loop: Annotated[FinetuneLoopConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneLoopConfig)
     evaluate_epochs: float = 1.0
-    """Epochs between evaluations, if --evaluate-every is 0."""
+    """Epochs between evaluations, unless --evaluate-every says otherwise; there is always one at the end."""
     patience: int = 0
     """Early stopping: stop after this many consecutive evaluations that are no better than the best; 0: never."""
     select: Literal["last", "best"] | None = None
@@ -112,6 +120,19 @@ class FinetuneConfig:
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "layer_decay", above=0, most=1)
         check_setting(self, "evaluate_epochs", above=0)
+
+
+def finished_run(folder: Path) -> Path:
+    """Return the folder of a finished fine-tuning run.
+
+    Raises:
+        RunError: it is another folder.
+    """
+    if (folder / "task.json").is_file() and (folder / "model" / "config.json").is_file():
+        return folder
+    parent = folder.resolve().parent
+    meant = f" Did you mean {folder.parent}?" if (parent / "task.json").is_file() else ""
+    raise RunError(f"{folder}: not the folder of a finished fine-tuning run (no task.json and model/ in it).{meant}")
 
 
 # Settings that change neither the numbers of a run nor what it exports: they may change when it is resumed.

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from ..config import ParallelConfig
+from .config import finished_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,12 @@ class EvaluateConfig:
 
 def main(config: EvaluateConfig) -> int:
     """Run `bestiary evaluate`; return the exit status."""
+    folder = finished_run(config.run)
     # Imported here, since they import JAX, which would delay --help.
     from ..run_folder import write_json
     from .prediction import open_run, read_examples
 
-    run = open_run(config.run, config.parallelism)
+    run = open_run(folder, config.parallelism)
     examples = read_examples(run.task, config.data, config.split, labelled=True)
     features, predicted = run.predict(examples)
     metrics = {**predicted.means, **run.task.metrics(predicted.kept, features, examples)}

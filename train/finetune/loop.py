@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ...data.batches import Features, Shapes, TrainingBatches, batches_in_epoch, plan_shapes
+from ...data.progress import counted
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models.checkpoints.folder import Loaded
 from ..errors import RunError
@@ -35,7 +36,7 @@ from ..run_folder import write_json
 from ..sharding import Replicas
 from .adapt import AdaptedModel, adaptation
 from .config import FREE, FinetuneConfig, upgrade
-from .model import Depths, load_model, make_optimiser, parameter_depths, without_frozen_gradients
+from .model import Depths, check_model, load_model, make_optimiser, parameter_depths, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
 from .tasks.task import Task, TaskData, hold_out, settings
 
@@ -97,11 +98,11 @@ def encode_data(
 
     def encode(name: str, examples: Sequence[Any]) -> Features:
         features = task.encode(tokenizer, examples)
-        cut = f", {features.truncated:,} tokens cut off" if features.truncated else ""
+        cut = f", {counted(features.truncated, 'token')} cut off" if features.truncated else ""
         note = f", {features.note}" if features.note else ""
         progress.line(
-            f"{name}: {len(examples):,} examples, {len(features.input_ids):,} tokens in {features.count:,} features of "
-            f"up to {int(features.lengths.max()):,}{cut}{note}"
+            f"{name}: {counted(len(examples), 'example')}, {len(features.input_ids):,} tokens in "
+            f"{counted(features.count, 'feature')} of up to {int(features.lengths.max()):,}{cut}{note}"
         )
         return features
 
@@ -152,6 +153,7 @@ def finetune(config: Any, run_config: FinetuneConfig, task: Task, read: Callable
 
 
 def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskData]) -> int:
+    check_model(c, task)
     data = read()
     loaded = load_model(c, task, run.progress)
     if loaded.tokenizer is None:
@@ -253,7 +255,7 @@ def describe(
     area = features.unit_lengths.mean() * examples
     rows = " or ".join(map(str, shapes.rows))
     run.progress.line(
-        f"batch: {examples} examples in {rows} rows of {shapes.length} tokens, about "
+        f"batch: {counted(examples, 'example')} in {rows} rows of {shapes.length} tokens, about "
         f"{area / (shapes.rows[-1] * shapes.length):.0%} full"
     )
     run.progress.line(

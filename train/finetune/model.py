@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ...data.progress import counted
 from ...models.checkpoints.config import read_labels
-from ...models.checkpoints.folder import Loaded, load_with_report, read_config
+from ...models.checkpoints.folder import Loaded, check_head, family_of_folder, load_with_report, read_config
 from ...models.family import EncoderConfig
 from ...models.heads.with_head import is_head_parameter
 from ...models.registry import family_of_model, init_params
@@ -21,6 +22,25 @@ from ..progress import Progress
 from .adapt import AdaptedModel
 from .config import FinetuneConfig
 from .tasks.task import Task
+
+
+def check_model(config: FinetuneConfig, task: Task) -> None:
+    """Check the settings against the checkpoint's config.json, before data and weights are read.
+
+    Raises:
+        RunError: an example may be too long for the model, or it has fewer layers than are to be frozen.
+        ConfigError: config.json is invalid.
+        CheckpointError: the family is unknown, or has no such head.
+    """
+    stored = read_config(config.model)
+    family = family_of_folder(stored, config.model)
+    check_head(family, task.head, config.model)
+    found: Any = family.config.from_json(stored)
+    if found.max_length is not None and task.max_length > found.max_length:
+        raise RunError(f"--max-length is {task.max_length}, beyond the model's {found.max_length} positions.")
+    if config.freeze_layers > found.layers:
+        layers = counted(found.layers, "layer")
+        raise RunError(f"--freeze-layers is {config.freeze_layers}, but the model has {layers}.")
 
 
 def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded:
@@ -42,8 +62,6 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     drop = {} if config.dropout is None else found.dropout_fields(config.dropout)
     shaped: EncoderConfig = dataclasses.replace(found, scan_layers=scan, **drop)
     loaded = loaded._replace(config=shaped, model=loaded.model.clone(config=shaped))
-    if shaped.max_length is not None and task.max_length > shaped.max_length:
-        raise RunError(f"--max-length is {task.max_length}, beyond the model's {shaped.max_length} positions.")
     new = list(report.initialised)
     names = changes.get("label_names")
     held = read_labels(read_config(config.model))[1]
@@ -142,15 +160,10 @@ def layer_rates(
 
     The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d. If only some layers of a
     stacked array are frozen, they stay in the optimiser, with a rate of zero.
-
-    Raises:
-        RunError: the model has fewer layers than are to be frozen.
     """
     frozen = config.freeze_layers
     if not frozen and config.layer_decay == 1.0:
         return None, None
-    if frozen > depths.layers:
-        raise RunError(f"--freeze-layers {frozen}: the model has {depths.layers} layers.")
 
     def trains(names: Names) -> bool:
         return not frozen or bool((depths.of[names] > frozen).any())

@@ -14,6 +14,7 @@ import tyro
 
 from ..config import ParallelConfig
 from ..errors import RunError
+from .config import finished_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,10 @@ class PredictConfig:
 
 def main(config: PredictConfig) -> int:
     """Run `bestiary predict`; return the exit status."""
+    folder = finished_run(config.run)
     from .prediction import open_run, read_examples  # here, since it imports JAX, which would delay --help
 
-    run = open_run(config.run, config.parallelism)
+    run = open_run(folder, config.parallelism)
     if config.input is None:
         examples = run.task.from_words(config.words())
     else:

@@ -15,7 +15,6 @@ from ...data.errors import DataError
 from ...models import load
 from ...models.registry import init_params
 from ..config import ParallelConfig
-from ..errors import RunError
 from ..loop import Stop
 from ..metrics import Meter, Sums
 from ..sharding import Parallelism, Replicas, logical_specs, start_parallelism
@@ -96,14 +95,8 @@ class FinetunedRun(NamedTuple):
 
 
 def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedRun:
-    """Open the model and the task of a run folder; `changes` are those of `models.load`.
-
-    Raises:
-        RunError: the folder is not that of a finished fine-tuning run.
-    """
+    """Open the model and the task of a `finished_run`; `changes` are those of `models.load`."""
     path = folder / "task.json"
-    if not path.is_file() or not (folder / "model" / "config.json").is_file():
-        raise RunError(f"{folder}: not the folder of a finished fine-tuning run (no task.json and model/ in it).")
     task = make_task(json.loads(path.read_text()), str(path))
     parallelism = start_parallelism(config)
     loaded = load(folder / "model", **changes)

@@ -68,7 +68,7 @@ class DecodeConfig:
         if self.beam % self.diverse_groups:
             raise RunError(f"diverse_groups: expected a divisor of beam {self.beam}, found {self.diverse_groups}")
         if self.sample and self.beam > 1:
-            raise RunError("sample: samples are independent, so beam must be 1 (--beam 1); n_best says how many")
+            raise RunError("sample: samples are independent, so beam must be 1 (--beam 1); n_best is their number")
         if not self.sample and self.n_best > self.beam:
             raise RunError(f"n_best: expected at most beam {self.beam}, found {self.n_best}")
         if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
@@ -77,10 +77,10 @@ class DecodeConfig:
             raise RunError("seed: nothing is random without sample")
         if not self.searches and (self.renormalise or self.coverage_penalty or self.early_stopping != "heuristic"):
             raise RunError(
-                "renormalise, coverage_penalty and early_stopping are of beam search; they need beam above 1"
+                "renormalise, coverage_penalty and early_stopping are for beam search; they need beam above 1"
             )
         if self.diverse_groups == 1 and self.diversity_penalty != DecodeConfig.diversity_penalty:
-            raise RunError("diversity_penalty: is between groups of beams; it needs diverse_groups above 1")
+            raise RunError("diversity_penalty: applies between groups of beams; it needs diverse_groups above 1")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

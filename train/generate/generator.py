@@ -58,7 +58,7 @@ class Generator:
         if any(not 0 <= token < words for token in config.suppressed):
             raise RunError(f"suppressed: expected tokens from 0 to {words - 1}, found {config.suppressed}")
         if self._model.forced_eos_id in config.suppressed:
-            raise RunError(f"suppressed: {self._model.forced_eos_id} is how this model's longest outputs end")
+            raise RunError(f"suppressed: {self._model.forced_eos_id} ends this model's longest outputs")
         if config.coverage_penalty and not self._model.reads_sources:
             raise RunError("coverage_penalty: this model has no source that could be covered")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from ...models.checkpoints.config import require_checkpoint
 from ..config import FREE as EVERY_FREE
-from ..config import LoopConfig, OptimConfig, ParallelConfig
+from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
 from ..errors import RunError, check_setting
 
 MaskingKind = Literal["token", "word", "ngram", "span"]
@@ -34,11 +35,12 @@ class PretrainConfig:
     text_field: str = "text"
     """Field of JSON lines, or feature of a tensorflow-datasets folder, that holds the text."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer, or a vocab.txt. None: train one on the corpus, of the model family's kind."""
+    """Folder of a tokenizer, or a vocab.txt. A tokenizer of another kind than the model family's own is reported. None:
+    train one on the corpus, of the family's kind."""
     vocab_size: int = 4096
     """Vocabulary size of a newly trained tokenizer."""
     lowercase: bool = True
-    """Lower-case the text and strip accents, in a newly trained WordPiece tokenizer."""
+    """Lower-case the text and strip accents, in a newly trained WordPiece or unigram tokenizer."""
     language: str = "en"
     """Language of the corpus (ISO 639-1), for splitting it into sentences."""
     blank_line: Literal["paragraph", "document"] = "paragraph"
@@ -55,9 +57,9 @@ class PretrainConfig:
     """Pretraining objective: mlm (masked words) or mlm+nsp (also whether sentence B follows A). None: that of the model
     family, mlm+nsp for BERT and mlm for others."""
     rows: RowKind | None = None
-    """Rows of --objective mlm: sentences (each example is sentences of one document, up to the row's length; several
-    short ones share a row), full-sentences (RoBERTa's: rows are filled across documents, and masks cover <s> and </s>
-    too) or doc-sentences (the same within one document). None: full-sentences for RoBERTa, sentences for others."""
+    """Content of a row, for --objective mlm: sentences (examples of consecutive sentences of one document; several
+    short examples share a row), full-sentences (RoBERTa's: the text runs on across documents, and <s> and </s> may be
+    masked too) or doc-sentences (the same, but each row is from one document). None: the rows of the family's paper."""
     dropout: float = 0.1
     """Dropout rate of hidden states and attention probabilities."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -67,11 +69,11 @@ class PretrainConfig:
     """Compile one layer and loop over it. Off: unroll the layers, with the same results but longer compilation."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more computation."""
-    attention: str | None = None
+    attention: Attention | None = None
     """Attention backend. None: the fastest that supports the call."""
 
     sequence_length: int | None = None
-    """Length of a packed row, in tokens; short examples share rows. None: 128."""
+    """Length of a row, in tokens; several short examples are packed into one. None: 128."""
     batch_tokens: int = 2048
     """Tokens per step, padding included: rows per step times --sequence-length."""
     steps: int | None = None
@@ -87,8 +89,8 @@ class PretrainConfig:
     mask_rate: float = 0.15
     """Fraction of the tokens to predict: of these 80 % become [MASK], 10 % a random token, 10 % stay."""
     static_masks: int = 0
-    """Number of copies of the corpus with different masks and pairs, which are then repeated, as in the original (10
-    copies). 0: new masks in every epoch."""
+    """Static masking: number of epochs with different masks and pairs, which are then repeated (10 in the original).
+    0: dynamic masking, with new masks and pairs in every epoch."""
     seed: int = 0
     """Seed of everything random."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
@@ -109,6 +111,8 @@ class PretrainConfig:
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        if self.init_from is not None:
+            require_checkpoint(self.init_from)
         if self.phases and (self.sequence_length is not None or self.steps is not None):
             raise RunError("--phases includes lengths and steps: leave out --sequence-length and --steps.")
         check_setting(self, "mask_rate", above=0, most=1)

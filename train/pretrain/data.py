@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -15,13 +15,13 @@ from ...data import (
     Tokenizer,
     build_documents,
     load_tokenizer,
-    train_byte_bpe,
-    train_wordpiece,
+    train_tokenizer,
     training_batches,
 )
 from ...data.corpus.document_store import Split
 from ...data.corpus.fingerprint import corpus_fingerprint
 from ...data.files import build_once, user_cache_folder
+from ...data.tokenizers.kinds import TITLES, TextKind
 from ..errors import RunError
 from ..progress import Progress
 from ..sharding import first_process_first
@@ -38,50 +38,64 @@ class Data(NamedTuple):
     validation: DocumentStore  # the training store itself if a fraction of its documents is held out
 
 
-def prepare_data(config: PretrainConfig, progress: Progress) -> Data:
-    """Open the tokenizer and the cache; process 0 builds them if they are missing, before the others open them."""
-    root = config.cache or user_cache_folder()
-    options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
+def prepare_tokenizer(config: PretrainConfig, progress: Progress) -> Tokenizer:
+    """Load the tokenizer; without --tokenizer, process 0 trains one on the corpus if it is missing."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    with first_process_first("tokenizer_prepared"):
+        return load_tokenizer(trained_tokenizer(config, _corpora(config)[0], progress))
 
-    def show(report: Any) -> None:
-        progress.update(str(report))
 
+def prepare_data(config: PretrainConfig, tokenizer: Tokenizer, progress: Progress) -> Data:
+    """Open the cache of the tokenised text; process 0 builds it if it is missing, before the others open it."""
     with first_process_first("data_prepared"):
-        corpus = Corpus(config.corpus or (EMBEDDED,), **options)
-        held_out = Corpus(config.validation_corpus, **options) if config.validation_corpus else None
-        folder = config.tokenizer or trained_tokenizer(config, corpus, root / "tokenizers", show)
-        tokenizer = load_tokenizer(folder)
         build = partial(
             build_documents,
             tokenizer=tokenizer,
-            root=root / "tokenised",
+            root=(config.cache or user_cache_folder()) / "tokenised",
             language=config.language,
             processes=config.workers or None,
-            progress=show,
+            progress=lambda report: progress.update(str(report)),
         )
+        corpus, held_out = _corpora(config)
         train = build(corpus)
         validation = train if held_out is None else build(held_out)
     return Data(tokenizer, train, validation)
 
 
-def trained_tokenizer(config: PretrainConfig, corpus: Corpus, root: Path, show: Any) -> Path:
+def _corpora(config: PretrainConfig) -> tuple[Corpus, Corpus | None]:
+    """Return the training text, and the held-out text if it is separate."""
+    options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
+    held_out = Corpus(config.validation_corpus, **options) if config.validation_corpus else None
+    return Corpus(config.corpus or (EMBEDDED,), **options), held_out
+
+
+def trained_tokenizer(config: PretrainConfig, corpus: Corpus, progress: Progress) -> Path:
     """Return the folder of a tokenizer of this corpus, of the model family's kind, after training it if it is missing.
 
     Raises:
         RunError: tokenizers of this kind cannot be trained here.
     """
-    kind, fingerprint = asked_family(config).tokenizer, corpus_fingerprint(corpus)
-    if kind == "WordPiece":
-        train = partial(train_wordpiece, lowercase=config.lowercase)
-        key = f"wordpiece {config.vocab_size} {config.lowercase} {fingerprint}"
-    elif kind == "byte-level BPE":
-        train, key = train_byte_bpe, f"byte-bpe {config.vocab_size} {fingerprint}"
-    else:
-        raise RunError(f"--model {config.model} has a {kind} tokenizer: train one first, and give it by --tokenizer.")
+    kind: Any = asked_family(config).tokenizers[0]
+    if kind not in get_args(TextKind):
+        raise RunError(
+            f"--model {config.model}: its kind of tokenizer, {TITLES[kind]}, is not trained here. "
+            "Give one with --tokenizer."
+        )
 
     def build(unfinished: Path) -> None:
-        train(corpus, vocab_size=config.vocab_size, progress=show).save(unfinished)
+        tokenizer = train_tokenizer(
+            kind,
+            corpus,
+            vocab_size=config.vocab_size,
+            lowercase=config.lowercase,
+            progress=lambda report: progress.update(str(report)),
+        )
+        tokenizer.save(unfinished)
 
+    lowercase = "" if kind == "byte-bpe" else f" {config.lowercase}"  # byte-level BPE keeps the text as it is
+    key = f"{kind} {config.vocab_size}{lowercase} {corpus_fingerprint(corpus)}"
+    root = (config.cache or user_cache_folder()) / "tokenizers"
     return build_once(root / hashlib.sha256(key.encode()).hexdigest()[:16], build)
 
 

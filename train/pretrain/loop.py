@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ...data import evaluation_batches
+from ...data.progress import counted
 from ...models.heads.losses import PredictionSums
 from ..errors import RunError
 from ..learner import Learner, TrainState, count_parameters, describe_dtype, gradient_step, on_host
@@ -24,8 +25,8 @@ from ..metrics import Meter, Sums
 from ..run import Run, start_run
 from ..sharding import Parallelism, Replicas
 from .config import FREE, PretrainConfig, upgrade
-from .data import Data, PhasedBatches, make_rows, prepare_data
-from .model import asked_family, initial_weights, make_model, model_config
+from .data import Data, PhasedBatches, make_rows, prepare_data, prepare_tokenizer
+from .model import asked_family, describe_tokenizer, initial_weights, make_model, model_config
 from .objective import Batch, Objective
 from .objectives import make_objective, with_defaults
 
@@ -136,9 +137,11 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         if phase.rows % config.accumulate:
             raise RunError(f"A batch of {phase.rows} rows cannot be computed in {config.accumulate} parts.")
         run.parallelism.share(phase.rows // config.accumulate)
-    data = prepare_data(config, run.progress)
-    objective = make_objective(config, data.tokenizer)
-    architecture = model_config(config, data.tokenizer, objective.head)
+    tokenizer = prepare_tokenizer(config, run.progress)
+    objective = make_objective(config, tokenizer)
+    architecture = model_config(config, tokenizer, objective.head)
+    run.progress.line(describe_tokenizer(tokenizer, asked_family(config), architecture))
+    data = prepare_data(config, tokenizer, run.progress)
     model, learner = make_model(config, architecture, objective.head)
     describe(run, config, data, objective, architecture, learner)
     evaluate = Evaluation(config, data, objective, model, run.parallelism)
@@ -157,7 +160,7 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         params = on_host(fitted.state.params)
         results = run.results("pretrain", fitted, figures(run, config, data, fitted, count_parameters(params)))
         samples = objective.samples(model, params, next(iter(evaluate.batches())))
-        run.finish(model, params, data.tokenizer, results, samples)
+        run.finish(model, params, tokenizer, results, samples)
     return fitted.exit_status
 
 
@@ -167,8 +170,9 @@ def describe(
     """Describe the run and its data."""
     counts, parameters = data.train.counts, count_parameters(learner.shapes().params)
     run.progress.line(
-        f"corpus: {counts.documents:,} documents ({counts.empty_documents:,} empty), {counts.sentences:,} sentences, "
-        f"{counts.tokens:,} tokens, {counts.unknown_tokens:,} of them unknown"
+        f"corpus: {counted(counts.documents, 'document')} ({counts.empty_documents:,} empty), "
+        f"{counted(counts.sentences, 'sentence')}, {counted(counts.tokens, 'token')}, "
+        f"{counts.unknown_tokens:,} of them unknown"
     )
     for phase in config.plan:
         rows: Any = make_rows(config, data, objective, phase.length)

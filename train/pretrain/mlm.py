@@ -18,6 +18,7 @@ from ...data.stream import RowSource
 from ...models.family import Family
 from ...models.heads.losses import PredictionSums, prediction_sums
 from ...models.heads.with_head import encoder_inputs
+from ..errors import RunError
 from .config import PretrainConfig, RowKind
 from .masking import Masking, Rules
 from .objective import Batch
@@ -73,15 +74,27 @@ class MaskedWords:
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
         """Show texts with masked words and the model's predictions."""
-        return fill_in(model.apply, params, self.tokenizer, rows)
+
+        def apply(params: Any, batch: Batch) -> jax.Array:
+            return model.apply({"params": params}, *encoder_inputs(model.config, batch))
+
+        return fill_in(apply, params, self.tokenizer, rows)
 
 
 def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "bert") -> Masking:
     """Return the masking of a run's settings, for a vocabulary.
 
     Raises:
-        RunError: the tokenizer has no mask token.
+        RunError: the tokenizer lacks special tokens, so that masked language modelling has no inputs.
     """
+    template, roles = tokenizer.template, tokenizer.special_ids
+    lacking = [f"{role} token" for role in ("mask", "pad") if role not in roles]
+    lacking += [f"token {where} a text" for where in ("before", "after") if not getattr(template, where)]
+    if lacking:
+        raise RunError(
+            f"{config.tokenizer}: a tokenizer without a {', a '.join(lacking)}. Masked language modelling needs all of "
+            "these, such as [MASK], [PAD], [CLS] and [SEP]."
+        )
     return Masking(
         config.masking, config.mask_rate, tokenizer.mask_id, tokenizer.special, tokenizer.continuation, rules
     )

@@ -43,6 +43,8 @@ class MaskedWordsAndNextSentence:
         """
         if config.rows is not None:
             raise RunError(f"--rows {config.rows}: --objective mlm+nsp has rows of its own, pairs of sentences.")
+        if not tokenizer.template.between:
+            raise RunError(f"{config.tokenizer}: a tokenizer without a token between the texts of a pair, as [SEP] is.")
         return cls(make_masking(config, tokenizer), tokenizer)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
@@ -74,4 +76,8 @@ class MaskedWordsAndNextSentence:
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
         """Show texts with masked words and the model's predictions."""
-        return fill_in(lambda *inputs: model.apply(*inputs).mlm_logits, params, self.tokenizer, rows)
+
+        def apply(params: Any, batch: Batch) -> jax.Array:
+            return model.apply({"params": params}, *encoder_inputs(model.config, batch)).mlm_logits
+
+        return fill_in(apply, params, self.tokenizer, rows)

@@ -5,10 +5,12 @@ from functools import partial
 from typing import Any
 
 from ...data import Tokenizer
+from ...data.tokenizers.kinds import TITLES
 from ...models import load
 from ...models.checkpoints.folder import family_of_folder, read_config
 from ...models.family import EncoderConfig, Family
 from ...models.registry import family_of, init_params, presets
+from ..arguments import did_you_mean
 from ..errors import RunError
 from ..learner import Learner, compute_dtype, make_learner
 from ..loop import InitialWeights
@@ -26,8 +28,9 @@ def asked_family(config: PretrainConfig) -> Family:
         return family_of_folder(read_config(config.init_from), config.init_from)
     known = presets()
     if config.model not in known:
-        learn = ", ".join(name for name, family in known.items() if family.objectives)
-        raise RunError(f"--model {config.model}: known are {learn}.")
+        learn = [name for name, family in known.items() if family.objectives]
+        meant = did_you_mean(config.model, learn) or f" Expected one of {', '.join(learn)}."
+        raise RunError(f"--model {config.model}: there is no such size.{meant}")
     return known[config.model]
 
 
@@ -66,6 +69,20 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
     if model.max_length is not None and longest > model.max_length:
         raise RunError(f"The sequence length {longest} is beyond the model's {model.max_length} positions.")
     return model
+
+
+def describe_tokenizer(tokenizer: Tokenizer, family: Family, model: EncoderConfig) -> str:
+    """Describe the tokenizer and, if the family's own is of another kind, the model's inputs that it makes."""
+    found = f"tokenizer: {TITLES[tokenizer.kind]}, {tokenizer.vocab_size:,} tokens"
+    if tokenizer.kind in family.tokenizers:
+        return found
+    parts = tokenizer.template
+    before, between, after = (
+        "".join(tokenizer.tokens[number] for number in part) for part in (parts.before, parts.between, parts.after)
+    )
+    own = " or ".join(TITLES[kind] for kind in family.tokenizers)
+    types = f", B of token type {parts.second_type}" if model.token_types > 1 else ""
+    return f"{found}. {family.title}'s own is {own}; here its inputs are {before} A {between} B {after}{types}"
 
 
 def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -> tuple[Any, Learner]:

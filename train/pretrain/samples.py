@@ -1,6 +1,6 @@
 """Show what a pretrained model predicts for masked words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ def fill_in(
     """Mask whole words of held-out text and let the model predict them.
 
     Args:
-        apply: ({"params": params}, input_ids, segment_ids) -> logits of every token [B, L, V].
+        apply: (params, batch) -> logits of every token [B, L, V].
         params: parameters of the model.
         tokenizer: its tokenizer.
         rows: a batch of held-out rows; the first example of each row is used.
@@ -28,13 +28,22 @@ def fill_in(
     Returns:
         One line per text, with [prediction probability, `ok` or the masked word] for each masked word.
     """
-    texts = [row[segments == 1] for row, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)]
-    texts = [np.append(text[: LONGEST - 1], tokenizer.sep_id) for text in texts if len(text) >= 12][:count]
-    if not texts:
+    after = tokenizer.template.after
+    lengths = (rows["segment_ids"] == 1).sum(1)
+    longest = min(LONGEST, rows["input_ids"].shape[1])
+    chosen = np.flatnonzero(lengths >= 12)[:count]
+    if not len(chosen):
         return []
-    ids = np.full((len(texts), LONGEST), tokenizer.pad_id, np.int32)
-    for row, text in zip(ids, texts, strict=True):
-        row[: len(text)] = text
+    ids = np.full((len(chosen), longest), tokenizer.pad_id, np.int32)
+    types, segments = np.zeros_like(ids), np.zeros_like(ids)
+    for row, number in enumerate(chosen):
+        length = min(lengths[number], longest)
+        first = int(np.argmax(rows["segment_ids"][number] == 1))
+        ids[row, :length] = rows["input_ids"][number, first : first + length]
+        types[row, :length] = rows["token_type_ids"][number, first : first + length]
+        segments[row, :length] = 1
+        if length < lengths[number]:
+            ids[row, length - len(after) : length] = after
 
     def word(token: int) -> str:
         return tokenizer.decode([int(token)]).strip()
@@ -52,24 +61,50 @@ def fill_in(
     masked = np.where(hidden, tokenizer.mask_id, ids)
 
     @jax.jit
-    def guess(params: Any, ids: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = apply({"params": params}, ids, segments)
-        probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+    def guess(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        probabilities = jax.nn.softmax(apply(params, batch).astype(jnp.float32))
         return probabilities.max(-1), probabilities.argmax(-1)
 
-    sure, guessed = jax.device_get(guess(params, masked, (ids != tokenizer.pad_id).astype(np.int32)))
-    lines = []
-    for row in range(len(ids)):
-        words: list[str] = []
-        for place in np.flatnonzero(~tokenizer.special[ids[row]]):
-            text = word(ids[row, place])
-            if hidden[row, place]:
-                found = word(guessed[row, place])
-                mark = "ok" if guessed[row, place] == ids[row, place] else f"for {text}"
-                words.append(f"[{found} {sure[row, place]:.0%}, {mark}]")
-            elif tokenizer.continuation[ids[row, place]] and words:
-                words[-1] += text.removeprefix("##")
-            else:
-                words.append(text)
-        lines.append(" ".join(words))
-    return lines
+    batch = {"input_ids": masked, "segment_ids": segments, "token_type_ids": types}
+    sure, guessed = jax.device_get(guess(params, batch))
+    return [
+        " ".join(_words(tokenizer, *row))
+        for row in zip(ids.tolist(), hidden.tolist(), guessed.tolist(), sure.tolist(), strict=True)
+    ]
+
+
+def _words(
+    tokenizer: Tokenizer, ids: list[int], hidden: list[bool], guessed: list[int], sure: list[float]
+) -> Iterator[str]:
+    """Yield the words of a text, `|` between two texts, and the predictions.
+
+    A text that begins within a word begins with `…`.
+    """
+    word: list[int] = []
+    apart, begun = False, False
+
+    def finished() -> Iterator[str]:
+        if word:
+            text = tokenizer.decode(word).strip()
+            yield f"…{text.removeprefix('##')}" if tokenizer.continuation[word[0]] else text
+            word.clear()
+
+    for token, masked, guess, probability in zip(ids, hidden, guessed, sure, strict=True):
+        if tokenizer.special[token] and token != tokenizer.special_ids.get("unk"):
+            yield from finished()
+            apart = begun
+            continue
+        if masked or not tokenizer.continuation[token]:
+            yield from finished()
+        if apart:
+            yield "|"
+        apart, begun = False, True
+        if masked:
+            right = "ok" if guess == token else f"for {tokenizer.decode([token]).strip()}"
+            yield f"[{tokenizer.decode([guess]).strip()} {probability:.0%}, {right}]"
+        elif token == tokenizer.special_ids.get("unk"):
+            yield from finished()
+            yield tokenizer.tokens[token]
+        else:
+            word.append(token)
+    yield from finished()

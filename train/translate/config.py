@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 
-from ..arguments import flags
+from ...data.tokenizers.kinds import PairKind
+from ..arguments import did_you_mean, flags
 from ..config import FREE as EVERY_FREE
-from ..config import LoopConfig, OptimConfig, ParallelConfig
+from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 
-Subwords = Literal["unigram", "bpe", "word-bpe"]
 TooLong = Literal["split", "refuse"]
 
 DECODE = DecodeConfig(beam=5, max_length=256)
@@ -79,7 +79,7 @@ class TranslateConfig:
     source: Path | None = None
     """File of source sentences, one per line (.gz and .zst too)."""
     target: Path | None = None
-    """File of target sentences, line by line the translations of --source."""
+    """File of target sentences, one per line: the translations of the lines of --source."""
     pairs: str | None = None
     """Instead of --source and --target: a .tsv or .jsonl file, a prepared tensorflow-datasets folder (such as
     wmt14_translate), or tfds:NAME."""
@@ -96,7 +96,7 @@ class TranslateConfig:
     encoding: str = "utf-8"
     """Character encoding of the text."""
 
-    subwords: Subwords = "unigram"
+    subwords: PairKind = "unigram"
     """Kind of subwords: SentencePiece's unigram or bpe, or BPE within words (word-bpe)."""
     vocab_size: int = 8000
     """Vocabulary size, including four special tokens; of each side if the vocabularies are separate."""
@@ -137,7 +137,7 @@ class TranslateConfig:
     """Compile one layer and loop over it. Off: unroll the layers, with the same results but longer compilation."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more computation."""
-    attention: str | None = None
+    attention: Attention | None = None
     """Attention backend. None: the fastest that supports the call."""
 
     row_tokens: int = 64
@@ -180,9 +180,9 @@ class TranslateConfig:
     patience: int = 0
     """Early stopping: number of evaluations after the warm-up without a better dev BLEU. 0: no early stopping."""
     average: int = 0
-    """Export the mean of the weights at this many evaluations. 0: no mean."""
+    """Export the average of the weights at this many evaluations. 0: no averaging."""
     average_of: Literal["last", "best"] = "last"
-    """Evaluations that --average uses: the last, or those with the best dev BLEU."""
+    """Evaluations to average: the last ones, or those with the best dev BLEU."""
 
     out: Path = Path("runs/translate")
     """Run folder. To resume a run that was stopped, give the same command again."""
@@ -195,13 +195,14 @@ class TranslateConfig:
 
     def __post_init__(self) -> None:
         if (self.source is None) != (self.target is None):
-            raise RunError("--source and --target come together: give both files.")
+            raise RunError("--source and --target belong together: give both files.")
         if self.source is not None and self.pairs is not None:
             raise RunError("--pairs holds both sides: leave --source and --target out.")
         if self.dev and self.source is None and self.pairs is None:
             raise RunError("--dev is for text of your own: give --source and --target, or --pairs, too.")
         if self.preset not in RECIPES:
-            raise RunError(f"no preset {self.preset!r} of the Transformer; known: {', '.join(RECIPES)}")
+            meant = did_you_mean(self.preset, RECIPES) or f" Expected one of {', '.join(RECIPES)}."
+            raise RunError(f"--preset {self.preset}: there is no such size.{meant}")
         if len(self.dev) > 2:
             raise RunError(f"--dev names {len(self.dev)} files; expected two, or one that holds both sides.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing", "sample_subwords"):
@@ -216,11 +217,11 @@ class TranslateConfig:
         if self.batch_tokens % self.row_tokens:
             raise RunError(f"--batch-tokens {self.batch_tokens} is not a multiple of --row-tokens {self.row_tokens}.")
         if self.r_drop and not (self.dropout or self.attention_dropout or self.activation_dropout):
-            raise RunError("--r-drop compares two passes that drop different values: give a --dropout, say 0.1.")
+            raise RunError("--r-drop compares two passes with different dropout: give a --dropout, such as 0.1.")
         if self.average and self.optim.ema:
-            raise RunError("--average and --ema are two ways to a mean of the weights: with --ema give --average 0.")
+            raise RunError("--average and --ema are mutually exclusive ways to average the weights.")
         if self.tying == "all" and not self.joint and self.tokenizer is None:
-            raise RunError("--tying all shares one table: it takes a joint vocabulary. Take --tying decoder.")
+            raise RunError("--tying all needs a joint vocabulary. Use --tying decoder.")
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:

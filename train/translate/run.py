@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
 import tyro
 
+from ...data.progress import counted
 from ..arguments import flags
 from ..cpu import return_freed_memory
 from ..errors import RunError
@@ -65,7 +66,7 @@ class RunConfig:
         if self.batch < 1 or self.window < 1 or self.longest < 0:
             raise RunError("--batch and --window must be at least 1, --longest at least 0.")
         if self.attention is None and (self.layers or self.heads):
-            raise RunError("--layers and --heads choose what --attention draws: give it a file.")
+            raise RunError("--layers and --heads select what --attention draws: give it a file.")
         if self.attention is not None and not self.attention.absolute().parent.is_dir():
             raise RunError(f"--attention {self.attention}: there is no folder {self.attention.absolute().parent}.")
         if self.generation_config and self.decode != DECODE:
@@ -149,7 +150,7 @@ def main(config: RunConfig) -> int:
     tidy_at = 0
     for lines in Lines(sys.stdin.buffer, config.window):
         if translator.lines:
-            progress.update(f"{translator.lines:,} lines translated")
+            progress.update(f"{counted(translator.lines, 'line')} translated")
         if translator.lines >= tidy_at and jax.default_backend() == "cpu":
             return_freed_memory()
             tidy_at = translator.lines + config.window
@@ -164,8 +165,8 @@ def main(config: RunConfig) -> int:
             sys.stdout.flush()
     if config.attention is not None and drawn is not None:
         draw_attention(config.attention, translator, drawn, config.layers, config.heads)
-        progress.line(f"cross-attention of {len(drawn)} lines: {config.attention}")
-    progress.line(f"{translator.lines:,} {'line' if translator.lines == 1 else 'lines'} translated")
+        progress.line(f"cross-attention of {counted(len(drawn), 'line')}: {config.attention}")
+    progress.line(f"{counted(translator.lines, 'line')} translated")
     for note in translator.findings:
         progress.line(note)
     return 0

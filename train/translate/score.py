@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from ...data.corpus.parallel import ParallelText
+from ...data.progress import counted
 from ...data.tokenizers.pairs import TextForm
 from ..arguments import flags
 from ..errors import RunError
@@ -234,7 +235,7 @@ def main(config: ScoreConfig) -> int:
         found = translation_scores(translated, references, translator.tokenizer.form)
     result |= {"sentences": len(references), **found.values, **found.signatures}
     result["tokenised_bleu_details"] = found.details
-    progress.line(f"{len(references):,} sentences")
+    progress.line(counted(len(references), "sentence"))
     for name, line in found.details.items():
         progress.line(f"{name} (multi-bleu style): {line}")
     if config.out is not None:

@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...data.corpus.pair_store import PairStore, build_pairs, describe_pairs
+from ...data.corpus.pair_store import PairStore, build_pairs, describe_pairs, outdated_pairs
 from ...data.corpus.parallel import Pair, ParallelText
 from ...data.files import build_once, user_cache_folder
+from ...data.progress import counted
 from ...data.rows.translation import TranslationRows
 from ...data.stream import evaluation_batches, training_batches
 from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords
@@ -90,16 +91,16 @@ def read_texts(config: TranslateConfig) -> Texts:
         options |= {"empty": "keep", "split": "validation"}
         dev = list(ParallelText(config.dev, **options))
         return Texts(lambda: text, dev, text.fingerprint, described, lambda: list(text.findings))
-    counted = sum(1 for _ in text)
+    pairs = sum(1 for _ in text)
 
     def held_out(pair: Pair) -> bool:
         digest = hashlib.blake2b(pair.source.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < config.dev_pairs / counted * 2**64
+        return int.from_bytes(digest, "little") < config.dev_pairs / pairs * 2**64
 
     dev = [pair for pair in text if held_out(pair)]
-    if not 0 < len(dev) < counted:
+    if not 0 < len(dev) < pairs:
         raise RunError(
-            f"{text}: {counted} pairs are too few to hold {config.dev_pairs} out. Give fewer --dev-pairs, or --dev."
+            f"{text}: {pairs} pairs are too few to hold {config.dev_pairs} out. Give fewer --dev-pairs, or --dev."
         )
     return Texts(
         lambda: (pair for pair in text if not held_out(pair)),
@@ -139,6 +140,12 @@ def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
         else:
             tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
         store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
+        outdated = outdated_pairs(root / "pairs")
+        if outdated:
+            progress.line(
+                f"{root / 'pairs'}: {counted(len(outdated), 'cache')} of an earlier version, which are no longer read. "
+                f"Delete {', '.join(path.name for path in outdated)}."
+            )
         as_text = config.sample_subwords > 0
         train = store(texts.train, fingerprint=texts.fingerprint, as_text=as_text, notes=texts.notes)
         kept = [pair for pair in texts.dev if pair.source and pair.target]
@@ -157,7 +164,7 @@ def trained_tokenizer(
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def build(unfinished: Path) -> None:
-        progress.line(f"training a tokenizer with {config.vocab_size:,} subwords ({config.subwords})")
+        progress.line(f"training a tokenizer with at most {config.vocab_size:,} subwords ({config.subwords})")
         trained = train_subwords(
             config.subwords,
             lambda: (form.prepare(pair.source, target=False) for pair in texts.train()),

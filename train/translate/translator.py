@@ -200,7 +200,7 @@ class Translator:
             return [ids]
         if self.too_long == "refuse":
             raise RunError(
-                f"line {line}: {len(ids)} tokens; at most {self.longest} are taken. Split it, or use --too-long split."
+                f"line {line}: {len(ids)} tokens, more than {self.longest}. Split it, or use --too-long split."
             )
         self.findings.add(f"more than {self.longest} tokens (see --longest), translated in parts", line)
         return self._split(text, ids)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ....data.tasks.multiple_choice import FOLDS, split_fold
+from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
 
@@ -75,6 +76,7 @@ def codah_data(task: "ChoiceTask", config: CodahConfig) -> "TaskData":
 
 def main(config: SwagConfig | CodahConfig) -> int:
     """Run `bestiary finetune swag` or `codah`; return the exit status."""
+    require_checkpoint(config.run.model)
     from ..loop import finetune
     from ..tasks.choice import ChoiceTask
 

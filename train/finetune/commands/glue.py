@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from ....data.tasks.glue import GlueName
+from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
 
@@ -35,11 +36,12 @@ class GlueConfig:
 
     def __post_init__(self) -> None:
         if self.diagnostic is not None and self.task != "mnli":
-            raise RunError("--diagnostic goes with mnli: the diagnostic set has its classes.")
+            raise RunError("--diagnostic is for mnli, whose classes the diagnostic set has.")
 
 
 def main(config: GlueConfig) -> int:
     """Run `bestiary finetune TASK`; return the exit status."""
+    require_checkpoint(config.run.model)
     from ..loop import finetune
     from ..tasks.glue import glue_data, glue_task
 

@@ -44,7 +44,7 @@ class GlueSuiteConfig:
 
     def __post_init__(self) -> None:
         if self.from_mnli and self.mnli_model is not None:
-            raise RunError("--from-mnli trains a model of MNLI, --mnli-model names one: give one of them.")
+            raise RunError("--from-mnli and --mnli-model are mutually exclusive.")
         if not self.seeds:
             raise RunError("--seeds: expected at least one.")
 
@@ -59,11 +59,11 @@ def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
     if not tasks:
         raise RunError(f"{config.data}: none of GLUE's tasks has a training file here.")
     if config.from_mnli and "mnli" not in tasks:
-        raise RunError("--from-mnli: mnli is not among the tasks. Add it, or name a model of it with --mnli-model.")
+        raise RunError("--from-mnli: mnli is not among the tasks. Add it, or give its model with --mnli-model.")
     tasks.sort(key=lambda name: name != "mnli" if config.from_mnli else 0)
     return [
         GlueConfig(
-            task=task,  # type: ignore[arg-type]
+            task=task,
             data=str(config.data),
             diagnostic=config.diagnostic if task == "mnli" else None,
             run=dataclasses.replace(

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from ....data.progress import counted
+from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
 
@@ -56,6 +58,7 @@ class SquadConfig:
 
 def main(config: SquadConfig) -> int:
     """Run `bestiary finetune squad`; return the exit status."""
+    require_checkpoint(config.run.model)
     from ..loop import finetune
     from ..tasks.squad import SquadTask, read_questions
     from ..tasks.task import TaskData, hold_out
@@ -77,7 +80,7 @@ def main(config: SquadConfig) -> int:
         if 0 < config.eval_examples < len(dev):
             dev = hold_out(dev, config.eval_examples / len(dev), seed=0)[1]
         test = {} if config.test_data is None else {"test": task.read(config.test_data, "test", labelled=False)}
-        notes = [f"{skipped:,} questions skipped: their answer is not in their context"] if skipped else []
+        notes = [f"{counted(skipped, 'question')} skipped whose answer is not in the context"] if skipped else []
         return TaskData(train, {"dev": dev}, test, notes)
 
     return finetune(config, config.run, task, data)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
 
@@ -49,6 +50,7 @@ class TableConfig:
 
 def main(config: TableConfig) -> int:
     """Run `bestiary finetune classification`; return the exit status."""
+    require_checkpoint(config.run.model)
     from ..loop import finetune
     from ..tasks.table import table_task
     from ..tasks.task import TaskData, hold_out

@@ -12,7 +12,9 @@ from typing import Annotated
 
 import tyro
 
+from ....data.progress import counted
 from ....data.tasks.tagging import PartOfSpeech, Scheme, tag_set
+from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
 
@@ -80,6 +82,7 @@ def _check_data(data: Path, eval_data: Path | None) -> None:
 
 def main(config: NerConfig | PosConfig) -> int:
     """Run `bestiary finetune ner` or `pos`; return the exit status."""
+    require_checkpoint(config.run.model)
     from ..loop import finetune
     from ..tasks.tagging import SUFFIXES, TaggingTask, files_of
     from ..tasks.task import TaskData
@@ -109,6 +112,6 @@ def main(config: NerConfig | PosConfig) -> int:
         evaluation = {"dev": task.read(config.eval_data or config.data, "dev", labelled=True)}
         if config.data.is_dir() and files_of(config.data, "test", SUFFIXES[task.name]):
             evaluation["test"] = task.read(config.data, "test", labelled=True)
-        return TaskData(train, evaluation, {}, [f"{repaired:,} tags repaired"] if repaired else [])
+        return TaskData(train, evaluation, {}, [f"{counted(repaired, 'tag')} repaired"] if repaired else [])
 
     return finetune(config, config.run, task, data)

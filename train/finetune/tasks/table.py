@@ -44,7 +44,7 @@ def table_task(
     """
     known = None if regression else labels or read_labels(train, label)
     if known is not None and len(known) < 2:
-        raise RunError(f"{train}: all labels are {', '.join(known)!r}; there is nothing to tell apart.")
+        raise RunError(f"{train}: all labels are {', '.join(known)!r}; there is nothing to learn.")
     metrics = ("pearson", "spearman")
     if known is not None:
         metrics = ("accuracy", "f1") if len(known) == 2 else ("accuracy", "macro_f1")

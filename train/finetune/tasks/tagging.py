@@ -17,6 +17,7 @@ import numpy as np
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
 from ....data.files import write_text
+from ....data.progress import counted
 from ....data.tasks.tagging import (
     PartOfSpeech,
     Scheme,
@@ -122,7 +123,7 @@ class TaggingTask(PlainTask):
         fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
         fields["token_fields"] = {"labels": labels, "label_weights": first.astype(np.float32)}
         if pieces.split:
-            fields["note"] = f"{pieces.split:,} sentences in several pieces"
+            fields["note"] = f"{counted(pieces.split, 'sentence')} in several pieces"
         return TaggedFeatures(**fields, first=first)
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Tagged:

@@ -89,7 +89,7 @@ def test_a_batch_that_is_no_multiple_of_the_length(refused):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "bert-huge"], "known are bert-tiny"),
+        (["--model", "bert-huge"], "there is no such size. Did you mean 'bert-large'?"),
         (["--mask-rate", "0"], "--mask-rate is 0.0"),
         (["--dropout", "1"], "--dropout is 1.0"),
         (["--warmup", "100"], "Warmup takes 100 steps, but the phase has 24"),

@@ -119,6 +119,8 @@ class PretrainConfig:
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "accumulate", least=1)
         check_setting(self, "static_masks", least=0)
+        for name in ("steps", "sequence_length"):
+            check_setting(self, name, least=1)
         for number, phase in enumerate(self.plan, 1):
             if phase.steps < 1:
                 raise RunError(f"Phase {number} has {phase.steps} steps; it needs at least one.")

@@ -12,7 +12,6 @@ The kinds are subclasses: documents (corpus/document_store.py) and pairs of sent
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 
 from .errors import DataError
 from .example import decode_bytes
+from .json_files import expect, read_object, value_of
 
 FORMAT_VERSION = 2
 HEADER = "cache.json"
@@ -64,28 +64,34 @@ class Header:
         """
         if not path.is_file():
             raise DataError(f"{path.parent}: no tokenised cache (there is no {path.name}).")
+        where = str(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] == 1:
-                content = _from_version_1(content)
-            elif content["version"] != FORMAT_VERSION:
-                raise DataError(
-                    f"{path}: version {content['version']}, expected {FORMAT_VERSION}. {_remedy(path.parent)}"
-                )
-            files = {name: (int(size), checksum) for name, (size, checksum) in content.pop("files").items()}
-            return Header(files=files, **content)
-        except DataError:
-            raise
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+            content = read_object(path)
+            version = value_of(content, "version", int, where)
+            known = version in (1, FORMAT_VERSION)
+            header = (_from_version_1 if version == 1 else _described)(content, where) if known else None
+        except (KeyError, ValueError) as error:  # a DataError too
             raise DamagedStoreError(f"{path}: not a cache's description ({error}). {_remedy(path.parent)}") from error
+        if header is None:
+            raise DataError(f"{path}: version {version}, expected {FORMAT_VERSION}. {_remedy(path.parent)}")
+        return header
 
 
-def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert a header of version 1: only documents, and one flat object; records and index have not changed."""
+def _described(content: dict[str, Any], where: str) -> Header:
+    files = {
+        name: (expect(size, int, where), expect(checksum, int | None, where))
+        for name, (size, checksum) in value_of(content, "files", dict[str, list], where).items()
+    }
+    kinds = {"version": int, "kind": str, "key": str, "counts": dict[str, int], "made_from": dict}
+    return Header(files=files, **{name: value_of(content, name, kind, where) for name, kind in kinds.items()})
+
+
+def _from_version_1(content: dict[str, Any], where: str) -> Header:
+    """Read a header of version 1: only documents, and one flat object; records and index have not changed."""
     made_from = {key: content[key] for key in content.keys() - {"version", "key", "counts", "shard_bytes"}}
-    files = {name: (size, None) for name, size in content["shard_bytes"].items()}
+    files = {name: [size, None] for name, size in value_of(content, "shard_bytes", dict[str, int], where).items()}
     kept = {name: content[name] for name in ("version", "key", "counts")}
-    return {**kept, "kind": "documents", "files": files, "made_from": made_from}
+    return _described({**kept, "kind": "documents", "files": files, "made_from": made_from}, where)
 
 
 def _remedy(folder: Path) -> str:

@@ -9,7 +9,6 @@ alone detect a truncated file, but not a flipped bit: Orbax silently read 12 of 
 """
 
 import errno
-import json
 import logging
 import shutil
 import zlib
@@ -24,9 +23,10 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 
+from ..data.errors import DataError
 from ..data.files import replacing
+from ..data.json_files import fits, read_object, write_json
 from .errors import RunError
-from .run_folder import write_json
 
 CHUNK = 1 << 22
 
@@ -193,11 +193,13 @@ def damage(folder: Path, step: int) -> str | None:
     """Return why a step is incomplete or damaged, or None."""
     manifest = folder / f"{step}.json"
     try:
-        expected = json.loads(manifest.read_text())
+        expected = read_object(manifest)
     except FileNotFoundError:
         return "it has no manifest, so the save was interrupted"
-    except ValueError:
-        return f"its manifest {manifest.name} cannot be read"
+    except (DataError, OSError) as error:
+        return f"its manifest cannot be read ({error})"
+    if not expected or not all(fits(pair, list[int]) and len(pair) == 2 for pair in expected.values()):
+        return f"its manifest {manifest.name} does not list files with sizes and checksums"
     present = set(_files(folder / str(step)))
     for name, (size, crc) in expected.items():
         if name not in present:

@@ -98,7 +98,10 @@ class Run:
             else:
                 state, start, extra_state = restored
                 self.progress.line(f"resuming from step {start}")
-            self.folder.rewind(start)
+            for number in self.folder.rewind(start):
+                self.progress.line(
+                    f"{self.folder.folder / 'metrics.jsonl'}, line {number} was damaged; it was left out"
+                )
             if extra_state is not None:
                 training.batches.set_state(extra_state["batches"])
             fitted = Loop(self, training, checkpoints, state=state, start=start, extra_state=extra_state).run()

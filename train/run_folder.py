@@ -5,7 +5,6 @@ that of an uninterrupted one. Speeds are on the progress line, in TensorBoard an
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..data.files import write_text
+from ..data.errors import DataError
+from ..data.files import replacing
+from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
 from .errors import RunError
 
 
@@ -44,7 +45,7 @@ class RunFolder:
         self._asked = to_json(config)
         path = folder / "config.json"
         if path.exists():
-            stored = json.loads(path.read_text())
+            stored = read_object(path)
             self._compare(stored if upgrade is None else upgrade(stored), self._asked, free)
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise RunError(f"{folder} exists and is not a run folder (it has no config.json). Choose another --out.")
@@ -75,12 +76,20 @@ class RunFolder:
         """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def rewind(self, step: int) -> None:
-        """Remove the metrics after `step`, and a truncated last line."""
-        path = self.folder / "metrics.jsonl"
+    def rewind(self, step: int) -> list[int]:
+        """Remove the metrics after `step`, and damaged lines; return the numbers of the latter.
+
+        A last line without its line end was being written when the run was killed; it does not count as damaged.
+        """
+        path, damaged = self.folder / "metrics.jsonl", []
         if self.main and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-            write_text(path, "".join(kept))
+            lines = path.read_bytes().split(b"\n")[:-1]
+            steps = [_step_of(line) for line in lines]
+            damaged = [number for number, at in enumerate(steps, 1) if at is None]
+            kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+            with replacing(path) as unfinished:
+                unfinished.write_bytes(b"".join(kept))
+        return damaged
 
     def write_metrics(self, step: int, values: Mapping[str, float], speeds: Mapping[str, float] | None = None) -> None:
         """Append a line to metrics.jsonl, and the same with the speeds to TensorBoard."""
@@ -88,7 +97,7 @@ class RunFolder:
             return
         record = {"step": step, **{name: _finite_or_none(value) for name, value in values.items()}}
         with (self.folder / "metrics.jsonl").open("a") as handle:
-            handle.write(json.dumps(record) + "\n")
+            handle.write(json_text(record, "metrics.jsonl") + "\n")
         self._write_events(step, {**values, **(speeds or {})})
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
@@ -102,7 +111,7 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_object_lines(path) if path.exists() else []
 
     def save_batch(self, step: int, batch: Mapping[str, np.ndarray]) -> Path:
         """Save this process's part of the batch of a failed step."""
@@ -157,11 +166,6 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, completely or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
@@ -172,11 +176,12 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line of metrics.jsonl; None if it is damaged."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
+        return value_of(expect(parse_line(line.decode(), ""), dict, ""), "step", int, "")
+    except (DataError, UnicodeDecodeError):
+        return None
 
 
 def _finite_or_none(value: float) -> float | None:

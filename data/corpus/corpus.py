@@ -19,13 +19,13 @@ files and files with other endings are skipped and counted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CorpusError
+from ..json_files import parse_line
 from ..reading import COMPRESSIONS, read_lines, read_text
 from . import python_docs
 from .markup import WIKITEXT_TITLE, Markup, paragraphs
@@ -245,13 +245,8 @@ class Corpus:
             if not line or line.isspace():
                 continue
             where = f"{source.path}, line {number}"
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorpusError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object per line."
-                ) from None
-            yield Document(_text_of(value, self.text_field, where, "a JSON object"), "lines", source.name, number)
+            text = _text_of(parse_line(line, where), self.text_field, where, "a JSON object")
+            yield Document(text, "lines", source.name, number)
 
     def _read_embedded(self, source: Source) -> Iterator[Document]:
         for name, text in python_docs.documentation(self._count_bytes):

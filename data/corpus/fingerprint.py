@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from ..files import write_text
+from ..errors import DataError
+from ..json_files import fits, read_object, write_json
 from .corpus import Corpus
 
 _SETTLED_SECONDS = 2.0  # a file changed less than this ago might change again within the resolution of its date
@@ -22,10 +24,8 @@ def corpus_fingerprint(corpus: Corpus, notes: Path | None = None) -> str:
     """Return the fingerprint in hexadecimal. `notes` is the file of remembered hashes; it may be deleted any time."""
     known: dict[str, list] = {}
     if notes is not None and notes.is_file():
-        try:
-            known = json.loads(notes.read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}
+        with suppress(DataError, OSError):
+            known = {name: note for name, note in read_object(notes).items() if _is_note(note)}
     changed = False
     parts: list = [[corpus.encoding, corpus.text_field, corpus.blank_line, corpus.split]]
     for source in corpus.sources:
@@ -43,5 +43,10 @@ def corpus_fingerprint(corpus: Corpus, notes: Path | None = None) -> str:
             parts.append([name, note[0], note[2]])
     if notes is not None and changed:
         notes.parent.mkdir(parents=True, exist_ok=True)
-        write_text(notes, json.dumps(known))
+        write_json(notes, known)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _is_note(note: object) -> bool:
+    """Tell whether a remembered hash is one: [size, date, SHA-256]."""
+    return isinstance(note, list) and len(note) == 3 and fits(note[:2], list[int]) and isinstance(note[2], str)

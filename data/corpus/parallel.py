@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CorpusError
+from ..json_files import parse_line
 from ..reading import COMPRESSIONS, read_lines
 from .corpus import Source
 from .tfds import TFDS_PREFIX, decoded, is_tfds, open_tfds
@@ -215,12 +216,7 @@ class ParallelText:
         path = Path(self.paths[0]).expanduser()
         for number, line in enumerate(read_lines(path, self.encoding), 1):
             where = f"{path}, line {number}"
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorpusError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object per line."
-                ) from None
+            value = parse_line(line, where)
             if isinstance(value, dict) and isinstance(value.get("translation"), dict):
                 value = value["translation"]
             yield self._fields_of(value, where)

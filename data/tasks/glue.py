@@ -7,7 +7,6 @@ tensorflow-datasets; submissions use the class names of the TSV files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..corpus.tfds import TFDS_PREFIX, decoded, glue_config, is_tfds, open_tfds, prepared_folder
 from ..errors import DataError
+from ..json_files import read_object, value_of
 from .tables import Row, TextExample, class_of, field_of, number_of, read_table, tab_records, text_of
 
 
@@ -210,8 +210,9 @@ def has_split(task: GlueTask, path: str | Path, split: str) -> bool:
     """Tell whether a split exists."""
     path = glue_source(task, path)
     if str(path).startswith(TFDS_PREFIX) or is_tfds(path):
-        described = json.loads((_tfds_folder(path) / "dataset_info.json").read_text(encoding="utf-8"))
-        return TFDS_SPLITS.get(split, split) in [there["name"] for there in described["splits"]]
+        described = _tfds_folder(path) / "dataset_info.json"
+        splits = value_of(read_object(described), "splits", list[dict], str(described))
+        return TFDS_SPLITS.get(split, split) in [there.get("name") for there in splits]
     return path.is_file() or _split_file(task, path, split) is not None
 
 

@@ -9,7 +9,6 @@ and a window that does not contain the whole answer points at [CLS] (Devlin et a
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import DataError
+from ..json_files import parse_json
 from ..reading import read_text
 from ..tokenizers.tokenizer import Tokenizer
 
@@ -70,10 +70,7 @@ def read_squad(
         DataError: the file is not JSON (with the line), does not have SQuAD's structure, or has no questions or a
             duplicate id; or a question has no answer, or one that is not in its context (with the question's id).
     """
-    try:
-        document = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}).") from None
+    document = parse_json(read_text(path), str(path))
     questions: list[Question] = []
     bad: list[str] = []
     for question, problem in _questions(document, path):

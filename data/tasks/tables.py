@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import DataError
+from ..json_files import expect, parse_line
 from ..reading import COMPRESSIONS, read_lines
 
 LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit is 131,072
@@ -166,15 +167,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}). Expected one JSON object per line."
-            ) from None
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-        yield Row(value, where)
+        yield Row(expect(parse_line(line, where), dict, where), where)
 
 
 def _shown(record: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from ..errors import DataError
+from ..json_files import expect, read_object
 from .byte_bpe import GPT2_TOKENS, ROBERTA_TOKENS, ByteBpeTokenizer, byte_bpe_backend
 from .sentence_piece import (
     ALBERT_TOKENS,
@@ -154,8 +155,8 @@ class _Folder:
         """Yield (id in the files, token) of the tokens added to the vocabulary, in the order of ids."""
         roles = {token.content for token in special.values()}
         if "added_tokens_decoder" in self.settings:
-            entries = _object(self.settings["added_tokens_decoder"], f"{self.where.parent}: added_tokens_decoder")
-            described = {number: _object(entry, f"added token {number}") for number, entry in entries.items()}
+            entries = expect(self.settings["added_tokens_decoder"], dict, f"{self.where.parent}: added_tokens_decoder")
+            described = {number: expect(entry, dict, f"added token {number}") for number, entry in entries.items()}
         else:
             described = {
                 number: {"content": token, "normalized": token not in roles} for token, number in self.added.items()
@@ -214,7 +215,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _read_folder(path: Path) -> _Folder:
     def read(name: str) -> dict[str, Any]:
         file = path.parent / name
-        return _read_object(file) if file.is_file() else {}
+        return read_object(file) if file.is_file() else {}
 
     return _Folder(
         path,
@@ -222,7 +223,7 @@ def _read_folder(path: Path) -> _Folder:
         read("special_tokens_map.json"),
         read("added_tokens.json"),
         read("config.json"),
-        _read_object(path) if path.suffix == ".json" and path.name != "vocab.json" else None,
+        read_object(path) if path.suffix == ".json" and path.name != "vocab.json" else None,
     )
 
 
@@ -283,7 +284,7 @@ def _gpt2(folder: _Folder) -> Tokenizer:
 def _bytes(folder: _Folder) -> tuple[tokenizers.Tokenizer, bool]:
     spaced = bool(folder.setting("add_prefix_space", False, bool))
     if folder.whole is not None:
-        pairs = _object(folder.whole["model"], f"{folder.where}: model").get("merges", ())
+        pairs = expect(folder.whole["model"], dict, f"{folder.where}: model").get("merges", ())
         merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
         vocabulary = _vocabulary(folder)
     else:
@@ -365,7 +366,7 @@ def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
         DataError: the SentencePiece model is neither ALBERT's nor T5's.
     """
     if classes == ("roberta", "gpt2"):
-        return "roberta" if {"<s>", "</s>", "<mask>"} <= set(_read_object(folder.where)) else "gpt2"
+        return "roberta" if {"<s>", "</s>", "<mask>"} <= set(read_object(folder.where)) else "gpt2"
     if classes == ("albert", "t5"):
         first = [piece for piece, _ in _pieces(folder)[0][:5]]
         if first == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]:
@@ -428,7 +429,8 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
 
 def _vocabulary(folder: _Folder) -> dict[str, int]:
     assert folder.whole is not None
-    return _object(_object(folder.whole.get("model"), f"{folder.where}: model").get("vocab"), f"{folder.where}: vocab")
+    model = expect(folder.whole.get("model"), dict, f"{folder.where}: model")
+    return expect(model.get("vocab"), dict, f"{folder.where}: vocab")
 
 
 def _add_tokens(
@@ -473,27 +475,6 @@ def _stated(folder: _Folder, backend: tokenizers.Tokenizer) -> Template:
 
 def _kept(folder: _Folder) -> dict[str, Any]:
     return {name: folder.settings[name] for name in _KEPT if name in folder.settings}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Read a file with a JSON object.
-
-    Raises:
-        DataError: it is something else; with the line.
-    """
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}).") from None
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise DataError(f"{path}: not JSON ({error}).") from None
-    return _object(value, str(path))
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, found {type(value).__name__}.")
-    return value
 
 
 def _number(value: Any, where: Path) -> int:

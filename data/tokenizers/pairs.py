@@ -23,14 +23,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
 from ..errors import DataError
+from ..json_files import expect, read_object, value_of, write_json
 from ..packing import ranges
 from .segmentation import banked, merge, mixed, segmentations, walk
 
@@ -183,9 +184,9 @@ class PairTokenizer:
             self.source.save(folder / "source")
             self.target.save(folder / "target")
         if not words:
-            _write_json(folder / "vocab.json", self.source.vocabulary)
+            write_json(folder / "vocab.json", self.source.vocabulary, ensure_ascii=False)
             if not self.joint:
-                _write_json(folder / "target_vocab.json", self.target.vocabulary)
+                write_json(folder / "target_vocab.json", self.target.vocabulary, ensure_ascii=False)
         source, target = self.form.languages
         reference = {
             "tokenizer_class": "PreTrainedTokenizerFast" if words else "MarianTokenizer",
@@ -193,9 +194,11 @@ class PairTokenizer:
             **({} if words else {"source_lang": source, "target_lang": target, "separate_vocabs": not self.joint}),
             **({} if self.longest is None else {_LONGEST: self.longest}),
         }
-        _write_json(folder / _REFERENCE_CONFIG, reference)
+        write_json(folder / _REFERENCE_CONFIG, reference, ensure_ascii=False)
         if self.kind != "marian":
-            _write_json(folder / _CONFIG, {"kind": self.kind, "joint": self.joint, **asdict(self.form)})
+            write_json(
+                folder / _CONFIG, {"kind": self.kind, "joint": self.joint, **asdict(self.form)}, ensure_ascii=False
+            )
 
 
 class SentencePieceSide:
@@ -440,12 +443,7 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
         return PairTokenizer("unigram" if side.unigram else "bpe", side, side, form or TextForm())
     reference = _read_reference_config(path / _REFERENCE_CONFIG)
     if (path / _CONFIG).is_file():
-        content = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        try:
-            kind, joint = content.pop("kind"), content.pop("joint")
-            found = TextForm(**{**content, "languages": tuple(content["languages"])})
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path / _CONFIG}: not in the format that bestiary writes ({error}).") from None
+        kind, joint, found = _read_form(path / _CONFIG)
         if joint:
             side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"))
             return PairTokenizer(kind, side, side, found, _longest(reference))
@@ -459,8 +457,20 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+def _read_form(path: Path) -> tuple[Kind, bool, TextForm]:
+    """Read subwords.json: kind, whether joint, preparation of texts."""
+    content, where = read_object(path), str(path)
+    kind, joint = value_of(content, "kind", str, where), value_of(content, "joint", bool, where)
+    if kind not in get_args(Kind):
+        raise DataError(f"{path}: kind: expected one of {', '.join(get_args(Kind))}, found {kind!r}.")
+    languages = value_of(content, "languages", list[str], where)
+    switches = {name: value_of(content, name, bool, where) for name in content.keys() - {"kind", "joint", "languages"}}
+    known = {field.name for field in fields(TextForm)}
+    unknown = switches.keys() - known
+    if unknown or len(languages) != 2:
+        wrong = f"unknown {', '.join(sorted(unknown))}" if unknown else f"{len(languages)} languages, expected 2"
+        raise DataError(f"{path}: not in the format that bestiary writes ({wrong}).")
+    return kind, joint, TextForm(**switches, languages=(languages[0], languages[1]))
 
 
 def _load_side(path: Path) -> Side:
@@ -479,7 +489,7 @@ def _load_side(path: Path) -> Side:
 
 def _read_reference_config(path: Path) -> dict[str, Any]:
     """Read tokenizer_config.json, if it exists."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _longest(reference: dict[str, Any]) -> int | None:
@@ -488,10 +498,14 @@ def _longest(reference: dict[str, Any]) -> int | None:
     return found if isinstance(found, int) and found > 1 else None
 
 
+def _read_ids(path: Path) -> dict[str, int]:
+    return expect(read_object(path), dict[str, int], str(path))
+
+
 def _load_marian(path: Path, form: TextForm | None, reference: dict[str, Any]) -> PairTokenizer:
-    vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = _read_ids(path / "vocab.json")
     own = path / "target_vocab.json"
-    target_vocabulary = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else vocabulary
+    target_vocabulary = _read_ids(own) if own.is_file() else vocabulary
     form = form or TextForm()
     names = (reference.get("source_lang"), reference.get("target_lang"))
     form = replace(form, languages=tuple(a or b for a, b in zip(names, form.languages, strict=True)))

@@ -26,6 +26,7 @@ from tokenizers import models
 
 from ..corpus.corpus import Document
 from ..errors import DataError
+from ..json_files import write_json
 from ..progress import Reporter
 from .kinds import Kind
 from .template import Template
@@ -300,10 +301,10 @@ class Tokenizer:
         beyond = set(self.backend.get_vocab()) - set(self.backend.get_vocab(with_added_tokens=False))
         if beyond:
             added = {token: number for number, token in enumerate(self.tokens) if token in beyond}
-            _write_json(folder / "added_tokens.json", added)
+            write_json(folder / "added_tokens.json", added, ensure_ascii=False)
         roles = {f"{role}_token": token for role, token in self.special_tokens.items()}
-        _write_json(folder / "tokenizer_config.json", {**self.settings, **roles})
-        _write_json(folder / "special_tokens_map.json", roles)
+        write_json(folder / "tokenizer_config.json", {**self.settings, **roles}, ensure_ascii=False)
+        write_json(folder / "special_tokens_map.json", roles)
 
     def _save_vocabulary(self, folder: Path) -> None:
         """Write the vocabulary in the kind's own files."""
@@ -341,7 +342,3 @@ def read_paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator
         characters += len(document.text)
         report(characters / 1e6, None)
     report(characters / 1e6, None, final=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,7 +20,8 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...data.files import replacing, write_text
+from ...data.files import replacing
+from ...data.json_files import read_object, value_of, write_json
 from ..lora import LORA_A, LORA_B, LoraConfig, LoraError, Target, ends_with, linear_maps
 from ..registry import family_of_model
 from .tables import (
@@ -138,7 +139,7 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
-    write_text(folder / CONFIG, json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    write_json(folder / CONFIG, dict(sorted(stored.items())))
 
 
 def _number(value: float) -> int | float:
@@ -317,11 +318,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}; an adapter's folder holds {CONFIG} and {WEIGHTS}")
+    stored, where = read_object(path), str(path)
+    sizes = value_of(stored, "r", int, where), value_of(stored, "lora_alpha", float, where)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        LoraConfig(stored["r"], float(stored["lora_alpha"]), float(stored.get("lora_dropout", 0.0)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected JSON with r, lora_alpha and lora_dropout ({error!r})") from None
+        LoraConfig(*sizes, value_of(stored, "lora_dropout", float, where, 0.0))
+    except LoraError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     problems = [
         f"{key}: only {' or '.join(map(json.dumps, allowed))} is implemented, found {json.dumps(stored[key])}"
         for key, allowed in REQUIRED.items()

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import ConfigError, read_json, read_object
+from ...data.json_files import read_json, read_object
+from .config import ConfigError
 
 # Poolings in 1_Pooling/config.json, in the order of concatenation: the name used here, the key that is set to true, and
 # the name that `pooling_mode` may have instead.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from bestiary.data import EMBEDDED, Corpus, CorpusError
+from bestiary.data import EMBEDDED, Corpus, DataError
 from bestiary.data.corpus.fingerprint import corpus_fingerprint
 from bestiary.data.reading import CHUNK_BYTES
 
@@ -23,7 +23,7 @@ def texts(*paths: str | Path, **options) -> list[str]:
 
 
 def refusal(*paths: str | Path, **options) -> str:
-    with pytest.raises(CorpusError) as raised:
+    with pytest.raises(DataError) as raised:
         list(Corpus(paths, **options))
     return str(raised.value)
 

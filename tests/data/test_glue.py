@@ -265,7 +265,7 @@ def test_whole_numbers_are_sorted_by_value_and_names_by_the_alphabet(file):
         ("a.jsonl", '{"text": "x", "label": "a"}\n{"text": "x"}\n', "line 2: no column 'label'"),
         ("a.jsonl", '{"text": 3, "label": "a"}\n', "line 1: column 'text' holds 3, expected text"),
         ("a.jsonl", '{"text": "x", "label": 0.5}\n', "line 1: the label is 0.5, expected"),
-        ("a.jsonl", "[]\n", "line 1: expected a JSON object, found list"),
+        ("a.jsonl", "[]\n", "line 1: expected a JSON object, found a list of 0"),
         ("a.jsonl", "{\n", "line 1: not JSON"),
         ("a.csv", "text,label\nx,a,more\n", "line 2: expected 2 fields"),
         ("a.csv", "text,label\nx,a\ntext,label\ny,b\n", "line 3: the header again"),

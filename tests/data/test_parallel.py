@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from bestiary.data.corpus.parallel import ParallelText, clean_line
-from bestiary.data.errors import CorpusError
+from bestiary.data.errors import CorpusError, DataError
 
 Write = Callable[[str, str | bytes], Path]
 EN, DE = "one\ntwo\nthree\n", "eins\nzwei\ndrei\n"
@@ -129,7 +129,7 @@ def test_many_findings_show_the_first_lines(file: Write):
     ],
 )
 def test_bad_files_are_named(file: Write, name: str, content: str, fields: tuple[str, str] | None, message: str):
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(DataError, match=message):
         read(ParallelText([file(name, content)], fields=fields))
 
 

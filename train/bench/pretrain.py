@@ -7,7 +7,6 @@ predicted positions; times three for forward and backward. Padding, dropout, nor
 """
 
 import dataclasses
-import json
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...data.json_files import json_text, write_json
 from ..config import OptimConfig
 from ..learner import count_parameters
 from ..loop import Stop
@@ -30,7 +30,6 @@ from ..pretrain.loop import Evaluation, train_step
 from ..pretrain.model import asked_family, make_model, model_config
 from ..pretrain.objectives import make_objective, with_defaults
 from ..progress import Progress
-from ..run_folder import write_json
 from ..sharding import start_parallelism
 from .config import PretrainBenchConfig
 
@@ -112,7 +111,7 @@ def main(config: PretrainBenchConfig) -> int:
     }
     if config.out is not None:
         write_json(config.out, result)
-    print(json.dumps(result, indent=2))
+    print(json_text(result, "the measurements", indent=2))
     return 0
 
 

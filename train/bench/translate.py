@@ -8,7 +8,6 @@ or with the model just trained. The first pass over the test file compiles, the 
 """
 
 import dataclasses
-import json
 import platform
 import statistics
 import time
@@ -19,11 +18,11 @@ from typing import Any
 
 import jax
 
+from ...data.json_files import json_text, write_json
 from ...data.reading import read_lines
 from ...data.stream import training_batches
 from ..learner import count_parameters, on_host
 from ..progress import Progress
-from ..run_folder import write_json
 from ..sharding import start_parallelism
 from ..translate.config import TranslateConfig
 from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
@@ -53,7 +52,7 @@ def main(config: TranslateBenchConfig) -> int:
     }
     if config.out is not None:
         write_json(config.out, result)
-    print(json.dumps(result, indent=2))
+    print(json_text(result, "the measurements", indent=2))
     return 0
 
 

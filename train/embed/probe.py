@@ -26,6 +26,7 @@ from scipy.special import softmax
 from ...data.batches import pack_features
 from ...data.errors import DataError
 from ...data.files import replacing, user_cache_folder
+from ...data.json_files import write_json
 from ...data.random import RandomStream
 from ...data.tasks.tables import TextExample
 from ...models.heads.pooling import mix
@@ -34,7 +35,7 @@ from ..finetune.tasks.table import table_task
 from ..finetune.tasks.task import Kept, TaskData, hold_out
 from ..finetune.tasks.text import TextTask
 from ..progress import Progress, duration
-from ..run_folder import RunFolder, write_json
+from ..run_folder import RunFolder
 from .config import FeatureConfig, ProbeConfig
 from .extract import Extractor, Settings, windows
 

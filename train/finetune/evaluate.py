@@ -3,7 +3,6 @@
 bestiary evaluate runs/mrpc --data glue/MRPC
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +32,7 @@ def main(config: EvaluateConfig) -> int:
     """Run `bestiary evaluate`; return the exit status."""
     folder = finished_run(config.run)
     # Imported here, since they import JAX, which would delay --help.
-    from ..run_folder import write_json
+    from ...data.json_files import json_text, write_json
     from .prediction import open_run, read_examples
 
     run = open_run(folder, config.parallelism)
@@ -45,5 +44,5 @@ def main(config: EvaluateConfig) -> int:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "results.json", results)
         run.task.write_predictions(config.out / "predictions", config.split, predicted.kept, features, examples)
-    print(json.dumps(results, indent=2))
+    print(json_text(results, "the results", indent=2))
     return 0

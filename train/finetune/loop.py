@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ...data.batches import Features, Shapes, TrainingBatches, batches_in_epoch, plan_shapes
+from ...data.json_files import write_json
 from ...data.progress import counted
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models.checkpoints.folder import Loaded
@@ -32,7 +33,6 @@ from ..loop import Best, Fitted, InitialWeights, Stop, Training
 from ..metrics import Sums
 from ..progress import Progress
 from ..run import Run, start_run
-from ..run_folder import write_json
 from ..sharding import Replicas
 from .adapt import AdaptedModel, adaptation
 from .config import FREE, FinetuneConfig, upgrade

@@ -5,7 +5,6 @@ bestiary predict runs/squad --question "Who?" --context "It was him."
 bestiary predict runs/mrpc --input glue/MRPC/test.tsv --out predictions
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +53,9 @@ class PredictConfig:
 def main(config: PredictConfig) -> int:
     """Run `bestiary predict`; return the exit status."""
     folder = finished_run(config.run)
-    from .prediction import open_run, read_examples  # here, since it imports JAX, which would delay --help
+    # Imported here, since they import JAX, which would delay --help.
+    from ...data.json_files import json_text
+    from .prediction import open_run, read_examples
 
     run = open_run(folder, config.parallelism)
     if config.input is None:
@@ -64,6 +65,6 @@ def main(config: PredictConfig) -> int:
     features, predicted = run.predict(examples)
     if config.out is not None:
         run.task.write_predictions(config.out, config.split, predicted.kept, features, examples)
-    for said in run.task.show(predicted.kept, features, examples):
-        print(json.dumps(said, ensure_ascii=False))
+    for number, said in enumerate(run.task.show(predicted.kept, features, examples), 1):
+        print(json_text(said, f"prediction {number}", ensure_ascii=False))
     return 0

@@ -1,6 +1,5 @@
 """Predict features with a fine-tuned model: shared by evaluation during training, `evaluate` and `predict`."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from flax import linen as nn
 
 from ...data.batches import Features, prediction_batches
 from ...data.errors import DataError
+from ...data.json_files import read_object
 from ...models import load
 from ...models.registry import init_params
 from ..config import ParallelConfig
@@ -97,7 +97,7 @@ class FinetunedRun(NamedTuple):
 def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedRun:
     """Open the model and the task of a `finished_run`; `changes` are those of `models.load`."""
     path = folder / "task.json"
-    task = make_task(json.loads(path.read_text()), str(path))
+    task = make_task(read_object(path), str(path))
     parallelism = start_parallelism(config)
     loaded = load(folder / "model", **changes)
     initial = partial(init_params, loaded.model, jax.random.key(0))

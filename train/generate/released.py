@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from ...models.checkpoints.config import read_object
+from ...data.json_files import read_object
 from ..errors import RunError
 from .config import DecodeConfig
 

@@ -9,7 +9,6 @@ Moses scripts split them, and `tokenised_bleu_lowercase` the same with -lc. Comp
 was prepared in the same way, as in the papers that quote them.
 """
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -203,7 +202,7 @@ def main(config: ScoreConfig) -> int:
     """Run `bestiary translate score`; return the exit status."""
     # Imported here, since they import JAX, which would delay --help.
     from ...data.files import write_text
-    from ..run_folder import write_json
+    from ...data.json_files import json_text, write_json
     from .translator import open_translator
 
     progress = Progress()
@@ -240,7 +239,7 @@ def main(config: ScoreConfig) -> int:
         progress.line(f"{name} (multi-bleu style): {line}")
     if config.out is not None:
         write_json(config.out, result)
-    print(json.dumps(result, indent=2))
+    print(json_text(result, "the scores", indent=2))
     return 0
 
 

@@ -6,7 +6,6 @@ Each run has its own folder, `OUT/TASK/seed-N`. To resume, give the same command
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
 def main(config: GlueSuiteConfig) -> int:
     """Run `bestiary finetune glue`; return the exit status."""
     from ....data.files import write_text
-    from ...run_folder import write_json
+    from ....data.json_files import read_object, write_json
 
     runs = planned(config)
     check(runs, {run.run.out / "model" for run in runs})
@@ -122,7 +121,7 @@ def main(config: GlueSuiteConfig) -> int:
         results = run.run.out / "results.json"
         if status or not results.is_file():
             return status
-        found.setdefault(run.task, []).append(json.loads(results.read_text()))
+        found.setdefault(run.task, []).append(read_object(results))
     rows = [row for task, results in found.items() for row in table_rows(task, results)]
     scores = [statistics.fmean(task_score(task, result) for result in results) for task, results in found.items()]
     table = "\n".join([

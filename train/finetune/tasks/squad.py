@@ -5,7 +5,6 @@ evaluation data and saved with the model.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from ....data.batches import Features, pack_features
 from ....data.errors import DataError
 from ....data.files import write_text
+from ....data.json_files import json_text
 from ....data.tasks.squad import Question, Windows, make_windows, read_squad
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.losses import span_sums
@@ -210,7 +210,7 @@ def final_text(found: Answers, threshold: float | None) -> str:
 
 def write_answers(path: Path, value: Any) -> None:
     """Write JSON by id, without escaping non-ASCII text."""
-    write_text(path, json.dumps(value, indent=4, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, str(path), indent=4, ensure_ascii=False) + "\n")
 
 
 def read_questions(task: SquadTask, path: Path, split: str, *, labelled: bool = True) -> tuple[list[Question], int]:

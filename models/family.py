@@ -15,7 +15,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from ..data.tokenizers.kinds import Kind
-from .checkpoints.config import ConfigError, Extra, read_fields, read_labels, write_fields, write_labels
+from .checkpoints.config import ConfigError, Extra, check_fields, read_fields, read_labels, write_fields, write_labels
 from .checkpoints.tables import Table
 from .layers.activations import ACTIVATIONS
 
@@ -54,6 +54,7 @@ class FamilyConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{type(self).__name__}: dtype must be float32 or bfloat16, not {self.dtype!r}")
+        check_fields(self, self.KEYS)
 
     @property
     def max_length(self) -> int | None:

@@ -38,6 +38,7 @@ from .layers.positions import sinusoids
 from .layers.segments import Segments, row_numbers, split_segments
 from .layers.stack import run_layers
 
+MOST_POSITIONS = 1 << 15  # beyond those of any translator, and a table of half a gigabyte
 NORM_EPSILON = 1e-5  # not in the paper; this is PyTorch's, and so that of every released checkpoint
 
 
@@ -167,6 +168,8 @@ class TransformerConfig(FamilyConfig):
             heads = getattr(self, f"{side}_heads")
             if self.width % heads:
                 raise ValueError(f"{name}: width {self.width} is not a multiple of {side}_heads {heads}")
+        if self.positions > MOST_POSITIONS:
+            raise ValueError(f"{name}: positions is {self.positions}; the sinusoids have at most {MOST_POSITIONS:,}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"{name}: unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
         if self.tying == "all" and self.target_words != self.vocab_size:

@@ -33,6 +33,7 @@ import numpy as np
 from ..errors import DataError
 from ..json_files import expect, read_object, value_of, write_json
 from ..packing import ranges
+from .kinds import PairKind
 from .segmentation import banked, merge, mixed, segmentations, walk
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -457,12 +458,12 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     )
 
 
-def _read_form(path: Path) -> tuple[Kind, bool, TextForm]:
+def _read_form(path: Path) -> tuple[PairKind, bool, TextForm]:
     """Read subwords.json: kind, whether joint, preparation of texts."""
     content, where = read_object(path), str(path)
     kind, joint = value_of(content, "kind", str, where), value_of(content, "joint", bool, where)
-    if kind not in get_args(Kind):
-        raise DataError(f"{path}: kind: expected one of {', '.join(get_args(Kind))}, found {kind!r}.")
+    if kind not in get_args(PairKind):
+        raise DataError(f"{path}: kind: expected one of {', '.join(get_args(PairKind))}, found {kind!r}.")
     languages = value_of(content, "languages", list[str], where)
     switches = {name: value_of(content, name, bool, where) for name in content.keys() - {"kind", "joint", "languages"}}
     known = {field.name for field in fields(TextForm)}

@@ -4,12 +4,15 @@ Every key of a config.json is one of: a field of the family's config under anoth
 implemented value, any other being refused; or something irrelevant here, which is kept and written back.
 """
 
+import dataclasses
 import json
-import types
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ...data.json_files import fits, in_words, type_name
 
 Extra = tuple[tuple[str, str], ...]
 """Keys that are irrelevant here, with their values as JSON text (so that a config stays hashable)."""
@@ -42,20 +45,45 @@ def require_checkpoint(folder: Path) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raise ConfigError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON in UTF-8 ({error})") from None
+SIZES = ("size", "width", "layers", "heads", "forward", "positions", "labels")
+"""Last words of the names of fields that are sizes: at least 1."""
+MOST = {"layers": 10_000, "positions": 1 << 20, "labels": 1 << 20}
+"""Last word of a field's name -> what is beyond any model, and would fill the memory before a tensor is missed."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; raise ConfigError if it does not."""
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(stored).__name__}")
-    return stored
+def check_fields(config: Any, keys: Mapping[str, str]) -> None:
+    """Check the numbers of a config dataclass by the names of its fields.
+
+    Sizes are at least 1 and other whole numbers at least 0; dropout rates are at least 0 and below 1, other numbers at
+    least 0 and finite; `..._id` is a token of the vocabulary.
+
+    Args:
+        config: with the fields.
+        keys: field name -> key in config.json, for messages.
+
+    Raises:
+        ValueError: a number is out of its range; all of them are listed.
+    """
+    problems = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        last = field.name.rpartition("_")[2]
+        if last == "id":
+            least, most = 0, max(config.vocab_size, getattr(config, "target_words", 0)) - 1
+        elif "dropout" in field.name:
+            least, most = 0, math.nextafter(1, 0)
+        else:
+            least, most = int(last in SIZES), MOST.get(last, math.inf)
+        if not (least <= value <= most and math.isfinite(value)):
+            key = keys.get(field.name, field.name)
+            also = "" if key == field.name else f" ({key} in config.json)"
+            bound = f"at least {least}" if math.isinf(most) else f"from {least} to {most:,}"
+            bound = "at least 0 and below 1" if "dropout" in field.name else bound
+            problems.append(f"{field.name}{also}: expected a number {bound}, found {value}")
+    if problems:
+        raise ValueError(f"{type(config).__name__}: {'; '.join(problems)}")
 
 
 def read_fields(
@@ -84,11 +112,10 @@ def read_fields(
     fields = {}
     for name, key in keys.items():
         if key in stored:
-            if _fits(stored[key], hints[name]):
+            if fits(stored[key], hints[name]):
                 fields[name] = stored[key]
             else:
-                wanted = getattr(hints[name], "__name__", str(hints[name]))
-                problems.append(f"{key}: expected {wanted}, found {json.dumps(stored[key])}")
+                problems.append(f"{key}: expected {type_name(hints[name])}, found {in_words(stored[key])}")
     if problems:
         raise ConfigError("\n  ".join(["config.json:", *problems]))
     used = set(keys.values())
@@ -102,27 +129,20 @@ def write_fields(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
 def read_labels(stored: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]:
     """Return (number of classes, their names or None) from `id2label` or `num_labels`; the reference's default is 2."""
     names = stored.get("id2label")
     if names is None:
         count = stored.get("num_labels", 2)
-        if not isinstance(count, int) or count < 1:
-            raise ConfigError(f"config.json:\n  num_labels: expected a positive int, found {json.dumps(count)}")
+        if not fits(count, int) or count < 1:
+            raise ConfigError(f"config.json:\n  num_labels: expected a positive int, found {in_words(count)}")
         return count, None
-    if not isinstance(names, Mapping) or sorted(names, key=str) != sorted(map(str, range(len(names))), key=str):
-        raise ConfigError(f"config.json:\n  id2label: expected names for 0, 1, 2, ..., found {json.dumps(names)}")
-    return len(names), tuple(str(names[str(i)]) for i in range(len(names)))
+    if not isinstance(names, Mapping) or not names or set(names) != set(map(str, range(len(names)))):
+        raise ConfigError(f"config.json:\n  id2label: expected names for 0, 1, 2, ..., found {in_words(names)}")
+    listed = tuple(str(names[str(i)]) if fits(names[str(i)], str | float | bool) else "" for i in range(len(names)))
+    if "" in listed or len(set(listed)) != len(listed):
+        raise ConfigError("config.json:\n  id2label: expected a name of its own for each class")
+    return len(names), listed
 
 
 def write_labels(count: int, names: tuple[str, ...] | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ encoder only on request (`head=`); newly initialised parameters and unused tenso
 """
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -26,9 +25,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ...data.json_files import read_object, value_of, write_json
 from ..family import Architecture, Family, FamilyConfig
 from ..registry import FAMILIES, families, family_named, family_of_model, init_params
-from .config import read_object, require_checkpoint
+from .config import ConfigError, require_checkpoint
 from .tables import CheckpointError, Params, Placed, Table, flatten, merge, shortened
 
 log = logging.getLogger("bestiary.models")
@@ -54,6 +54,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+WEIGHT_KINDS = ("F32", "F16", "BF16", "F64")
+FEW_LAYERS = 1000  # up to which the tensors that a checkpoint lacks are listed
 STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -130,11 +132,12 @@ def load_with_report(
     family = family_of_folder(stored, folder)
     if head is not None:
         check_head(family, head, folder)
-    config: Any = family.config.from_json(stored)
+    config: Any = _config_of(family, stored, folder)
     if num_labels is not None and num_labels != config.num_labels:
         changes = {"num_labels": num_labels, "label_names": None, **changes}
     config = dataclasses.replace(config, **changes)
     with Tensors(folder) as tensors:
+        _check_layers(family, config, tensors, folder)
         if head is None:
             architecture = _architecture_held(family, stored, config, tensors, folder)
         else:
@@ -147,6 +150,7 @@ def load_with_report(
             _require_all(placed, folder)
         else:
             placed, report = _take_encoder(family, config, table, placed, tensors, folder)
+        _check_kinds(placed, tensors, folder)
         params = table.load(placed, tensors.shapes, tensors.read, str(folder))
         config = dataclasses.replace(config, repeated=tuple(placed.repeated.values()))
     model: Any = model.clone(config=config)
@@ -202,7 +206,7 @@ def save(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        (new / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(new / "config.json", dict(sorted(stored.items())))
         _write_tensors(new, tensors, shard_bytes)
         _save_tokenizer(new, tokenizer)
         for path in (*new.iterdir(), new):
@@ -225,9 +229,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
+def _config_of(family: Family, stored: Mapping[str, Any], folder: Path) -> FamilyConfig:
+    try:
+        return family.config.from_json(stored)
+    except ConfigError as error:  # which cannot know the folder
+        raise ConfigError(str(error).replace("config.json", str(folder / "config.json"), 1)) from None
+
+
 def family_of_folder(stored: Mapping[str, Any], folder: Path) -> Family:
     """Return the family that a config.json names by `model_type` or, failing that, by `architectures`."""
-    name = stored.get("model_type")
+    name = value_of(stored, "model_type", str | None, str(folder / "config.json"), None)
     if name is None:
         wanted = _architectures(stored)
         for family in families():
@@ -293,6 +304,35 @@ def _architecture_for(family: Family, head: str, config: FamilyConfig, tensors: 
     return min(candidates, key=lambda a: len(a.table(config).place(tensors.shapes).missing))
 
 
+def _check_layers(family: Family, config: FamilyConfig, tensors: "Tensors", folder: Path) -> None:
+    """Refuse more layers than there are tensors, before the names and the memory of all of them are made.
+
+    Raises:
+        CheckpointError: there are more.
+    """
+    counts = (len(e.numbers) - len(e.absent) for e in family.architectures[0].table(config).entries if e.numbers)
+    layers = max(counts, default=0)
+    if layers > max(len(tensors.shapes), FEW_LAYERS):
+        raise CheckpointError(
+            f"{folder}: config.json says {layers:,} layers, and the checkpoint has {len(tensors.shapes):,} tensors"
+        )
+
+
+def _check_kinds(placed: Placed, tensors: "Tensors", folder: Path) -> None:
+    """Refuse weights that are not floating-point numbers of at least 16 bits.
+
+    Raises:
+        CheckpointError: there are some; all of them are listed.
+    """
+    found = {stored: tensors.kinds[stored] for stored in placed.sources.values()}
+    problems = [f"{name}: {kind}" for name, kind in found.items() if kind not in WEIGHT_KINDS]
+    if problems:
+        expected = ", ".join(WEIGHT_KINDS)
+        raise CheckpointError(
+            "\n  ".join([f"{folder}: expected weights stored as {expected}, found", *shortened(problems)])
+        )
+
+
 def _require_all(placed: Placed, folder: Path) -> None:
     problems = []
     for names, what in ((placed.unmapped, "no parameter of this model"), (placed.missing, "not in the checkpoint")):
@@ -355,18 +395,26 @@ class Tensors:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, str] = {}
         files, index = _tensor_files(folder)
+        places: dict[str, str] = {}
         for path in files:
             try:
                 handle = self._stack.enter_context(safe_open(path, framework="np"))
             except SafetensorError as error:
                 raise CheckpointError(f"{path}: not a safetensors file ({error}){_pointer_hint(path)}") from None
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                self._files[name] = handle
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-        if index is not None and index != set(self.shapes):
-            missing, more = sorted(index - set(self.shapes)), sorted(set(self.shapes) - index)
-            raise CheckpointError(f"{folder / INDEX}: does not match its shards: missing {missing}, not listed {more}")
+                if name in places:
+                    raise CheckpointError(f"{folder}: {name} is in two files, {places[name]} and {path.name}")
+                places[name], self._files[name] = path.name, handle
+                part = handle.get_slice(name)
+                self.shapes[name], self.kinds[name] = tuple(part.get_shape()), part.get_dtype()
+        if index is not None and index != places:
+            missing, more = sorted(index.keys() - places.keys()), sorted(places.keys() - index.keys())
+            moved = [f"{n} in {places[n]}" for n in sorted(index.keys() & places.keys()) if index[n] != places[n]]
+            found = {"missing": missing, "not listed": more, "elsewhere": moved}
+            said = "; ".join(f"{what}: {', '.join(shortened(names))}" for what, names in found.items() if names)
+            raise CheckpointError(f"{folder / INDEX}: does not match its shards: {said}")
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor, as stored."""
@@ -379,8 +427,8 @@ class Tensors:
         self._stack.close()
 
 
-def _tensor_files(folder: Path) -> tuple[list[Path], set[str] | None]:
-    """Return the folder's safetensors files, and the names in their index, if there is one."""
+def _tensor_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the folder's safetensors files, and their index (name -> file), if there is one."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
     index = folder / INDEX
@@ -392,17 +440,14 @@ def _tensor_files(folder: Path) -> tuple[list[Path], set[str] | None]:
                 " it is refused; convert it once, where you trust it, with the reference implementation."
             )
         raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}")
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: expected JSON with a weight_map from tensors to files") from None
+    places: dict[str, str] = value_of(read_object(index), "weight_map", dict[str, str], str(index))
+    shards = sorted(set(places.values()))
     if any(Path(shard).name != shard for shard in shards):
         raise CheckpointError(f"{index}: shards must lie in the folder itself, found {', '.join(shards)}")
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder}: {INDEX} lists files that are missing: {', '.join(absent)}")
-    return [folder / shard for shard in shards], set(places)
+    return [folder / shard for shard in shards], places
 
 
 def _pointer_hint(path: Path) -> str:
@@ -445,7 +490,7 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shar
         path.rename(folder / shard_name)
         places |= dict.fromkeys(names, shard_name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def _sync(path: Path) -> None:

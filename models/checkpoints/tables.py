@@ -342,8 +342,8 @@ class Table:
             where: the folder, for messages.
 
         Raises:
-            CheckpointError: a stored tensor has another shape than the parameter, or a tied copy or a buffer has
-                another value than required; all of them are listed.
+            CheckpointError: a stored tensor has another shape than the parameter or is not finite, or a tied copy or a
+                buffer has another value than required; all of them are listed.
         """
         problems = []
         missing = set(placed.missing)
@@ -367,7 +367,14 @@ class Table:
         for name, parts in self._parts.items():
             if any(part.entry.path in params for part in parts):
                 for part, piece in zip(parts, _split(parts, read(placed.sources[name])), strict=True):
-                    part.slot(params)[...] = part.entry.transform.load(piece)
+                    slot = part.slot(params)
+                    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite, and refused
+                        slot[...] = part.entry.transform.load(piece)
+                    if not np.isfinite(slot).all():
+                        problems.append(placed.sources[name])
+        if problems:
+            listed = ", ".join(shortened(list(dict.fromkeys(problems))))
+            raise CheckpointError(f"{where}: weights that are NaN or infinite, in {listed}")
         return unflatten_dict(params)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusError
+from ..json_files import read_object
 
 TFDS_PREFIX = "tfds:"
 _FEATURES = "tensorflow_datasets.core.features."
@@ -93,15 +93,9 @@ def glue_config(folder: Path) -> str | None:
     """Return which of GLUE's data sets a folder says that it holds, such as `mrpc`; None if it does not say.
 
     Raises:
-        CorpusError: dataset_info.json is not a JSON object.
+        DataError: dataset_info.json is not a JSON object.
     """
-    path = folder / "dataset_info.json"
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(described, dict):
-        raise CorpusError(f"{path}: expected a JSON object, found {type(described).__name__}.")
+    described = read_object(folder / "dataset_info.json")
     return described.get("configName") if described.get("name") == "glue" else None
 
 
@@ -109,17 +103,14 @@ def check_features(folder: Path) -> None:
     """Refuse a features.json that names a class other than tensorflow-datasets' own: naming one imports its module.
 
     Raises:
-        CorpusError: it names another class, or is not JSON.
+        CorpusError: it names another class.
+        DataError: it is not a JSON object.
     """
     import tensorflow_datasets as tfds
 
     path = folder / "features.json"
     assert tfds.features is not None  # imports the modules of all features
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}: not JSON ({error}).") from None
-    waiting = [stored]
+    waiting: list[Any] = [read_object(path)]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):

@@ -301,8 +301,9 @@ def assemble(
         pad_id: id of the padding token.
 
     Returns:
-        input_ids, segment_ids, position_ids, token_type_ids [B, L] int32; cls_positions [B, X] int32, segment_weights
-        [B, X] float32, the segment fields [B, X, ...] and the token fields [B, L, ...].
+        input_ids, segment_ids, position_ids, token_type_ids and feature_ids, the number of each token's feature, [B, L]
+        int32; cls_positions [B, X] int32, segment_weights [B, X] float32, the segment fields [B, X, ...] and the token
+        fields [B, L, ...].
     """
     size = features.unit_size
     mine = np.flatnonzero((row_of >= rows.start) & (row_of < rows.stop))
@@ -322,11 +323,13 @@ def assemble(
 
     shape, slotted = (len(rows), length), (len(rows), slots)
     batch: Batch = {"input_ids": np.full(shape, pad_id, np.int32)}
-    batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "position_ids", "token_type_ids")}
+    names = ("segment_ids", "position_ids", "token_type_ids", "feature_ids")
+    batch |= {name: np.zeros(shape, np.int32) for name in names}
     batch["input_ids"][at] = features.input_ids[source]
     batch["segment_ids"][at] = token_slot + 1
     batch["position_ids"][at] = within
     batch["token_type_ids"][at] = features.token_type_ids[source]
+    batch["feature_ids"][at] = np.repeat(numbers, lengths)
     batch["cls_positions"] = np.zeros(slotted, np.int32)
     batch["cls_positions"][row, slot] = column
     batch["segment_weights"] = np.zeros(slotted, np.float32)
@@ -394,10 +397,10 @@ class TrainingBatches:
 
     def get_state(self) -> dict[str, Any]:
         """Return the state for `set_state`."""
-        return {"features": self._features.fingerprint, "done": self._done}
+        return {"features": self._features.fingerprint, "done": self._done, "dropout": "by example"}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
+    def set_state(self, state: Mapping[str, Any]) -> str | None:
+        """Continue from a saved state; return a remark for the user, if there is one.
 
         Raises:
             DataError: the state belongs to other data.
@@ -408,6 +411,9 @@ class TrainingBatches:
                 "length has changed. Start a new run, or put them back."
             )
         self._done = int(state["done"])
+        if "dropout" not in state:
+            return "this run began with a version that drew dropout by row: from here on it is drawn by example"
+        return None
 
 
 def prediction_batches(features: Features, *, pad_id: int, positions: int, divisor: int = 1) -> Iterator[Placed]:

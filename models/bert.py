@@ -28,7 +28,7 @@ from .layers.dropout import Dropout
 from .layers.feed_forward import FeedForward
 from .layers.linear import Embed, Linear
 from .layers.norms import LayerNorm
-from .layers.segments import Segments, gather_positions
+from .layers.segments import Rows, Segments, gather_positions
 
 
 def _size(layers: int, width: int, vocab_size: int = 30_522) -> dict[str, int]:
@@ -82,7 +82,7 @@ class Embeddings(nn.Module):
         position_ids: Array | None,
         token_type_ids: Array | None = None,
         *,
-        rows: Array,
+        rows: Rows,
         deterministic: bool,
     ) -> Array:
         length = input_ids.shape[1]
@@ -108,7 +108,7 @@ class Block(nn.Module):
         self,
         hidden: Array,
         segment_ids: Segments,
-        rows: Array,
+        rows: Rows,
         *,
         deterministic: bool,
     ) -> Array:
@@ -163,7 +163,7 @@ class BertForPreTraining(nn.Module):
         *,
         mlm_positions: Array | None = None,
         cls_positions: Array | None = None,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Pretraining:
         """Compute both tasks' logits. Arguments as for `Bert`, and these.

@@ -24,7 +24,7 @@ from .layers.dropout import Dropout
 from .layers.feed_forward import FeedForward
 from .layers.linear import Embed
 from .layers.norms import LayerNorm
-from .layers.segments import Segments
+from .layers.segments import Rows, Segments
 
 
 def _size(vocab_size: int) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(c.norm_epsilon, dtype=c.dtype)
         self.drop = Dropout(c.dropout)
 
-    def __call__(self, input_ids: Array, position_ids: Array | None, *, rows: Array, deterministic: bool) -> Array:
+    def __call__(self, input_ids: Array, position_ids: Array | None, *, rows: Rows, deterministic: bool) -> Array:
         length = input_ids.shape[1]
         check_length(self.config, length)
         if position_ids is None:
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self,
         hidden: Array,
         segment_ids: Segments,
-        rows: Array,
+        rows: Rows,
         *,
         deterministic: bool,
     ) -> Array:

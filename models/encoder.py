@@ -8,7 +8,7 @@ from jax import Array
 
 from .family import EncoderConfig
 from .layers.linear import Linear
-from .layers.segments import Segments, gather_positions, row_numbers
+from .layers.segments import Rows, Segments, gather_positions, row_numbers
 from .layers.stack import run_layers
 
 
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         token_type_ids: Array | None = None,
         *,
         cls_positions: Array | None = None,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
         every_layer: bool = False,
         cls_only: bool = False,
@@ -63,8 +63,8 @@ class Encoder(nn.Module):
             position_ids: [B, L] int32, position within the example, from 0; None counts along the row.
             token_type_ids: [B, L] int32, sentence A (0) or B (1); None for all A. Only for families that have them.
             cls_positions: [B, X] int32, position of each example's [CLS]; None for only the row's first token.
-            rows: [B] uint32, row numbers, which together with the "dropout" stream determine what is dropped; None
-                counts from 0.
+            rows: what determines, together with the "dropout" stream, what is dropped: [B] uint32, row numbers, or
+                `ByExample` of the tokens; None numbers the rows from 0.
             deterministic: disable dropout.
             every_layer: also return the embeddings and every layer's hidden states.
             cls_only: let the last layer compute only [CLS], which is all that a classifier reads; the results are the

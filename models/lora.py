@@ -37,9 +37,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
 
-from ..kernels.hash import hash_dropout, row_seeds
 from .checkpoints.tables import Entry, Kernel, Params, flatten, merge
-from .layers.dropout import dropout_seed
+from .layers.dropout import drop, dropout_seed
 from .layers.linear import Linear, matmul
 from .layers.segments import row_numbers
 from .registry import family_of_model
@@ -268,7 +267,7 @@ def adapted(config: LoraConfig) -> Iterator[None]:
 
     Enter it where the model is traced: within the function that `jax.jit` compiles, around `model.apply`. The inputs of
     adapters are dropped if the model applies dropout at all (`deterministic` is off), depending on the "dropout" stream
-    and the row numbers as everywhere, so that neither the mesh nor accumulation changes what is dropped.
+    and the rows or examples as everywhere, so that neither the mesh nor accumulation changes what is dropped.
 
     Generation (`train.generate`) takes a merged tree.
     """
@@ -301,7 +300,7 @@ def _adapter(module: Linear, inputs: Array, calls: Sequence[Mapping[str, Any]], 
     a, b = (module.get_variable("params", name) for name in (LORA_A, LORA_B))
     if config.dropout and not _innermost(calls, "deterministic", default=True):
         rows = row_numbers(_innermost(calls, "rows", default=None), inputs)
-        inputs = hash_dropout(inputs, config.dropout, row_seeds(dropout_seed(module), rows))
+        inputs = drop(inputs, config.dropout, dropout_seed(module), rows)
     contracted = a.ndim - 1
     lead, rank = inputs.shape[: inputs.ndim - contracted], a.shape[-1]
     inner = matmul(inputs.reshape(*lead, -1), a.reshape(-1, rank), 0, module.dtype, module.dtype)

@@ -25,6 +25,7 @@ from .heads.with_head import EncoderParts, Form, architectures
 from .layers.dropout import Dropout
 from .layers.linear import Embed
 from .layers.norms import LayerNorm
+from .layers.segments import Rows
 
 
 def _size(layers: int, width: int, vocab_size: int = 50_265) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Embeddings(nn.Module):
         position_ids: Array | None,
         token_type_ids: Array | None = None,
         *,
-        rows: Array,
+        rows: Rows,
         deterministic: bool,
     ) -> Array:
         c = self.config

@@ -35,7 +35,7 @@ from .layers.feed_forward import FeedForward
 from .layers.linear import Embed, Linear, add_bias, partitioned
 from .layers.norms import LayerNorm
 from .layers.positions import sinusoids
-from .layers.segments import Segments, row_numbers, split_segments
+from .layers.segments import Rows, Segments, row_numbers, split_segments
 from .layers.stack import run_layers
 
 MOST_POSITIONS = 1 << 15  # beyond those of any translator, and a table of half a gigabyte
@@ -235,7 +235,7 @@ class EncoderBlock(nn.Module):
         self.feed_forward_norm = LayerNorm(NORM_EPSILON, c.dtype)
         self.drop = Dropout(c.dropout)
 
-    def __call__(self, hidden: Array, segment_ids: Segments, rows: Array, *, deterministic: bool) -> Array:
+    def __call__(self, hidden: Array, segment_ids: Segments, rows: Rows, *, deterministic: bool) -> Array:
         mode = {"rows": rows, "deterministic": deterministic}
         add = partial(_add, self.config, drop=partial(self.drop, **mode))
         hidden = add(hidden, self.attention_norm, lambda x: self.attention(x, segment_ids, **mode))
@@ -263,7 +263,7 @@ class DecoderBlock(nn.Module):
         segment_ids: Segments,
         memory: Array,
         cross_segments: Segments,
-        rows: Array,
+        rows: Rows,
         *,
         deterministic: bool,
     ) -> Array:
@@ -353,7 +353,7 @@ class Transformer(nn.Module):
         decoder_segment_ids: Segments = None,
         decoder_position_ids: Array | None = None,
         *,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Array:
         """Compute the logits of each next word.
@@ -398,7 +398,7 @@ class Transformer(nn.Module):
         decoder_segment_ids: Segments,
         decoder_position_ids: Array | None,
         *,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Array:
         """Compute the states that the output embeddings are multiplied by to give logits, [B, T, table width]."""
@@ -435,7 +435,7 @@ class Transformer(nn.Module):
         segment_ids: Segments = None,
         position_ids: Array | None = None,
         *,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Array:
         """Compute the encoder's output [B, S, E]."""
@@ -464,7 +464,7 @@ class Transformer(nn.Module):
         decoder_segment_ids: Segments = None,
         decoder_position_ids: Array | None = None,
         *,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Array:
         """Compute the decoder's output [B, T, E] from the encoder's, [B, S, E], and its `segment_ids`."""
@@ -527,7 +527,7 @@ class Transformer(nn.Module):
         ids: Array,
         position_ids: Array | None,
         *,
-        rows: Array,
+        rows: Rows,
         deterministic: bool,
     ) -> Array:
         """Compute embeddings times sqrt(E), plus positions; dropout on the sum (3.4, 3.5, 5.4)."""

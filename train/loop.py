@@ -66,11 +66,14 @@ class Stop:
 
 
 class Batches(Protocol):
-    """An endless iterator over this process's part of the batches, whose state is JSON."""
+    """An endless iterator over this process's part of the batches, whose state is JSON.
+
+    `set_state` may return a remark for the user.
+    """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Any) -> str | None: ...
 
 
 class Best(NamedTuple):

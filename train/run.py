@@ -103,7 +103,9 @@ class Run:
                     f"{self.folder.folder / 'metrics.jsonl'}, line {number} was damaged; it was left out"
                 )
             if extra_state is not None:
-                training.batches.set_state(extra_state["batches"])
+                remark = training.batches.set_state(extra_state["batches"])
+                if remark is not None:
+                    self.progress.line(remark)
             fitted = Loop(self, training, checkpoints, state=state, start=start, extra_state=extra_state).run()
         if fitted.stopped is not None:
             self.progress.line(f"stopped and saved at step {fitted.step}; give the same command again to resume")

@@ -131,12 +131,18 @@ class RunFolder:
             self._events.close()
 
 
+def panels(records: list[dict[str, Any]]) -> list[str]:
+    """Return the metrics in lines of metrics.jsonl, without those that have no value or are zero throughout."""
+    found = (key for record in records for key, value in record.items() if key != "step" and value)
+    return list(dict.fromkeys(key.removeprefix("eval/") for key in found))
+
+
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw a panel for every metric over the steps, held-out values as dots (PNG)."""
+    """Draw a panel for each of `panels` over the steps, held-out values as dots (PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(key.removeprefix("eval/") for record in records for key in record if key != "step"))
+    names = panels(records)
     if not names:
         return
     columns = min(3, len(names))

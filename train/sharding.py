@@ -4,7 +4,8 @@
            sharded by RULES, batches by rows.
     pmap   every device has a replica of the state and a part of the rows; gradients are averaged with `jax.lax.pmean`.
 
-Both give the same losses as one device, since masking and dropout depend on each row's number in the whole batch.
+Both give the same losses as one device, since masking and dropout depend on each row's number in the whole batch, or,
+in fine-tuning, on each example's.
 """
 
 import math

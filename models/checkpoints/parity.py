@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from ..encoder import Encoded
 from ..heads import losses
 from ..heads.with_head import encoder_inputs
-from ..layers.segments import Segments, reference_segments, row_numbers
+from ..layers.segments import Rows, Segments, reference_segments, row_numbers
 from ..registry import family_of_model
 from .folder import Loaded, Tensors, load, save
 from .tables import CheckpointError, Params
@@ -222,7 +222,7 @@ def _encoder(model: Any, params: Params, inputs: Inputs) -> Outputs:
 
 
 def attention_probabilities(
-    block: nn.Module, variables: Any, hidden: Array, segments: Segments, rows: Array, mask: Array | None
+    block: nn.Module, variables: Any, hidden: Array, segments: Segments, rows: Rows, mask: Array | None
 ) -> Array:
     """Compute a layer's attention weights [B, H, L, L] by the formula; the fast backends never store this tensor.
 

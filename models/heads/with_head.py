@@ -21,7 +21,7 @@ from ..layers.activations import ACTIVATIONS
 from ..layers.dropout import Dropout
 from ..layers.linear import Embed, Linear, add_bias, partitioned
 from ..layers.norms import LayerNorm
-from ..layers.segments import gather_positions, row_numbers
+from ..layers.segments import Rows, gather_positions, row_numbers, rows_at
 from .crf import Crf, crf_entries
 
 
@@ -118,7 +118,7 @@ class WithHead(nn.Module):
         inputs: Array,
         *more: Any,
         cls_positions: Array | None = None,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Any:
         """Compute the logits of one batch.
@@ -128,8 +128,8 @@ class WithHead(nn.Module):
             more: its other inputs, as returned by `encoder_inputs`.
             cls_positions: [B, X] int32, position of each example's [CLS]; None for only the row's first token. Only
                 for heads over whole examples.
-            rows: [B] uint32, row numbers, which together with the "dropout" stream determine what is dropped; None
-                counts from 0.
+            rows: what determines, together with the "dropout" stream, what is dropped: [B] uint32, row numbers, or
+                `ByExample` of the tokens; None numbers the rows from 0.
             deterministic: disable dropout.
 
         Returns:
@@ -138,7 +138,6 @@ class WithHead(nn.Module):
         """
         form = self.form
         rows = row_numbers(rows, inputs)
-        drop = partial(self.drop, rows=rows, deterministic=deterministic)
         encode = partial(self.encoder, inputs, *more, rows=rows, deterministic=deterministic)
         if self.head == "crf":
             self.chain()  # creates the parameters; models.crf reads them from the tree, params["crf"]
@@ -146,10 +145,12 @@ class WithHead(nn.Module):
         if self.head in ("classification", "choice"):
             encoded: Encoded = encode(cls_positions=cls_positions, cls_only=True)
             hidden = encoded.pooled if form.pooler else encoded.first
+            rows = rows_at(rows, jnp.zeros(len(inputs), jnp.int32) if cls_positions is None else cls_positions)
         elif cls_positions is not None:
             raise ValueError(f"a {self.head} head reads every token: it takes no cls_positions")
         else:
             hidden = encode().hidden
+        drop = partial(self.drop, rows=rows, deterministic=deterministic)
         if form.transform is not None:
             hidden = drop(hidden) if form.drop_first else hidden
             hidden = ACTIVATIONS[form.transform](self.transform(hidden))
@@ -213,7 +214,7 @@ class MaskedLanguageModel(nn.Module):
         inputs: Array,
         *more: Any,
         mlm_positions: Array | None = None,
-        rows: Array | None = None,
+        rows: Rows | None = None,
         deterministic: bool = True,
     ) -> Array:
         """Compute the logits of masked words. Arguments as for `WithHead`, and these.

@@ -1,6 +1,7 @@
 """Multi-head attention with its projections."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ...kernels.hash import row_seeds
 from .dropout import dropout_seed
 from .linear import Linear
 from .positions import rotate
-from .segments import Segments, segments_at, split_segments
+from .segments import ByExample, Rows, Segments, rows_at, segments_at, split_segments
 
 
 class Attention(nn.Module):
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         self,
         hidden: Array,
         segment_ids: Segments,
-        rows: Array,
+        rows: Rows,
         *,
         memory: Array | None = None,
         bias: Bias | None = None,
@@ -77,13 +78,13 @@ class Attention(nn.Module):
         Args:
             hidden: [B, L, E].
             segment_ids: [B, L], or a pair (of the queries, of the keys), or None if everything is one segment.
-            rows: [B] uint32, row numbers.
+            rows: [B] uint32, row numbers, or `ByExample` of the tokens.
             memory: [B, S, E], what to attend to; None for `hidden` itself.
             bias: bias added to the scores.
             position_ids: int [B or 1, L], each token's position in its example, for rotary attention; None counts from
                 0 along the row.
-            query_positions: int [B, L], indices of the tokens of `hidden` in the memory; `segment_ids` and
-                `position_ids` are then those of all tokens of the memory. None if `hidden` is the whole row, or
+            query_positions: int [B, L], indices of the tokens of `hidden` in the memory; `segment_ids`, `rows`
+                and `position_ids` are then those of all tokens of the memory. None if `hidden` is the whole row, or
                 another sequence than the memory.
             deterministic: disable dropout.
 
@@ -91,8 +92,8 @@ class Attention(nn.Module):
             [B, L, E]
 
         Raises:
-            NotImplementedError: rotary attention to another sequence; `query_positions` with causal attention, a window
-                or a bias, all of which depend on a query's place in the row.
+            NotImplementedError: rotary attention, or dropout by example, to another sequence; `query_positions` with
+                causal attention, a window or a bias, all of which depend on a query's place in the row.
         """
         query_segments, key_segments = split_segments(segment_ids)
         if query_positions is not None:
@@ -101,8 +102,12 @@ class Attention(nn.Module):
             query_segments, key_segments = split_segments(segments_at(segment_ids, query_positions))
         elif memory is not None and self.rotary is not None:
             raise NotImplementedError("Attention: rotary attention to another sequence is not implemented")
+        elif memory is not None and isinstance(rows, ByExample):
+            raise NotImplementedError("Attention: dropout by example is not implemented for another sequence")
         memory = hidden if memory is None else memory
-        query, key, value = self.query(hidden), self.key(memory), self.value(memory)
+        own = rows if query_positions is None else rows_at(rows, query_positions)
+        query = self.project(self.query, hidden, own)
+        key, value = self.project(self.key, memory, rows), self.project(self.value, memory, rows)
         if self.rotary is not None:
             if position_ids is None:
                 position_ids = jnp.arange(memory.shape[1])[None]
@@ -110,7 +115,6 @@ class Attention(nn.Module):
             if query_positions is not None:
                 at = jnp.take_along_axis(jnp.broadcast_to(at, memory.shape[:2]), query_positions, axis=1)
             query, key = rotate(query, at, self.rotary), rotate(key, position_ids, self.rotary)
-        dropping = not deterministic and self.dropout > 0.0
         attended = attention(
             query,
             key,
@@ -121,11 +125,23 @@ class Attention(nn.Module):
             query_segment_ids=query_segments,
             key_segment_ids=key_segments,
             scale=self.scale,
-            dropout_rate=self.dropout if dropping else 0.0,
-            dropout_seed=row_seeds(dropout_seed(self), rows) if dropping else None,
+            **({} if deterministic or self.dropout == 0.0 else self._dropout(own, rows)),
             implementation=self.implementation,
         )
-        return self.out(attended)
+        return self.project(self.out, attended, own)
+
+    def project(self, linear: Linear, inputs: Array, rows: Rows) -> Array:
+        """Apply one of the projections to tokens; `rows` are theirs, which an adapter's dropout finds in this call."""
+        del rows
+        return linear(inputs)
+
+    def _dropout(self, queries: Rows, keys: Rows) -> dict[str, Any]:
+        """Return the arguments of `kernels.attention` for dropout, from the rows of the queries and of the keys."""
+        seed = dropout_seed(self)
+        if isinstance(queries, ByExample) and isinstance(keys, ByExample):
+            seeds, positions = row_seeds(seed, queries.examples), (queries.positions, keys.positions)
+            return {"dropout_rate": self.dropout, "dropout_seed": seeds, "dropout_positions": positions}
+        return {"dropout_rate": self.dropout, "dropout_seed": row_seeds(seed, queries)}
 
     def keys_values(self, memory: Array) -> tuple[Array, Array]:
         """Compute the keys [B, H, D, S] and the values [B, H, S, D] of a memory [B, S, E]."""

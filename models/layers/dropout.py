@@ -1,4 +1,4 @@
-"""Dropout by the numbers of a batch's rows."""
+"""Dropout by the numbers of a batch's rows, or by their examples."""
 
 import flax.linen as nn
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...kernels.hash import hash_dropout, row_seeds
+from .segments import ByExample, Rows
 
 
 def dropout_seed(module: nn.Module) -> Array:
@@ -13,18 +14,32 @@ def dropout_seed(module: nn.Module) -> Array:
     return jax.random.bits(module.make_rng("dropout"), (2,), jnp.uint32)
 
 
+def drop(inputs: Array, rate: float, seed: Array, rows: Rows) -> Array:
+    """Apply dropout to inputs [B, ...], or [B, L, ...] by examples.
+
+    Args:
+        inputs: hidden states.
+        rate: dropout rate.
+        seed: [2] uint32, from `dropout_seed`.
+        rows: [B] uint32, row numbers, or `ByExample` of these tokens: its arrays are [B, L], or [B] for inputs [B, E].
+    """
+    if isinstance(rows, ByExample):
+        return hash_dropout(inputs, rate, row_seeds(seed, rows.examples), rows.positions)
+    return hash_dropout(inputs, rate, row_seeds(seed, rows))
+
+
 class Dropout(nn.Module):
     """Set a fraction `rate` of the entries to zero and divide the others by 1 - rate (Srivastava et al. 2014).
 
     What is dropped in a row depends only on the "dropout" stream and the row's number, and so not on how a batch is
-    split over devices, hosts or accumulation steps.
+    split over devices, hosts or accumulation steps; by examples, not on the rows they are packed in either.
     """
 
     rate: float
 
     @nn.compact
-    def __call__(self, inputs: Array, rows: Array, *, deterministic: bool) -> Array:
-        """Drop entries of inputs [B, ...]; rows [B] uint32 are the row numbers."""
+    def __call__(self, inputs: Array, rows: Rows, *, deterministic: bool) -> Array:
+        """Drop entries of inputs [B, ...]; `rows` as for `drop`."""
         if deterministic or self.rate == 0.0:
             return inputs
-        return hash_dropout(inputs, self.rate, row_seeds(dropout_seed(self), rows))
+        return drop(inputs, self.rate, dropout_seed(self), rows)

@@ -9,6 +9,7 @@ from jax.nn.initializers import Initializer
 from .activations import ACTIVATIONS
 from .dropout import Dropout
 from .linear import Linear
+from .segments import Rows
 
 
 class FeedForward(nn.Module):
@@ -34,8 +35,9 @@ class FeedForward(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, hidden: Array, rows: Array | None = None, *, deterministic: bool = True) -> Array:
-        """Transform hidden states [..., E] -> [..., E]; rows [B] uint32 are needed for dropout of inner activations."""
+    def __call__(self, hidden: Array, rows: Rows | None = None, *, deterministic: bool = True) -> Array:
+        """Transform hidden states [..., E] -> [..., E]; `rows` as for `Dropout`, which only dropout of
+        inner activations needs."""
         linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype, use_bias=self.use_bias)
         activation = ACTIVATIONS[self.activation]
         inner = linear((self.width,), ("embed", "mlp"), name="inner")(hidden)

@@ -1,4 +1,6 @@
-"""The segments and the numbers of a batch's rows."""
+"""The segments of a batch's rows, and what tells rows and examples apart for dropout."""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -40,6 +42,30 @@ def segments_at(segment_ids: Segments, positions: Array) -> Segments:
     return jnp.take_along_axis(queries, positions, axis=1), queries if keys is None else keys
 
 
-def row_numbers(rows: Array | None, input_ids: Array) -> Array:
-    """Return row numbers [B] uint32, counted from 0 if none are given."""
+class ByExample(NamedTuple):
+    """Each token's example and its place in it: an example then drops the same elements in whatever row it is packed.
+
+    Attributes:
+        examples: integers [B, L], a number that tells the examples of a step apart; any number for padding.
+        positions: int32 [B, L], position within the example, from 0.
+    """
+
+    examples: Array
+    positions: Array
+
+
+# What dropout is drawn by besides the "dropout" stream: row numbers [B] uint32, or each token's example.
+Rows = Array | ByExample
+
+
+def row_numbers(rows: Rows | None, input_ids: Array) -> Rows:
+    """Return `rows`, or row numbers [B] uint32, counted from 0, if they are None."""
     return jnp.arange(input_ids.shape[0], dtype=jnp.uint32) if rows is None else rows
+
+
+def rows_at(rows: Rows, positions: Array) -> Rows:
+    """Return the rows of the tokens at `positions` [B, X] int, or [B], of their rows; row numbers are those of all."""
+    if not isinstance(rows, ByExample):
+        return rows
+    places = positions.reshape(len(positions), -1)
+    return ByExample(*(jnp.take_along_axis(part, places, axis=1).reshape(positions.shape) for part in rows))

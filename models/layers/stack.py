@@ -4,6 +4,7 @@ Parameters of all kinds of layers are stacked along a first axis "layers" of siz
 learning rates and checkpoint tables find a layer by its number. Letters for shapes are the folder's.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .attention import Attention
-from .segments import gather_positions
+from .segments import ByExample, gather_positions, rows_at
 
 Kind = Mapping[str, Any]
 
@@ -210,7 +211,7 @@ def _call_at(positions: Array, block: Any, hidden: Array, broadcast: tuple[Any, 
         NotImplementedError: the layer does not begin with its only self-attention, or its attention does not support
             `query_positions`.
     """
-    shown: list[Array] = []
+    shown: list[dict[str, Any]] = []  # arguments of self-attention
 
     def self_attention(kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> bool:
         called = isinstance(context.module, Attention) and context.method_name == "__call__"
@@ -218,17 +219,24 @@ def _call_at(positions: Array, block: Any, hidden: Array, broadcast: tuple[Any, 
 
     def show(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if self_attention(kwargs, context):
-            shown.append(args[0])
+            shown.append(inspect.signature(context.orig_method).bind(*args, **kwargs).arguments)
         return next_call(*args, **kwargs)
 
     def read(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if self_attention(kwargs, context):
-            kwargs = {**kwargs, "memory": shown[0], "query_positions": positions}
-        return next_call(*args, **kwargs)
+        if not self_attention(kwargs, context):
+            return next_call(*args, **kwargs)
+        bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
+        bound.arguments |= {"memory": shown[0]["hidden"], "rows": shown[0]["rows"], "query_positions": positions}
+        return next_call(*bound.args, **bound.kwargs)
 
     with nn.intercept_methods(show):
         block(hidden, *broadcast, **{**more, "deterministic": True})
     if len(shown) != 1:
         raise NotImplementedError(f"a layer at some positions: expected one self-attention, found {len(shown)}")
+    own = jax.tree.map(
+        lambda part: rows_at(part, positions) if isinstance(part, ByExample) else part,
+        broadcast,
+        is_leaf=lambda part: isinstance(part, ByExample),
+    )
     with nn.intercept_methods(read):
-        return block(gather_positions(hidden, positions), *broadcast, **more)
+        return block(gather_positions(hidden, positions), *own, **more)

@@ -97,6 +97,7 @@ def test_rows_hold_what_the_features_say(features):
             assert np.array_equal(batch["tags"][row, here], features.token_fields["tags"][span])
             assert np.array_equal(batch["position_ids"][row, here], np.arange(features.lengths[feature]))
             assert (batch["segment_ids"][row, here] == slot + 1).all()
+            assert (batch["feature_ids"][row, here] == feature).all()
             assert batch["labels"][row, slot] == features.segment_fields["labels"][feature]
         assert (batch["segment_ids"][row, at:] == 0).all()
         assert (batch["input_ids"][row, at:] == 9).all()
@@ -152,13 +153,15 @@ def test_a_position_that_was_saved_goes_on(features):
         next(first)
     state = first.get_state()
     again = start()
-    again.set_state(state)
+    assert again.set_state(state) is None
     for _ in range(9):
         expected, found = next(first), next(again)
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
     other = pack_features([[1, 2, 3]] * 150, [[0, 0, 0]] * 150)
     with pytest.raises(DataError, match="belongs to other data"):
         start(other).set_state(state)
+    old = {name: state[name] for name in ("features", "done")}  # of a version that drew dropout by row
+    assert "from here on it is drawn by example" in str(start().set_state(old))
 
 
 def test_predictions_need_few_shapes_whatever_the_lengths():

@@ -247,6 +247,7 @@ def make_predictor(folder: Path, max_length: int = 32):
 def padded(features, count: int, slots: int) -> dict[str, np.ndarray]:
     """The first `count` features, one a row of 32."""
     batch = {name: np.zeros((count, 32), np.int32) for name in ("input_ids", "segment_ids", "token_type_ids")}
+    batch["feature_ids"] = np.tile(np.arange(count, dtype=np.int32)[:, None], (1, 32))
     batch["position_ids"] = np.tile(np.arange(32, dtype=np.int32), (count, 1))
     for name, dtype in (("cls_positions", np.int32), ("segment_weights", np.float32), ("labels", np.int32)):
         batch[name] = np.zeros((count, slots), dtype)
@@ -271,7 +272,6 @@ def test_packed_examples_have_the_outputs_and_gradients_of_padded_ones(finetuned
             outputs = task.forward(loaded.model, params, batch, deterministic=True)
             return task.loss(outputs, batch)["loss"][0] / task.weight(batch), outputs
 
-        batch = {**batch, "rows": jnp.arange(48, dtype=jnp.uint32)}
         with jax.default_matmul_precision("highest"):
             return jax.value_and_grad(loss, has_aux=True)(params)
 

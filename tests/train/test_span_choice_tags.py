@@ -157,8 +157,7 @@ def packed(task, features, rows: list[list[int]], length: int = 48) -> dict[str,
     row_of = np.array([number for number, row in enumerate(rows) for _ in row])
     slots = max(map(len, rows)) * features.unit_size
     placed = assemble(features, units, row_of, range(len(rows)), length=length, slots=slots, pad_id=0)
-    batch = {name: jnp.asarray(values) for name, values in placed.batch.items()}
-    return {**batch, "rows": jnp.arange(len(rows), dtype=jnp.uint32)}
+    return {name: jnp.asarray(values) for name, values in placed.batch.items()}
 
 
 def value(task, model, params, batch) -> float:

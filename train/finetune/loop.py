@@ -1,9 +1,9 @@
 """The fine-tuning loop of all tasks, from examples to a checkpoint folder and official metrics.
 
 Examples share packed rows, and a step always takes the same number of them (data/batches.py); its loss is the mean over
-their predictions, so that rows, devices and accumulation affect only the speed. The interface of a task is in
-tasks/task.py; a `Run` (train/run.py) is everything around the loop. Training starts from the weights of --model, with a
-newly initialised head unless the checkpoint has the task's head.
+their predictions, and dropout is drawn by example, so that rows, devices and accumulation affect only the speed. The
+interface of a task is in tasks/task.py; a `Run` (train/run.py) is everything around the loop. Training starts from the
+weights of --model, with a newly initialised head unless the checkpoint has the task's head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,6 @@ def train_step(
     unit_size: int,
 ) -> tuple[TrainState, Sums]:
     """Do one update: minimise the mean loss over the batch's predictions."""
-    batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
     dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     one = jnp.float32(1)
     counts = {

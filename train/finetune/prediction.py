@@ -50,7 +50,6 @@ class Predictor:
         self._pad_id, self._parallelism, self._longest = pad_id, parallelism, row_limit(model.config)
 
         def step(params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> tuple[Kept, Sums]:
-            batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
             outputs = task.forward(model, params, batch, deterministic=True)
             return replicas.gather(task.keep(outputs, batch)), replicas.sum(task.loss(outputs, batch))
 

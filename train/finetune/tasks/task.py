@@ -17,6 +17,7 @@ from ....data.batches import Features
 from ....data.random import RandomStream
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.with_head import encoder_inputs
+from ....models.layers.segments import ByExample
 from ...errors import RunError
 from ...metrics import Sums
 
@@ -172,11 +173,15 @@ def apply_segments(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any
 
 
 def apply_tokens(model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Any:
-    """Run the model on packed rows, with one output per token: `[B, L, ...]`."""
+    """Run the model on packed rows, with one output per token: `[B, L, ...]`.
+
+    Dropout is drawn by example and position within it, so that neither packing nor anything that divides a batch into
+    rows and parts changes what is dropped.
+    """
     return model.apply(
         {"params": params},
         *encoder_inputs(model.config, batch),
-        rows=batch["rows"],
+        rows=ByExample(batch["feature_ids"], batch["position_ids"]),
         **kwargs,
     )
 

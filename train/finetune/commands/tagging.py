@@ -102,7 +102,8 @@ def main(config: NerConfig | PosConfig) -> int:
         "upos" if entities else config.column,
     )
     # The tag set is that of the training file, which is therefore read first.
-    train, repaired = task.read_file(config.data, "train", labelled=True)
+    read = task.read_file(config.data, "train", labelled=True)
+    train, repaired = read.sentences, read.repaired
     labels = tag_set(train, entities=entities)
     if len(labels) < 2:
         raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to learn.")

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict ranks and dtypes, warnings as errors."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # Most of a test's time is XLA's. What it compiles for CPUs without its slow passes answers the same questions, in two
 # thirds of the time; `optimised` is for tests of exact numbers.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# The tests start dozens of processes, each of which would otherwise compile some 1,500 modules, 4 s, again.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -31,9 +31,7 @@ def assert_same_losses(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "flags"),
     [
-        (8, ["--mesh", "data=8"]),
         (8, ["--mesh", "data=2,fsdp=2,tensor=2"]),
-        (8, ["--parallel", "pmap"]),
         (1, ["--accumulate", "4"]),
         (1, ["--no-scan-layers", "--remat"]),
     ],
@@ -47,7 +45,10 @@ def test_losses_of_one_device(workshop, uninterrupted, devices, flags):
 
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 def test_two_processes_of_four_devices(workshop, uninterrupted, parallel):
-    """Stopped by a SIGTERM to one of them, both save and exit 0; one process alone ends the run, to the same losses."""
+    """Stopped by a SIGTERM to one of them, both save and exit 0; one process alone ends the run, to the same losses.
+
+    The batch is divided over eight devices, as it is over those of one process.
+    """
     out = workshop.folder / f"processes-{parallel}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ import errno
 import logging
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..data.errors import DataError
 from ..data.files import replacing
@@ -173,14 +174,34 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
 
 def write_params(path: Path, params: Any) -> None:
     """Save a tree of parameters in a separate file (safetensors): the best so far, or one for averaging."""
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
     with replacing(path) as unfinished:
-        save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, unfinished)
+        save_file(flat, unfinished, metadata={"crc32": _checksum(flat)})
 
 
 def read_params(path: Path) -> Any:
-    """Read the tree saved by `write_params`."""
-    return traverse_util.unflatten_dict(load_file(path), sep="/")
+    """Read the tree saved by `write_params`.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            expected = (file.metadata() or {}).get("crc32")  # absent in files of earlier versions
+        problem = "" if expected in (None, _checksum(flat)) else "CRC-32 differs"
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    if problem:
+        raise RunError(f"{path}: the weights saved at an evaluation are missing or damaged ({problem}).")
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name].tobytes(), zlib.crc32(name.encode(), crc))
+    return str(crc)
 
 
 def write_manifest(folder: Path, step: int) -> None:

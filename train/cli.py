@@ -1,6 +1,8 @@
 """The command line. A command's module is imported only when the command is called."""
 
+import os
 import sys
+import traceback
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
@@ -8,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from .arguments import did_you_mean, refuse_renamed
+from .compiled import keep_compiled_programs
 from .cpu import prepare_cpu
 
 
@@ -158,11 +161,13 @@ def _unknown_subcommand(words: tuple[str, ...], command: Command, rest: list[str
 
 
 def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> int:
-    """Print the project's own errors and those of the file system as one message; let other errors show a traceback."""
+    """Run a command; print any error as a message and return its exit status."""
     try:
         prepare_cpu()
         module, _, name = command.config.partition(":")
         config = _parse(getattr(import_module(module, __package__), name), arguments, " ".join(("bestiary", *words)))
+        if words[0] != "bench":  # which measures compiling
+            keep_compiled_programs()
         return import_module(command.runs_in or module, __package__).main(config)
     except KeyboardInterrupt:
         print("\nbestiary: interrupted", file=sys.stderr)
@@ -170,14 +175,45 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    except Exception as error:
-        ours = type(error).__module__.startswith("bestiary.")
-        full = "No space left on device" in str(error)
-        if not (ours or full or isinstance(error, OSError)):
-            raise
-        hint = "\nThe disk is full: free some space and give the same command again; it resumes." if full else ""
-        print(f"bestiary: {error}{hint}", file=sys.stderr)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        resumes = " ".join(words).startswith(RESUMING)
+        print(f"bestiary: {in_words(error, resumes=resumes)}", file=sys.stderr)
         return 1
+
+
+TRACEBACK = "BESTIARY_TRACEBACK"
+"""Environment variable: if set, errors show where they were raised."""
+RESUMING = ("pretrain", "finetune", "translate train")
+"""Commands that resume if they are given again."""
+
+
+def in_words(error: BaseException, *, resumes: bool) -> str:
+    """Return the message of an error: the project's own text, or one line for an error of Python or of a library.
+
+    Args:
+        error: the error.
+        resumes: whether the command resumes if it is given again.
+    """
+    text = str(error).strip()
+    if "No space left on device" in text:
+        again = " and give the same command again; it resumes from its newest checkpoint" if resumes else ""
+        return f"{text}\nThe disk is full: free some space{again}."
+    if type(error).__module__.startswith("bestiary.") or isinstance(error, OSError):
+        return text
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory: {_first_line(text) or 'Python could not allocate more'}"
+    return (
+        f"unexpected {type(error).__name__}: {_first_line(text) or 'no message'}. "
+        f"Set {TRACEBACK}=1 to see where it was raised."
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0].strip()
 
 
 def _parse(options: Any, arguments: list[str], name: str) -> Any:

@@ -348,6 +348,7 @@ class Loop:
             "evaluation_due": self._evaluation_due,
             "batches": self._training.batches.get_state(),
         }
+        self._session.folder.require_lock()
         self._checkpoints.save(step, self._state, extra_state)
 
     def _say(self, step: int, text: str) -> None:

@@ -136,6 +136,7 @@ class Run:
         """Save the parameters of the best evaluation so far, for `best_params`."""
         params = on_host(ema_or_params(state))
         if self.main:
+            self.folder.require_lock()
             write_params(self._best, params)
         if jax.process_count() > 1:  # all processes read it at the end
             multihost_utils.sync_global_devices("best_kept")
@@ -181,6 +182,7 @@ class Run:
         if not self.main:
             return
         exported = self.folder.folder / "model"
+        self.folder.require_lock()
         save(exported, model, params, tokenizer)
         self.folder.finish(results)
         for line in lines:

@@ -1,5 +1,9 @@
 """The run folder: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, model/.
 
+One process at a time works in a run folder: it holds a lock on `run.lock` (flock), which the kernel releases however
+the process ends. The file says who holds it, and a process whose line is no longer there, since the folder was replaced
+or the file system lost the lock, writes nothing more.
+
 `metrics.jsonl` contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
 that of an uninterrupted one. Speeds are on the progress line, in TensorBoard and in results.json.
 """
@@ -17,6 +21,10 @@ from ..data.errors import DataError
 from ..data.files import replacing
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
 from .errors import RunError
+from .lock import Lock
+from .sharding import in_any_process
+
+LOCK = "run.lock"
 
 
 class RunFolder:
@@ -29,7 +37,8 @@ class RunFolder:
         upgrade: converts config.json of earlier versions; None: nothing changed.
 
     Raises:
-        RunError: the folder contains a run with another configuration, or something that is not a run.
+        RunError: the folder contains a run with another configuration, or something that is not a run; or another
+            process works in it.
     """
 
     def __init__(
@@ -43,12 +52,35 @@ class RunFolder:
         self.main = jax.process_index() == 0
         self._events: Any = None
         self._asked = to_json(config)
-        path = folder / "config.json"
+        self._free, self._upgrade = free, upgrade
+        self._lock: Lock | None = None
+        self._check()
+        self._take((folder / "config.json").exists())
+
+    def _check(self) -> None:
+        """Raise RunError unless the folder is missing, empty, or that of a run with this configuration."""
+        path = self.folder / "config.json"
         if path.exists():
             stored = read_object(path)
-            self._compare(stored if upgrade is None else upgrade(stored), self._asked, free)
-        elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise RunError(f"{folder} exists and is not a run folder (it has no config.json). Choose another --out.")
+            self._compare(stored if self._upgrade is None else self._upgrade(stored), self._asked, self._free)
+        elif self.folder.exists() and not (self.folder.is_dir() and all(p.name == LOCK for p in self.folder.iterdir())):
+            raise RunError(f"{self.folder} exists and is not a run folder (no config.json). Choose another --out.")
+
+    def _take(self, there: bool) -> None:
+        """Take the lock in process 0, if the folder is there; raise RunError in all processes if another one has it."""
+        problem = ""
+        if self.main and there and self._lock is None:
+            try:
+                self._lock = Lock(self.folder / LOCK)
+            except RunError as error:
+                problem = str(error)
+        if in_any_process(bool(problem)):
+            raise RunError(problem or f"{self.folder}: another process works in this folder.")
+
+    def require_lock(self) -> None:
+        """Raise RunError if the folder belongs to another process by now."""
+        if self._lock is not None:
+            self._lock.check()
 
     @property
     def finished(self) -> bool:
@@ -59,6 +91,9 @@ class RunFolder:
         """Create the folder, with config.json, once all checks have passed."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self._take(True)
+        self._check()  # again: another start may have begun since
+        if self.main:
             write_json(self.folder / "config.json", self._asked)
 
     def _compare(self, there: dict[str, Any], asked: dict[str, Any], free: frozenset[str]) -> None:
@@ -66,9 +101,11 @@ class RunFolder:
         changed = [key for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]
         if changed:
             lines = "".join(f"\n  {key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in changed)
+            longer = {key.rpartition(".")[2] for key in changed} <= {"steps", "epochs", "phases"}
+            more = f" To train it for longer, give --resume-from {self.folder} and another --out." if longer else ""
             raise RunError(
                 f"{self.folder} holds a run with another configuration:{lines}\n"
-                "Choose another --out, or give the same settings to resume that run."
+                "Choose another --out, or give the same settings to resume that run." + more
             )
 
     @property
@@ -95,9 +132,10 @@ class RunFolder:
         """Append a line to metrics.jsonl, and the same with the speeds to TensorBoard."""
         if not self.main:
             return
-        record = {"step": step, **{name: _finite_or_none(value) for name, value in values.items()}}
+        self.require_lock()
+        line = json_text({"step": step, **values}, f"{self.folder}, step {step}")
         with (self.folder / "metrics.jsonl").open("a") as handle:
-            handle.write(json_text(record, "metrics.jsonl") + "\n")
+            handle.write(f"{line}\n")
         self._write_events(step, {**values, **(speeds or {})})
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
@@ -122,13 +160,16 @@ class RunFolder:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write curves.png and, last of all, results.json."""
         if self.main:
+            self.require_lock()
             draw_curves(self.metrics(), self.folder / "curves.png")
             write_json(self.folder / "results.json", results)
 
     def close(self) -> None:
-        """Flush the TensorBoard events."""
+        """Flush the TensorBoard events, and release the lock."""
         if self._events is not None:
             self._events.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def panels(records: list[dict[str, Any]]) -> list[str]:
@@ -188,7 +229,3 @@ def _step_of(line: bytes) -> int | None:
         return value_of(expect(parse_line(line.decode(), ""), dict, ""), "step", int, "")
     except (DataError, UnicodeDecodeError):
         return None
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -292,6 +292,11 @@ def start_processes(coordinator: str | None, processes: int | None, process: int
         jax.distributed.initialize()
 
 
+def in_any_process(flag: bool) -> bool:
+    """Tell whether a flag is set in any process. All processes must call it."""
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
 @contextmanager
 def first_process_first(name: str) -> Iterator[None]:
     """Run the block in process 0 first and then in the others, which find its results.

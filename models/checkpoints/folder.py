@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ...data.files import temporary
 from ...data.json_files import read_object, value_of, write_json
 from ..family import Architecture, Family, FamilyConfig
 from ..registry import FAMILIES, families, family_named, family_of_model, init_params
@@ -201,9 +202,7 @@ def save(
         if key in stored:
             stored[key] = dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = temporary(folder), temporary(folder.with_name(f"{folder.name}.old"))
     new.mkdir()
     try:
         write_json(new / "config.json", dict(sorted(stored.items())))

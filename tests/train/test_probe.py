@@ -119,10 +119,23 @@ def test_features_are_computed_once(sentence_encoder, table, tmp_path, monkeypat
     assert main(arguments(sentence_encoder, table, tmp_path / "second")) == 0
     assert (tmp_path / "second" / "results.json").read_text() == (tmp_path / "first" / "results.json").read_text()
     assert "read from" in capsys.readouterr().err
-    with pytest.raises(AssertionError, match="computed again"):  # other features
-        main(arguments(sentence_encoder, table, tmp_path / "third", "--pooling", "max"))
-    with pytest.raises(AssertionError, match="computed again"):  # other texts
-        main(arguments(sentence_encoder, table, tmp_path / "fourth", "--seed", "1"))
+    for number, other in enumerate((("--pooling", "max"), ("--seed", "1"))):  # other features, other texts
+        assert main(arguments(sentence_encoder, table, tmp_path / f"other-{number}", *other)) == 1
+        assert "AssertionError: computed again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["half", "a flipped bit", "something else"])
+def test_damaged_features_are_computed_again(sentence_encoder, table, tmp_path, capsys, damage: str):
+    assert main(arguments(sentence_encoder, table, tmp_path / "first")) == 0
+    for path in (tmp_path / "cache").rglob("*.npz"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        half = bytes(content[: len(content) // 2])
+        path.write_bytes({"half": half, "a flipped bit": bytes(content), "something else": b"[]"}[damage])
+    capsys.readouterr()
+    assert main(arguments(sentence_encoder, table, tmp_path / "second")) == 0
+    assert (tmp_path / "second" / "results.json").read_text() == (tmp_path / "first" / "results.json").read_text()
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_pairs_with_a_mix_of_layers(sentence_encoder, made_up, tmp_path):

@@ -13,7 +13,10 @@ import dataclasses
 import hashlib
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,17 +99,29 @@ class FeatureStore:
         """Return features [n, ...] float32 of n texts, or of pairs encoded together; `name` is for messages."""
         key = json.dumps([self._extract.fingerprint, list(texts), None if seconds is None else list(seconds)])
         path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        if path.is_file():
-            self._progress.line(f"features of {name}: read from {path}")
-        else:
+        found = self._stored(path, name, len(texts)) if path.is_file() else None
+        if found is None:
             before = self._extract.truncated
             vectors = self._computed(name, texts, seconds)
             self._folder.mkdir(parents=True, exist_ok=True)
+            found = vectors, self._extract.truncated - before
             with replacing(path) as unfinished:
-                np.savez(unfinished, vectors=vectors, truncated=self._extract.truncated - before)
-        with np.load(path) as stored:
-            self.truncated += int(stored["truncated"])
-            return stored["vectors"]
+                np.savez(unfinished, vectors=vectors, truncated=found[1])
+        self.truncated += found[1]
+        return found[0]
+
+    def _stored(self, path: Path, name: str, texts: int) -> tuple[np.ndarray, int] | None:
+        """Return (features, truncated tokens) of an earlier run; None if the file is damaged."""
+        try:
+            with path.open("rb") as file, np.load(file) as stored:  # a zip archive, which checks a CRC-32 of each array
+                vectors, truncated = stored["vectors"], int(stored["truncated"])
+            if len(vectors) != texts or vectors.dtype != np.float32:
+                raise ValueError(f"{vectors.dtype} of {len(vectors)} texts")
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            self._progress.line(f"features of {name}: {path} is damaged ({error}); they are computed again")
+            return None
+        self._progress.line(f"features of {name}: read from {path}")
+        return vectors, truncated
 
     def _computed(self, name: str, texts: Sequence[str], seconds: Sequence[str] | None) -> np.ndarray:
         started, parts, done = time.perf_counter(), [], 0
@@ -269,9 +284,14 @@ def fit_head(inputs: np.ndarray, targets: np.ndarray, classes: int | None, stren
 
 def main(config: ProbeConfig) -> int:
     """Run `bestiary probe`; return the exit status."""
+    with closing(RunFolder(config.out, config, frozenset({"out", "cache"}))) as run:
+        probe(run, config, Progress())
+    return 0
+
+
+def probe(run: RunFolder, config: ProbeConfig, progress: Progress) -> None:
+    """Compute features, fit a head to them, and write its predictions and metrics."""
     started = time.perf_counter()
-    progress = Progress()
-    run = RunFolder(config.out, config, frozenset({"out", "cache"}))
     task, data = read_data(config)
     targets = np.array([example.label for example in data.train])
     if task.labels is not None and len(np.unique(targets)) < 2:
@@ -301,7 +321,8 @@ def main(config: ProbeConfig) -> int:
             metrics[name] = task.metrics(kept, unused, examples)
         if name != "train":
             task.write_predictions(config.out / "predictions", name, kept, unused, examples)
-    np.savez(config.out / "head.npz", **{key: value for key, value in head._asdict().items() if key != "strength"})
+    with replacing(config.out / "head.npz") as unfinished:
+        np.savez(unfinished, **{key: value for key, value in head._asdict().items() if key != "strength"})
     write_json(
         config.out / "results.json",
         results(config, extract.settings, store.truncated, data, head, mixed, metrics, inputs),
@@ -309,7 +330,6 @@ def main(config: ProbeConfig) -> int:
     for name, values in metrics.items():
         progress.line(f"{name}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
     progress.line(f"done in {duration(time.perf_counter() - started)}; results are in {config.out / 'results.json'}")
-    return 0
 
 
 def results(

@@ -32,9 +32,12 @@ from .sentence_piece import (
     SentencePieceTokenizer,
     albert_backend,
     extra_ids,
+    fairseq_pieces,
     parse_model,
     t5_backend,
     t5_template,
+    xlm_roberta_backend,
+    xlm_roberta_template,
 )
 from .template import Template, bert_template, read_template, roberta_template, write_template
 from .tokenizer import ROLES, Tokenizer
@@ -49,6 +52,7 @@ CLASSES = {
     "GPT2": "gpt2",
     "Albert": "albert",
     "T5": "t5",
+    "XLMRoberta": "xlm-roberta",
 }
 MODEL_TYPES = {
     **dict.fromkeys(("bert", "distilbert", "electra", "mobilebert", "convbert", "squeezebert"), "bert"),
@@ -56,6 +60,7 @@ MODEL_TYPES = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "gpt2"),
     "albert": "albert",
     **dict.fromkeys(("t5", "mt5"), "t5"),
+    "xlm-roberta": "xlm-roberta",
 }
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
 _MOST_EXTRA_IDS = 10_000
@@ -116,14 +121,16 @@ class _Folder:
         """Sources of special tokens; as in the reference, their map only if the settings do not describe them."""
         return (self.settings,) if "added_tokens_decoder" in self.settings else (self.settings, self.roles)
 
-    def special_tokens(self, defaults: Mapping[str, str]) -> dict[str, AddedToken]:
+    def special_tokens(
+        self, defaults: Mapping[str, str], needed: tuple[str, ...] = ("unk", "cls", "sep")
+    ) -> dict[str, AddedToken]:
         """Return the token of each role, in the reference's order; by default the class's own."""
         found: dict[str, Any] = dict(defaults)
         for source in self._sources:
             found |= {role: source[f"{role}_token"] for role in ROLES if f"{role}_token" in source}
         if self.settings.get("split_special_tokens"):
             raise DataError(f"{self.where.parent}: split_special_tokens is not supported.")
-        missing = [role for role in ("unk", "cls", "sep") if role in defaults and found[role] is None]
+        missing = [role for role in needed if role in defaults and found[role] is None]
         if missing:
             raise DataError(f"{self.where.parent}: the {missing[0]}_token is null; expected a token.")
         return {role: self._token(found[role], role, special=True) for role in ROLES if found.get(role) is not None}
@@ -203,7 +210,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".json":
         found = ("roberta", "gpt2")
     elif path.suffix == ".model":
-        found = ("albert", "t5")
+        found = ("albert", "t5", "xlm-roberta")
     else:
         found = ("bert",)
     cls = folder.cls or _class_of_vocabulary(folder, found)
@@ -338,6 +345,27 @@ def _t5(folder: _Folder) -> Tokenizer:
     )
 
 
+def _xlm_roberta(folder: _Folder) -> Tokenizer:
+    special = folder.special_tokens(ROBERTA_TOKENS, ("unk", "bos", "eos", "pad", "mask"))
+    pieces, characters, model = _pieces(folder)
+    if model is not None:
+        pieces = fairseq_pieces(pieces, _contents(special))
+    spaced = bool(folder.setting("add_prefix_space", True, bool))
+    backend = xlm_roberta_backend(pieces, characters, spaced=spaced)
+    _add_tokens(backend, folder, special, model)
+    template = xlm_roberta_template(backend, _contents(special), str(folder.where))
+    settings = {"tokenizer_class": "XLMRobertaTokenizer", "add_prefix_space": spaced, **_kept(folder)}
+    return SentencePieceTokenizer(
+        backend,
+        template,
+        _contents(special),
+        settings=settings,
+        model=model and model.state,
+        model_file="sentencepiece.bpe.model",
+        where=str(folder.where),
+    )
+
+
 def _pieces(folder: _Folder) -> tuple[Pieces, bytes, SentencePieceModel | None]:
     """Return (pieces and scores, the compiled character table, the SentencePiece model if they are from one)."""
     if folder.whole is None:
@@ -355,8 +383,19 @@ def _pieces(folder: _Folder) -> tuple[Pieces, bytes, SentencePieceModel | None]:
         raise DataError(f"{folder.where}: not a unigram tokenizer ({type(error).__name__}: {error}).") from None
 
 
-_BUILD = {"bert": _bert, "roberta": _roberta, "gpt2": _gpt2, "albert": _albert, "t5": _t5}
-_MODEL = {"bert": "WordPiece", "roberta": "BPE", "gpt2": "BPE", "albert": "Unigram", "t5": "Unigram"}
+_BUILD = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "gpt2": _gpt2,
+    "albert": _albert,
+    "t5": _t5,
+    "xlm-roberta": _xlm_roberta,
+}
+_MODEL = {
+    "bert": "WordPiece",
+    **dict.fromkeys(("roberta", "gpt2"), "BPE"),
+    **dict.fromkeys(("albert", "t5", "xlm-roberta"), "Unigram"),
+}
 
 
 def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
@@ -367,7 +406,7 @@ def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
     """
     if classes == ("roberta", "gpt2"):
         return "roberta" if {"<s>", "</s>", "<mask>"} <= set(read_object(folder.where)) else "gpt2"
-    if classes == ("albert", "t5"):
+    if "albert" in classes:
         first = [piece for piece, _ in _pieces(folder)[0][:5]]
         if first == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]:
             return "albert"

@@ -1,9 +1,10 @@
-"""SentencePiece's unigram and BPE pieces (ALBERT, T5): ▁ is the space before a word.
+"""SentencePiece's unigram and BPE pieces (ALBERT, T5, XLM-R): ▁ is the space before a word.
 
 Kudo and Richardson 2018. A folder holds
 
     tokenizer.json           the whole tokenizer
-    spiece.model             SentencePiece's own model, if the tokenizer was read from one or trained
+    spiece.model             SentencePiece's own model, if the tokenizer was read from one or trained; XLM-R's is
+                             sentencepiece.bpe.model
     tokenizer_config.json    tokenizer_class, do_lower_case and keep_accents (ALBERT), extra_ids (T5), special tokens
     special_tokens_map.json  the special tokens by role
 
@@ -70,6 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         model: the SentencePiece model, to save again; None if there is none.
+        model_file: name of the model's file.
         others: arguments of `Tokenizer`.
     """
 
@@ -81,10 +83,11 @@ class SentencePieceTokenizer(Tokenizer):
         *,
         settings: Mapping[str, Any],
         model: bytes | None = None,
+        model_file: str = MODEL_FILES[0],
         where: str = "the tokenizer",
     ):
         super().__init__(backend, template, special_tokens, settings=settings, where=where)
-        self._model = model
+        self._model, self._model_file = model, model_file
         self.kind = "unigram" if isinstance(backend.model, models.Unigram) else "bpe"
 
     def _continues(self, piece: str) -> bool:
@@ -92,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _save_vocabulary(self, folder: Path) -> None:
         if self._model is not None:
-            (folder / MODEL_FILES[0]).write_bytes(self._model)
+            (folder / self._model_file).write_bytes(self._model)
 
 
 def parse_model(state: bytes, where: str) -> SentencePieceModel:
@@ -176,6 +179,40 @@ def t5_template(backend: tokenizers.Tokenizer, where: str) -> Template:
         single=["$A", eos], pair=["$A", eos, "$B:0", eos], special_tokens=[(eos, number)]
     )
     return Template((), (number,), (number,))
+
+
+def xlm_roberta_backend(pieces: Pieces, characters: bytes, *, spaced: bool = True) -> tokenizers.Tokenizer:
+    """Build XLM-R's tokenizer from unigram pieces.
+
+    Args:
+        pieces: each piece and its score, by id, as in fairseq: <s>, <pad>, </s>, <unk>, the pieces, <mask>.
+        characters: compiled table for normalising characters; empty for none.
+        spaced: begin a text like a word after a space.
+    """
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
+    if characters:
+        backend.normalizer = normalizers.Precompiled(characters)
+    return _split_at_spaces(backend, "always" if spaced else "never")
+
+
+def fairseq_pieces(pieces: Pieces, special_tokens: Mapping[str, str]) -> Pieces:
+    """Return a SentencePiece model's pieces with fairseq's ids: its first three, <unk>, <s> and </s>, are replaced."""
+    first = [(special_tokens[role], 0.0) for role in ("bos", "pad", "eos", "unk")]
+    return [*first, *pieces[3:], (special_tokens["mask"], 0.0)]
+
+
+def xlm_roberta_template(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], where: str) -> Template:
+    """Return the template `<s> A </s></s> B </s>`, all with token type 0, which `backend` is given too.
+
+    Raises:
+        DataError: the vocabulary lacks these tokens.
+    """
+    bos, eos = special_tokens["bos"], special_tokens["eos"]
+    before, after = token_ids(backend, (bos, eos), where)
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A", eos], pair=[bos, "$A", eos, eos, "$B:0", eos], special_tokens=[(bos, before), (eos, after)]
+    )
+    return Template((before,), (after, after), (after,))
 
 
 def extra_ids(count: int) -> Pieces:

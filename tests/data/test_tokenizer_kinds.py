@@ -14,7 +14,7 @@ from bestiary.data.tokenizers.tokenizer import check_vocabulary
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 TEXTS = json.loads((FIXTURES / "texts.json").read_text())
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
-OWN = ["byte_bpe", "albert", "t5"]
+OWN = ["byte_bpe", "albert", "t5", "xlm_roberta"]
 RELEASED = ["bert-base-uncased", "bert-base-cased", "gpt2", "roberta-base", "t5-base", "albert-base-v2"]
 
 

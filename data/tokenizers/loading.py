@@ -92,8 +92,17 @@ class _Folder:
             DataError: the class is unknown.
         """
         named = self.settings.get("tokenizer_class") or self.model.get("tokenizer_class")
+        model_type = self.model.get("model_type")
+        if named is None and model_type is None:
+            return None
         if named is None:
-            return MODEL_TYPES.get(str(self.model.get("model_type")))
+            if model_type not in MODEL_TYPES:
+                raise DataError(
+                    f"{self.where.parent}: the tokenizer of a model of type {model_type!r} is none that is known here. "
+                    "If tokenizer.json says it all, set tokenizer_class to PreTrainedTokenizerFast in "
+                    "tokenizer_config.json."
+                )
+            return MODEL_TYPES[model_type]
         name = str(named).removesuffix("Fast")
         if name in AS_IT_IS:
             return None
@@ -112,7 +121,7 @@ class _Folder:
             DataError: it has another type.
         """
         value = self.settings.get(name, default)
-        if value is not None and not isinstance(value, kind):
+        if not isinstance(value, kind) and not (value is None and default is None):
             raise DataError(f"{self.where.parent / 'tokenizer_config.json'}: {name} is {value!r}.")
         return value
 
@@ -135,12 +144,24 @@ class _Folder:
             raise DataError(f"{self.where.parent}: the {missing[0]}_token is null; expected a token.")
         return {role: self._token(found[role], role, special=True) for role in ROLES if found.get(role) is not None}
 
+    @property
+    def _extra(self) -> list[Any]:
+        """What each source says of special tokens without a role."""
+        new, old = "extra_special_tokens", "additional_special_tokens"
+        found = [source.get(new) or source.get(old, source.get(new)) for source in self._sources]
+        if self.where.suffix == ".model" and len(found) > 1:  # the reference does not read the older name there, then
+            found[1] = self.roles.get(new)
+        return [some for some in found if some is not None]
+
+    @property
+    def lists_extra(self) -> bool:
+        """Whether a source has a list of special tokens without a role, even an empty one."""
+        return any(isinstance(some, list) for some in self._extra)
+
     def extra_special_tokens(self) -> list[AddedToken]:
         """Special tokens without a role."""
         found: list[Any] = []
-        for source in self._sources:
-            names = ("extra_special_tokens", "additional_special_tokens")
-            some = next((source[name] for name in names if source.get(name)), [])
+        for some in self._extra:
             found += some.values() if isinstance(some, dict) else some if isinstance(some, list) else [some]
         return [self._token(some, "extra special token", special=True) for some in found]
 
@@ -249,12 +270,15 @@ def _bert(folder: _Folder) -> Tokenizer:
         normalizer = folder.whole.get("normalizer") or {}
         if normalizer.get("type") == "BertNormalizer":
             said = normalizer
+    unk = special["unk"].content
+    if unk not in vocabulary and unk != SPECIAL_TOKENS["unk"]:  # whose absence is told with that of the others
+        raise DataError(f"{folder.where}: the vocabulary has no {unk}, its unk_token.")
     backend = bert_backend(
         vocabulary,
         lowercase=bool(folder.setting("do_lower_case", said.get("lowercase", True), bool)),
         strip_accents=folder.setting("strip_accents", said.get("strip_accents"), bool),
         chinese=bool(folder.setting("tokenize_chinese_chars", said.get("handle_chinese_chars", True), bool)),
-        unk=special["unk"].content,
+        unk=unk,
     )
     special = _wordpiece_tokens(special, vocabulary)
     _add_tokens(backend, folder, special)
@@ -314,12 +338,18 @@ def _albert(folder: _Folder) -> Tokenizer:
         "add_prefix_space": bool(folder.setting("add_prefix_space", True, bool)),
     }
     lowercase, keep_accents, spaced = options.values()
+    replaced = [name for name in ("add_bos_token", "add_eos_token") if folder.settings.get(name) is not None]
+    if replaced and folder.whole is None:  # another template, then
+        raise DataError(f"{folder.where.parent / 'tokenizer_config.json'}: {replaced[0]} is not supported for ALBERT.")
     backend = albert_backend(pieces, characters, lowercase=lowercase, keep_accents=keep_accents, spaced=spaced)
-    _add_tokens(backend, folder, special, model)
     where = str(folder.where)
-    template = bert_template(backend, ALBERT_TOKENS, where)
-    if folder.whole is not None and folder.whole.get("post_processor") is not None:
-        template = _stated(folder, backend)
+    stated = folder.whole is not None and folder.whole.get("post_processor") is not None
+    if not stated:
+        bert_template(backend, _contents(special), where)  # of pieces: added tokens do not stand around texts
+    _add_tokens(backend, folder, special, model)
+    template = _stated(folder, backend) if stated else bert_template(backend, _contents(special), where)
+    if stated:
+        backend.post_processor = write_template(template, backend)
     settings = {"tokenizer_class": "AlbertTokenizer", **options, **_kept(folder)}
     return SentencePieceTokenizer(
         backend, template, _contents(special), settings=settings, model=model and model.state, where=where
@@ -334,12 +364,14 @@ def _t5(folder: _Folder) -> Tokenizer:
         raise DataError(f"{folder.where.parent}: extra_ids is {count}; expected 0 to {_MOST_EXTRA_IDS}.")
     sentinels = extra_ids(count)
     backend = t5_backend([*pieces, *sentinels] if model else pieces, characters)
+    names = [piece for piece, _ in sentinels]
     _add_tokens(backend, folder, special, model)
-    if not folder.extra_special_tokens():  # which take the sentinels' place in the reference
-        known = backend.get_vocab()
-        backend.add_special_tokens([piece for piece, _ in sentinels if piece in known])
-    template = t5_template(backend, str(folder.where))
+    if not folder.lists_extra:  # which takes the sentinels' place in the reference
+        backend.add_special_tokens(names[::-1])
+    template = t5_template(backend, str(folder.where), special["eos"].content)
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": len(sentinels), **_kept(folder)}
+    if folder.lists_extra:
+        settings["extra_special_tokens"] = [token.content for token in folder.extra_special_tokens()]
     return SentencePieceTokenizer(
         backend, template, _contents(special), settings=settings, model=model and model.state, where=str(folder.where)
     )
@@ -439,11 +471,21 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
     backend.no_truncation()
     kind = folder.whole["model"].get("type") or json.loads(backend.to_str())["model"]["type"]
     where = str(folder.where)
+    unknown = folder.whole["model"].get("unk_token")
+    if unknown is not None and unknown not in backend.get_vocab(with_added_tokens=False):
+        raise DataError(f"{where}: the vocabulary has no {unknown}, its unk_token.")
+    if folder.whole["model"].get("dropout"):
+        raise DataError(f"{where}: dropout is {folder.whole['model']['dropout']}; ids would be random.")
     if kind == "WordPiece":
+        if folder.whole.get("post_processor") is None:
+            raise DataError(
+                f"{where}: no post_processor, so that texts would have no special tokens around them. If it is BERT's, "
+                "set tokenizer_class to BertTokenizer in tokenizer_config.json."
+            )
         special = _wordpiece_tokens(folder.special_tokens(SPECIAL_TOKENS), backend.get_vocab())
         _add_tokens(backend, folder, special)
-        template = None if folder.whole.get("post_processor") is None else _stated(folder, backend)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)} if template else _kept(folder)
+        template = _stated(folder, backend)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
         return WordPieceTokenizer(backend, _contents(special), settings=settings, template=template, where=where)
     if kind == "BPE" and '"ByteLevel"' in json.dumps(folder.whole.get("pre_tokenizer")):
         special = folder.special_tokens({})

@@ -167,13 +167,12 @@ def t5_backend(pieces: Pieces, characters: bytes) -> tokenizers.Tokenizer:
     return _split_at_spaces(backend, "always")
 
 
-def t5_template(backend: tokenizers.Tokenizer, where: str) -> Template:
-    """Return the template `A </s> B </s>`, which `backend` is given too.
+def t5_template(backend: tokenizers.Tokenizer, where: str, eos: str = T5_TOKENS["eos"]) -> Template:
+    """Return the template `A </s> B </s>`, which `backend` is given too; `eos` is the token.
 
     Raises:
         DataError: the vocabulary lacks the token.
     """
-    eos = T5_TOKENS["eos"]
     (number,) = token_ids(backend, (eos,), where)
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", eos], pair=["$A", eos, "$B:0", eos], special_tokens=[(eos, number)]

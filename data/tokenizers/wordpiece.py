@@ -27,6 +27,9 @@ from .tokenizer import Tokenizer, read_paragraphs
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 CONTINUATION = "##"
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)  # Unicode's
 _LONGEST_WORD = 100  # characters; a longer word is [UNK], as in the released tokenizers
 
 
@@ -106,6 +109,8 @@ def bert_backend(
 def read_vocabulary(path: Path) -> dict[str, int]:
     """Read the ids in a vocab.txt: one token per line, ended by a line feed; blank lines at the end are ignored.
 
+    White space at the end of a line is none of the token, as in the reference implementation.
+
     Raises:
         DataError: it is not UTF-8, or a token is repeated; with file and line.
     """
@@ -117,7 +122,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
         ) from None
     vocabulary: dict[str, int] = {}
     for number, piece in enumerate(pieces):
-        piece = piece.removesuffix("\r")
+        piece = piece.rstrip(_WHITE_SPACE)
         if piece in vocabulary:
             raise DataError(f"{path}, line {number + 1}: the piece {piece!r} is also on line {vocabulary[piece] + 1}.")
         vocabulary[piece] = number

@@ -180,4 +180,5 @@ def test_gaps_between_ids_are_refused(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     vocabulary = {token: number for number, token in enumerate(SPECIAL)} | {"word": 9}
     tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert refusal(path) == f"{path}: 6 tokens, but the highest id is 9. Ids must be consecutive from 0."

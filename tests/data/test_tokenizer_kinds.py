@@ -164,11 +164,75 @@ def test_a_template_is_not_left_to_a_broken_file(tmp_path: Path, stated: dict | 
     assert load_tokenizer(tmp_path / "saved").encode_batch(["he"], add_special_tokens=True) == [[2, 5, 3]]
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / "saved" / name).unlink()  # now the file stands for itself
-    if stated is None:
-        assert load_tokenizer(tmp_path / "saved").encode_batch(["he"], add_special_tokens=True) == [[2, 5, 3]]
-    else:
-        with pytest.raises(DataError, match=r"tokenizer\.json: post_processor|not a tokenizer\.json"):
-            load_tokenizer(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"tokenizer\.json: (no )?post_processor|not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "saved")
+
+
+def sentence_piece_folder(path: Path, kind: str, settings: dict | None = None, roles: dict | None = None) -> Path:
+    (path / "spiece.model").write_bytes((FIXTURES / kind / "spiece.model").read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings or {}))
+    (path / "special_tokens_map.json").write_text(json.dumps(roles or {}))
+    return path
+
+
+def test_special_tokens_of_a_sentence_piece_model_are_those_that_the_settings_name(tmp_path: Path):
+    """The expected ids are the reference's."""
+
+    def ids(kind: str, settings: dict | None = None, roles: dict | None = None) -> list[int]:
+        folder = sentence_piece_folder(tmp_path, kind, settings, roles)
+        return load_tokenizer(folder).encode_batch(["he said [E1] it"], add_special_tokens=True)[0]
+
+    albert, t5 = ids("albert"), ids("t5")
+    assert (albert[0], albert[-1], t5[-1]) == (2, 3, 1)
+    assert ids("albert", {"sep_token": "[CLS]"}) == [*albert[:-1], 2]
+    assert ids("t5", {"eos_token": "<e>"}) == [*t5[:-1], 700]
+    # The map's older name counts beside a tokenizer.json alone.
+    assert ids("albert", roles={"additional_special_tokens": ["[E1]"]}) == albert
+    assert ids("albert", roles={"extra_special_tokens": ["[E1]"]}) == [*albert[:9], 600, *albert[-2:]]
+    assert ids("albert", {"extra_special_tokens": [], "additional_special_tokens": ["[E1]"]})[9] == 600
+    for name in ("add_bos_token", "add_eos_token"):
+        with pytest.raises(DataError, match=f"{name} is not supported for ALBERT"):
+            ids("albert", {name: False})
+    with pytest.raises(DataError, match=r"the vocabulary has no \[NEW\]"):
+        ids("albert", {"cls_token": "[NEW]"})
+
+
+def test_a_list_of_special_tokens_takes_the_place_of_t5_s_sentinels(tmp_path: Path):
+    (tmp_path / "saved").mkdir()
+    text = "read <extra_id_0>"
+    for settings in ({"additional_special_tokens": []}, {"extra_special_tokens": ["[E1]"]}):
+        found = load_tokenizer(sentence_piece_folder(tmp_path, "t5", settings))
+        assert found.encode_batch([text])[0][-2:] == [3, 699]  # a space, as before any piece
+        found.save(tmp_path / "saved")
+        assert load_tokenizer(tmp_path / "saved").encode_batch([text]) == found.encode_batch([text])
+    found = load_tokenizer(sentence_piece_folder(tmp_path, "t5", {"extra_special_tokens": {"e_token": "[E1]"}}))
+    assert found.encode_batch([text])[0][-2:] != [3, 699]
+
+
+def test_what_would_make_ids_random_or_fail_later_is_refused(tmp_path: Path):
+    load_tokenizer(FIXTURES / "byte_bpe").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    path = tmp_path / "tokenizer.json"
+    said = json.loads(path.read_text())
+    for change, message in (
+        ({"dropout": 0.5}, "ids would be random"),
+        ({"unk_token": "[NONE]"}, r"no \[NONE\], its unk"),
+    ):
+        path.write_text(json.dumps(said | {"model": said["model"] | change}))
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(tmp_path)
+
+
+def test_a_type_of_model_whose_tokenizer_is_unknown_is_refused(tmp_path: Path):
+    folder = bert_folder(tmp_path, tokenizer_config={}, config={"model_type": "mpnet"})
+    with pytest.raises(DataError, match="the tokenizer of a model of type 'mpnet' is none that is known here"):
+        load_tokenizer(folder)
+    bert_folder(tmp_path, tokenizer_config={"unk_token": "[NEW]"}, config={"model_type": "bert"})
+    with pytest.raises(DataError, match=r"the vocabulary has no \[NEW\], its unk_token"):
+        load_tokenizer(folder)
+    bert_folder(tmp_path, tokenizer_config={"do_lower_case": None})
+    with pytest.raises(DataError, match="do_lower_case is None"):
+        load_tokenizer(folder)
 
 
 def test_a_mask_takes_the_space_before_it_where_the_file_says_so(tmp_path: Path):

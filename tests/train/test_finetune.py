@@ -471,6 +471,8 @@ def test_a_model_that_says_always_the_same_scores_zero():
     assert scored(GLUE["cola"].metrics, np.ones(4, int), labels)["score"] == 0
     assert scored(GLUE["stsb"].metrics, np.full(4, 2.5), labels.astype(float))["score"] == 0
     assert metric("f1", np.zeros(4, int), labels) == 0
+    assert metric("matthews", np.ones(4, int), np.ones(4, int)) == 0
+    assert metric("pearson", 1 + 1e-15 * labels, labels.astype(float)) > 0.9, "nearly the same: without a warning"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from bestiary.data.files import replacing, temporary
 from bestiary.data.json_files import read_object_lines
 from bestiary.train.checkpoint import damage, read_params, write_manifest, write_params
 from bestiary.train.errors import RunError
-from bestiary.train.run_folder import LOCK, RunFolder
+from bestiary.train.run_folder import LOCK, RunFolder, panels
 
 
 @dataclass(frozen=True)
@@ -173,3 +173,13 @@ def test_what_cannot_be_written_names_the_file_that_was_asked_for(tmp_path):
     ):
         with pytest.raises(OSError, match=said), replacing(path):
             pass
+
+
+def test_what_has_no_value_or_is_always_zero_gets_no_panel():
+    records = [
+        {"step": 1, "loss": 2.0, "nsp_loss": None, "overflows": 0.0},
+        {"step": 2, "eval/loss": 1.5, "overflows": 0.0, "eval/f1": 0.0},
+        {"step": 3, "eval/f1": 0.5},
+    ]
+    assert panels(records) == ["loss", "f1"]
+    assert panels([{"step": 1, "loss": 0.0}]) == []

@@ -66,7 +66,8 @@ class FinetuneConfig:
     batch_size: int = 32
     """Examples per update."""
     accumulate: int = 1
-    """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory."""
+    """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory. The
+    results stay the same."""
     max_length: int = 128
     """Maximum length of an example, in tokens, special tokens included; longer examples are truncated. Short examples
     are packed into shared rows."""

@@ -1,9 +1,10 @@
 """The benchmarks' official metrics, computed by scikit-learn and SciPy.
 
 A correlation with constant predictions or labels is undefined; it counts as 0, as for a model that has learned nothing,
-and so does F1 without any positives.
+and so does F1 without any positives. The libraries' warnings about such cases are not shown.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,14 +31,17 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         case "macro_f1":
             return float(metrics.f1_score(labels, predictions, average="macro", **undefined))
         case "matthews":
-            return float(metrics.matthews_corrcoef(labels, predictions))
+            alone = np.ptp(predictions) == 0 or np.ptp(labels) == 0
+            return 0.0 if alone else float(metrics.matthews_corrcoef(labels, predictions))
         case "mean_squared_error":
             return float(metrics.mean_squared_error(labels, predictions))
         case "pearson" | "spearman":
             if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
                 return 0.0
             correlation: Any = stats.pearsonr if name == "pearson" else stats.spearmanr
-            return float(correlation(labels, predictions).statistic)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+                return float(correlation(labels, predictions).statistic)
     raise ValueError(f"no metric {name!r}")
 
 

@@ -6,8 +6,8 @@ question. A *unit* is what is sampled: one feature, or the `unit_size` features 
 Every batch has the same number of units, chosen by stratified sampling: an epoch's units, in random order, are sorted
 by length and cut into as many strata as a batch has units, and every batch takes one random unit of each stratum. Every
 batch thus has a similar mix of long and short units, the number of tokens hardly varies, and one compiled shape with
-little padding serves the whole run. Everything is a pure function of (lengths, seed, epoch): the state of an iterator
-is the number of batches done.
+little padding serves the whole run. If the units do not divide, the last batch of an epoch has fewer. Everything is a
+pure function of (lengths, seed, epoch): the state of an iterator is the number of units done.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def batches_in_epoch(units: int, batch: int) -> int:
     return -(-units // batch)
 
 
-def epoch_batches(unit_lengths: np.ndarray, batch: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_batches(
+    unit_lengths: np.ndarray, batch: int, seed: int, epoch: int, *, smaller_last: bool = True
+) -> np.ndarray:
     """Assign the units of an epoch to batches, each exactly once.
 
     Args:
@@ -151,9 +153,10 @@ def epoch_batches(unit_lengths: np.ndarray, batch: int, seed: int, epoch: int) -
         batch: units per batch.
         seed: random seed.
         epoch: number of the epoch.
+        smaller_last: whether the smaller batch is the last one; else any, as in earlier versions.
 
     Returns:
-        [S, batch] int64; the smaller batch, which may be any of the epoch, is filled up with -1.
+        [S, batch] int64; the smaller batch is filled up with -1.
     """
     units = len(unit_lengths)
     count = batches_in_epoch(units, batch)
@@ -170,6 +173,8 @@ def epoch_batches(unit_lengths: np.ndarray, batch: int, seed: int, epoch: int) -
     for stratum, size in enumerate(stratum_sizes.tolist()):
         table[stratum, :size] = order[at : at + size][random.permutation(size)]
         at += size
+    if missing and smaller_last:  # all gaps are in the table's last column
+        return table.T[[*random.permutation(count - 1), count - 1]]
     return table.T[random.permutation(count)]
 
 
@@ -346,7 +351,7 @@ def assemble(
 
 
 class TrainingBatches:
-    """Iterate over batches endlessly, epoch after epoch; the state is the number of batches done, as JSON.
+    """Iterate over batches endlessly, epoch after epoch; the state is the number of units done, as JSON.
 
     Args:
         features: the features.
@@ -371,7 +376,8 @@ class TrainingBatches:
     ):
         self._features, self._batch, self._shapes, self._seed, self._pad_id = features, batch, shapes, seed, pad_id
         self._index, self._count = index, count
-        self._done = 0
+        self._done = 0  # batches
+        self._smaller_last = True
         self._epoch: tuple[int, np.ndarray] | None = None
 
     @property
@@ -385,7 +391,10 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         epoch, number = divmod(self._done, self.per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, epoch_batches(self._features.unit_lengths, self._batch, self._seed, epoch)
+            order = epoch_batches(
+                self._features.unit_lengths, self._batch, self._seed, epoch, smaller_last=self._smaller_last
+            )
+            self._epoch = epoch, order
         units = self._epoch[1][number]
         units = units[units >= 0]
         length, slots, sizes = self._shapes
@@ -397,20 +406,37 @@ class TrainingBatches:
 
     def get_state(self) -> dict[str, Any]:
         """Return the state for `set_state`."""
-        return {"features": self._features.fingerprint, "done": self._done, "dropout": "by example"}
+        state: dict[str, Any] = {"features": self._features.fingerprint, "dropout": "by example"}
+        if not self._smaller_last:
+            return {**state, "done": self._done}
+        epoch, number = divmod(self._done, self.per_epoch)
+        done = epoch * self._features.units + number * self._batch
+        return {**state, "examples": done, "batch": self._batch, "seed": self._seed}
 
     def set_state(self, state: Mapping[str, Any]) -> str | None:
         """Continue from a saved state; return a remark for the user, if there is one.
 
         Raises:
-            DataError: the state belongs to other data.
+            DataError: the state belongs to other data, or to batches of another size or seed.
         """
         if state["features"] != self._features.fingerprint:
             raise DataError(
                 "The saved position belongs to other data: the training file, its labels, the tokenizer or the "
                 "length has changed. Start a new run, or put them back."
             )
-        self._done = int(state["done"])
+        if "examples" in state:
+            if (state["batch"], state["seed"]) != (self._batch, self._seed):
+                raise DataError(
+                    f"The saved position is in batches of {state['batch']} examples in the order of seed "
+                    f"{state['seed']}. With batches of {self._batch} and seed {self._seed}, the rest of the epoch "
+                    "would repeat some examples and miss others. Give the same --batch-size and --seed, or start from "
+                    "the weights alone."
+                )
+            epoch, within = divmod(int(state["examples"]), self._features.units)
+            self._done, self._smaller_last = epoch * self.per_epoch + within // self._batch, True
+        else:  # of an earlier version, whose order is kept
+            self._done, self._smaller_last = int(state["done"]), False
+        self._epoch = None
         if "dropout" not in state:
             return "this run began with a version that drew dropout by row: from here on it is drawn by example"
         return None

@@ -86,9 +86,11 @@ class Run:
         abstract = self.parallelism.abstract(learner.make, learner.specs)
         if self.main:
             check_space(self.folder.folder, (self.intervals.keep + 1) * count_bytes(abstract))
-        # A checkpoint that does not fit is refused before anything is written.
+        # A checkpoint that does not fit, or of other data, is refused before anything is written.
         new = not self.folder.checkpoints.exists()
         named = self._named_checkpoint(training.steps, abstract) if new else None
+        if named is not None:
+            training.batches.set_state(named.extra_state["batches"])
         self.folder.begin()
         checkpoints = Checkpoints(self.folder.checkpoints, keep=self.intervals.keep, report=self.progress.line)
         with closing(checkpoints):

@@ -57,7 +57,7 @@ def test_an_epoch_takes_each_unit_once_and_spreads_the_lengths():
         assert found.shape == (-(-units // batch), batch)
         assert sorted(found[found >= 0]) == list(range(units))
         sizes = (found >= 0).sum(axis=1)
-        assert (sizes < batch).sum() <= 1
+        assert (sizes[:-1] == batch).all(), "only the last batch may be smaller"
         assert np.array_equal(found, epoch_batches(some, batch, seed=3, epoch=1))
     found = epoch_batches(lengths, 32, 3, 1)
     assert not np.array_equal(found, epoch_batches(lengths, 32, 3, 2))
@@ -145,8 +145,8 @@ def test_the_number_of_rows_divides_among_devices(features):
 def test_a_position_that_was_saved_goes_on(features):
     shapes = plan_shapes(features.unit_lengths, 1, batch=16, seed=0, epochs=2, positions=512)
 
-    def start(of=features):
-        return TrainingBatches(of, batch=16, shapes=shapes, seed=0, pad_id=0)
+    def start(of=features, **changed):
+        return TrainingBatches(of, shapes=shapes, pad_id=0, **{"batch": 16, "seed": 0, **changed})
 
     first = start()
     for _ in range(13):
@@ -157,11 +157,27 @@ def test_a_position_that_was_saved_goes_on(features):
     for _ in range(9):
         expected, found = next(first), next(again)
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    for changed in ({"batch": 8}, {"seed": 1}):
+        with pytest.raises(DataError, match="in batches of 16 examples in the order of seed 0"):
+            start(**changed).set_state(state)
     other = pack_features([[1, 2, 3]] * 150, [[0, 0, 0]] * 150)
     with pytest.raises(DataError, match="belongs to other data"):
         start(other).set_state(state)
-    old = {name: state[name] for name in ("features", "done")}  # of a version that drew dropout by row
-    assert "from here on it is drawn by example" in str(start().set_state(old))
+    old = {"features": state["features"], "done": 13}  # of a version that drew dropout by row
+    again = start()
+    assert "from here on it is drawn by example" in str(again.set_state(old))
+    assert again.get_state() == {**old, "dropout": "by example"}, "the order of that version goes on"
+    seen = [next(again)["segment_weights"].sum() for _ in range(7)]
+    assert sorted(seen) == sorted((epoch_batches(features.unit_lengths, 16, 0, 1, smaller_last=False) >= 0).sum(1)[3:])
+
+
+@pytest.mark.parametrize("done", [0, 7, 10, 13, 20])
+def test_the_position_counts_examples(features, done: int):
+    """150 examples are 9 batches of 16 and one of 6."""
+    shapes = plan_shapes(features.unit_lengths, 1, batch=16, seed=0, epochs=2, positions=512)
+    batches = TrainingBatches(features, batch=16, shapes=shapes, seed=0, pad_id=0)
+    seen = sum(int(next(batches)["segment_weights"].sum()) for _ in range(done))
+    assert batches.get_state()["examples"] == seen
 
 
 def test_predictions_need_few_shapes_whatever_the_lengths():

@@ -122,6 +122,23 @@ def test_a_checkpoint_beyond_the_end(workshop, uninterrupted, tmp_path, capsys):
     assert "is at step 24, and this run has 20" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_other_phases(refused, workshop, uninterrupted, tmp_path, capsys):
+    arguments = workshop.arguments(
+        tmp_path / "run",
+        "--phases",
+        "32:10",
+        "32:20",
+        "--resume-from",
+        str(uninterrupted),
+        sequence_length=None,
+        steps=None,
+    )
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "The saved position is after 24 steps of phase 1; this run has 10 steps of 32 tokens, 20 steps of" in said
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
+
+
 def test_a_full_disk_is_seen_before_the_start(workshop, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

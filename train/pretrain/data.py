@@ -146,6 +146,13 @@ class PhasedBatches:
         return {"phase": self._phase, "done": self._done, "batches": self._batches.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        phase, done = state["phase"], state["done"]
+        if phase >= len(self._phases) or done > self._phases[phase].steps:
+            plan = ", ".join(f"{phase.steps} steps of {phase.length} tokens" for phase in self._phases)
+            raise RunError(
+                f"The saved position is after {done} steps of phase {phase + 1}; this run has {plan}. Give the same "
+                "--phases, with more steps in the last one if you like."
+            )
         if state["phase"] != self._phase:
             self._batches = self._open(self._phases[state["phase"]])
         self._phase, self._done = state["phase"], state["done"]

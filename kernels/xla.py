@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .bias import dense_bias
+from .bias import DenseBias, dense_bias
 from .call import Call
 from .hash import keep
 
@@ -48,7 +49,7 @@ def run(call: Call) -> tuple[Array, Array]:
     # Grouped heads are repeated: the copies are small compared with the scores, and autodiff sums the gradient over
     # them.
     key, value = (x if heads == k_heads else jnp.repeat(x, heads // k_heads, axis=2) for x in (call.key, call.value))
-    rule = _Rule(call.sides, call.scale, call.softcap, call.dropout_rate)
+    rule = _Rule(call.sides, call.scale, call.softcap, call.dropout_rate, isinstance(call.bias, DenseBias))
     words = call.dropout_words()
     queries = _Queries(call.query, call.query_segment_ids, bias, None if words is None else (words.a, words.b))
     keys = _Keys(key, value, call.key_segment_ids, None if words is None else words.g)
@@ -64,6 +65,8 @@ class _Rule:
     scale: float
     softcap: float | None
     dropout_rate: float
+    dense: bool
+    """Whether the bias is dense, whose entries may be -inf."""
 
 
 class _Queries(NamedTuple):
@@ -94,14 +97,19 @@ class _Keys(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(rule: _Rule, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
-    """Compute the output [B, L, H, Dv] and lse [B, H, L]."""
+    """Compute the output [B, L, H, Dv] and lse [B, H, L]. What is written here runs where no gradient is asked."""
+    return _over_blocks(_fused_block, rule, queries, keys)
+
+
+def _over_blocks(compute: Callable[..., tuple[Array, Array]], rule: _Rule, queries: _Queries, keys: _Keys):
+    """Call `compute` on every block of queries; return its output and lse of all of them."""
     blocks, size = _blocks(queries, keys)
     if blocks == 1:
-        return _forward_block(rule, jnp.int32(0), queries, keys)
+        return compute(rule, jnp.int32(0), queries, keys)
 
     def step(_, xs):
         first, some = xs
-        return None, _forward_block(rule, first, some, keys)
+        return None, compute(rule, first, some, keys)
 
     q_len = queries.query.shape[1]
     _, (out, lse) = jax.lax.scan(step, None, (jnp.arange(blocks) * size, _split_queries(queries, blocks, size)))
@@ -109,19 +117,28 @@ def _attention(rule: _Rule, queries: _Queries, keys: _Keys) -> tuple[Array, Arra
 
 
 def _attention_forward(rule: _Rule, queries: _Queries, keys: _Keys):
-    out, lse = _attention(rule, queries, keys)
+    if _softmax_again(queries, keys):
+        out, lse = _over_blocks(_fused_block, rule, queries, keys)
+        return (out, lse), (queries, keys, out, None)
+    out, lse = _over_blocks(_forward_block, rule, queries, keys)
     return (out, lse), (queries, keys, out, lse)
+
+
+def _softmax_again(queries: _Queries, keys: _Keys) -> bool:
+    """Tell whether the backward pass computes the softmax anew, rather than the weights from lse.
+
+    In bfloat16 the fused forward pass, which gives no lse, saves more than the second softmax costs. In float32 the two
+    are level.
+    """
+    return queries.query.dtype == jnp.bfloat16 and keys.words is None
 
 
 def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _Keys]:
     queries, keys, out, lse = residuals
     d_out, d_lse = cotangents
-    empty = lse == -jnp.inf
     # A row sum that the gradient of every score needs; the gradient of lse enters through it too.
-    delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1)
-    delta = jnp.swapaxes(delta, 1, 2) - jnp.where(empty, 0, d_lse)
-    # exp(score - inf) is 0: an empty row has weights of 0. (A query that pads the last block has cotangents of 0.)
-    lse = jnp.where(empty, jnp.inf, lse)
+    delta = jnp.sum(out.astype(d_lse.dtype) * d_out.astype(d_lse.dtype), axis=-1)
+    delta = jnp.swapaxes(delta, 1, 2) - d_lse
 
     blocks, size = _blocks(queries, keys)
     if blocks == 1:
@@ -134,7 +151,7 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
             return (carry[0] + d_key, carry[1] + d_value), (d_query, d_bias)
 
         q_len = queries.query.shape[1]
-        start = tuple(jnp.zeros(x.shape, lse.dtype) for x in (keys.key, keys.value))
+        start = tuple(jnp.zeros(x.shape, delta.dtype) for x in (keys.key, keys.value))
         (d_key, d_value), (d_query, d_bias) = jax.lax.scan(
             step,
             start,
@@ -142,7 +159,7 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
                 jnp.arange(blocks) * size,
                 _split_queries(queries, blocks, size),
                 _split(d_out, 1, blocks, size),
-                _split(lse, 2, blocks, size),
+                None if lse is None else _split(lse, 2, blocks, size),
                 _split(delta, 2, blocks, size),
             ),
         )
@@ -157,48 +174,77 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
-    """Compute `_attention` for the block of queries that begins at query `start`."""
-    scores = _scores(rule, queries, keys)
-    mask = _mask(rule, start, queries, keys)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
+def _fused_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
+    """Compute `_attention` for the block of queries that begins at query `start`, in the form that XLA fuses.
+
+    XLA's CPU compiler makes one kernel of products, mask and softmax if nothing else uses the maximum or the sum: so
+    the weights are divided, not the output, and lse is computed from scores of its own, which the barrier keeps apart.
+    Where nobody asks for lse, that is dead code.
+    """
+    if keys.words is not None:
+        return _forward_block(rule, start, queries, keys)
+    scores, empty, _ = _masked_scores(rule, start, queries, keys)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = _product("bhls,bshd->blhd", weights.astype(keys.value.dtype), keys.value)
+    scores, empty_again, _ = _masked_scores(rule, start, *jax.lax.optimization_barrier((queries, keys)))
     top = jnp.max(scores, axis=-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0, top)
+    lse = top[..., 0] + jnp.log(jnp.sum(jnp.exp(scores - top), axis=-1))
+    if empty is not None and empty_again is not None:
+        out = jnp.where(_of_output(empty), 0, out)
+        lse = jnp.where(empty_again, -jnp.inf, lse)
+    return out.astype(queries.query.dtype), lse
+
+
+def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
+    """Compute `_attention` for the block of queries that begins at query `start`, with dropout and lse at no cost."""
+    scores, empty, _ = _masked_scores(rule, start, queries, keys)
+    top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
     kept = _kept(rule, queries, keys)
     if kept is not None:
         weights = jnp.where(kept, weights, 0)
     out = _product("bhls,bshd->blhd", weights.astype(keys.value.dtype), keys.value)
-    empty = total == 0
-    share = jnp.where(empty, 0, 1 / (jnp.where(empty, 1, total) * (1 - rule.dropout_rate)))
-    out = out * jnp.swapaxes(share, 1, 2)[..., None]
-    return out.astype(queries.query.dtype), top[..., 0] + jnp.log(total)
+    out = out * jnp.swapaxes(1 / (total * (1 - rule.dropout_rate)), 1, 2)[..., None]
+    lse = top[..., 0] + jnp.log(total)
+    if empty is not None:
+        out = jnp.where(_of_output(empty), 0, out)
+        lse = jnp.where(empty, -jnp.inf, lse)
+    return out.astype(queries.query.dtype), lse
 
 
 def _backward_block(
-    rule: _Rule, start: Array, queries: _Queries, d_out: Array, lse: Array, delta: Array, keys: _Keys
+    rule: _Rule, start: Array, queries: _Queries, d_out: Array, lse: Array | None, delta: Array, keys: _Keys
 ) -> tuple[Array, Array | None, Array, Array]:
-    """Compute the gradients of a block's query and bias, and its contribution to those of key and value."""
+    """Compute the gradients of a block's query and bias, and its contribution to those of key and value.
+
+    Args:
+      rule: static facts of the call.
+      start: the block's first query.
+      queries: the block's arrays.
+      d_out: gradient of the output, [B, L, H, Dv].
+      lse: [B, H, L]; None to compute the softmax anew.
+      delta: sum of the output times its gradient, minus the gradient of lse, [B, H, L]; anything in an empty row.
+      keys: the arrays of all keys.
+    """
     dtype = queries.query.dtype
-    scores = _scores(rule, queries, keys)
-    mask = _mask(rule, start, queries, keys)
+    scores, empty, mask = _masked_scores(rule, start, queries, keys)
+    weights = jax.nn.softmax(scores, axis=-1) if lse is None else jnp.exp(scores - lse[..., None])
+    if empty is not None:
+        weights = jnp.where(empty[..., None], 0, weights)
+        delta = jnp.where(empty, 0, delta)
     kept = _kept(rule, queries, keys)
-    weights = jnp.exp(scores - lse[..., None])
-    if mask is not None:
-        weights = jnp.where(mask, weights, 0)
     dropped = weights if kept is None else jnp.where(kept, weights * (1 / (1 - rule.dropout_rate)), 0)
     d_value = _product("bhls,blhd->bshd", dropped.astype(dtype), d_out)
     d_weights = _product("blhd,bshd->bhls", d_out, keys.value)
     if kept is not None:
         d_weights = jnp.where(kept, d_weights * (1 / (1 - rule.dropout_rate)), 0)
     d_scores = weights * (d_weights - delta[..., None])
+    if rule.softcap is not None:
+        d_scores = d_scores * (1 - jnp.square(scores / rule.softcap))
     if mask is not None:
         # A key that is not attended to may be so large that its product with the cotangent is infinite; 0 x inf is NaN.
         d_scores = jnp.where(mask, d_scores, 0)
-    if rule.softcap is not None:
-        d_scores = d_scores * (1 - jnp.square(scores / rule.softcap))
     d_bias = None
     if queries.bias is not None:
         shared = tuple(axis for axis in range(2) if queries.bias.shape[axis] == 1)
@@ -209,9 +255,44 @@ def _backward_block(
     return d_query.astype(dtype), d_bias, d_key, d_value
 
 
+def _masked_scores(
+    rule: _Rule, start: Array, queries: _Queries, keys: _Keys
+) -> tuple[Array, Array | None, Array | None]:
+    """Return scores [B, H, L, S], -inf where a key is not attended to; which rows are empty; and the mask.
+
+    The scores of an empty row are not masked, so that its maximum is a number. Both masks are bool, [1 or B, 1 or H, L]
+    and [1 or B, 1, L, S]; None if nothing can be masked.
+    """
+    scores = _scores(rule, queries, keys)
+    mask = seen = _mask(rule, start, queries, keys)
+    if rule.dense and rule.softcap is None:  # its bias may mask too
+        assert queries.bias is not None
+        finite = queries.bias > -jnp.inf
+        seen = finite if mask is None else mask & finite
+    if seen is None:
+        return scores, None, None
+    empty = ~jnp.any(seen, axis=-1)
+    if mask is not None:
+        # The minimum, unlike a choice between two numbers, lets XLA fuse what is before it and after it.
+        limit = jnp.where(mask | empty[..., None], jnp.inf, -jnp.inf).astype(scores.dtype)
+        scores = jnp.minimum(scores, jnp.broadcast_to(limit, scores.shape))
+    return scores, empty, mask
+
+
+def _of_output(rows: Array) -> Array:
+    """Reshape [B, H, L] to be used with the output, [B, L, H, Dv]."""
+    return jnp.swapaxes(rows, 1, 2)[..., None]
+
+
 def _scores(rule: _Rule, queries: _Queries, keys: _Keys) -> Array:
     """Return scores [B, H, L, S] with bias and softcap, before the mask."""
-    scores = _product("blhd,bshd->bhls", queries.query, keys.key) * rule.scale
+    # A key that is masked later may be so large that partial sums of its products overflow in both directions, to NaN,
+    # which no minimum removes. So the queries are made small and the sum large again, by a power of two: exact.
+    query, unit = queries.query, 1.0
+    if query.dtype != jnp.float16:  # whose products cannot overflow float32
+        unit = 2.0**64
+        query = query * jnp.asarray(1 / unit, query.dtype)
+    scores = _product("blhd,bshd->bhls", query, keys.key) * (rule.scale * unit)
     if queries.bias is not None:
         scores = scores + jnp.broadcast_to(queries.bias, scores.shape)
     if rule.softcap is not None:

@@ -32,6 +32,9 @@ __all__ = ["Blocks", "Tuning", "blocks_for", "compiling", "interpreting", "run",
 
 LARGEST_HEAD = 256
 
+LONGEST_AXIS = 65535
+"""Blocks along the second and third axis of a grid."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
@@ -109,8 +112,58 @@ def supports(call: Call) -> str | None:
             found = f"compute capability {getattr(jax.local_devices()[0], 'compute_capability', 'unknown')}"
         if found != "compute capability 9.0":
             return f"needs a Hopper GPU (compute capability 9.0), found {found}"
+        if reason := _miscompiled(call):
+            return reason
+    if reason := _beyond_the_grid(call):
+        return reason
     split = split_of(call)
     return undeclared(call) if split is None else misfit(call, split)
+
+
+def _miscompiled(call: Call) -> str | None:
+    """Return why this CUDA compiles the call wrongly, or None."""
+    version = _cuda_version()
+    # Its ptxas miscompiles masks by position; jax refuses causal attention with it as well.
+    if call.sides != (None, None) and 12080 <= version < 12091:
+        return f"CUDA 12.8.0 to 12.9.0 compiles masks by position wrongly; expected another, found {version}"
+    return None
+
+
+def _cuda_version() -> int:
+    """Return the version of CUDA's runtime, 12080 for 12.8; 0 if it is not known."""
+    try:
+        from jax._src.lib import cuda_versions  # where jax's own kernels ask
+    except ImportError:
+        return 0
+    return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+
+
+def _beyond_the_grid(call: Call) -> str | None:
+    """Return which axis of a kernel's grid would be too long, or None. (The first, batch rows, has 2^31 blocks.)"""
+    queries, heads = call.query.shape[1:3]
+    keys = call.key.shape[1]
+    tuning = _tuning(call)
+    axes = {
+        "heads": heads,
+        "tiles of queries": -(-queries // tuning.query_gradient.rows),
+        "tiles of keys": -(-keys // tuning.key_gradient.rows),
+    }
+    if call.bias is not None:
+        own = tuning.bias_gradient
+        rows, columns = -(-queries // own.rows), -(-keys // own.columns)
+        if isinstance(call.bias, DenseBias):
+            axes["tiles of a dense bias"] = rows * columns
+        else:
+            axes["diagonals of tiles of a bias"] = columns + (rows - 1) * (own.rows // own.columns)
+    for what, count in axes.items():
+        if count > LONGEST_AXIS:
+            return f"expected at most {LONGEST_AXIS} {what}, the length of a grid's axis, found {count}"
+    return None
+
+
+def _tuning(call: Call) -> Tuning:
+    """Return the block sizes of a call: those of the tuning table or, where it has no row, `rule`'s."""
+    return (tuned(call, Tuning) if mode() is None else None) or rule(call)
 
 
 def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
@@ -133,10 +186,7 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
     # unchanged.
     query, key = (_widen(x) for x in (call.query, call.key))
     value = _widen(call.value)
-    if tuning is None and mode() is None:
-        tuning = tuned(call, Tuning)
-    tuning = tuning or rule(call)
-    out, lse = _attention(Plan(options, tuning, split), query, key, value, bias, fixed)
+    out, lse = _attention(Plan(options, tuning or _tuning(call), split), query, key, value, bias, fixed)
     return out[..., :value_size], jnp.swapaxes(lse, 1, 2)
 
 

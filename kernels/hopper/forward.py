@@ -7,7 +7,7 @@ multiplies; a barrier makes them alternate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from .tile import (
     release,
     zeros,
 )
-from .work import Ring, Work, work
+from .work import Ring, Schedule, Work, work
 
 
 def forward(
@@ -66,13 +66,14 @@ def forward(
     area = options.area(queries, keys)
     items = work(area, rows, columns, extra.get("query_segments"), extra.get("key_segments"), axis=1)
     tiles = -(-queries // rows)
-    total = batch * heads * tiles
-    grid = min(total, MULTIPROCESSORS)
+    schedule = Schedule.of(batch, heads, tiles, MULTIPROCESSORS, items)
     takes_turns = blocks.warpgroups == 2
 
     inputs: dict[str, Array] = dict(zip(("query", "key", "value"), in_tiles(query, key, value), strict=True))
     if items.ranges is not None:
         inputs["ranges"] = items.ranges
+    if schedule.table is not None:
+        inputs["schedule"] = schedule.table
     vectors = Vectors(options, extra, rows, columns)
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
     inputs |= vectors.arrays | biases.arrays
@@ -83,34 +84,37 @@ def forward(
     def body(*refs: Any, **scratch: Any) -> None:
         refs_in, (out_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        count = lax.div(total - 1 - block, jnp.int32(grid)) + 1
+        table = refs_in.get("schedule")
+        count = schedule.count(block, table)
 
-        def item(n: Array) -> tuple[Array, Array, Array, Work]:
-            index = block + n * grid
-            place = lax.rem(index, jnp.int32(tiles))
-            rest = lax.div(index, jnp.int32(tiles))
-            # Causal rows get longer: process the long ones first, so that the grid ends evenly.
-            tile = (tiles - 1 - place) if options.right is not None else place
-            head, b = lax.rem(rest, jnp.int32(heads)), lax.div(rest, jnp.int32(heads))
-            return b, head, tile, items.read(refs_in.get("ranges"), b, tile)
+        def items_in_turn(one: Callable[[Array, Array, Array, Array, Work, Array], Array]) -> Array:
+            """Call `one` with every item of the block, while the next one's number is loaded; return the last step."""
+
+            def turn(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                number, step = carry
+                following = schedule.number(block, jnp.minimum(n + 1, count - 1), table)
+                b, head, tile = schedule.item(number)
+                return following, one(n, b, head, tile, items.read(refs_in.get("ranges"), b, tile), step)
+
+            start = schedule.number(block, jnp.int32(0), table), jnp.int32(0)
+            return lax.fori_loop(0, count, turn, start)[1]
 
         ring = Ring(blocks.stages)
 
         @pl.when(warpgroup < blocks.warpgroups)
         def _() -> None:
             registers(options, blocks, computing=True)
-            compute(refs_in, out_ref, lse_ref, scratch, warpgroup, count, item, ring)
+            compute(out_ref, lse_ref, scratch, warpgroup, items_in_turn, ring)
 
         @pl.when(warpgroup == blocks.warpgroups)
         def _() -> None:
             registers(options, blocks, computing=False)
-            move(refs_in, scratch, count, item, ring)
+            move(refs_in, scratch, items_in_turn, ring)
 
-    def move(refs: Mapping[str, Any], scratch: Any, count: Array, item: Any, ring: Ring) -> None:
+    def move(refs: Mapping[str, Any], scratch: Any, items_in_turn: Any, ring: Ring) -> None:
         group = heads // key_heads
 
-        def one(n: Array, step: Array) -> Array:
-            b, head, tile, bounds = item(n)
+        def one(n: Array, b: Array, head: Array, tile: Array, bounds: Work, step: Array) -> Array:
             key_head = head if group == 1 else lax.div(head, jnp.int32(group))
             first = tile * rows
 
@@ -139,28 +143,23 @@ def forward(
 
             return lax.fori_loop(bounds.first, bounds.stop, tiles_of_keys, step)
 
-        steps = lax.fori_loop(0, count, one, jnp.int32(0))
+        steps = items_in_turn(one)
         plgpu.barrier_wait(scratch["q_free"])
         ring.drain(steps, scratch["k_free"], scratch["v_free"])
 
-    def compute(
-        refs: Mapping[str, Any], out_ref: Any, lse_ref: Any, scratch: Any, w: Array, count: Array, item: Any, ring: Ring
-    ) -> None:
-        def arrive(where: Any = True) -> None:
+    def compute(out_ref: Any, lse_ref: Any, scratch: Any, w: Array, items_in_turn: Any, ring: Ring) -> None:
+        def pass_turn(where: Any = True) -> None:
             if takes_turns:
-                pl.when(where)(lambda: plgpu.barrier_arrive(scratch["turn"]))
+                pl.when(where)(lambda: plgpu.barrier_arrive(scratch["turn"].at[1 - w]))
 
-        def wait(where: Any = True) -> None:
+        def own_turn(where: Any = True) -> None:
             if takes_turns:
-                pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"]))
+                pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"].at[w]))
 
-        arrive()
-        wait(w == 1)
         mine = pl.ds(w * WARPGROUP_ROWS, WARPGROUP_ROWS)
         shape = (WARPGROUP_ROWS, columns)
 
-        def one(n: Array, step: Array) -> Array:
-            b, head, tile, bounds = item(n)
+        def one(_n: Array, b: Array, head: Array, tile: Array, bounds: Work, step: Array) -> Array:
             first = tile * rows + w * WARPGROUP_ROWS
             plgpu.barrier_wait(scratch["q_ready"])
             side = Side(first, jnp.int32(0), shape, 0)
@@ -170,16 +169,14 @@ def forward(
             def _() -> None:
                 plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step)])
 
+            own_turn((w == 1) & (bounds.first < bounds.stop))
+
             def tile_of_keys(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
                 sums, top, total, step = carry
                 slot = ring.slot(step)
                 side = Side(first, t * columns, shape, 0)
 
-                def turn() -> None:
-                    arrive((w == 1) | (t > bounds.first))
-                    wait()
-
-                scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=turn)
+                scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=pass_turn)
                 bias = biases.tile(scratch, slot, w, side)
                 key_side = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys if name != late}
 
@@ -209,9 +206,8 @@ def forward(
                 weights16 = dropped.astype(query.dtype)
                 total = total + jnp.sum(weights, axis=1)
                 sums, total, new_top, weights16 = lax.optimization_barrier((sums, total, new_top, weights16))
-                arrive()
                 plgpu.barrier_wait(scratch["v_ready"].at[slot])
-                wait()
+                own_turn()
 
                 def await_next_key() -> None:
                     @pl.when(t + 1 < bounds.stop)
@@ -230,7 +226,7 @@ def forward(
             )
             sums, top, weight, step = lax.fori_loop(bounds.first, bounds.stop, tile_of_keys, start)
             # The other warpgroup's last turn must not wait for the next queries, which wait for it to free their slot.
-            arrive((w == 0) & (bounds.first < bounds.stop))
+            pass_turn((w == 0) & (bounds.first < bounds.stop))
             if own:
                 release()
             plgpu.barrier_arrive(scratch["q_free"])
@@ -248,8 +244,7 @@ def forward(
             plgpu.copy_smem_to_gmem(scratch["lse"].at[w], lse_ref.at[b, head, place])
             return step
 
-        lax.fori_loop(0, count, one, jnp.int32(0))
-        wait(w == 0)
+        items_in_turn(one)
         plgpu.wait_smem_to_gmem(0)
 
     w, stages, dtype = blocks.warpgroups, blocks.stages, query.dtype
@@ -267,7 +262,7 @@ def forward(
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
     if takes_turns:
-        scratch["turn"] = plgpu.Barrier(num_arrivals=2)
+        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
     scratch |= vectors.scratch((1, rows), (stages, columns)) | biases.scratch()
 
     out, lse = plgpu.kernel(
@@ -277,7 +272,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, tiles * rows), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(grid,),
+        grid=(schedule.grid,),
         grid_names=("block",),
         num_threads=w + 1,
         thread_name="warpgroup",

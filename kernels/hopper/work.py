@@ -1,4 +1,4 @@
-"""Work of the Hopper kernels: which tiles each block computes, and the ring buffer that delivers them."""
+"""Work of the Hopper kernels: which tiles each block computes, in what order, and the ring that delivers them."""
 
 from __future__ import annotations
 
@@ -77,6 +77,86 @@ def work(
     end = jnp.min(jnp.where(~clear & (place > begin), place, along), axis=other, keepdims=True)
     begin, end = jnp.squeeze(begin, other), jnp.squeeze(end, other)
     return Items(jnp.stack([first, stop, begin, end], axis=-1), Work(0, 0, 0, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The order in which the blocks of a persistent grid take items: a batch row, a head and a tile of queries each.
+
+    Blocks take one item each round. Where tiles differ in work the longest come first, so that what is left at the end
+    is short; the heads of a tile, which have the same work, come together. Without a table all items are equally long,
+    and the tiles of a head come together, since they read the same keys.
+
+    Attributes:
+      heads: number of heads.
+      tiles: number of tiles of queries.
+      items: number of items.
+      grid: number of blocks.
+      table: int32 [rounds, grid], `(row * heads + head) * tiles + tile` of each block's items; -1 is none. Or None.
+    """
+
+    heads: int
+    tiles: int
+    items: int
+    grid: int
+    table: Array | None
+
+    @classmethod
+    def of(cls, batch: int, heads: int, tiles: int, blocks: int, items: Items) -> Schedule:
+        """Return the schedule of these items on at most this number of blocks."""
+        count = batch * heads * tiles
+        grid, table = min(count, blocks), None
+        if items.ranges is not None and tiles > 1 and count > grid:
+            table = _longest_first(items.ranges[..., 1] - items.ranges[..., 0], batch, heads, grid)
+        return cls(heads, tiles, count, grid, table)
+
+    @property
+    def rounds(self) -> int:
+        """Return the number of items of the busiest block."""
+        return -(-self.items // self.grid)
+
+    def count(self, block: Array, table: Any) -> Array:
+        """Return the number of items of a block. `table` is the reference to the array of that name, or None."""
+        last = self.number(block, jnp.int32(self.rounds - 1), table)
+        return self.rounds - ((last < 0) | (last >= self.items)).astype(jnp.int32)
+
+    def number(self, block: Array, n: Array, table: Any) -> Array:
+        """Return the number of a block's item n, of which there is one, in the form that `item` takes."""
+        return block + n * self.grid if table is None else table[n, block]
+
+    def item(self, number: Array) -> tuple[Array, Array, Array]:
+        """Return the batch row, the head and the tile of an item."""
+        row, tile = lax.div(number, jnp.int32(self.tiles)), lax.rem(number, jnp.int32(self.tiles))
+        return lax.div(row, jnp.int32(self.heads)), lax.rem(row, jnp.int32(self.heads)), tile
+
+
+def _longest_first(lengths: Array, batch: int, heads: int, grid: int) -> Array:
+    """Return the table of a `Schedule` of tiles of these lengths, int32 [1 or B, tiles].
+
+    Items sorted by length make rounds of one item a block. In a round whose items differ, some blocks get more than
+    others. There are two ways to spread this: every second round in reverse; or each round turned by the number of
+    blocks that got more so far. The one is better if lengths change slowly, the other if they change in steps; the one
+    whose busiest block has less to do is taken.
+    """
+    tiles = lengths.shape[1]
+    order = jnp.argsort(-lengths.reshape(-1), stable=True).astype(jnp.int32)
+    # What every item costs besides its tiles of keys is about one of them.
+    cost = jnp.repeat(lengths.reshape(-1)[order] + 1, batch * heads // lengths.shape[0])
+    row, tile = order // tiles, order % tiles
+    inner = jnp.arange(batch * heads // lengths.shape[0], dtype=jnp.int32)
+    number = ((row[:, None] * inner.size + inner[None, :]) * tiles + tile[:, None]).reshape(-1)
+    rounds = -(-number.size // grid)
+    padding = (0, rounds * grid - number.size)
+    number = jnp.pad(number, padding, constant_values=-1).reshape(rounds, grid)
+    cost = jnp.pad(cost, padding).reshape(rounds, grid)
+    turn = jnp.arange(rounds, dtype=jnp.int32)[:, None]
+    place = jnp.arange(grid, dtype=jnp.int32)[None, :]
+    reverse = jnp.where(turn % 2 == 0, place, grid - 1 - place)
+    more = cost - cost[:, -1:]
+    ahead = jnp.round(jnp.sum(more, axis=1) / jnp.maximum(jnp.max(more, axis=1), 1)).astype(jnp.int32)
+    turned = (place - (jnp.cumsum(ahead) - ahead)[:, None]) % grid
+    busiest = [jnp.max(jnp.sum(jnp.take_along_axis(cost, at, axis=1), axis=0)) for at in (reverse, turned)]
+    return jnp.take_along_axis(number, jnp.where(busiest[0] <= busiest[1], reverse, turned), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

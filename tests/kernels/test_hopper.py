@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import types
 from typing import Any
 
 import jax
@@ -9,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels import row_seeds, xla
+from bestiary.kernels import DenseBias, RelativeBias, row_seeds, xla
+from bestiary.kernels.bench.cases import CORPORA, pack
 from bestiary.kernels.blocks import Area
 from bestiary.kernels.call import Call
 from bestiary.kernels.hopper import backend as hopper
 from bestiary.kernels.hopper import short as hopper_short
 from bestiary.kernels.hopper.tile import Options
-from bestiary.kernels.hopper.work import Work, work
+from bestiary.kernels.hopper.work import Schedule, Work, work
 
 
 def make_call(
@@ -189,6 +192,52 @@ def test_work_is_all_that_is_needed(
         assert sum(bool(found.whole(n)) for n in range(len(tiles))) >= len(list(run))
 
 
+def taken(schedule: Schedule) -> tuple[np.ndarray, ...]:
+    """What each block takes in each round, [grid, rounds]: batch row, head, tile, and whether there is such an item."""
+    blocks, rounds = jnp.arange(schedule.grid), jnp.arange(schedule.rounds)
+    counts = schedule.count(blocks, schedule.table)
+    items = schedule.item(schedule.number(blocks[:, None], rounds[None, :], schedule.table))
+    return (*map(np.asarray, items), np.asarray(rounds[None, :] < counts[:, None]))
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "wikipedia", "short", "full"])
+@pytest.mark.parametrize("shape", [(32, 512, 32), (16, 1024, 16), (8, 2048, 32), (4, 4096, 32), (4, 4096, 16)])
+def test_blocks_end_at_about_the_same_time(kind: str, shape: tuple[int, int, int]) -> None:
+    """Of 132 blocks, each takes a time that is its tiles of keys, and one for what an item costs besides."""
+    batch, length, heads = shape
+    ids = jnp.asarray(pack(CORPORA[kind], batch, length, seed=0)) if kind in CORPORA else None
+    area = Area(length, length, 300 if kind == "window" else None, 0 if kind in ("causal", "window") else None)
+    items = work(area, 128, 128, ids, ids, axis=1)
+    schedule = Schedule.of(batch, heads, length // 128, 132, items)
+    b, head, tile, there = taken(schedule)
+    count = np.zeros((batch, heads, schedule.tiles), int)
+    np.add.at(count, (b[there], head[there], tile[there]), 1)
+    assert (count == 1).all()
+    ranges = np.broadcast_to(
+        [[[0, length // 128]]] if items.ranges is None else np.asarray(items.ranges)[..., :2],
+        (batch, schedule.tiles, 2),
+    )
+    cost = (ranges[..., 1] - ranges[..., 0] + 1)[b % batch, tile] * there
+    busy = cost.sum(axis=1)
+    # Items of nearly equal length end with a round that not all blocks have; there is little to arrange.
+    assert busy.sum() / 132 / busy.max() >= (0.96 if kind in ("full", "short") else 0.97)
+    if kind == "causal":
+        assert (np.diff(cost, axis=1)[there[:, 1:]] <= 0).all()
+
+
+@pytest.mark.parametrize(("batch", "heads", "blocks"), [(1, 1, 132), (3, 2, 4), (2, 3, 5), (5, 1, 7)])
+@pytest.mark.parametrize("segments", [False, True])
+def test_every_item_is_taken_once(batch: int, heads: int, blocks: int, segments: bool) -> None:
+    ids = None
+    if segments:
+        ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (batch, 40)), axis=1).astype(np.int32))
+    schedule = Schedule.of(batch, heads, 10, blocks, work(Area(40, 40, None, 0), 4, 4, ids, ids, axis=1))
+    b, head, tile, there = taken(schedule)
+    assert (schedule.table is None) == (batch * heads * 10 <= blocks)
+    found = sorted(zip(b[there].tolist(), head[there].tolist(), tile[there].tolist(), strict=True))
+    assert found == list(itertools.product(range(batch), range(heads), range(10)))
+
+
 def test_refusals_say_why() -> None:
     call = make_call()
     assert "Hopper GPU" in (hopper.supports(call) or "")
@@ -196,3 +245,44 @@ def test_refusals_say_why() -> None:
         assert hopper.supports(call) is None
         assert "bfloat16 or float16" in (hopper.supports(in_float32(call)) or "")
         assert "256" in (hopper.supports(make_call(size=272)) or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"heads": 65536, "queries": 8, "keys": 8}, "at most 65535 heads, the length of a grid's axis, found 65536"),
+        ({"queries": 65535 * 128 + 1, "keys": 8}, "at most 65535 tiles of queries.*found 65536"),
+        ({"queries": 8, "keys": 65535 * 128 + 1}, "at most 65535 tiles of keys.*found 65536"),
+        ({"queries": 32768, "keys": 16384, "bias": "dense"}, "at most 65535 tiles of a dense bias.*found 65536"),
+        ({"queries": 32640, "keys": 16384, "bias": "dense"}, None),
+        ({"queries": 128 * 20000, "keys": 64 * 30000, "bias": "row"}, "diagonals of tiles of a bias.*found 69998"),
+    ],
+)
+def test_calls_that_a_grid_cannot_hold_are_refused(change: dict[str, Any], reason: str | None) -> None:
+    change = dict(change)
+    heads, bias = change.pop("heads", 2), change.pop("bias", None)
+    queries, keys = change["queries"], change["keys"]
+    call = make_call(queries=1, keys=1)
+    shapes = {"query": (1, queries, heads, 64), "key": (1, keys, heads, 64), "value": (1, keys, heads, 64)}
+    arrays: dict[str, Any] = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    if bias == "dense":
+        arrays["bias"] = DenseBias(jax.ShapeDtypeStruct((1, 1, queries, keys), jnp.float32))  # pyright: ignore
+    elif bias == "row":
+        arrays["bias"] = RelativeBias(jax.ShapeDtypeStruct((32, heads), jnp.float32))  # pyright: ignore
+    found = hopper._beyond_the_grid(dataclasses.replace(call, **arrays))
+    assert found is None if reason is None else re.search(reason, found or "")
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [(12040, False), (12080, True), (12090, True), (12091, False), (0, False)]
+)
+def test_cuda_that_miscompiles_masks_by_position(monkeypatch: pytest.MonkeyPatch, version: int, refused: bool) -> None:
+    monkeypatch.setattr(hopper, "_cuda_version", lambda: version)
+    monkeypatch.setattr(hopper.jax, "default_backend", lambda: "gpu")
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(hopper.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(hopper.jax, "devices", lambda: [device])
+    call = make_call()
+    assert hopper.supports(call) is None
+    for masked in (dataclasses.replace(call, causal=True), dataclasses.replace(call, window=(None, 7))):
+        assert ("compiles masks by position wrongly" in (hopper.supports(masked) or "")) == refused

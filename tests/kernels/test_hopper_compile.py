@@ -1,4 +1,4 @@
-"""The Hopper kernels compiled ahead of time for an H200, without one: registers, spills, tensor cores, memory.
+"""The Hopper kernels compiled ahead of time for an H200, without one: registers, spills, order, copies, memory.
 
 The compiler runs in a process of its own (this file, run as a script): it writes its reports where the environment
 says. The package promises jax 0.11.2 and later; these are the tests of that for the kernels:
@@ -11,6 +11,7 @@ says. The package promises jax 0.11.2 and later; these are the tests of that for
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -38,13 +39,27 @@ CASES: dict[str, dict[str, Any]] = {
     "window, everything 256": ALL | {"size": 256, "bias": "dense", "softcap": 2.0, "window": (100, 100)},
     "cross, softcap, window 32": {"size": 32, "value_size": 96, "keys": 700, "group": 2, "dtype": "float16",
                                   "softcap": 3.0, "window": (100, 7)},
+    "packed 64": {"segments": True},
     "short 64": {"length": 128},
     "short, everything 64": ALL | {"length": 128},
     "short, odd 128": {"length": 61, "size": 128, "segments": True},
     "short, 256 keys": ALL | {"length": 256},
 }  # fmt: skip
 
+# Only lowered, for their copies: odd lengths and sizes, and the largest.
+LOWERED: dict[str, dict[str, Any]] = {
+    "one query": {"length": 1, "keys": 300},
+    "three tokens": ALL | {"length": 3},
+    "heads of 20 and 36": ALL | {"size": 20, "value_size": 36},
+    "heads of 80, grouped": ALL | {"size": 80, "group": 2, "length": 300},
+    "dense bias of 77 x 131": ALL | {"length": 77, "keys": 131, "bias": "dense"},
+    "one row of 65536": ALL | {"length": 65536, "size": 128},
+}
+
 FORWARD = {"forward", "one_pass"}
+
+LETTERS = {"HGMMA": "P", "MUFU.EX2": "e", "SYNCS.ARRIVE": "a", "SYNCS.PHASECHK": "w", "WARPGROUP.DEPBAR": "D"}
+"""Product, exponential, arrival at a barrier, wait for a barrier, wait for products."""
 # Bytes a thread may spill, by case and kernel of the backward pass. What is not listed spills nothing.
 SPILLS = {
     ("everything 64", "key_gradient"): 128,
@@ -73,6 +88,10 @@ class Kernel:
     spilled: int
     tensor_core: int
     """Matrix products in the machine code."""
+    pools: list[tuple[int, int]]
+    """Of each part that sets its own number of registers, that number and one more than the highest it uses."""
+    order: str
+    """What the machine code does of importance, a letter each: see `LETTERS`."""
     atomic: int
     """Instructions that add to memory in whatever order blocks come."""
 
@@ -84,6 +103,10 @@ class Report:
     memory: dict[str, int]
     kernels: dict[str, list[Kernel]]
     collectives: list[str]
+    descriptors: dict[str, int]
+    """Of each case, the number of different copies by the copy engine."""
+    faults: list[str]
+    """Copies whose descriptor the driver would refuse, which is known only when a kernel is launched."""
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +129,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads((folder / "report.json").read_text())
-    kernels = {name: [Kernel(**kernel) for kernel in kernels] for name, kernels in found["kernels"].items()}
-    return Report(found["memory"], kernels, found["collectives"])
+    kernels = {
+        name: [Kernel(**kernel | {"pools": [tuple(pool) for pool in kernel["pools"]]}) for kernel in kernels]
+        for name, kernels in found["kernels"].items()
+    }
+    return Report(found["memory"], kernels, found["collectives"], found["descriptors"], found["faults"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,6 +154,69 @@ def test_registers_and_tensor_cores(case: str, compiled: Report) -> None:
     assert not listed & FORWARD
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_no_part_uses_registers_that_it_gave_up(case: str, compiled: Report) -> None:
+    """Beyond its number a thread would have another's registers: no compiler and no interpreter says so."""
+    for kernel in compiled.kernels[case]:
+        for limit, used in kernel.pools:
+            assert 0 < used < limit, kernel
+        # All three warpgroups together: what the launch had.
+        if kernel.pools:
+            given = sum(limit if limit < 168 else (2 if limit == 240 else 3) * limit for limit, _ in kernel.pools)
+            assert given <= 512, kernel
+
+
+@pytest.mark.parametrize("case", ["plain 64", "causal 128", "packed 64"])
+def test_exponentials_run_beside_the_other_groups_products(case: str, compiled: Report) -> None:
+    """A group passes its turn on when its products are issued, and takes it back when its exponentials are done."""
+    (order,) = (kernel.order for kernel in compiled.kernels[case] if kernel.name == "forward")
+    # Products, the turn passed on before they are awaited; most of 64 exponentials before the wait for the own turn.
+    loop = re.search(r"P+a[^PD]*D([^PD]*)w[^PD]*P", order)
+    assert loop, order
+    assert loop[1].count("e") >= 60, order
+
+
+def test_descriptors_of_copies_are_what_the_driver_takes(compiled: Report) -> None:
+    assert compiled.faults == []
+    assert set(compiled.descriptors) == CASES.keys() | LOWERED.keys()
+    assert min(compiled.descriptors.values()) >= 2  # of a shape for queries and one for keys
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, []),
+        ({"box": (1, 2, 3, 4, 5, 64)}, ["rank 6"]),
+        ({"box": (512, 64)}, ["box (512, 64)"]),
+        ({"box": (8, 4), "swizzle": None}, ["8 bytes of a row", "64 bytes, no multiple of 128"]),
+        ({"strides": (100, 1)}, ["stride 200"]),
+        ({"strides": (2**39, 1)}, ["stride 1099511627776"]),
+        ({"box": (8, 128)}, ["256 bytes of a row, more than the swizzle of 128"]),
+    ],
+)
+def test_faults_of_descriptors_are_found(change: dict[str, Any], fault: list[str]) -> None:
+    given: dict[str, Any] = {"box": (8, 64), "strides": (64, 1), "size": 2, "swizzle": 128}
+    found = faults_of(**given | change)
+    assert found == fault
+
+
+def test_registers_are_counted_where_they_can_be_reached() -> None:
+    code = """
+        /*0010*/   HGMMA.64x128x16.F32.BF16 R100, gdesc[UR12], RZ, !UPT
+        /*0020*/   @P0 BRA (.L_x_1)
+        /*0030*/   USETMAXREG 0x18
+        /*0040*/   LDS.128 R16, [R2]
+        /*0050*/   EXIT
+    .L_x_1:
+        /*0060*/   USETMAXREG 0xf0
+        /*0070*/   HGMMA.64x64x16.F32.BF16 R200, R8, gdesc[UR4], R200
+        /*0080*/   IMAD.WIDE R232, R1, 0x4, R2
+        /*0090*/   EXIT
+    """
+    assert pools_of(code) == [(24, 20), (240, 234)]
+    assert order_of(code) == "PP"
+
+
 def test_memory_is_linear_in_the_length(compiled: Report) -> None:
     short, long = compiled.memory["short, everything 64"], compiled.memory["everything 64"]
     assert 0 < long < 20 * short  # for 16 times the length
@@ -137,6 +226,106 @@ def test_memory_is_linear_in_the_length(compiled: Report) -> None:
 def test_a_mesh_gathers_nothing(compiled: Report) -> None:
     """Rows and heads split two by two: all that is exchanged is the sum of the table's gradient over the rows."""
     assert compiled.collectives == ["all-reduce"]
+
+
+def instructions(code: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions of a disassembled kernel, and the place of each label."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*)", line):
+            found.append(instruction[1].strip())
+    return found, labels
+
+
+def order_of(code: str) -> str:
+    """The instructions of `LETTERS`, in their order."""
+    names = [re.sub(r"^@!?U?P\d+\s+", "", line).split()[0] for line in instructions(code)[0]]
+    return "".join(letter for name in names for start, letter in LETTERS.items() if name.startswith(start))
+
+
+def pools_of(code: str) -> list[tuple[int, int]]:
+    """What can be reached from where a part sets its number of registers: that number, and how many it uses."""
+    lines, labels = instructions(code)
+    pools = []
+    for place, line in enumerate(lines):
+        if "USETMAXREG" not in line:
+            continue
+        seen: set[int] = set()
+        ahead, used = [place + 1], 0
+        while ahead:
+            here = ahead.pop()
+            if here in seen or here >= len(lines) or "USETMAXREG" in lines[here]:
+                continue
+            seen.add(here)
+            used = max(used, *(first + count for first, count in registers_of(lines[here])), 0)
+            ahead += following(lines[here], here, labels)
+        pools.append((int(re.search(r"USETMAXREG\S*\s+.*?0x([0-9a-f]+)", line)[1], 16), used))
+    return pools
+
+
+def following(line: str, here: int, labels: dict[str, int]) -> list[int]:
+    """Where an instruction may go on."""
+    conditional, name = line.startswith("@"), re.sub(r"^@!?U?P\d+\s+", "", line).split()[0]
+    if name == "EXIT":
+        return [here + 1] if conditional else []
+    if name == "BRA":
+        target = re.search(r"(\.L_x_\d+)", line)
+        further = [labels[target[1]]] if target and target[1] in labels else []
+        maybe = conditional or re.search(r"BRA\S*\s+!?U?P\d|BRA\.\S*DIV", line)
+        return [*further, here + 1] if maybe else further
+    return [here + 1]
+
+
+def registers_of(line: str) -> list[tuple[int, int]]:
+    """The first register of each operand, and how many it takes."""
+    name = re.sub(r"^@!?U?P\d+\s+", "", line).split()[0]
+    wide = next((count for ending, count in ((".128", 4), (".64", 2), (".WIDE", 2)) if ending in name), 1)
+    found = [(int(n), wide) for n in re.findall(r"\bR(\d+)\b", line)]
+    if product := re.match(r"HGMMA\.64x(\d+)x16", name):
+        sums, inputs = int(product[1]) // 2, [n for n, _ in found]
+        # The accumulator comes first and last; what is between is the left operand.
+        found = [(n, sums if n == inputs[0] else 4) for n in inputs]
+    return found
+
+
+def faults_of(box: tuple[int, ...], strides: tuple[int, ...], size: int, swizzle: int | None) -> list[str]:
+    """What the driver would refuse of a copy of a box of elements of `size` bytes from an array of these strides."""
+    row, everything = box[-1] * size, math.prod(box) * size
+    found = [f"rank {len(box)}"] if len(box) > 5 else []
+    found += [f"box {box}"] if any(not 1 <= n <= 256 for n in box) else []
+    found += [f"{row} bytes of a row"] if row % 16 else []
+    found += [f"stride {n * size}" for n in strides[:-1] if n * size % 16 or n * size >= 2**40]
+    if swizzle in (32, 64, 128) and row > swizzle:
+        found.append(f"{row} bytes of a row, more than the swizzle of {swizzle}")
+    return found + ([f"{everything} bytes, no multiple of 128"] if everything % 128 else [])
+
+
+def watch_copies(seen: dict[str, set[Any]], faults: list[str], case: list[str]) -> None:
+    """Look at every descriptor that lowering asks for. (Compiling ahead of time never makes one.)"""
+    from jax.experimental.mosaic.gpu import launch_context
+    from jaxlib.mlir import ir
+
+    original = launch_context.LaunchContext._get_tma_desc
+
+    def watched(
+        self: Any, ref: Any, transforms: Any, peer: Any, box: Any, swizzle: Any, *rest: Any, **more: Any
+    ) -> Any:
+        array = launch_context._find_kernel_argument_for_gmem_ref(ref)
+        for transform in transforms:
+            array = transform.apply(array)
+        kind = ir.MemRefType(array.type)
+        strides = tuple(kind.get_strides_and_offset()[0])
+        size = launch_context.utils.bitwidth(kind.element_type) // 8
+        copy = (tuple(box), strides, size, None if swizzle is None else int(swizzle))
+        if copy not in seen.setdefault(case[0], set()):
+            seen[case[0]].add(copy)
+            faults.extend(f"{case[0]}: {copy}: {fault}" for fault in faults_of(*copy))
+        return original(self, ref, transforms, peer, box, swizzle, *rest, **more)
+
+    launch_context.LaunchContext._get_tma_desc = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main(folder: Path) -> None:
@@ -155,7 +344,7 @@ def main(folder: Path) -> None:
     def devices(topology: str) -> Any:
         return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=H200).devices
 
-    def compile_(
+    def lower(
         mesh: Mesh,
         length: int = 512,
         keys: int | None = None,
@@ -199,15 +388,21 @@ def main(folder: Path) -> None:
 
         with hopper.compiling(), splitting(mesh, batch="rows", heads="heads") if mesh.size > 1 else nullcontext():
             traced = jax.jit(step).trace(query, key, value, biases[bias], ids, seeds, gradient)
-        return traced.lower().compile()
+        return traced.lower()
 
     one = Mesh(np.array(devices("1x1x1")).reshape(1, 1), ("rows", "heads"))
     four = Mesh(np.array(devices("2x2x1")).reshape(2, 2), ("rows", "heads"))
-    report: dict[str, Any] = {"memory": {}, "kernels": {}}
+    seen: dict[str, set[Any]] = {}
+    report: dict[str, Any] = {"memory": {}, "kernels": {}, "faults": []}
+    case = [""]
+    watch_copies(seen, report["faults"], case)
+    for case[0], options in LOWERED.items():
+        lower(one, **options)
     for name, options in CASES.items():
         for old in folder.glob("*"):
             old.unlink()
-        report["memory"][name] = compile_(one, **options).memory_analysis().temp_size_in_bytes
+        case[0] = name
+        report["memory"][name] = lower(one, **options).compile().memory_analysis().temp_size_in_bytes
         kernels = report["kernels"][name] = []
         for path in sorted(folder.glob("*.ptxas")):
             text = path.read_text()
@@ -220,13 +415,16 @@ def main(folder: Path) -> None:
                     "registers": int(registers),
                     "spilled": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
                     "tensor_core": len(re.findall(r"\bHGMMA\.", code)),
+                    "pools": pools_of(code),
+                    "order": order_of(code),
                     "atomic": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|UTMAREDG)\b", code)),
                 }
             )
     # For each device what "everything 64" is: the compiler has those kernels already.
-    text = compile_(four, **CASES["everything 64"]).as_text()
+    text = lower(four, **CASES["everything 64"]).compile().as_text()
     names = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
     report["collectives"] = sorted(set(re.findall(names, text)))
+    report["descriptors"] = {name: len(copies) for name, copies in seen.items()}
     (folder / "report.json").write_text(json.dumps(report))
 
 

@@ -39,12 +39,12 @@ class _Backends(Mapping[str, Backend]):
         return len(self._modules)
 
 
-# Fastest first: `implementation=None` selects the first that supports the call.
+# Fastest first: `implementation=None` selects the first that supports the call, unless another was measured as faster.
 BACKENDS: Mapping[str, Backend] = _Backends(hopper=".hopper.backend", tpu=".tpu.backend", cudnn=".cudnn", xla=".xla")
 
-# Compiled for their chips and tested in their interpreters, but not yet run on a chip: selected automatically only if
-# they agree with the reference on this device (selfcheck.py).
-NEEDS_SELF_CHECK = frozenset({"hopper", "tpu"})
+# Compiled for their chips and tested in their interpreters: taken unasked only for calls that are on record as right on
+# this chip, or that agree with plain JAX when compared there (selfcheck.py).
+NEEDS_PROOF = frozenset({"hopper", "tpu"})
 
 # Written in Pallas. On a CPU, context managers in their modules interpret them or compile them for a chip.
 PALLAS = frozenset({"hopper", "tpu"})

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from . import backends
 from .bias import Bias
 from .call import Call
-from .selfcheck import agrees
+from .selfcheck import trusted
+from .tuning import Features, fastest
 
 
 @overload
@@ -108,7 +109,7 @@ def attention(
         None for their indices in the row. With each token's position in its example, and the example's own seed for
         each query, an example has the same bits in whatever row it is packed.
       return_lse: also return log(sum(exp(scores))) of each query over the keys it attends to (before dropout).
-      implementation: a name in `BACKENDS`, or None for the fastest that supports the call (and passes its self-check).
+      implementation: a name in `BACKENDS`, or None for the fastest that supports the call (and is known to be right).
 
     Returns:
       [B, L, H, Dv] in the query's dtype; with `return_lse`, also lse [B, L, H] in float32 (float64 for float64).
@@ -147,13 +148,14 @@ def _choose(call: Call, implementation: str | None) -> backends.Backend:
             raise NotImplementedError(f"implementation {implementation!r}: {reason}")
         return backend
     reasons = {}
-    for name in known:
+    first = fastest(call)
+    for name in known if first is None else dict.fromkeys((first, *known)):
         if name in backends.PALLAS and jax.default_backend() == "cpu" and f"{__package__}.{name}" not in sys.modules:
             reasons[name] = "its interpreter is not in use"  # skip importing Pallas, which takes a second
             continue
         reason = known[name].supports(call)
-        if reason is None and name in backends.NEEDS_SELF_CHECK and not agrees(name, str(call.query.dtype)):
-            reason = "disagrees with the reference on this device"
+        if reason is None and name in backends.NEEDS_PROOF and not trusted(name, Features.of(call)):
+            reason = "not known to be right on this device"
         if reason is None:
             return known[name]
         reasons[name] = reason

@@ -1,106 +1,119 @@
-"""Self-check of kernels: compare a kernel with the reference on the current device.
+"""Proven, not probed: whether a kernel may be taken unasked on this device.
 
-A kernel that was tested in an interpreter and compiled for its chip has still not run on the chip. Before such a kernel
-is selected automatically, it is therefore compared with the XLA backend, once per process: output and all gradients, on
-rows that fill its blocks and rows that do not. That costs the compilation of a few small programs.
+A kernel that was tested in an interpreter and compiled for its chip has still not run on the chip. A call whose
+features are on record as right (`chip_table.py`, written by `bench/chip.py`) is taken. One that is not is compared
+first: its output, lse and every gradient with plain JAX's (`conformance.py`), on rows of such a call. The comparison
+runs in a process of its own with a time limit, since a fault would take the device context of this one with it, and a
+hang would never return. Several hosts decide together, since different programs on them would wait for each other for
+ever.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import subprocess
+import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
-from . import backends
-from .bias import RelativeBias
-from .call import Call
+from .tuning import Features, proven
 
-# Length -> number of rows: short rows, and rows of several blocks. Both are more work than a chip can start at once, so
-# that persistent blocks process several items in turn.
-LENGTHS = {120: 20, 640: 2}
-HEADS, KEY_HEADS, HEAD_SIZE, BUCKETS = 16, 8, 64, 32
-MARGIN = 2.0  # allowed error, as a multiple of the XLA backend's error in the same precision
+LIMIT = 240.0
+"""Seconds that a comparison may take: it starts JAX and compiles six small programs."""
+
+COMMAND = (sys.executable, "-m", f"{__package__}.conformance")
+"""The process that compares: it reads a job, and prints what is wrong."""
+
+# Length -> number of rows. Each is more work than a chip can start at once, so that persistent blocks process several
+# items in turn; neither fills its last tile.
+SHORT, LONG = {120: 20, 250: 10}, {640: 2, 1100: 1}
+
+
+def trusted(name: str, features: Features) -> bool:
+    """Tell whether backend `name` may be taken unasked for calls of these features; warn, once, if it may not."""
+    return proven(name, features) or _agrees(name, features)
 
 
 @cache
-def agrees(name: str, dtype: str) -> bool:
-    """Tell whether backend `name` agrees with the XLA backend in `dtype`; warn if it does not.
-
-    Errors are measured against the float32 result, and may be `MARGIN` times the XLA backend's own error in `dtype`.
-    """
-    # Use a separate thread, since this one may be tracing a program, during which nothing can be computed.
-    with ThreadPoolExecutor(1) as thread:
-        failure = thread.submit(_difference, name, dtype).result()
+def _agrees(name: str, features: Features) -> bool:
+    failure = compared(name, features)
+    if others := _elsewhere(f"{name} {dataclasses.astuple(features)}", failure is None):
+        failure = failure or f"it failed on host {', '.join(map(str, others))}"
     if failure is None:
         return True
     warnings.warn(
-        f"attention: the {name} kernel failed its self-check and is not used: {failure} on "
-        f"{jax.devices()[0].device_kind}. Please report this. To use it anyway, select it by name.",
+        f"attention: the {name} kernel is not used for {features}: {failure}. `python3 bench/chip.py --out DIR` says "
+        "more. To use it anyway, select it by name.",
         RuntimeWarning,
         stacklevel=2,
     )
     return False
 
 
-def _difference(name: str, dtype: str) -> str | None:
-    """Return what went wrong, or None."""
-    with jax.default_device(jax.local_devices()[0]):
-        for length, batch in LENGTHS.items():
-            inputs = _inputs(length, batch)
-            truth = _run("xla", "float32", inputs)
-            usual = _run("xla", dtype, inputs)
-            try:
-                found = _run(name, dtype, inputs)
-            except Exception as error:
-                return f"it failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            for what, value in found.items():
-                error, allowed = (float(np.abs(other[what] - truth[what]).max()) for other in (found, usual))
-                scale = float(np.abs(truth[what]).max())
-                # Allow rounding of the last bit even if the XLA result happens to be exact.
-                if not np.isfinite(value).all() or error > MARGIN * max(allowed, scale * float(jnp.finfo(dtype).eps)):
-                    return f"its {what} has an error of {error:.2g}, more than {MARGIN:g} x {allowed:.2g}"
-    return None
-
-
-def _inputs(length: int, batch: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(length)
-    ends = np.sort(rng.choice(np.arange(1, length), (batch, 3)), axis=1)
-    segments = 1 + (np.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)
-    segments[:, length - 7 :] = 0
-    shapes = {"query": HEADS, "key": KEY_HEADS, "value": KEY_HEADS, "cotangent": HEADS}
-    arrays = {what: rng.normal(size=(batch, length, heads, HEAD_SIZE)) for what, heads in shapes.items()}
-    return {**arrays, "table": rng.normal(size=(BUCKETS, HEADS)), "segments": segments.astype(np.int32)}
-
-
-def _run(name: str, dtype: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the output and gradients, in float32 on the host."""
-
-    def loss(parts: dict[str, Array], segments: Array, cotangent: Array) -> tuple[Array, Array]:
-        call = Call.of(
-            query=parts["query"],
-            key=parts["key"],
-            value=parts["value"],
-            bias=RelativeBias(parts["table"]),
-            query_segment_ids=segments,
-            key_segment_ids=segments,
-            dropout_rate=0.1,
-            dropout_seed=jnp.asarray([1, 2], jnp.uint32),
-        )
-        out, _ = backends.BACKENDS[name].run(call)
-        return (out.astype(jnp.float32) * cotangent).sum(), out
-
-    # Round once, so that every precision starts from the same numbers.
-    parts: dict[str, Any] = {
-        what: jnp.asarray(inputs[what], jnp.bfloat16).astype(dtype) for what in ("query", "key", "value")
+def compared(name: str, features: Features) -> str | None:
+    """Compare a backend with plain JAX, in a process of its own; return what is wrong with it, or None."""
+    if jax.default_backend() == "tpu":
+        return "it is not on record as right, and a TPU is one process's alone, so that no other could compare it here"
+    job = {"implementation": name, "dtype": features.dtype, "cases": cases(features)}
+    # The device is shared with this process, which may hold most of its memory.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    parts["table"] = jnp.asarray(inputs["table"], jnp.float32)
-    cotangent = jnp.asarray(inputs["cotangent"], jnp.bfloat16).astype(jnp.float32)
-    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(parts, jnp.asarray(inputs["segments"]), cotangent)
-    results = {"output": out} | {f"gradient of {what}": gradient for what, gradient in gradients.items()}
-    return {what: np.asarray(value.astype(jnp.float32)) for what, value in results.items()}
+    try:
+        done = subprocess.run(
+            COMMAND, env=environment, input=json.dumps(job), capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"a comparison with plain JAX took more than {LIMIT:.0f} s"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [""]
+        return f"a comparison with plain JAX ended with {done.returncode}: {lines[-1][:300]}"
+    wrong = json.loads(done.stdout)["wrong"]
+    return "; ".join(wrong) or None
+
+
+def cases(features: Features) -> list[dict[str, Any]]:
+    """Return cases (fields of `conformance.Case`) of these features, of rows that fill tiles and rows that do not."""
+    heads, key_heads = 16, 8 if features.grouped else 16
+    options: dict[str, Any] = {"softcap": 3.0} if features.softcap else {}
+    if "causal" in features.mask:
+        options["causal"] = True
+    if "window" in features.mask:
+        options["window"] = (70, 0 if "causal" in features.mask else 30)
+    return [
+        {
+            "name": f"{rows} x {length}",
+            "sizes": (rows, length, length, heads, key_heads, features.size, features.value_size),
+            "bias": {"none": None, "row": "relative", "dense": "dense"}[features.bias],
+            "bias_shape": (1, heads),
+            "segments": "packed" if "segments" in features.mask else None,
+            "rate": 0.1 if features.dropout else 0.0,
+            "options": options,
+        }
+        for length, rows in (SHORT if features.short else LONG).items()
+    ]
+
+
+def _elsewhere(key: str, verdict: bool) -> Sequence[int]:
+    """Tell every other process of this program the verdict; return those whose own is no."""
+    if jax.process_count() == 1:
+        return ()
+    from jax._src import distributed  # the store by which the processes of one program found each other
+
+    client = distributed.global_state.client
+    assert client is not None
+    place = f"bestiary/attention/{key}"
+    client.key_value_set(f"{place}/{jax.process_index()}", "yes" if verdict else "no")
+    limit = int((LIMIT + 60) * 1000)
+    return [
+        process
+        for process in range(jax.process_count())
+        if client.blocking_key_value_get(f"{place}/{process}", limit) == "no"
+    ]

@@ -1,8 +1,8 @@
-"""Look up measured block sizes for a call.
+"""Look up what was measured on chips, for a call: block sizes, the fastest backend, and what is proven to be right.
 
-The table, `tuning_table.py`, is under version control and written by `bestiary bench attention --tune` (`tune.py`),
-never while a call is traced: a call has the same blocks, and therefore bitwise the same results, until the table
-changes.
+The tables are under version control. `tuning_table.py`, the block sizes, is written by `bestiary bench attention
+--tune`; `chip_table.py`, the rest, by `bench/chip.py`; neither while a call is traced: a call has the same backend and
+blocks, and therefore bitwise the same results, until the tables change.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 
 from .bias import DenseBias
 from .call import Call
+from .chip_table import FASTEST, PROVEN
 from .tuning_table import ROWS
 
 SHORTEST, LONGEST = 128, 16384
@@ -50,21 +51,78 @@ class Key:
     def of(cls, call: Call, chip: str) -> Key:
         """Return the key of a call."""
         size = max(call.query.shape[3], call.value.shape[3])
-        left, right = call.window
-        parts = {
-            "causal": call.causal,
-            "window": left is not None or right is not None,
-            "segments": call.query_segment_ids is not None,
-        }
         return cls(
             chip=chip,
             dtype=str(call.query.dtype),
-            size=next((step for step in (32, 64, 96, 128, 192) if size <= step), 256),
+            size=size_bucket(size),
             length=length_bucket(max(call.query.shape[1], call.key.shape[1])),
-            mask="+".join(name for name, there in parts.items() if there) or "full",
-            bias="none" if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row",
+            mask=mask_of(call),
+            bias=bias_of(call),
             dropout=call.dropout_rate > 0,
         )
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Features:
+    """What decides which code of a kernel a call runs: the unit in which kernels are proven on a chip.
+
+    Attributes:
+      dtype: dtype of the query.
+      size: head size of queries and keys, rounded up as in `Key`.
+      value_size: that of values, likewise.
+      short: whether both lengths are at most 256, which kernels for short rows take.
+      grouped: whether several query heads share a key head.
+      mask: as in `Key`.
+      bias: as in `Key`.
+      softcap: whether there is a softcap.
+      dropout: whether there is dropout.
+    """
+
+    dtype: str
+    size: int
+    value_size: int
+    short: bool
+    grouped: bool
+    mask: str
+    bias: str
+    softcap: bool
+    dropout: bool
+
+    @classmethod
+    def of(cls, call: Call) -> Features:
+        """Return the features of a call."""
+        return cls(
+            dtype=str(call.query.dtype),
+            size=size_bucket(call.query.shape[3]),
+            value_size=size_bucket(call.value.shape[3]),
+            short=max(call.query.shape[1], call.key.shape[1]) <= 256,
+            grouped=call.query.shape[2] != call.key.shape[2],
+            mask=mask_of(call),
+            bias=bias_of(call),
+            softcap=call.softcap is not None,
+            dropout=call.dropout_rate > 0,
+        )
+
+
+def mask_of(call: Call) -> str:
+    """Return "full", or those of "causal", "window" and "segments" that apply, joined by "+"."""
+    left, right = call.window
+    parts = {
+        "causal": call.causal,
+        "window": left is not None or right is not None,
+        "segments": call.query_segment_ids is not None,
+    }
+    return "+".join(name for name, there in parts.items() if there) or "full"
+
+
+def bias_of(call: Call) -> str:
+    """Return "none", "row" (relative, ALiBi) or "dense"."""
+    return "none" if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
+
+
+def size_bucket(size: int) -> int:
+    """Round a head size up to 32, 64, 96, 128, 192 or 256."""
+    return next((step for step in (32, 64, 96, 128, 192) if size <= step), 256)
 
 
 def length_bucket(length: int) -> int:
@@ -91,6 +149,20 @@ def tuned[T](call: Call, kind: type[T]) -> T | None:
     name = chip()
     row = None if name is None else ROWS.get(dataclasses.astuple(Key.of(call, name)))
     return None if row is None else rebuild(kind, row)
+
+
+def fastest(call: Call) -> str | None:
+    """Return the backend that was fastest for such calls on the default device; None if that was not measured."""
+    if not FASTEST:
+        return None
+    name = chip()
+    return None if name is None else FASTEST.get(dataclasses.astuple(Key.of(call, name)))
+
+
+def proven(backend: str, features: Features) -> bool:
+    """Tell whether a backend is on record as right for such calls on this chip, with this version of jax."""
+    name = chip()
+    return name is not None and dataclasses.astuple(features) in PROVEN.get((backend, name, jax.__version__), {})
 
 
 def rebuild[T](kind: type[T], row: Mapping[str, Any]) -> T:

@@ -1,15 +1,16 @@
 """Reference backend: attention in plain JAX, for every call on every device.
 
-The backward pass recomputes the weights from the scores and lse instead of storing them, so that a layer's residuals
-grow with L, not with L x S. Scores are materialised for one block of queries at a time, at most `BLOCK_SCORES` per
-head; rows of up to 1024 tokens are one block. A bias is materialised once for all rows of the batch that share it.
+The backward pass recomputes the weights from the scores instead of storing them, so that a layer's residuals grow with
+L, not with L x S. Scores are materialised for one block of queries at a time, at most `BLOCK_SCORES` per head; rows of
+up to 1024 tokens are one block. A bias is materialised once for all rows of the batch that share it.
 
 Since the backward pass is written by hand, only first-order reverse-mode derivatives exist: `jax.jvp`, `jax.hessian`
 and the gradient of a gradient raise.
 
 The products are einsums over the arrays in the caller's layout, [B, L, H, D]: XLA's CPU compiler then passes them to
-its fast library without copying anything of the scores' size, and leaves bfloat16 as it is. The division by the
-softmax's sum is applied to the output, D numbers per query instead of S. Blocks divide only the queries: batch and
+its fast library without copying anything of the scores' size, and leaves bfloat16 as it is. Without dropout the forward
+pass is written so that this compiler makes one kernel of all of it, which keeps no scores in memory (`_fused_block`).
+Blocks divide only the queries: batch and
 heads stay whole, so that they can be partitioned over a mesh.
 """
 
@@ -97,7 +98,7 @@ class _Keys(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(rule: _Rule, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
-    """Compute the output [B, L, H, Dv] and lse [B, H, L]. What is written here runs where no gradient is asked."""
+    """Compute the output [B, L, H, Dv] and lse [B, H, L]."""
     return _over_blocks(_fused_block, rule, queries, keys)
 
 
@@ -117,20 +118,12 @@ def _over_blocks(compute: Callable[..., tuple[Array, Array]], rule: _Rule, queri
 
 
 def _attention_forward(rule: _Rule, queries: _Queries, keys: _Keys):
-    if _softmax_again(queries, keys):
+    if keys.words is None:
         out, lse = _over_blocks(_fused_block, rule, queries, keys)
+        # What the fused form saves in the forward pass is more than a second softmax costs in the backward pass.
         return (out, lse), (queries, keys, out, None)
     out, lse = _over_blocks(_forward_block, rule, queries, keys)
     return (out, lse), (queries, keys, out, lse)
-
-
-def _softmax_again(queries: _Queries, keys: _Keys) -> bool:
-    """Tell whether the backward pass computes the softmax anew, rather than the weights from lse.
-
-    In bfloat16 the fused forward pass, which gives no lse, saves more than the second softmax costs. In float32 the two
-    are level.
-    """
-    return queries.query.dtype == jnp.bfloat16 and keys.words is None
 
 
 def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _Keys]:

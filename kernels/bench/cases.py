@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -148,6 +149,44 @@ def pack(lengths: Lengths, rows: int, row_length: int, seed: int) -> np.ndarray:
     return ids
 
 
+def segment_ids(case: Case, seed: int) -> np.ndarray | None:
+    """Return a case's segment ids, int32 [B, L]; None if its rows are not packed."""
+    return None if case.packed is None else pack(CORPORA[case.packed], case.batch, case.queries, seed)
+
+
+class Documents(NamedTuple):
+    """Packed documents, in the forms in which other implementations take them.
+
+    Attributes:
+      starts: first token of each document in its row, int32 [B, M], followed by -1.
+      lengths: number of tokens of each, likewise.
+      first: for each token the first token of its document, int32 [B, L]; padding is a document too.
+      stop: the token after the last one of its document, likewise.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    first: np.ndarray
+    stop: np.ndarray
+
+
+def documents(ids: np.ndarray) -> Documents:
+    """Find the documents of packed rows of segment ids, int32 [B, L], each of them contiguous."""
+    rows, length = ids.shape
+    most = max(1, int(ids.max()))
+    starts, lengths = np.full((rows, most), -1, np.int32), np.full((rows, most), -1, np.int32)
+    first, stop = np.zeros_like(ids), np.zeros_like(ids)
+    for row, tokens in enumerate(ids):
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(tokens)) + 1, [length]])
+        count = 0
+        for begin, end in itertools.pairwise(edges):
+            first[row, begin:end], stop[row, begin:end] = begin, end
+            if tokens[begin]:
+                starts[row, count], lengths[row, count] = begin, end - begin
+                count += 1
+    return Documents(starts, lengths, first, stop)
+
+
 def needed_area(case: Case, segment_ids: np.ndarray | None) -> int:
     """Count the unmasked query-key pairs of one head, over the batch."""
     left, right = case.sides
@@ -190,11 +229,7 @@ def needed_work(case: Case, area: int) -> tuple[Needed, Needed]:
     return forward, backward
 
 
-def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
-    """Generate `sets` different inputs on the default device, so that no repeated call finds its inputs in a cache."""
-    ids = None
-    if case.packed is not None:
-        ids = pack(CORPORA[case.packed], case.batch, case.queries, seed)
+def _shapes(case: Case) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "query": (case.batch, case.queries, case.heads, case.size),
         "key": (case.batch, case.keys, case.key_heads, case.size),
@@ -211,6 +246,22 @@ def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
     shape = parameters[case.bias]
     if shape is not None:
         shapes["parameter"] = shape
+    return shapes
+
+
+def abstract(case: Case) -> Arrays:
+    """Return the shapes and dtypes of a case's arrays, without a device."""
+    made = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in _shapes(case).items()}
+    if "parameter" in made:
+        made["parameter"] = jax.ShapeDtypeStruct(made["parameter"].shape, jnp.float32)
+    ids = None if case.packed is None else jax.ShapeDtypeStruct((case.batch, case.queries), jnp.int32)
+    return Arrays(**{"parameter": None} | made, segment_ids=ids, seed=None)
+
+
+def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
+    """Generate `sets` different inputs on the default device, so that no repeated call finds its inputs in a cache."""
+    ids = segment_ids(case, seed)
+    shapes = _shapes(case)
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
 
     @jax.jit

@@ -25,7 +25,10 @@ class AttentionBenchConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the inputs. auto: float32 on a CPU, else bfloat16."""
     peers: str = "all"
-    """Other implementations to measure, separated by commas: all, none, or names (jax.nn, tokamax, splash, torch)."""
+    """Other implementations to measure, separated by commas: all, none, or names (jax.nn, cudnn, tokamax, splash,
+    torch)."""
+    limit: float = 300.0
+    """Seconds that one implementation may take in one case, compilation included; then it is ended and listed so."""
     samples: int = 7
     """Number of samples per time; the median is reported, with the shortest and the longest."""
     sample_seconds: float = 0.0
@@ -36,6 +39,9 @@ class AttentionBenchConfig:
     """Tune the block sizes of our kernels for these shapes instead, and write them to the table (see `tuning.py`)."""
     chip: str | None = None
     """With --tune, without the chip: the chip to compile for (h200, v5e, v5p, v6e); nothing is timed then."""
+    candidates: Path | None = None
+    """With --tune, on the chip: a report that --tune --chip made, whose candidates are timed without compiling them all
+    first."""
     table: Path | None = None
     """With --tune: the table to write. None: that of the package."""
     out: Path = Path("bench")

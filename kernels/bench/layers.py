@@ -34,9 +34,9 @@ from matplotlib.figure import Figure
 
 from ..dispatch import attention
 from ..tuning import chip
-from .attention import command, png
 from .cases import BenchError
 from .config import LayersBenchConfig
+from .report import command, png
 from .timing import METHOD, machine, table, time_jax, write, write_json
 
 HEAD = 64

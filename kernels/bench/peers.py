@@ -1,8 +1,10 @@
 """Contestants of the attention benchmark: our backends, and every other implementation that is installed.
 
 Each is a function from a case's arrays to the output. It refuses unsupported cases with a reason; an error becomes a
-reason too. A peer without segment ids gets packed rows as a boolean mask [B, 1, L, S], and every peer gets a relative
-bias as an array [1, H, L, S] built by differentiable code, since that is how they are used.
+reason too. A peer gets packed rows in the form in which it is fastest: as offsets (cuDNN), as a range of keys for each
+query (tokamax), as cumulative lengths or a block mask (PyTorch), as segment ids (splash); what has none of these, as a
+boolean mask [B, 1, L, S]. Peers get a relative bias as an array [1, H, L, S] built by differentiable code, or as a
+function of the score where they take one, since that is how they are used.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import statistics
-import time
+import sys
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +24,24 @@ import numpy as np
 from ..backends import BACKENDS
 from ..bias import dense_bias
 from ..dispatch import attention
-from .cases import Arrays, Case, bias_of
+from .cases import Arrays, Case, bias_of, documents
+from .runner import Refused, Runner
 from .timing import Seconds, time_jax
+from .torch_peers import TORCH, TorchRunner
+from .workers import first_line
 
 Attend = Callable[[Case, Arrays], Any]
 
 OURS = "bestiary"
 
 
-class Refused(Exception):
-    """Raised, with the reason, by a contestant that does not support a case."""
-
-
-class Runner(Protocol):
-    """A contestant, set up with the arrays of one case."""
-
-    def results(self) -> dict[str, np.ndarray]:
-        """Return the output and gradients for the first set of inputs, float32."""
-        ...
-
-    def forward(self) -> Seconds: ...
-
-    def backward(self) -> Seconds:
-        """Time the gradients alone, from what the forward pass has saved."""
-        ...
-
-
 class JaxRunner:
     """Runner of a JAX function. See `Runner`."""
 
-    def __init__(self, attend: Attend, case: Case, sets: Sequence[Arrays], timing: dict[str, Any]) -> None:
-        self.case, self.sets, self.timing, self.attend = case, sets, timing, attend
+    def __init__(
+        self, attend: Attend, case: Case, sets: Sequence[Arrays], timing: dict[str, Any], *, own: bool = True
+    ) -> None:
+        self.case, self.sets, self.timing, self.attend, self.own = case, sets, timing, attend, own
 
     def _call(self, inputs: Arrays, *primals: Any) -> Any:
         query, key, value, *parameter = primals
@@ -76,10 +65,12 @@ class JaxRunner:
             return out, pull(inputs.wave)
 
         out, gradients = both(inputs)
-        if inputs.segment_ids is not None:
-            out = jnp.where((inputs.segment_ids != 0)[:, :, None, None], out, 0)
         names = ("query", "key", "value", "bias")[: len(gradients)]
         found = {"output": out, **dict(zip(names, gradients, strict=True))}
+        if inputs.segment_ids is not None:  # what peers leave at padding is theirs to say
+            at_padding = (inputs.segment_ids == 0)[:, :, None, None]
+            free = ("output",) if self.own else ("output", "query", "key", "value")
+            found |= {name: jnp.where(at_padding, 0, found[name]) for name in free}
         return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
     def forward(self) -> Seconds:
@@ -134,17 +125,68 @@ def jax_nn(implementation: str, case: Case, inputs: Arrays) -> Any:
     )
 
 
-def tokamax(implementation: str, case: Case, inputs: Arrays) -> Any:
-    """Run tokamax.dot_product_attention."""
-    module: Any = importlib.import_module("tokamax")
-    return module.dot_product_attention(
+def cudnn_offsets(case: Case, inputs: Arrays, ids: np.ndarray | None) -> Any:
+    """Run cuDNN on packed rows as it takes them: the offset and length of each document, and nothing between them."""
+    if jax.default_backend() != "gpu":
+        raise Refused("needs an NVIDIA GPU")
+    if ids is None:
+        raise Refused("is for packed rows")
+    if case.bias != "none" or case.window != (None, None):
+        raise Refused("has no bias and no window for packed rows")
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    packed = documents(ids)
+    pad = ((0, 0), (0, max(1, 2 - packed.starts.shape[1])))  # the offsets' last column is the end
+    offsets, lengths = np.pad(packed.starts, pad, constant_values=-1), packed.lengths
+    lengths = np.pad(lengths, ((0, 0), (0, offsets.shape[1] - 1 - lengths.shape[1])), constant_values=-1)
+    result: Any = fused.dot_product_attention(
         inputs.query,
         inputs.key,
         inputs.value,
-        is_causal=case.causal,
-        implementation=implementation,
-        **_dense(case, inputs),
+        q_seqlen=jnp.asarray(lengths),
+        kv_seqlen=jnp.asarray(lengths),
+        q_offsets=jnp.asarray(offsets),
+        kv_offsets=jnp.asarray(offsets),
+        scale=case.size**-0.5,
+        mask_type=fused.MaskType.CAUSAL if case.causal else fused.MaskType.NO_MASK,
     )
+    return result
+
+
+def tokamax(implementation: str, case: Case, inputs: Arrays, ids: np.ndarray | None) -> Any:
+    """Run tokamax.dot_product_attention; packed rows as the range of keys of each query."""
+    _stub_xprof()
+    dense = _dense(case, inputs)
+    if ids is None or implementation not in ("mosaic_gpu", "xla_chunked"):
+        module: Any = importlib.import_module("tokamax")
+        return module.dot_product_attention(
+            inputs.query, inputs.key, inputs.value, is_causal=case.causal, implementation=implementation, **dense
+        )
+    # Its public function takes no ranges; the operation beneath it does.
+    api: Any = importlib.import_module("tokamax._src.ops.attention.api")
+    base: Any = importlib.import_module("tokamax._src.ops.attention.base")
+    packed = documents(ids)
+    mask = base.Mask(
+        k_start=jnp.asarray(packed.first)[:, None], k_end=jnp.asarray(packed.stop)[:, None], is_causal=case.causal
+    )
+    if case.window != (None, None):
+        left, right = dense["local_window_size"]
+        mask &= base.CausalMask(offset=right, window_size=left + right + 1)
+    return api.IMPLEMENTATIONS[implementation](inputs.query, inputs.key, inputs.value, bias=dense["bias"], mask=mask)
+
+
+def _stub_xprof() -> None:
+    """Stand in for xprof, 98 MB that tokamax imports for its own timing alone, where it is not installed."""
+    if importlib.util.find_spec("xprof") is not None:
+        return
+    name = ""
+    for part in ("xprof", "cli", "tools", "get_kernel_stats_tool"):
+        parent, name = name, f"{name}.{part}".lstrip(".")
+        module = types.ModuleType(name)
+        module.__path__ = []
+        sys.modules[name] = module
+        if parent:
+            setattr(sys.modules[parent], part, module)
 
 
 def splash(case: Case, inputs: Arrays, interpret: bool = False) -> Any:
@@ -190,126 +232,20 @@ def splash(case: Case, inputs: Arrays, interpret: bool = False) -> Any:
     return jnp.swapaxes(out, 1, 2).astype(inputs.query.dtype)
 
 
-class TorchRunner:
-    """Runner of PyTorch's scaled_dot_product_attention, on its own device. See `Runner`."""
-
-    def __init__(self, case: Case, sets: Sequence[Arrays], timing: dict[str, Any]) -> None:
-        import torch  # pyright: ignore[reportMissingImports]
-
-        if jax.default_backend() == "tpu":
-            raise Refused("runs on no TPU")
-        if jax.default_backend() == "gpu" and not torch.cuda.is_available():
-            raise Refused("is installed without CUDA")
-        self.torch, self.case, self.timing = torch, case, timing
-        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        self.sets = [self._inputs(inputs) for inputs in sets]
-
-    def _tensor(self, x: Any, dtype: Any = None) -> Any:
-        """Copy an array to PyTorch through the host, since the two libraries share no device memory."""
-        return self.torch.tensor(np.asarray(x.astype(jnp.float32))).to(self.device, dtype or self.torch.float32)
-
-    def _inputs(self, inputs: Arrays) -> Any:
-        torch = self.torch
-        dtype = getattr(torch, self.case.dtype)
-        # [B, H, L, D], contiguous, as in a model that has transposed once.
-        parts = [
-            self._tensor(jnp.swapaxes(x, 1, 2), dtype).contiguous().requires_grad_()
-            for x in (inputs.query, inputs.key, inputs.value)
-        ]
-        if inputs.parameter is not None:
-            parts.append(self._tensor(inputs.parameter).requires_grad_())
-        ids = None if inputs.segment_ids is None else torch.tensor(np.asarray(inputs.segment_ids), device=self.device)
-        return parts, self._tensor(jnp.swapaxes(inputs.wave, 1, 2), dtype), ids
-
-    def _bias(self, parameter: Any) -> Any:
-        torch, case = self.torch, self.case
-        if case.bias == "dense":
-            return parameter
-        distance = jnp.arange(case.keys)[None] - jnp.arange(case.queries)[:, None]
-        if case.bias == "alibi":
-            steps = torch.tensor(np.array(jnp.abs(distance)), device=self.device)
-            return (-parameter[:, None, None] * steps)[None]
-        from ..bias import relative_position_bucket
-
-        bucket = relative_position_bucket(distance, bidirectional=True, buckets=parameter.shape[0], max_distance=128)
-        chosen = torch.nn.functional.embedding(torch.tensor(np.array(bucket), device=self.device), parameter)
-        return chosen.permute(2, 0, 1)[None]
-
-    def _attend(self, parts: Any, ids: Any) -> Any:
-        torch, case = self.torch, self.case
-        query, key, value, *parameter = parts
-        mask = None if ids is None else (ids[:, :, None] == ids[:, None, :])[:, None]
-        causal = case.causal
-        windowed = case.window != (None, None)
-        if windowed or (causal and (parameter or mask is not None)):  # It supports a mask or causality, not both.
-            left, right = case.sides
-            seen = torch.ones(case.queries, case.keys, dtype=torch.bool, device=self.device)
-            seen = seen if left is None else seen.triu(-left)
-            seen = seen if right is None else seen.tril(right)
-            mask, causal = seen if mask is None else mask & seen, False
-        if parameter:
-            bias = self._bias(parameter[0]).to(query.dtype)
-            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=case.heads != case.key_heads
-        )
-
-    def results(self) -> dict[str, np.ndarray]:
-        parts, wave, ids = self.sets[0]
-        out = self._attend(parts, ids)
-        gradients = self.torch.autograd.grad(out, parts, wave)
-        if ids is not None:
-            out = out.masked_fill((ids == 0)[:, None, :, None], 0)
-        names = ("query", "key", "value", "bias")[: len(parts)]
-        found = {"output": out, **dict(zip(names, gradients, strict=True))}
-        arrays = {name: x.detach().float().cpu().numpy() for name, x in found.items()}
-        return {name: x if name == "bias" else x.swapaxes(1, 2) for name, x in arrays.items()}
-
-    def _timed(self, call: Callable[[Any], Any], sets: Sequence[Any]) -> Seconds:
-        torch, samples, least = self.torch, self.timing["samples"], self.timing["least_seconds"]
-
-        def once(rounds: int) -> float:
-            if self.device == "cpu":
-                clock = time.perf_counter()
-                for _ in range(rounds):
-                    for inputs in sets:
-                        call(inputs)
-                return time.perf_counter() - clock
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(rounds):
-                for inputs in sets:
-                    call(inputs)
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1e3
-
-        once(1)
-        rounds = max(1, min(64, round(least / max(once(1), 1e-9))))
-        found = [once(rounds) / (rounds * len(sets)) for _ in range(samples)]
-        return Seconds(statistics.median(found), min(found), max(found))
-
-    def forward(self) -> Seconds:
-        with self.torch.no_grad():
-            return self._timed(lambda inputs: self._attend(inputs[0], inputs[2]), self.sets)
-
-    def backward(self) -> Seconds:
-        sets = [(self._attend(parts, ids), parts, wave) for parts, wave, ids in self.sets]
-        return self._timed(
-            lambda inputs: self.torch.autograd.grad(inputs[0], inputs[1], inputs[2], retain_graph=True), sets
-        )
-
-
-PEERS: dict[str, Attend | None] = {
+PEERS: dict[str, Attend] = {
     "jax.nn xla": functools.partial(jax_nn, "xla"),
     "jax.nn cudnn": functools.partial(jax_nn, "cudnn"),
+    "splash attention": splash,
+}
+# Those that take packed rows in a form of their own get the segment ids as a NumPy array, too.
+PACKED: dict[str, Callable[[Case, Arrays, np.ndarray | None], Any]] = {
+    "cudnn offsets": cudnn_offsets,
     "tokamax mosaic_gpu": functools.partial(tokamax, "mosaic_gpu"),
     "tokamax mosaic_tpu": functools.partial(tokamax, "mosaic_tpu"),
     "tokamax cudnn": functools.partial(tokamax, "cudnn"),
     "tokamax xla_chunked": functools.partial(tokamax, "xla_chunked"),
-    "splash attention": splash,
-    "torch sdpa": None,  # a runner of its own
 }
+NAMES = (*PEERS, *PACKED, *TORCH)
 
 # Package of each peer that may be missing, and the platform that a peer needs.
 NEEDS = {"tokamax": "tokamax", "torch": "torch"}
@@ -317,14 +253,14 @@ PLATFORMS = {"tokamax mosaic_gpu": "gpu", "tokamax cudnn": "gpu", "tokamax mosai
 
 
 def contestants(peers: Sequence[str]) -> list[str]:
-    """Return names: our backends, fastest first, then the peers asked for by full name or by its first word."""
-    chosen = [name for name in PEERS if "all" in peers or name in peers or name.split()[0] in peers]
+    """Return names: our backends, fastest first, then the peers asked for by full name or by its first words."""
+    chosen = [name for name in NAMES if "all" in peers or any(f"{name} ".startswith(f"{peer} ") for peer in peers)]
     return [f"{OURS} {name}" for name in BACKENDS] + chosen
 
 
 def known_peers() -> list[str]:
     """Return the names that `--peers` accepts."""
-    return ["all", "none", *dict.fromkeys(name.split()[0] for name in PEERS), *PEERS]
+    return ["all", "none", *dict.fromkeys(name.split()[0] for name in NAMES), "torch sdpa", *NAMES]
 
 
 def enter(name: str, case: Case, sets: Sequence[Arrays], timing: dict[str, Any]) -> Runner:
@@ -337,17 +273,19 @@ def enter(name: str, case: Case, sets: Sequence[Arrays], timing: dict[str, Any])
         raise Refused("generates different dropout bits: there is nothing to compare")
     if name in PLATFORMS and jax.default_backend() != PLATFORMS[name]:
         raise Refused(f"needs a {PLATFORMS[name].upper()}")
-    attend = functools.partial(ours, name.split(" ", 1)[1]) if own else PEERS[name]
-    if attend is None:
-        return TorchRunner(case, sets, timing)
+    if name in TORCH:
+        return TorchRunner(name, case, sets, timing)
+    if name in PACKED:
+        ids = None if sets[0].segment_ids is None else np.asarray(sets[0].segment_ids)
+        attend = functools.partial(_with_ids, PACKED[name], ids)
+    else:
+        attend = functools.partial(ours, name.split(" ", 1)[1]) if own else PEERS[name]
     try:
         jax.eval_shape(functools.partial(attend, case), sets[0])
     except (NotImplementedError, ValueError) as error:
         raise Refused(first_line(error).removeprefix(f"implementation {name.split(' ', 1)[1]!r}: ")) from error
-    return JaxRunner(attend, case, sets, timing)
+    return JaxRunner(attend, case, sets, timing, own=own)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's class if it has none."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]
+def _with_ids(attend: Callable[..., Any], ids: np.ndarray | None, case: Case, inputs: Arrays) -> Any:
+    return attend(case, inputs, ids)

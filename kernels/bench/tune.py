@@ -13,6 +13,7 @@ answers with one line per candidate.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -38,6 +39,7 @@ from ..hash import row_seeds
 from ..tuning import Key, chip, flatten, rebuild
 from .cases import Arrays, BenchError, Case, bias_of, draw
 from .timing import machine, sampled, time_jax, write, write_json
+from .workers import first_line
 
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GPUS = ("h100", "h200")
@@ -130,15 +132,24 @@ def candidates(name: str, rule: dict[str, Any], call: Call) -> Iterator[Candidat
             yield Candidate(kernel, rule | {kernel: tiling})
 
 
-def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out: Path, samples: int) -> int:
+def tune(
+    cases: Sequence[Case],
+    *,
+    chip_name: str | None,
+    path: Path | None,
+    out: Path,
+    samples: int,
+    report_of: Path | None = None,
+) -> int:
     """Tune the rows of the given cases; return the exit status.
 
     Args:
       cases: one case per row. Cases with the same key are tuned once.
       chip_name: the chip to compile for; None for the chip of this machine.
       path: the table to write; None for that of the package.
-      out: folder of the report, `tune-CHIP.json`: every candidate with its result.
+      out: folder of the report, `tune-CHIP.json`: every candidate with its result, written anew after each time.
       samples: number of samples per time.
+      report_of: a report made without the chip, whose candidates are timed instead of compiling them here first.
     """
     here = chip()
     name = chip_name or here
@@ -155,6 +166,9 @@ def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out
         **machine(),
         "keys": [],
     }
+    known = {} if report_of is None else read_report(report_of, name)
+    if report_of is not None and name != here:
+        raise BenchError(f"--candidates: a {name} is needed to time them, found {here or 'no accelerator'}")
     done: set[Key] = set()
     for case in cases:
         shapes = jax.eval_shape(lambda case=case: draw(case, 1, 0)[0])
@@ -164,28 +178,31 @@ def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out
             continue
         done.add(key)
         rule = flatten(choose(call))
-        tried = list(candidates(name, rule, call))
-        _say(f"{case.label}: {len(tried)} candidates")
-        found = thinned(name, case, tried)
+        if report_of is None:
+            tried = list(candidates(name, rule, call))
+            _say(f"{case.label}: {len(tried)} candidates")
+            found = thinned(name, case, tried)
+        else:
+            tried, found = from_report(known, key, rule, report_of)
         fit = [n for n, result in enumerate(found) if fits(tried, found, n)]
-        _say(f"{case.label}: {len(fit)} compile and spill no more than the default choice")
-        row = timed(kind, case, [tried[n] for n in fit], found, fit, rule, samples) if name == here else None
+        _say(f"{case.label}: {len(fit)} of {len(tried)} compile and spill no more than the default choice")
+        for candidate, result in zip(tried, found, strict=True):
+            result |= {"kernel": candidate.kernel, "blocks": candidate.row[candidate.kernel], "row": candidate.row}
+        entry: dict[str, Any] = {
+            "key": dataclasses.asdict(key),
+            "case": dataclasses.asdict(case),
+            "rule": rule,
+            "row": None,
+            "candidates": found,
+        }
+        report["keys"].append(entry)
+        save = functools.partial(write_json, out / f"tune-{name}.json", report)
+        save()
+        row = timed(kind, case, [tried[n] for n in fit], found, fit, rule, samples, save) if name == here else None
         if row is not None:
-            rows[key] = row
+            rows[key] = entry["row"] = row
             write(path, table_text(rows))
-        report["keys"].append(
-            {
-                "key": dataclasses.asdict(key),
-                "case": dataclasses.asdict(case),
-                "rule": rule,
-                "row": row,
-                "candidates": [
-                    {"kernel": candidate.kernel, "blocks": candidate.row[candidate.kernel], **result}
-                    for candidate, result in zip(tried, found, strict=True)
-                ],
-            }
-        )
-        write_json(out / f"tune-{name}.json", report)
+            save()
     if name == here:
         print(f"Written: {path} ({len(rows)} rows) and {out / f'tune-{name}.json'}")
     else:
@@ -194,6 +211,42 @@ def tune(cases: Sequence[Case], *, chip_name: str | None, path: Path | None, out
             f"Written: {out / f'tune-{name}.json'}. Run the same command on a {name} to fill the table."
         )
     return 0
+
+
+def read_report(path: Path, name: str) -> dict[Key, dict[str, Any]]:
+    """Return the entries of a report of `--tune` for this chip, by key; raise a BenchError if it is not one."""
+    try:
+        report = json.loads(path.read_text())
+        entries = {Key(**entry["key"]): entry for entry in report["keys"]}
+        found = report["chip"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(
+            f"--candidates: {path}: expected a report of --tune, found {type(error).__name__}: {error}"
+        ) from error
+    if found != name:
+        raise BenchError(f"--candidates: {path}: expected candidates for a {name}, found some for a {found}")
+    return entries
+
+
+def from_report(
+    known: dict[Key, dict[str, Any]], key: Key, rule: dict[str, Any], path: Path
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """Return a key's candidates and what the compiler said of them, from the entries of a report."""
+    if key not in known:
+        raise BenchError(f"--candidates: {path}: expected an entry for {key}, found {len(known)} others")
+    entry = known[key]
+
+    def row(fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+    if row(entry["rule"]) != rule:
+        raise BenchError(f"--candidates: {path}: made for the default choice {entry['rule']}, which now is {rule}")
+    tried = [Candidate(candidate["kernel"], row(candidate["row"])) for candidate in entry["candidates"]]
+    skipped = ("seconds", "kernel", "blocks", "row")
+    found = [
+        {name: value for name, value in candidate.items() if name not in skipped} for candidate in entry["candidates"]
+    ]
+    return tried, found
 
 
 def fits(tried: Sequence[Candidate], found: Sequence[dict[str, Any]], n: int) -> bool:
@@ -278,8 +331,9 @@ def timed(
     places: Sequence[int],
     rule: dict[str, Any],
     samples: int,
+    save: Callable[[], None],
 ) -> dict[str, Any] | None:
-    """Time candidates, add their times to `found`, and return the fastest row.
+    """Time candidates, add their times to `found`, each saved as it comes, and return the fastest row.
 
     The result is None if the default choice is as fast, or if the row gives wrong numbers.
     """
@@ -314,9 +368,11 @@ def timed(
         try:
             time = seconds(candidate)
         except Exception as error:  # a candidate that compiles remotely may still not run
-            found[n]["error"] = str(error).splitlines()[0][:200]
+            found[n]["error"] = first_line(error)
+            save()
             continue
         found[n]["seconds"] = time
+        save()
         _say(f"  {candidate.kernel} {candidate.row[candidate.kernel]}: {time * 1e6:.0f} us")
         first.setdefault(candidate.kernel, time)
         if candidate.kernel not in best or time < best[candidate.kernel][0]:

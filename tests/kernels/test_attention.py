@@ -1,8 +1,9 @@
 """The conformance suite: what every backend of `attention` must do.
 
-A backend joins by one entry in `BACKENDS`. It is compared with a float64 reference in NumPy, which is itself compared
-with finite differences. The Pallas backends run in their interpreters, with race detection on: short rows as they come,
-and rows of several tiles of their general kernels (`stretch`), which take a choice of the cases.
+A backend joins by one entry in `BACKENDS`. It is compared with a float64 reference in NumPy (`kernels/conformance.py`,
+which has the cases), which is itself compared with finite differences. The Pallas backends run in their interpreters,
+with race detection on: short rows as they come, and rows of several tiles of their general kernels (`stretch`), which
+take a choice of the cases.
 """
 
 from __future__ import annotations
@@ -21,17 +22,27 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention, row_seeds, xla
-from bestiary.kernels.bias import bucket_edges
-from bestiary.kernels.hash import keep, key_words, query_words
+from bestiary.kernels import DenseBias, attention, row_seeds, xla
+from bestiary.kernels.conformance import (
+    CASES,
+    LABELS,
+    SEED,
+    Case,
+    Drawn,
+    call,
+    draw,
+    empty_rows,
+    error,
+    kept_of,
+    reference,
+    with_gradients,
+)
 from bestiary.kernels.hopper import backend as hopper
 from bestiary.kernels.hopper import forward as hopper_forward
 from bestiary.kernels.hopper import short as hopper_short
 from bestiary.kernels.split import splitting
 from bestiary.kernels.tpu import backend as tpu
 from bestiary.kernels.tpu.frame import Tiling
-
-SEED = jnp.array([12, 3456], jnp.uint32)
 
 
 @contextlib.contextmanager
@@ -105,246 +116,6 @@ BACKENDS = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call: sizes and options. `bias` is a kind, its arrays are drawn; `segments` is how segment ids are drawn."""
-
-    name: str
-    sizes: tuple[int, int, int, int, int, int, int] = (2, 17, 17, 2, 2, 8, 8)
-    """B, L, S, H, K, D, Dv."""
-    bias: str | None = None
-    bias_shape: tuple[int, int] = (1, 1)
-    segments: str | None = None
-    rate: float = 0.0
-    options: dict = dataclasses.field(default_factory=dict)
-    placed: bool = False
-    """Whether each token has a place of its own for dropout, other than where it is."""
-
-    def stretched(self, times: int) -> Case:
-        """Return the same case with longer rows, by this factor."""
-        b, q_len, k_len, *rest = self.sizes
-        return dataclasses.replace(self, sizes=(b, q_len * times, k_len * times, *rest))
-
-
-CROSS = (2, 19, 33, 2, 2, 8, 12)
-GROUPED = (1, 21, 21, 4, 2, 16, 8)
-CASES = [
-    Case("plain"),
-    Case("cross, odd lengths, other value size, scale", CROSS, options={"scale": 1.0}),
-    Case("causal, fewer queries", (1, 9, 14, 2, 2, 8, 8), options={"causal": True}),
-    Case("causal, fewer keys", (1, 14, 9, 2, 2, 8, 8), options={"causal": True}),
-    Case("window, dense bias shared by heads", bias="dense", bias_shape=(2, 1), options={"window": (3, 5)}),
-    Case("window that leaves late queries nothing", (1, 23, 9, 2, 2, 8, 8), options={"window": (2, None)}),
-    Case("packed, dropout", segments="packed", rate=0.2, placed=True),
-    Case("segments in any order, grouped heads, dropout", GROUPED, segments="any", rate=0.3),
-    Case("cross, segments, alibi", CROSS, bias="alibi", segments="any"),
-    Case("softcap, dense bias shared by rows", CROSS, bias="dense", bias_shape=(1, 2), options={"softcap": 2.0}),
-    Case("dense bias shared by rows and heads, packed", bias="dense", segments="packed"),
-    Case("dense bias of each row and head, grouped", (2, *GROUPED[1:]), bias="dense", bias_shape=(2, 4), rate=0.1),
-    Case("relative, packed, dropout", bias="relative", segments="packed", rate=0.2, options={"scale": 1.0}),
-    Case("relative, causal, cross", CROSS, bias="relative causal", options={"causal": True, "scale": 1.0}),
-    Case("alibi, causal, window, one key head", (2, 18, 18, 4, 1, 8, 8), bias="alibi",
-         options={"causal": True, "window": (6, None)}),
-    Case("all together", (1, 27, 35, 2, 1, 8, 12), bias="relative", segments="any", rate=0.15,
-         options={"window": (13, 17), "softcap": 3.0, "scale": 0.7}),
-]  # fmt: skip
-
-BIASES = {
-    "dense": DenseBias,
-    "relative": functools.partial(RelativeBias, bidirectional=True, max_distance=20),
-    "relative causal": functools.partial(RelativeBias, bidirectional=False, max_distance=20),
-    "alibi": AlibiBias,
-}
-BUCKETS = 8
-
-
-def draw_segments(kind: str, generator: np.random.Generator, rows: int, length: int) -> np.ndarray:
-    """int32 [rows, length]. "any": in no order, a tenth padding. "packed": ascending, padding last, and a row of it."""
-    if kind == "any":
-        ids = generator.integers(1, 4, (rows, length))
-        ids[generator.random((rows, length)) < 0.1] = 0
-        return ids.astype(np.int32)
-    ids = np.sort(generator.integers(1, 5, (rows, length)), axis=1)
-    ids[:, length - 3 :] = 0
-    ids[-1] = 0
-    return ids.astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A case's arrays: what is differentiated, the cotangents, and the rest."""
-
-    primals: tuple[np.ndarray, ...]
-    """query, key, value and, where there is one, the bias's array."""
-    cotangents: tuple[np.ndarray, np.ndarray]
-    query_ids: np.ndarray | None
-    key_ids: np.ndarray | None
-    places: tuple[np.ndarray, ...] | None
-    """Row and index of each query, [B, L], and index of each key, [B, S], as dropout takes them."""
-
-
-def draw(case: Case, dtype: str = "float32") -> Drawn:
-    b, q_len, k_len, heads, k_heads, size, v_size = case.sizes
-    generator = np.random.default_rng(sum(map(ord, case.name)))
-
-    def normal(*shape: int) -> np.ndarray:
-        return np.asarray(jnp.asarray(generator.normal(size=shape), dtype))
-
-    shapes = {
-        "dense": (*case.bias_shape, q_len, k_len),
-        "relative": (BUCKETS, heads),
-        "relative causal": (BUCKETS, heads),
-        "alibi": (heads,),
-    }
-    primals = [normal(b, q_len, heads, size), normal(b, k_len, k_heads, size), normal(b, k_len, k_heads, v_size)]
-    if case.bias is not None:
-        primals.append(normal(*shapes[case.bias]).astype("float64" if dtype == "float64" else "float32"))
-    ids = [None, None]
-    if case.segments is not None:
-        ids = [draw_segments(case.segments, generator, b, length) for length in (q_len, k_len)]
-        if q_len == k_len:
-            ids[1] = ids[0]
-    cotangents = normal(b, q_len, heads, v_size), generator.normal(size=(b, q_len, heads)).astype(np.float32)
-    places = [generator.integers(0, most, (b, n), np.int32) for most, n in ((b, q_len), (q_len, q_len), (k_len, k_len))]
-    drawn = Drawn(tuple(primals), cotangents, *ids, tuple(places) if case.placed else None)
-    # What a loss makes of an empty row's lse, -inf, may itself be infinite or not a number.
-    drawn.cotangents[1][empty_rows(case, drawn)] = np.nan
-    return drawn
-
-
-def call(case: Case, drawn: Drawn, implementation: str | None = None, seed: jax.Array = SEED) -> Callable:
-    """The case as a function of its primals, returning (output, lse)."""
-    places = drawn.places
-
-    def function(query, key, value, *bias):
-        return attention(
-            query,
-            key,
-            value,
-            bias=BIASES[case.bias](*bias) if case.bias else None,
-            query_segment_ids=drawn.query_ids,
-            key_segment_ids=drawn.key_ids,
-            dropout_rate=case.rate,
-            dropout_seed=seed if places is None else row_seeds(seed, jnp.asarray(places[0])),
-            dropout_positions=None if places is None else places[1:],
-            return_lse=True,
-            implementation=implementation,
-            **case.options,
-        )
-
-    return function
-
-
-def with_gradients(function: Callable) -> Callable:
-    """(primals, cotangents) -> (output, lse, *gradients), compiled."""
-
-    def run(primals, cotangents):
-        outputs, pull = jax.vjp(function, *primals)
-        return (*outputs, *pull(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs, strict=True))))
-
-    return jax.jit(run)
-
-
-def mask_of(case: Case, drawn: Drawn) -> np.ndarray:
-    """bool [B, 1, L, S], from the words of the contract."""
-    b, q_len, k_len = case.sizes[:3]
-    i, j = np.arange(q_len)[:, None], np.arange(k_len)[None, :]
-    left, right = case.options.get("window", (None, None))
-    mask = np.ones((b, 1, q_len, k_len), bool)
-    if case.options.get("causal"):
-        mask &= j <= i
-    if left is not None:
-        mask &= j >= i - left
-    if right is not None:
-        mask &= j <= i + right
-    if drawn.query_ids is not None:
-        mask &= drawn.query_ids[:, None, :, None] == drawn.key_ids[:, None, None, :]
-        mask &= drawn.query_ids[:, None, :, None] != 0
-    return mask  # fmt: skip
-
-
-def empty_rows(case: Case, drawn: Drawn) -> np.ndarray:
-    """bool [B, L]: the queries with nothing to attend to."""
-    return ~np.broadcast_to(mask_of(case, drawn).any((1, 3)), (case.sizes[0], case.sizes[1]))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def kept_of(rate: float, rows: int, heads: int, queries: int, keys: int) -> jax.Array:
-    """Dropout's bits [B, H, L, S], from the hash (which test_hash.py writes out in integers)."""
-    a, b = query_words(row_seeds(SEED, jnp.arange(rows)), jnp.arange(heads), jnp.arange(queries))
-    g = key_words(jnp.arange(keys))
-    return keep(a[..., None], b[..., None], g[None, None, None, :], rate)
-
-
-def reference(case: Case, drawn: Drawn) -> tuple[np.ndarray, ...]:
-    """(output, lse, *gradients) in float64: the formula, and its derivative by hand."""
-    q, k, v, *bias = (x.astype(np.float64) for x in drawn.primals)
-    d_out, d_lse = (x.astype(np.float64) for x in drawn.cotangents)
-    b, q_len, k_len, heads, k_heads, size, _ = case.sizes
-    group = heads // k_heads
-    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-    scale, softcap = case.options.get("scale", size**-0.5), case.options.get("softcap")
-
-    scores = scale * np.einsum("blhd,bshd->bhls", q, k)
-    distance = np.arange(k_len)[None, :] - np.arange(q_len)[:, None]
-    bucket = np.zeros((0,))
-    if case.bias == "dense":
-        scores = scores + bias[0]
-    elif case.bias == "alibi":
-        scores = scores - bias[0][:, None, None] * np.abs(distance)
-    elif case.bias is not None:
-        both = case.bias == "relative"
-        edges = bucket_edges(bidirectional=both, buckets=BUCKETS, max_distance=20)
-        reach = np.abs(distance) if both else np.maximum(-distance, 0)
-        bucket = np.searchsorted(edges, reach, side="right") + (distance > 0) * both * (BUCKETS // 2)
-        scores = scores + np.moveaxis(bias[0][bucket], -1, 0)
-    slope = 1.0
-    if softcap is not None:
-        slope = 1 - np.tanh(scores / softcap) ** 2
-        scores = softcap * np.tanh(scores / softcap)
-
-    mask = mask_of(case, drawn)
-    empty = ~np.broadcast_to(mask.any(-1), (b, heads, q_len))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = np.where(mask, np.exp(scores - scores.max(-1, keepdims=True)), 0)
-        lse = np.log(weights.sum(-1)) + scores.max(-1)
-        weights = np.where(empty[..., None], 0, weights / weights.sum(-1, keepdims=True))
-    factor = np.ones(())
-    if case.rate:
-        factor = np.asarray(kept_of(case.rate, b, heads, q_len, k_len)) / (1 - case.rate)
-        if drawn.places is not None:
-            rows, queries, keys = drawn.places
-            factor = factor[rows[:, None, :, None], np.arange(heads)[:, None, None], queries[:, None, :, None],
-                            keys[:, None, None]]  # fmt: skip
-    out = np.einsum("bhls,bshd->blhd", weights * factor, v)
-
-    d_weights = np.einsum("blhd,bshd->bhls", d_out, v) * factor
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
-    d_scores = (d_scores + weights * np.where(empty, 0, np.moveaxis(d_lse, 1, 2))[..., None]) * slope
-    gradients = [
-        np.einsum("bhls,bshd->blhd", d_scores, k) * scale,
-        np.einsum("bhls,blhd->bshd", d_scores, q) * scale,
-        np.einsum("bhls,blhd->bshd", weights * factor, d_out),
-    ]
-    gradients[1:] = [x.reshape(b, k_len, k_heads, group, -1).sum(3) for x in gradients[1:]]
-    if case.bias == "dense":
-        shared = tuple(axis for axis in (0, 1) if bias[0].shape[axis] == 1)
-        gradients.append(d_scores.sum(shared, keepdims=True))
-    elif case.bias == "alibi":
-        gradients.append(-(d_scores * np.abs(distance)).sum((0, 2, 3)))
-    elif case.bias is not None:
-        gradients.append(np.stack([d_scores[:, :, bucket == n].sum((0, 2)) for n in range(BUCKETS)]))
-    return out, np.moveaxis(lse, 1, 2), *gradients
-
-
-def error(found, expected: np.ndarray) -> float:
-    """The norm of the difference as a share of the norm expected; infinities must be the same."""
-    found = np.asarray(found, np.float64)
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(found[~finite], expected[~finite])
-    return float(np.linalg.norm(found[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-30))
-
-
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with request.param.context():
@@ -399,9 +170,6 @@ def limits(backend: Backend, case: Case, dtype: str) -> tuple[float, ...]:
         # It rounds by up to 2**-9; weights, score gradients and the result are rounded once each.
         return (2**-7,) * 6
     return tuple(2 * x + 1e-5 for x in plain_error(case.name, dtype, backend.stretch))
-
-
-LABELS = ("output", "lse", "query", "key", "value", "bias")
 
 
 def check(backend: Backend, case: Case, dtype: str) -> tuple[np.ndarray, ...]:
@@ -597,3 +365,58 @@ def test_xla_takes_minus_infinity_in_a_dense_bias():
     np.testing.assert_array_equal(np.asarray(out)[0, 3], 0)
     np.testing.assert_array_equal(np.asarray(lse)[0, 3], -np.inf)
     assert all(np.isfinite(x).all() for x in gradients)
+
+
+# What runs where no gradient is asked.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case.name.startswith(("window that", "cross, seg", "softcap", "dense bias shared", "alibi"))
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_xla_without_a_gradient(case, blocks, monkeypatch):
+    """Also where nobody asks for lse, which is then computed by nobody."""
+    monkeypatch.setattr(xla, "BLOCK_SCORES", -(-case.sizes[1] * case.sizes[2] // blocks))
+    drawn = draw(case)
+    run = call(case, drawn, "xla")
+    out, lse = jax.jit(run)(*drawn.primals)
+    expected, its_lse, *_ = reference(case, drawn)
+    assert error(out, expected) < 2e-6
+    assert error(lse, its_lse) < 2e-6
+
+
+def test_xla_without_a_gradient_survives_keys_of_any_size():
+    """Partial sums of the products overflow in both directions; queries in an example of its own never see them."""
+    case = Case("planted", (2, 24, 24, 2, 2, 8, 8), bias="relative", segments="packed")
+    drawn = draw(case)
+    strange = (drawn.key_ids == 2) | (drawn.key_ids == 0)
+    others = (drawn.query_ids != 2) & ~empty_rows(case, drawn)
+    query, key, value, bias = drawn.primals
+    planted = np.where(strange[..., None, None], np.float32(3e38), key)
+    shouted = np.where(strange[..., None, None], np.float32(-3e38), value)
+    out, lse = jax.jit(call(case, drawn, "xla"))(query, planted, shouted, bias)
+    expected, its_lse, *_ = reference(case, drawn)
+    assert error(np.asarray(out)[others], expected[others]) < 2e-6
+    assert error(np.asarray(lse)[others], its_lse[others]) < 2e-6
+    np.testing.assert_array_equal(np.asarray(out)[empty_rows(case, drawn)], 0)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_a_gradient_the_scores_are_never_in_memory(dtype):
+    case = Case("fused", (2, 256, 256, 8, 8, 16, 16), segments="packed")
+    drawn = draw(case, dtype)
+    run = call(case, drawn, "xla")
+
+    def memory(function) -> int:
+        return jax.jit(function).lower(*drawn.primals).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 2 * 8 * 256 * 256
+    assert memory(lambda *primals: run(*primals)[0]) < scores / 2
+    assert memory(run) > scores / 2

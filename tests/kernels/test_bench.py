@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels.bench import attention as bench
+from bestiary.kernels.bench import jobs, report
 from bestiary.kernels.bench import layers as layers_bench
 from bestiary.kernels.bench import peers as bench_peers
 from bestiary.kernels.bench import timing as bench_timing
@@ -18,6 +18,8 @@ from bestiary.kernels.bench.cases import (
     CORPORA,
     BenchError,
     Case,
+    abstract,
+    documents,
     draw,
     needed_area,
     needed_work,
@@ -143,6 +145,7 @@ def test_the_files_of_a_run(measured):
             assert part["tflops"] == pytest.approx(needed["operations"] / part["median"] / 1e12)
     assert entries["jax.nn cudnn"]["reason"] == "needs an NVIDIA GPU"
     assert entries["splash attention"]["reason"] == "needs a TPU"
+    assert not any(entry.get("failed") for entry in case["contestants"])
     assert "jax.nn xla" in (measured / "attention-cpu-short.md").read_text()
     assert (measured / "attention-cpu-short.png").read_bytes().startswith(b"\x89PNG")
 
@@ -157,22 +160,68 @@ def test_a_contestant_that_differs_is_not_timed(monkeypatch):
         return jnp.reshape(inputs.query, (1, 2, 3))
 
     monkeypatch.setitem(bench_peers.PEERS, "broken", broken)
-    ceilings = bench_timing.Ceilings(1e9, 1e9)
     monkeypatch.setattr(bench_peers.JaxRunner, "forward", lambda self: bench_timing.Seconds(1.0, 1.0, 1.0))
     monkeypatch.setattr(bench_peers.JaxRunner, "backward", lambda self: bench_timing.Seconds(1.0, 1.0, 1.0))
-    case = bench.measure(CASE, ["bestiary xla", "wrong", "broken"], ceilings, {"samples": 1, "least_seconds": 0.0}, 0)
-    ours, wrong_entry, broken_entry = case["contestants"]
+    job = {"case": dataclasses.asdict(CASE), "sets": 1, "seed": 0, "timing": {"samples": 1, "least_seconds": 0.0}}
+    ours, wrong_answer = (jobs.contest(job | {"name": name}) for name in ("bestiary xla", "wrong"))
     assert "backward" in ours
-    assert "forward" not in wrong_entry
-    assert wrong_entry["reason"].endswith("differs from ours by 0.1: not timed")
-    assert "reshape" in broken_entry["reason"]
+    assert "forward" not in wrong_answer
+    assert wrong_answer["wrong"]
+    assert wrong_answer["reason"].endswith("differs from XLA in float32 by 0.1: not timed")
+    with pytest.raises(TypeError, match="reshape"):
+        jobs.contest(job | {"name": "broken"})
+    # That ours is wrong is found too: the truth is not ours.
+    monkeypatch.setattr(bench_peers, "ours", lambda name, case, inputs: wrong(case, inputs))
+    assert jobs.contest(job | {"name": "bestiary xla"})["wrong"]
+
+
+def test_an_answer_that_never_came_is_listed_with_the_reason():
+    case = report.described(CASE, 0)
+    assert report.entered(case, "torch flex", {"failed": "no answer within 300 s", "seconds": 300.0}, None) == {
+        "name": "torch flex",
+        "failed": True,
+        "reason": "no answer within 300 s",
+    }
+    seconds = dict(zip(("median", "shortest", "longest"), (2.0, 1.0, 3.0), strict=True))
+    entry = report.entered(case, "x", {"forward": seconds, "backward": seconds, "errors": {}}, None)
+    assert entry["forward"]["share_of_ceiling"] is None
+    result = {
+        "device": "a chip", "dtype": "float32", "date": "2026-12-01", "command": "x", "versions": {"jax": "0"},
+        "ceilings": None, "cases": [case | {"contestants": [entry]}],
+    }  # fmt: skip
+    assert "The ceilings were not measured." in report.markdown(result)
+    assert report.chart(result).startswith(b"\x89PNG")
+
+
+def test_documents_in_the_forms_of_other_implementations():
+    ids = np.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 0, 0]], np.int32)
+    found = documents(ids)
+    assert found.starts.tolist() == [[0, 2, -1], [0, -1, -1], [-1, -1, -1]]
+    assert found.lengths.tolist() == [[2, 3, -1], [6, -1, -1], [-1, -1, -1]]
+    assert found.first.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6, [0] * 6]
+    assert found.stop.tolist() == [[2, 2, 5, 5, 5, 6], [6] * 6, [6] * 6]
+    packed = pack(CORPORA["short"], 4, 512, seed=1)
+    found = documents(packed)
+    place = np.arange(512)
+    seen = (place[None, None] >= found.first[..., None]) & (place[None, None] < found.stop[..., None])
+    assert (seen == (packed[:, :, None] == packed[:, None, :])).all()
+    assert found.lengths[found.lengths > 0].sum() == (packed != 0).sum()
+
+
+@pytest.mark.parametrize("change", [{}, {"bias": "dense", "packed": "short"}, {"bias": "alibi"}, {"bias": "relative"}])
+def test_shapes_without_arrays_are_those_of_the_arrays(change):
+    case = dataclasses.replace(CASE, **change)
+    expected = jax.eval_shape(lambda: draw(case, 1, seed=0)[0])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract(case)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
+    )
 
 
 def test_the_share_of_the_ceiling_is_of_the_longer_time():
     ceilings = bench_timing.Ceilings(operations=100.0, bytes=10.0)
     assert ceilings.seconds(200.0, 1.0) == 2.0
     assert ceilings.seconds(200.0, 50.0) == 5.0
-    part = bench.rated(bench_timing.Seconds(4.0, 3.0, 5.0), operations=2e12, at_the_ceiling=2.0)
+    part = report.rated(bench_timing.Seconds(4.0, 3.0, 5.0), operations=2e12, at_the_ceiling=2.0)
     assert part["share_of_ceiling"] == 0.5
     assert part["tflops"] == 0.5
 
@@ -186,6 +235,7 @@ def test_the_share_of_the_ceiling_is_of_the_longer_time():
         (["--packed", "wiki"], "--packed: expected one of wikipedia, short, found 'wiki'"),
         (["--peers", "flash"], "--peers: expected some of all, none, jax.nn"),
         (["--window", "3,x"], "--window: expected LEFT,RIGHT"),
+        (["--limit", "0"], "--limit: expected seconds above 0, found 0"),
         (["--dropout", "1.5"], "--dropout: expected a rate in [0, 1), found 1.5"),
         (["--chip", "h200"], "--chip: only with --tune"),
         (["--tune"], "--tune: no accelerator found; name a chip to compile for, --chip h100|h200|v4"),
@@ -208,7 +258,9 @@ def test_inputs_differ_between_sets_and_padding_has_no_gradient():
 
 def test_which_peers_take_part():
     names = bench_peers.contestants(["jax.nn", "torch sdpa"])
-    assert names[-3:] == ["jax.nn xla", "jax.nn cudnn", "torch sdpa"]
+    assert names[-6:-4] == ["jax.nn xla", "jax.nn cudnn"]
+    assert [name.removeprefix("torch sdpa ") for name in names[-4:]] == ["flash", "cudnn", "efficient", "math"]
+    assert bench_peers.contestants(["cudnn offsets"])[-1] == "cudnn offsets"
     assert bench_peers.contestants(["none"])[-1] == "bestiary xla"
     with pytest.raises(bench_peers.Refused, match="generates different dropout bits"):
         bench_peers.enter("jax.nn xla", dataclasses.replace(CASE, dropout=0.1), [], {})

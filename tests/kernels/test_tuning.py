@@ -12,7 +12,7 @@ import pytest
 
 from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, tuning, tuning_table, xla
 from bestiary.kernels.bench import tune
-from bestiary.kernels.bench.cases import Case
+from bestiary.kernels.bench.cases import BenchError, Case
 from bestiary.kernels.bench.timing import Seconds
 from bestiary.kernels.call import Call
 from bestiary.kernels.hopper import backend as hopper
@@ -229,12 +229,50 @@ def test_the_fastest_of_each_kernel_makes_the_row(monkeypatch, tmp_path, wrong, 
     case = Case(1, 32, 32, 2, 2, 64, "bfloat16")
     assert tune.tune([case], chip_name=None, path=table, out=tmp_path, samples=1) == 0
     assert not any(row["forward"] == (3, 64, 1) or row["forward"][2] == 3 for row in asked)
+    # The same from the report, without compiling first.
+    written, report = table.read_text() if table.exists() else None, tmp_path / "tune-h200.json"
+    entries = json.loads(report.read_text())["keys"][0]["candidates"]
+    assert [("seconds" in entry, entry["kernel"]) for entry in entries] == [
+        (True, "forward"), (True, "forward"), (False, "forward"), (False, "forward"),
+        (True, "key_gradient"), (True, "key_gradient"),
+    ]  # fmt: skip
+    monkeypatch.setattr(tune, "thinned", None)
+    timed, asked[:] = len(asked), []
+    thinned_before = tmp_path / "thinned.json"
+    report.rename(thinned_before)
+    if table.exists():
+        table.unlink()
+    assert tune.tune([case], chip_name=None, path=table, out=tmp_path, samples=1, report_of=thinned_before) == 0
+    assert len(asked) == timed
+    assert (table.read_text() if table.exists() else None) == written
     if wrong or gain > 0.98:
         assert not table.exists()
         return
     expected = tuning.flatten(rule) | best
     key = ("h200", "bfloat16", 64, 128, "full", "none", False)
     assert table.read_text() == tune.table_text({Key(*key): expected | {"together": True}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report.pop("keys"), "expected a report of --tune, found KeyError: 'keys'"),
+        (lambda report: report.update(chip="v5e"), "expected candidates for a h200, found some for a v5e"),
+        (lambda report: report["keys"][0]["key"].update(length=512), "expected an entry for Key.*found 1 others"),
+        (lambda report: report["keys"][0]["rule"].update(fused=7), "made for the default choice .*'fused': 7"),
+    ],
+)
+def test_a_report_that_does_not_fit_is_refused(monkeypatch, tmp_path, change, message):
+    case = Case(1, 32, 32, 2, 2, 64, "bfloat16")
+    key = Key("h200", "bfloat16", 64, 128, "full", "none", False)
+    rule = tuning.flatten(hopper.blocks_for(64, 64))
+    report = {"chip": "h200", "keys": [{"key": dataclasses.asdict(key), "rule": rule, "candidates": []}]}
+    change(report)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    monkeypatch.setattr(tune, "chip", lambda: "h200")
+    with pytest.raises(BenchError, match=message):
+        tune.tune([case], chip_name=None, path=tmp_path / "table.py", out=tmp_path, samples=1, report_of=path)
 
 
 @pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bestiary import models
+from bestiary.data.errors import DataError
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.sentence_folder import read_sentence_folder
 from bestiary.models.heads.pooling import combine, mix, normalize
@@ -55,6 +57,27 @@ def test_every_pooling_of_every_layer_is_that_of_the_text_alone(sentence_encoder
         expected = [hidden[:, 0], sums / hidden.shape[1], hidden.max(axis=1), sums / np.sqrt(hidden.shape[1])]
         np.testing.assert_allclose(vectors, np.concatenate(expected, axis=-1), atol=1e-5)
     assert extract.truncated == sum(max(0, len(text.split()) - 10) for text in texts) > 0
+
+
+def test_settings_of_a_folder_cover_the_prompt_too(sentence_encoder, made_up, alone, tmp_path):
+    """Lower-casing covers it, pooling can leave it out, and the tokenizer's own maximum length counts."""
+    folder = shutil.copytree(sentence_encoder, tmp_path / "encoder")
+    write(
+        folder,
+        sentence_bert_config={"do_lower_case": True},
+        tokenizer_config={"tokenizer_class": "BertTokenizer", "do_lower_case": False, "model_max_length": 12},
+        **{"1_Pooling__config": {"pooling_mode": ["mean", "cls"], "include_prompt": False}},
+    )
+    prompt = " ".join(made_up(9)[-1].split()[:2]) + " "
+    extract = Extractor(FeatureConfig(model=folder, prompt=prompt.upper(), normalize=False))
+    texts = made_up(20)
+    for text, vector in zip(texts, extract([text.upper() for text in texts]).vectors, strict=True):
+        ids, hidden = alone(prompt + text)
+        assert len(ids) <= 12
+        own = hidden[-1, 3:]  # after [CLS] and the two words of the prompt
+        np.testing.assert_allclose(vector, np.concatenate([own.mean(axis=0), own[0]]), atol=1e-5)
+    with pytest.raises(RunError, match="--prompt takes all of the 12 tokens"):
+        Extractor(FeatureConfig(model=folder, prompt=prompt * 6))
 
 
 def test_a_stream_of_texts_becomes_an_array(sentence_encoder, made_up, alone, monkeypatch, capfdbinary):
@@ -188,41 +211,53 @@ def test_a_folder_says_how_its_vectors_are_made(tmp_path):
         modules=modules("Transformer", "Pooling"),
         **{
             "0_Transformer__sentence_bert_config": {"max_seq_length": 77, "do_lower_case": True},
-            "1_Pooling__config": {"pooling_mode_cls_token": True, "include_prompt": True},  # mean is on as well
+            "1_Pooling__config": {"pooling_mode_cls_token": True, "include_prompt": False},
         },
         config_sentence_transformers={"prompts": {"query": "query: "}, "default_prompt_name": "query"},
     )  # fmt: skip
     found = read_sentence_folder(tmp_path)
-    assert found == (tmp_path / "0_Transformer", ("cls", "mean"), False, 77, True, "query: ")
+    assert found == (tmp_path / "0_Transformer", ("cls",), False, 77, True, "query: ", False)
 
 
 def test_a_pooling_can_be_named(tmp_path):
-    pooling = {"pooling_mode": "max", "pooling_mode_mean_tokens": True}
-    write(tmp_path, modules=modules("Transformer", "Pooling", "Normalize"), **{"1_Pooling__config": pooling})
-    assert read_sentence_folder(tmp_path) == (tmp_path / "0_Transformer", ("max",), True, None, False, "")
+    """A list is concatenated in its order; without any mode, mean; the older keys count where the new one is absent."""
+    write(tmp_path, modules=modules("Transformer", "Pooling", "Normalize"))
+    for pooling, expected in (
+        ({"pooling_mode": "max", "pooling_mode_mean_tokens": True}, ("max",)),
+        ({"pooling_mode": ["mean", "cls"]}, ("mean", "cls")),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
+        ({"pooling_mode_mean_tokens": False}, ("mean",)),
+        ({}, ("mean",)),
+    ):
+        write(tmp_path, **{"1_Pooling__config": pooling})
+        assert read_sentence_folder(tmp_path) == (tmp_path / "0_Transformer", expected, True, None, False, "", True)
 
 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         ({"modules": modules("Transformer", "Pooling", "Dense")}, "found Transformer, Pooling, Dense"),
-        ({"modules": {"a": 1}}, "expected a list of modules"),
+        ({"modules": {"a": 1}}, r"modules.json: expected a list, each item a JSON object"),
+        ({"modules": [{"type": "x.Transformer", "path": 5}]}, "modules.json: path: expected text, found 5"),
+        ({"modules": [{"type": "x.Transformer", "path": "../other"}]}, "expected a folder within that of the file"),
+        ({"modules": [{"type": "x.Transformer", "path": "/etc"}]}, "expected a folder within that of the file"),
         ({"1_Pooling__config": {"pooling_mode_lasttoken": True}}, "found pooling_mode_lasttoken"),
-        ({"1_Pooling__config": {"pooling_mode_mean_tokens": False}}, "none of them is true"),
+        ({"1_Pooling__config": {"pooling_mode_mean_tokens": "no"}}, "pooling_mode_mean_tokens: expected true or false"),
+        ({"1_Pooling__config": {"pooling_mode": []}}, "found none"),
         ({"1_Pooling__config": {"pooling_mode": "weightedmean"}}, "found weightedmean"),
-        (
-            {
-                "1_Pooling__config": {"include_prompt": False},
-                "config_sentence_transformers": {"prompts": {"q": "q: "}, "default_prompt_name": "q"},
-            },
-            "include_prompt: only true",
-        ),
+        ({"1_Pooling__config": {"include_prompt": None}}, "include_prompt: expected true or false, found null"),
+        ({"config_sentence_transformers": {"prompts": ["a"], "default_prompt_name": "a"}}, "prompts: expected"),
+        ({"config_sentence_transformers": {"prompts": {"a": 5}, "default_prompt_name": "a"}}, "prompts: expected"),
+        ({"0_Transformer__sentence_bert_config": {"max_seq_length": "16"}}, "max_seq_length: expected a whole number"),
+        ({"0_Transformer__sentence_bert_config": {"max_seq_length": 0}}, "the maximum length is 0"),
+        ({"0_Transformer__sentence_bert_config": {"do_lower_case": 1}}, "do_lower_case: expected true or false"),
+        ({"0_Transformer__sentence_bert_config": {"config_args": {"a": 1}}}, "config_args: not implemented"),
         ({"config_sentence_transformers": {"default_prompt_name": "x"}}, "not among its prompts"),
     ],
 )
 def test_modules_that_are_not_implemented_are_refused(tmp_path, files: Any, said: str):
     usual = {"modules": modules("Transformer", "Pooling"), "1_Pooling__config": {"pooling_mode_mean_tokens": True}}
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, DataError), match=said):
         read_sentence_folder(write(tmp_path, **(usual | files)))
 
 

@@ -51,6 +51,7 @@ class Settings(NamedTuple):
     max_length: int
     lowercase: bool
     prompt: str
+    skipped: int  # tokens at the start of each text that are not pooled: those of the prompt, where the folder says so
     dtype: str
 
 
@@ -84,7 +85,9 @@ class Extractor:
         self.model, params, model_config, self.tokenizer = load(folder.encoder, head="encoder", dtype=config.dtype)
         if self.tokenizer is None:
             raise RunError(f"{folder.encoder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
-        self.settings = _settings(config, folder, model_config, apart)
+        if folder.lowercase and not self.tokenizer.lowercase:
+            _lower_case(self.tokenizer)
+        self.settings = _settings(config, folder, model_config, self.tokenizer, apart)
         self.truncated = 0  # truncated tokens so far
         self._limit = model_config.max_length or ROW_LENGTHS[-1]  # tokens of the longest row
         parallelism = Parallelism(make_mesh("data=-1"))
@@ -108,8 +111,10 @@ class Extractor:
         hidden = hidden.astype(jnp.float32)
         kept = hidden if s.combine is None else combine(hidden, s.combine)[None]
 
+        pooled_ids, firsts = after(s.skipped, batch) if s.skipped else (batch["segment_ids"], batch["cls_positions"])
+
         def pooled(states: jax.Array) -> jax.Array:
-            parts = [pool(states, batch["segment_ids"], batch["cls_positions"], how) for how in s.pooling]
+            parts = [pool(states, pooled_ids, firsts, how) for how in s.pooling]
             vectors = jnp.concatenate(parts, axis=-1) if parts else states
             return normalize(vectors) if s.normalize else vectors
 
@@ -119,7 +124,7 @@ class Extractor:
     def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> Extracted:
         """Compute the features of texts, or of pairs of texts that are encoded together."""
         s = self.settings
-        texts = [s.prompt + (text.lower() if s.lowercase else text) for text in texts]
+        texts = [s.prompt + text for text in texts]
         ids, types, truncated = self.tokenizer.encode(texts, seconds, s.max_length)
         self.truncated += truncated
         features = pack_features(ids, types)
@@ -162,6 +167,27 @@ class Extractor:
         return digest.hexdigest()
 
 
+def after(count: int, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return (segment_ids [B, L], cls_positions [B, X]) without the first `count` tokens of each text.
+
+    A text that has no others keeps its first token as that of "cls".
+    """
+    segments, firsts = batch["segment_ids"], batch["cls_positions"]
+    texts = jnp.arange(1, firsts.shape[1] + 1, dtype=segments.dtype)
+    lengths = (segments[:, None, :] == texts[None, :, None]).sum(axis=-1)
+    kept = jnp.where(batch["position_ids"] < count, 0, segments)
+    return kept, firsts + jnp.where(lengths > count, count, 0)
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Make a tokenizer lower-case texts first, as do_lower_case of sentence_bert_config.json does."""
+    from tokenizers import normalizers
+
+    own = tokenizer.backend.normalizer
+    steps: list[Any] = [normalizers.Lowercase(), *([] if own is None else [own])]
+    tokenizer.backend.normalizer = normalizers.Sequence(steps)
+
+
 def _fetched(vectors: jax.Array, placed: Placed, *, pooled: bool) -> tuple[Kept, Placed]:
     host = {"vectors": jax.device_get(vectors)}
     return (Kept(segment=host) if pooled else Kept(token=host)), placed
@@ -181,15 +207,21 @@ def windows(texts: Iterable[str]) -> Iterator[list[str]]:
         yield window
 
 
-def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: bool) -> Settings:
+def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, tokenizer: Any, apart: bool) -> Settings:
     layers = parse_layers(config.layers, model.layers)
     limit = model.max_length or ROW_LENGTHS[-1]
-    length = min(folder.max_length or limit, limit) if config.max_length is None else config.max_length
+    length = config.max_length
+    if length is None:
+        stored = folder.max_length or tokenizer.settings.get("model_max_length") or limit
+        if isinstance(stored, bool) or not isinstance(stored, int | float) or not stored >= 3:
+            raise RunError(f"{folder.encoder}: the maximum length is {stored!r}; expected at least 3 tokens.")
+        length = int(min(stored, limit))
     if not 3 <= length <= limit:
         raise RunError(f"--max-length {length}: expected 3 to {limit}, the positions of this model.")
     pooling = folder.pooling if config.pooling is None else parse_pooling(config.pooling)
     # A folder's normalisation follows its pooling: sentence-transformers does not normalise vectors of tokens either.
     normalized = folder.normalize and bool(pooling) if config.normalize is None else config.normalize
+    prompt = folder.prompt if config.prompt is None else config.prompt
     return Settings(
         folder.encoder,
         layers,
@@ -198,9 +230,23 @@ def _settings(config: FeatureConfig, folder: SentenceFolder, model: Any, apart: 
         normalized,
         length,
         folder.lowercase,
-        folder.prompt if config.prompt is None else config.prompt,
+        prompt,
+        0 if folder.pools_prompt or not prompt else _prompt_tokens(tokenizer, prompt, length),
         config.dtype,
     )
+
+
+def _prompt_tokens(tokenizer: Any, prompt: str, length: int) -> int:
+    """Return the number of tokens of a prompt alone, without the special one that ends it.
+
+    Raises:
+        RunError: they leave no room for a text.
+    """
+    ((ids,), _, _) = tokenizer.encode([prompt], None, length)
+    count = len(ids) - bool(tokenizer.special[ids[-1]])
+    if count >= length - 1:
+        raise RunError(f"--prompt takes all of the {length} tokens of a text (--max-length).")
+    return count
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:

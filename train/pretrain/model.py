@@ -54,9 +54,11 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
     if config.init_from is not None:
         loaded = load(config.init_from, head=head)
         found: Any = loaded.config
-        # An embedding table may have more rows than the vocabulary: it is padded to a multiple of at most 128.
+        # An embedding table may have more rows than the vocabulary. Without a tokenizer in the folder, only one that is
+        # padded to a multiple of at most 128 shows that it is this vocabulary's.
         own = loaded.tokenizer is None or loaded.tokenizer.tokens == tokenizer.tokens
-        if not own or not 0 <= found.vocab_size - tokenizer.vocab_size < 128:
+        padding = found.vocab_size - tokenizer.vocab_size
+        if not own or padding < 0 or (loaded.tokenizer is None and padding >= 128):
             raise RunError(
                 f"{config.init_from} has a vocabulary of {found.vocab_size}, the tokenizer one of "
                 f"{tokenizer.vocab_size}. Give the checkpoint's own with --tokenizer {config.init_from}."

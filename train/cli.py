@@ -12,6 +12,7 @@ import tyro
 from .arguments import did_you_mean, refuse_renamed
 from .compiled import keep_compiled_programs
 from .cpu import prepare_cpu
+from .progress import end_line
 
 
 class Command(NamedTuple):
@@ -170,7 +171,8 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
             keep_compiled_programs()
         return import_module(command.runs_in or module, __package__).main(config)
     except KeyboardInterrupt:
-        print("\nbestiary: interrupted", file=sys.stderr)
+        end_line()
+        print("bestiary: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -178,6 +180,7 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
+        end_line()
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         resumes = " ".join(words).startswith(RESUMING)

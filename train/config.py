@@ -53,7 +53,7 @@ class LoopConfig:
     """Intervals of logging, evaluating and saving."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl; each line is the mean over these steps."""
+    """Steps between lines of metrics.jsonl; each line has the means over these steps, and totals since the start."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out data; 0: only at the end."""
     checkpoint_every: int = 500

@@ -101,7 +101,7 @@ class Training(NamedTuple):
     batches: Batches
     evaluate: Callable[[TrainState, Stop], dict[str, float] | None]  # held-out means; None if stopped
     shown: tuple[str, ...]  # metrics on the progress line
-    counted: Mapping[str, str]  # metrics that are added up over the run -> name of their rate per second
+    counted: Mapping[str, str]  # metrics that are added up over the run (`total_...`) -> name of their rate per second
     evaluate_every: int | None = None  # steps between evaluations; None: as in the run's settings
     initial: InitialWeights | None = None  # None: those of the learner
     best: Best | None = None
@@ -114,7 +114,8 @@ class Fitted(NamedTuple):
     step: int  # updates done
     totals: dict[str, float]  # counted metrics, including earlier starts of the run
     timed: dict[str, float]  # the part of them from the timed steps
-    seconds: float  # time of the timed steps: all but the first of each start, which compiles
+    seconds: float  # time of the timed steps: all but those that compile
+    compiling: float  # seconds of compiling, including earlier starts of the run
     best: tuple[int, float] | None  # step and value of the best evaluation, if selected
     stopped: int | None  # the signal that ended the run early
 
@@ -143,14 +144,20 @@ class Session(Protocol):
     def stop(self) -> Stop: ...
 
 
+FORMERLY = dict.fromkeys(("windows", "questions", "pieces"), "examples")
+"""Counted metrics -> their names in checkpoints of earlier versions."""
+
+
 class _Counters:
     """Add up counted metrics and time: in total, and since the last line of the log."""
 
     def __init__(self, names: Iterable[str], saved: dict[str, Any]):
-        self.totals = dict.fromkeys(names, 0.0) | saved.get("totals", {})
-        self.timed = dict.fromkeys(names, 0.0) | saved.get("timed", {})
+        self.totals, self.timed = (
+            {name: kept.get(name, kept.get(FORMERLY.get(name, ""), 0.0)) for name in names}
+            for kept in (saved.get("totals", {}), saved.get("timed", {}))
+        )
         self.seconds: float = saved.get("seconds", 0.0)
-        self._compiling = True
+        self.compiling: float = saved.get("compiling", 0.0)
         self._clock = time.perf_counter()
         self.new_window()
 
@@ -162,20 +169,20 @@ class _Counters:
         """Leave out the time since the last step, spent on logging, evaluating or saving."""
         self._clock = time.perf_counter()
 
-    def add(self, sums: Mapping[str, tuple[Any, Any]]) -> None:
-        """Count a step that has just ended. The first of a start compiles, and is not timed."""
+    def add(self, sums: Mapping[str, tuple[Any, Any]], *, timed: bool) -> None:
+        """Count a step that has just ended; one that was compiled for is not timed."""
         now = time.perf_counter()
         for name in self.totals:
             seen = float(sums[name][0])
             self.totals[name] += seen
-            if not self._compiling:
+            if timed:
                 self.timed[name] += seen
                 self._window[name] += seen
-        if not self._compiling:
+        if timed:
             self.seconds += now - self._clock
             self._window_seconds += now - self._clock
             self._window_steps += 1
-        self._clock, self._compiling = now, False
+        self._clock = now
 
     def rates(self) -> dict[str, float]:
         """Return the rates of the counted metrics in the window, per second; empty before any timed step."""
@@ -189,7 +196,7 @@ class _Counters:
 
     def state(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint, as JSON."""
-        return {"totals": self.totals, "timed": self.timed, "seconds": self.seconds}
+        return {"totals": self.totals, "timed": self.timed, "seconds": self.seconds, "compiling": self.compiling}
 
 
 class _EarlyStopping:
@@ -221,6 +228,15 @@ class _EarlyStopping:
         return {"best": self.at, "since_best": self._since}
 
 
+class _InFlight(NamedTuple):
+    """A step whose sums are still to be read."""
+
+    step: int
+    sums: Any
+    batch: dict[str, np.ndarray]
+    compiled: bool  # whether it had to be compiled first
+
+
 class Loop:
     """Train from the current step of a run to the last.
 
@@ -250,7 +266,8 @@ class Loop:
         self._meter = Meter(saved["meter"])
         self._counters = _Counters(training.counted, saved)
         self._early_stopping = _EarlyStopping(training.best, saved)
-        self._in_flight: tuple[int, Any, dict[str, np.ndarray]] | None = None  # a step whose sums are still to be read
+        self._in_flight: _InFlight | None = None
+        self._compiled: set[Any] = set()  # shapes of batches
 
     def run(self) -> Fitted:
         """Train.
@@ -266,14 +283,19 @@ class Loop:
             return self._fitted(self._start, None)
         evaluate_every = intervals.evaluate_every if training.evaluate_every is None else training.evaluate_every
         train = self._session.parallelism.compile_train(training.step, training.learner.specs)
-        if self._start < training.steps:
-            to_do = f"{training.steps - self._start} of {training.steps} steps to do"
-            self._session.progress.update(f"compiling the training step; {to_do}", force=True)
         for step in range(self._start + 1, training.steps + 1):
             batch = next(training.batches)
-            self._state, sums = train(self._state, self._session.parallelism.shard_batch(batch))
-            self._flush_metrics()
-            self._in_flight = (step, sums, batch)
+            placed = self._session.parallelism.shard_batch(batch)
+            shape = tuple((name, array.shape) for name, array in batch.items())
+            compiles = shape not in self._compiled
+            if compiles:
+                self._flush_metrics()  # the step before takes its own time
+                self._state, sums = self._compiling(step, batch, lambda: train(self._state, placed))  # noqa: B023
+                self._compiled.add(shape)
+            else:
+                self._state, sums = train(self._state, placed)
+                self._flush_metrics()
+            self._in_flight = _InFlight(step, sums, batch, compiles)
             last = step == training.steps
             stopping = stop.agreed(step)
             log = last or step % intervals.log_every == 0
@@ -298,11 +320,23 @@ class Loop:
                 return self._fitted(step, None)
         return self._fitted(training.steps, None)
 
+    def _compiling(self, step: int, batch: Mapping[str, np.ndarray], call: Callable[[], Any]) -> Any:
+        """Call a step for the first time with this shape, and say how long that took."""
+        rows = "x".join(map(str, next(iter(batch.values())).shape))
+        left = f"{self._training.steps - step + 1:,} of {self._training.steps:,} steps to do"
+        self._session.progress.update(f"compiling the training step for rows of {rows}; {left}", force=True)
+        clock = time.perf_counter()
+        found = call()
+        seconds = time.perf_counter() - clock
+        self._counters.compiling += seconds
+        self._session.progress.line(f"compiled the training step for {rows} tokens in {seconds:.1f} s; {left}")
+        return found
+
     def _flush_metrics(self) -> None:
         """Wait for the step in flight, read its sums and count it."""
         if self._in_flight is None:
             return
-        step, sums, batch = self._in_flight
+        step, sums, batch, compiled = self._in_flight
         sums, self._in_flight = jax.device_get(sums), None
         if not finite(sums):
             values = ", ".join(f"{name} {float(total):g}" for name, (total, _) in sums.items())
@@ -312,13 +346,14 @@ class Loop:
                 "The last checkpoint is from before; a lower --learning-rate or a longer --warmup may help."
             )
         self._meter.add(sums)
-        self._counters.add(sums)
+        self._counters.add(sums, timed=not compiled)
 
     def _log(self, step: int) -> None:
         """Write and show the means since the last line."""
         training, rates = self._training, self._counters.rates()
         means = {name: value for name, value in self._meter.means().items() if name not in training.counted}
-        means |= {"learning_rate": float(np.asarray(training.learner.rate(step - 1))), **self._counters.totals}
+        means |= {"learning_rate": float(np.asarray(training.learner.rate(step - 1)))}
+        means |= {f"total_{name}": total for name, total in self._counters.totals.items()}
         speeds = {f"{name}_per_second": rate for name, rate in rates.items()}
         self._session.folder.write_metrics(step, means, speeds)
         parts = [f"step {step}/{training.steps}", *(f"{n} {means[n]:.4g}" for n in training.shown if n in means)]
@@ -358,4 +393,6 @@ class Loop:
         self._checkpoints.finish()
         counters = self._counters
         best = self._early_stopping.at
-        return Fitted(self._state, step, counters.totals, counters.timed, counters.seconds, best, stopped)
+        return Fitted(
+            self._state, step, counters.totals, counters.timed, counters.seconds, counters.compiling, best, stopped
+        )

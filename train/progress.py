@@ -1,7 +1,9 @@
 """Progress output of long tasks: progress, a rate, and the time left."""
 
+import os
 import sys
 import time
+from typing import ClassVar
 
 
 def duration(seconds: float) -> str:
@@ -19,32 +21,69 @@ class Progress:
 
     Args:
         shown: False to show nothing, for processes other than the first.
-        every: seconds between plain lines.
+        every: seconds between plain lines, or, on a terminal, ten times the seconds between updates.
     """
+
+    open: ClassVar[bool] = False
+    """whether the cursor is at the end of a line that is being rewritten"""
 
     def __init__(self, *, shown: bool = True, every: float = 5.0):
         self._shown = shown
         self._terminal = shown and sys.stderr.isatty()
         self._every = every
         self._last = -float("inf")
-        self._open = 0  # width of the line that is being rewritten
 
     def update(self, text: str, *, force: bool = False) -> None:
         """Show the state of the work, replacing the last update."""
         now = time.monotonic()
-        if not self._shown or not (force or self._terminal or now - self._last >= self._every):
+        if not self._shown or not (force or now - self._last >= self._every / (10 if self._terminal else 1)):
             return
         self._last = now
-        if self._terminal:
-            print(f"\r{text:<{self._open}}", end="", file=sys.stderr, flush=True)
-            self._open = len(text)
+        if self._terminal:  # one line of the terminal, since a longer one could not be rewritten
+            print(f"\r\x1b[K{text[: _columns() - 1]}", end="", file=sys.stderr, flush=True)
+            Progress.open = True
         else:
             print(text, file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
         if self._shown:
-            if self._open:
-                print(file=sys.stderr)
-                self._open = 0
+            end_line()
             print(text, file=sys.stderr, flush=True)
+
+
+def end_line() -> None:
+    """End the line that is being rewritten, if there is one, before something else is printed."""
+    if Progress.open:
+        print(file=sys.stderr, flush=True)
+        Progress.open = False
+
+
+def _columns() -> int:
+    try:
+        return max(20, os.get_terminal_size(sys.stderr.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
+
+
+class Work:
+    """Progress of work of a known amount: how much is done, at what rate, and the time left.
+
+    Args:
+        progress: where to show it.
+        task: name of the work.
+        total: amount of work.
+        unit: what is counted, in the plural.
+    """
+
+    def __init__(self, progress: Progress, task: str, total: int, unit: str):
+        self._progress, self._task, self._total, self._unit = progress, task, total, unit
+        self._started = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Show that this much is done, unless it is all."""
+        if 0 < done < self._total:
+            rate = done / max(time.monotonic() - self._started, 1e-9)
+            of = f"{self._task}: {done:,} of {self._total:,} {self._unit}"
+            left = duration((self._total - done) / rate)
+            self._progress.update(f"{of}, {rate:,.0f} {self._unit}/s, {left} left")

@@ -165,6 +165,7 @@ class Run:
             "steps": fitted.step,
             **figures,
             "seconds_in_steps": fitted.seconds,
+            "seconds_compiling": fitted.compiling,
             "devices": devices_in_words(),
             "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax")},
         }

@@ -4,7 +4,8 @@ One process at a time works in a run folder: it holds a lock on `run.lock` (floc
 the process ends. The file says who holds it, and a process whose line is no longer there, since the folder was replaced
 or the file system lost the lock, writes nothing more.
 
-`metrics.jsonl` contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
+A line of `metrics.jsonl` has the means over the steps since the line before, and as `total_...` the sums over the run.
+It contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
 that of an uninterrupted one. Speeds are on the progress line, in TensorBoard and in results.json.
 """
 

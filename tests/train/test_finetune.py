@@ -240,7 +240,7 @@ def test_replicas_and_parts_give_the_same_numbers(encoder, sst2, finetuned, tmp_
 def make_predictor(folder: Path, max_length: int = 32):
     task = glue_task("sst2", max_length)
     loaded = models.load(folder, head="classification", **task.model_changes())
-    return task, loaded, Predictor(task, loaded.model, 0, start_parallelism(ParallelConfig()))
+    return task, loaded, Predictor(task, loaded.model, 0, start_parallelism(ParallelConfig()), Progress())
 
 
 def padded(features, count: int, slots: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bestiary.data.json_files import read_object_lines
 from bestiary.train.checkpoint import Checkpoints, restore_from
 from bestiary.train.config import FREE, LoopConfig, OptimConfig, ParallelConfig
 from bestiary.train.errors import RunError
@@ -106,7 +107,15 @@ class Settings:
     resume_from: Path | None = None
 
 
-def run_once(folder, values, kept, patience, counts_after=0, **settings):
+class Growing(Numbers):
+    """Batches of which every third has another shape."""
+
+    def __next__(self):
+        batch = super().__next__()
+        return {name: np.concatenate([values] * 2) for name, values in batch.items()} if self.at % 3 == 0 else batch
+
+
+def run_once(folder, values, kept, patience, counts_after=0, batches=Numbers, **settings):
     """Train with an evaluation after every step, which reads its value from a list."""
     learner = learner_of()
 
@@ -124,7 +133,7 @@ def run_once(folder, values, kept, patience, counts_after=0, **settings):
                 learner=learner,
                 step=step_of(learner),
                 steps=STEPS,
-                batches=Numbers(),
+                batches=batches(),
                 evaluate=evaluate,
                 shown=("loss",),
                 counted={"tokens": "tokens/s"},
@@ -140,6 +149,18 @@ def test_ends_when_no_evaluation_is_better(tmp_path):
     again = run_once(tmp_path / "run", [], kept, patience=3)  # the same command, after the end
     assert (again.step, again.best, kept) == (5, (2, 3.0), [1, 2])
     assert again.totals == fitted.totals == {"tokens": 40.0}
+
+
+def test_no_step_that_compiles_counts_towards_the_rates(tmp_path, capsys):
+    fitted = run_once(tmp_path / "run", [0.0] * STEPS, [], patience=0, batches=Growing)
+    assert fitted.totals == {"tokens": 6 * 8 + 2 * 16}
+    assert fitted.timed == {"tokens": 5 * 8 + 1 * 16}, "all but the first of each shape"
+    assert 0 < fitted.compiling < 60
+    said = capsys.readouterr().err
+    assert said.count("compiled the training step for ") == 2
+    assert "compiled the training step for 16x3 tokens in " in said
+    lines = read_object_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["total_tokens"] for line in lines if "total_tokens" in line] == [80.0]
 
 
 def test_patience_begins_when_evaluations_count(tmp_path):

@@ -66,7 +66,7 @@ def test_two_phases(workshop):
     out = workshop.folder / "phases"
     phases = ["--phases", "32:8", "64:6:0.0005", "--evaluation-rows", "16"]
     workshop.pretrain(out, *phases, sequence_length=None, steps=None, evaluate_every="0", evaluation_rows=None)
-    records = [record for record in metrics(out) if "tokens" in record]
+    records = [record for record in metrics(out) if "total_tokens" in record]
     assert records[-1]["step"] == 14
     assert records[-1]["learning_rate"] == pytest.approx(0.0005 / 5, rel=1e-3)  # the last of five steps down
 

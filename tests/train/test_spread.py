@@ -23,7 +23,7 @@ def assert_same_losses(found: Path, expected: Path) -> None:
     mine, theirs = metrics(found), metrics(expected)
     assert [record.keys() for record in mine] == [record.keys() for record in theirs]
     for one, other in zip(mine, theirs, strict=True):
-        assert one.get("tokens") == other.get("tokens")
+        assert one.get("total_tokens") == other.get("total_tokens")
         for key in one.keys() & {"loss", "mlm_loss", "nsp_loss", "eval/loss"}:
             assert one[key] == pytest.approx(other[key], rel=3e-5), (key, one["step"])
 

@@ -37,7 +37,7 @@ from ..finetune.tasks.glue import glue_data, glue_task
 from ..finetune.tasks.table import table_task
 from ..finetune.tasks.task import Kept, TaskData, hold_out
 from ..finetune.tasks.text import TextTask
-from ..progress import Progress, duration
+from ..progress import Progress, Work, duration
 from ..run_folder import RunFolder
 from .config import FeatureConfig, ProbeConfig
 from .extract import Extractor, Settings, windows
@@ -124,14 +124,12 @@ class FeatureStore:
         return vectors, truncated
 
     def _computed(self, name: str, texts: Sequence[str], seconds: Sequence[str] | None) -> np.ndarray:
-        started, parts, done = time.perf_counter(), [], 0
+        work, parts, done = Work(self._progress, f"features of {name}", len(texts), "texts"), [], 0
         for window in windows(texts):
             more = None if seconds is None else seconds[done : done + len(window)]
             parts.append(self._extract(window, more).vectors)
             done += len(window)
-            rate = done / (time.perf_counter() - started)
-            left = duration((len(texts) - done) / rate)
-            self._progress.update(f"features of {name}: {done:,} of {len(texts):,}, {rate:,.0f} texts/s, {left} left")
+            work.update(done)
         return np.concatenate(parts)
 
 

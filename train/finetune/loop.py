@@ -61,7 +61,7 @@ def train_step(
     one = jnp.float32(1)
     counts = {
         "tokens": ((batch["segment_ids"] > 0).sum().astype(jnp.float32), one),
-        "examples": (batch["segment_weights"].sum() / unit_size, one),
+        task.unit: (batch["segment_weights"].sum() / unit_size, one),
     }
     counts = {name: (replicas.sum(total), one) for name, (total, _) in counts.items()}
     weight = jnp.maximum(replicas.sum(task.weight(batch)), 1.0)
@@ -178,7 +178,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         divisor=divisor,
         multiple=8 if jax.default_backend() == "cpu" else 128,  # of the attention kernels' blocks
     )
-    describe(run, c, loaded, shapes, features, learner)
+    describe(run, c, task.unit, loaded, shapes, features, learner)
     index, count = run.parallelism.share(divisor)
     batches = TrainingBatches(
         features, batch=c.batch_size, shapes=shapes, seed=c.seed, pad_id=pad_id, index=index, count=count
@@ -193,7 +193,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         accumulate=c.accumulate,
         unit_size=features.unit_size,
     )
-    predictor = Predictor(task, loaded.model, pad_id, run.parallelism)
+    predictor = Predictor(task, loaded.model, pad_id, run.parallelism, run.progress)
     first, evaluated = next(iter(encoded.evaluation.items()))
     evaluate = Evaluation(task, predictor, *evaluated)
     export_best = c.select == "best" or (c.select is None and c.patience > 0)
@@ -205,7 +205,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         evaluate=evaluate,
         evaluate_every=c.loop.evaluate_every or max(1, round(c.evaluate_epochs * per_epoch)),
         shown=("loss",),
-        counted={"tokens": "real tokens/s", "examples": "examples/s"},
+        counted={"tokens": "real tokens/s", task.unit: f"{task.unit}/s"},
         initial=InitialWeights(lambda: loaded.params, f"the weights of {c.model}"),
         best=Best(task.best, c.patience, run.keep_best) if export_best else None,
     )
@@ -243,18 +243,18 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
 
 
 def describe(
-    run: Run, config: FinetuneConfig, loaded: Loaded, shapes: Shapes, features: Features, learner: Learner
+    run: Run, config: FinetuneConfig, unit: str, loaded: Loaded, shapes: Shapes, features: Features, learner: Learner
 ) -> None:
     """Describe the run."""
     params = learner.shapes().params
     training = [
         leaf for leaf, here in zip(jax.tree.leaves(params), jax.tree.leaves(learner.trains), strict=True) if here
     ]
-    examples = min(config.batch_size, features.units)
-    area = features.unit_lengths.mean() * examples
+    units = min(config.batch_size, features.units)
+    area = features.unit_lengths.mean() * units
     rows = " or ".join(map(str, shapes.rows))
     run.progress.line(
-        f"batch: {counted(examples, 'example')} in {rows} rows of {shapes.length} tokens, about "
+        f"batch: {counted(units, unit.removesuffix('s'))} in {rows} rows of {shapes.length} tokens, about "
         f"{area / (shapes.rows[-1] * shapes.length):.0%} full"
     )
     run.progress.line(
@@ -277,10 +277,10 @@ def figures(
         "metrics": metrics,
         "best": None if fitted.best is None else {"step": fitted.best[0], task.best: fitted.best[1]},
         "parameters": parameters,
-        "training_examples": int(features.units),
+        f"training_{task.unit}": int(features.units),
         "truncated_tokens": features.truncated,
-        "examples": fitted.totals["examples"],
+        task.unit: fitted.totals[task.unit],
         "real_tokens": fitted.totals["tokens"],
-        "examples_per_second": fitted.rate("examples"),
+        f"{task.unit}_per_second": fitted.rate(task.unit),
         "real_tokens_per_second": fitted.rate("tokens"),
     }

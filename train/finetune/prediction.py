@@ -17,6 +17,7 @@ from ...models.registry import init_params
 from ..config import ParallelConfig
 from ..loop import Stop
 from ..metrics import Meter, Sums
+from ..progress import Progress, Work
 from ..sharding import Parallelism, Replicas, logical_specs, start_parallelism
 from .tasks.registry import make_task
 from .tasks.task import Kept, Task, gather_kept
@@ -44,9 +45,11 @@ class Predictor:
         model: the model.
         pad_id: id of the padding token.
         parallelism: the devices.
+        progress: where to show progress.
     """
 
-    def __init__(self, task: Task, model: Any, pad_id: int, parallelism: Parallelism):
+    def __init__(self, task: Task, model: Any, pad_id: int, parallelism: Parallelism, progress: Progress):
+        self._progress, self._unit = progress, task.unit
         self._pad_id, self._parallelism, self._longest = pad_id, parallelism, row_limit(model.config)
 
         def step(params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> tuple[Kept, Sums]:
@@ -64,6 +67,7 @@ class Predictor:
             stop: checked after every batch.
         """
         meter, parts = Meter(), []
+        work, done = Work(self._progress, "predicting", features.units, self._unit), 0
         divisor = self._parallelism.divisor
         index, count = self._parallelism.share(divisor)
         for placed in prediction_batches(features, pad_id=self._pad_id, positions=self._longest, divisor=divisor):
@@ -72,6 +76,8 @@ class Predictor:
             kept, sums = jax.device_get(self._step(params, self._parallelism.shard_batch(mine)))
             meter.add(sums)
             parts.append((kept, placed))
+            done += int((placed.features >= 0).sum()) // features.unit_size
+            work.update(done)
             if stop is not None and stop.requested:
                 return None
         return Predicted(gather_kept(parts, features), meter.means())
@@ -101,7 +107,7 @@ def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedR
     loaded = load(folder / "model", **changes)
     initial = partial(init_params, loaded.model, jax.random.key(0))
     specs = logical_specs(jax.eval_shape(initial))
-    predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, parallelism)
+    predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, parallelism, Progress())
     shapes = parallelism.abstract(lambda: nn.unbox(initial()), specs)
     params = jax.tree.map(place, shapes, loaded.params)
     return FinetunedRun(task, loaded.tokenizer, predictor, params)

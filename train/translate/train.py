@@ -333,7 +333,7 @@ def train_step(
         "accuracy": (sums.correct, sums.weight),
         "gradient_norm": (norm, one),
         "target_tokens": (targets, one),
-        "source_tokens": (tokens.astype(jnp.float32), one),
+        "source_tokens_per_step": (tokens.astype(jnp.float32), one),
     }
     return state, {**metrics, "divergence": (sums.divergence, targets)} if r_drop else metrics
 

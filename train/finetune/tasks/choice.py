@@ -33,6 +33,10 @@ class ChoiceTask(PlainTask):
     max_length: int
 
     @property
+    def unit(self) -> str:
+        return "questions"
+
+    @property
     def head(self) -> str:
         return "choice"
 

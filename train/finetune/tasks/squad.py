@@ -49,6 +49,10 @@ class SquadTask(PlainTask):
     skip_bad_answers: bool
 
     @property
+    def unit(self) -> str:
+        return "windows"
+
+    @property
     def head(self) -> str:
         return "span"
 

@@ -71,6 +71,10 @@ class TaggingTask(PlainTask):
     column: PartOfSpeech
 
     @property
+    def unit(self) -> str:
+        return "pieces"
+
+    @property
     def head(self) -> str:
         return "crf" if self.crf else "tokens"
 

@@ -117,6 +117,11 @@ class Task(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """See `PlainTask`."""
+        ...
+
+    @property
     def rates(self) -> Mapping[str, float]:
         """See `PlainTask`."""
         ...
@@ -128,6 +133,11 @@ class Task(Protocol):
 
 class PlainTask:
     """Defaults of the methods that only a few tasks override."""
+
+    @property
+    def unit(self) -> str:
+        """What a batch counts (see `data.batches`), in the plural."""
+        return "examples"
 
     def check(self, features: Features, examples: Sequence[Any]) -> None:
         """Raise DataError for examples that cannot be trained on, if this shows only in their features."""

@@ -4,10 +4,13 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.
 
     y = x·W + b + (alpha / rank) · drop(x)·A·B        A [inputs, rank], B [rank, outputs]
 
-of which only A and B are trained; B is initialised to zero, so that training starts from the unchanged model.
+of which only A and B are trained; B is initialised to zero, so that training starts from the unchanged model. With
+rank-stabilised scaling the factor is alpha / sqrt(rank) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for
+Fine-Tuning with LoRA").
 
 An adapter is part of the parameter tree, as `lora_a` and `lora_b` next to the `kernel` that it adapts, stacked along a
-first axis "layers" if the kernel is. All functions here take a tree and return a new one; none modifies a kernel:
+first axis "layers" if the kernel is; an adapter whose factor is not that of all others has it as `lora_scale`, which is
+never trained. All functions here take a tree and return a new one; none modifies a kernel:
 
     targets = lora_targets(model, ("query", "value"))
     params = add_lora(params, targets, config, key)
@@ -43,7 +46,7 @@ from .layers.linear import Linear, matmul
 from .layers.segments import row_numbers
 from .registry import family_of_model
 
-LORA_A, LORA_B = "lora_a", "lora_b"
+LORA_A, LORA_B, LORA_SCALE = "lora_a", "lora_b", "lora_scale"
 
 ALIASES = {"output": "out", "feed-forward": "feed_forward"}
 ALL = "all-linear"
@@ -63,6 +66,8 @@ class LoraConfig:
     """Numerator of the scale alpha / rank of an adapter's output."""
     dropout: float = 0.0
     """Dropout rate of the inputs of the adapters."""
+    stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -75,7 +80,15 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """Factor of an adapter's product."""
-        return self.alpha / self.rank
+        return self.scale_of(self.rank, self.alpha)
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        """Return the factor of an adapter with a rank and an alpha of its own."""
+        return alpha / self.divisor(rank)
+
+    def divisor(self, rank: int) -> float:
+        """Return the number that alpha is divided by."""
+        return math.sqrt(rank) if self.stabilised else rank
 
 
 class Target(NamedTuple):
@@ -213,7 +226,7 @@ def add_lora(params: Params, targets: Sequence[Target], config: LoraConfig, key:
 
 
 def is_lora(path: Sequence[str]) -> bool:
-    """Tell whether the parameter at this path belongs to an adapter."""
+    """Tell whether the parameter at this path is trained as part of an adapter."""
     return path[-1] in (LORA_A, LORA_B)
 
 
@@ -234,9 +247,9 @@ def merge_lora(params: Params, config: LoraConfig) -> tuple[dict[str, Any], dict
     for path, leaf in leaves.items():
         a, b = (leaves.get((*path[:-1], name)) for name in (LORA_A, LORA_B))
         if path[-1] == "kernel" and a is not None and b is not None:
-            merged[path] = _merged_kernel(leaf, a, b, config.scale)
+            merged[path] = _merged_kernel(leaf, a, b, leaves.get((*path[:-1], LORA_SCALE), config.scale))
             kept[path] = leaf
-        elif is_lora(path):
+        elif is_lora(path) or path[-1] == LORA_SCALE:
             kept[path] = leaf
         else:
             merged[path] = leaf
@@ -248,14 +261,15 @@ def unmerge_lora(merged: Params, kept: Params) -> dict[str, Any]:
     return merge(kept, merged)
 
 
-def _merged_kernel(kernel: Any, a: Any, b: Any, scale: float) -> np.ndarray:
+def _merged_kernel(kernel: Any, a: Any, b: Any, scale: Any) -> np.ndarray:
     kernel, a, b = (np.asarray(array) for array in (kernel, a, b))
     rank = a.shape[-1]
     stacked = a.ndim + b.ndim - 2 > kernel.ndim  # then both have the axis of the layers
     lead = kernel.shape[:1] if stacked else ()
     wide_a = a.astype(np.float64).reshape(*lead, -1, rank)
     wide_b = b.astype(np.float64).reshape(*lead, rank, -1)
-    return (kernel.astype(np.float64) + scale * (wide_a @ wide_b).reshape(kernel.shape)).astype(kernel.dtype)
+    factor = np.asarray(scale, np.float64).reshape(-1, *[1] * (kernel.ndim - 1)) if np.ndim(scale) else float(scale)
+    return (kernel.astype(np.float64) + factor * (wide_a @ wide_b).reshape(kernel.shape)).astype(kernel.dtype)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -305,7 +319,8 @@ def _adapter(module: Linear, inputs: Array, calls: Sequence[Mapping[str, Any]], 
     lead, rank = inputs.shape[: inputs.ndim - contracted], a.shape[-1]
     inner = matmul(inputs.reshape(*lead, -1), a.reshape(-1, rank), 0, module.dtype, module.dtype)
     outer = matmul(inner, b.reshape(rank, -1), 0, module.dtype, module.dtype)
-    return (outer * config.scale).reshape(*lead, *module.features)
+    scale = module.get_variable("params", LORA_SCALE) if module.has_variable("params", LORA_SCALE) else config.scale
+    return (outer * jnp.asarray(scale, outer.dtype)).reshape(*lead, *module.features)
 
 
 def _innermost(calls: Sequence[Mapping[str, Any]], name: str, *, default: Any) -> Any:

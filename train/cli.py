@@ -82,6 +82,10 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("models", "show"): Command(
         ".commands.zoo:ShowConfig", "list the parameters of one size: shapes, logical axes, bytes"
     ),
+    ("adapter", "merge"): Command(".commands.adapter:MergeConfig", "merge an adapter saved by peft into its model"),
+    ("adapter", "load"): Command(
+        ".commands.adapter:LoadConfig", "check that an adapter saved by peft fits a model, and list it"
+    ),
     ("parity",): Command(
         ".commands.parity:ParityConfig",
         "compare outputs, losses and gradients with fixtures of the reference implementation",

@@ -53,6 +53,7 @@ class RunFolder:
         self.main = jax.process_index() == 0
         self._events: Any = None
         self._asked = to_json(config)
+        self._defaults = _defaults(config)  # of settings that an earlier version did not have
         self._free, self._upgrade = free, upgrade
         self._lock: Lock | None = None
         self._check()
@@ -98,7 +99,7 @@ class RunFolder:
             write_json(self.folder / "config.json", self._asked)
 
     def _compare(self, there: dict[str, Any], asked: dict[str, Any], free: frozenset[str]) -> None:
-        old, new = _flatten(there), _flatten(asked)
+        old, new = {**self._defaults, **_flatten(there)}, _flatten(asked)
         changed = [key for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]
         if changed:
             lines = "".join(f"\n  {key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in changed)
@@ -222,6 +223,20 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for name, value in tree.items()
         for key, leaf in _flatten(value, f"{prefix}.{name}" if prefix else name).items()
     }
+
+
+def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the defaults of a dataclass's fields that have one, nested ones by `a.b`, as JSON values."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if field.default is not dataclasses.MISSING:
+            found |= _flatten(to_json(field.default), name)
+        elif field.default_factory is not dataclasses.MISSING:
+            found |= _flatten(to_json(field.default_factory()), name)
+        elif dataclasses.is_dataclass(value):
+            found |= _defaults(value, f"{name}.")
+    return found
 
 
 def _step_of(line: bytes) -> int | None:

@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 
 from ...data.files import replacing
 from ...data.json_files import read_object, value_of, write_json
-from ..lora import LORA_A, LORA_B, LoraConfig, LoraError, Target, ends_with, linear_maps
+from ..lora import LORA_A, LORA_B, LORA_SCALE, LoraConfig, LoraError, Target, ends_with, linear_maps
 from ..registry import family_of_model
+from .folder import WEIGHT_KINDS, Loaded, family_of_folder, load_with_report, read_config
 from .tables import (
     LAYER,
     CheckpointError,
@@ -52,7 +53,7 @@ TASKS = {
 REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_rslora": (False,),
+    "use_rslora": (False, True),
     "use_dora": (False,),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
@@ -61,6 +62,8 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
+    "ensure_weight_tying": (False, None),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), (None,)),  # other branches
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base model as well
 }
 
@@ -98,12 +101,13 @@ def save_lora(
     leaves = dict(flatten(params))
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}  # rank of each adapted module
+    scales: dict[str, float] = {}  # and its factor
     untransposed = False
     for targets in _modules(linear_maps(model)).values():
         for row, name in enumerate(targets[0].names):
             a, b = _fuse([_halves(leaves, target, row) for target in targets])
             if len(a):
-                ranks[name] = len(a)
+                ranks[name], scales[name] = len(a), _factor(leaves, targets, row, config)
                 tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
                 untransposed |= isinstance(targets[0].kernel, Untransposed)
     if not ranks:
@@ -124,7 +128,11 @@ def save_lora(
         "r": config.rank,
         "lora_alpha": _number(config.alpha),
         "rank_pattern": others,
-        "alpha_pattern": {name: _number(config.scale * rank) for name, rank in others.items()},
+        "alpha_pattern": {
+            name: _number(_alpha(scale, config.divisor(rank)))
+            for name, scale in scales.items()
+            if (rank := ranks[name]) != config.rank or np.float32(scale) != np.float32(config.scale)
+        },
         "lora_dropout": config.dropout,
         "target_modules": _shortest(list(ranks), table),
         "modules_to_save": _outermost(whole) or None,
@@ -133,13 +141,30 @@ def save_lora(
         "inference_mode": True,
         "init_lora_weights": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": config.stabilised,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
     write_json(folder / CONFIG, dict(sorted(stored.items())))
+
+
+def _factor(leaves: Mapping[tuple[str, ...], Any], targets: Sequence[Target], row: int, config: LoraConfig) -> float:
+    """Return the factor of the adapter of one module, which all maps that it holds have."""
+    found = set()
+    for target in targets:
+        own = leaves.get((*target.path, LORA_SCALE))
+        found.add(config.scale if own is None else float(own if target.chosen is None else own[row]))
+    if len(found) > 1:
+        raise LoraError(f"{targets[0].names[row]}: its maps have adapters of different factors, {sorted(found)}")
+    return found.pop()
+
+
+def _alpha(scale: float, divisor: float) -> float:
+    """Return the alpha of a factor stored in float32: the rounded number that it came of, if there is one."""
+    rounded = round(scale * divisor, 6)
+    return rounded if np.float32(rounded / divisor) == np.float32(scale) else scale * divisor
 
 
 def _number(value: float) -> int | float:
@@ -152,8 +177,9 @@ def _halves(leaves: Mapping[tuple[str, ...], Any], target: Target, row: int) -> 
     if (*target.path, LORA_A) in leaves:
         a, b = (np.asarray(leaves[*target.path, name]) for name in (LORA_A, LORA_B))
         a, b = (a, b) if target.chosen is None else (a[row], b[row])
-        if a.any() or b.any():
-            return a.reshape(inputs, -1).T, b.reshape(-1, outputs).T
+        a, b = a.reshape(inputs, -1).T, b.reshape(-1, outputs).T
+        used = a.any(axis=1) | b.any(axis=0)  # the rest pads a stack whose layers have other ranks
+        return a[used], b[:, used]
     return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
 
 
@@ -187,6 +213,52 @@ def _outermost(entries: Sequence[Entry]) -> list[str]:
     return [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
 
 
+def load_adapted(
+    folder: str | os.PathLike[str], adapter: str | os.PathLike[str]
+) -> tuple[Loaded, dict[str, Any], LoraConfig]:
+    """Load a checkpoint with an adapter, and with the head that the adapter was trained for.
+
+    Args:
+        folder: checkpoint folder of the model that was adapted; another head than the adapter's is replaced.
+        adapter: folder of the adapter.
+
+    Returns:
+        (the checkpoint, without adapters; its parameters with them, as from `load_lora`; their configuration)
+
+    Raises:
+        CheckpointError: as from `load` and `load_lora`; or neither of the two folders holds a parameter of the model.
+    """
+    folder, adapter = Path(folder), Path(adapter)
+    task = _read_config(adapter).get("task_type")
+    heads = {name: head for head, name in TASKS.items()}
+    family = family_of_folder(read_config(folder), folder)
+    head = heads.get(task) if heads.get(task) in family.heads and not family.one_kind else None
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _read_tensors(adapter).items()}
+    loaded, report = load_with_report(folder, head=head)
+    if head is not None:
+        classes = _classes(family.checkpoint_table(loaded.model), tensors, head)
+        if classes is not None and classes != loaded.config.num_labels:
+            loaded, report = load_with_report(folder, head=head, num_labels=classes)
+    placed = family.checkpoint_table(loaded.model).place(tensors)
+    missing = [name for name in report.initialised if name not in placed.sources]
+    if missing:
+        listed = shortened([f"{name}: neither in the checkpoint nor in the adapter" for name in missing])
+        raise CheckpointError("\n  ".join([f"{folder} with {adapter}:", *listed]))
+    params, config = load_lora(adapter, loaded.model, loaded.params)
+    return loaded, params, config
+
+
+def _classes(table: Table, tensors: Mapping[str, np.ndarray], head: str) -> int | None:
+    """Return the number of classes of a head in an adapter's file; None if that does not say."""
+    if head not in ("classification", "tokens"):
+        return None
+    for name, stored in table.place(tensors).sources.items():
+        expected, found = table.stored_shape(name), tensors[stored].shape
+        if len(found) == len(expected) and found[1:] == expected[1:] and found[:1] != expected[:1]:
+            return found[0]
+    return None
+
+
 def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) -> tuple[dict[str, Any], LoraConfig]:
     """Read adapters, and the poolers and heads saved with them, as peft writes them, into a model's parameters.
 
@@ -204,7 +276,7 @@ def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) 
     """
     folder = Path(folder)
     stored = _read_config(folder)
-    config = LoraConfig(stored["r"], float(stored["lora_alpha"]), float(stored.get("lora_dropout", 0.0)))
+    config = _config(stored)
     table: Table = family_of_model(model)[0].checkpoint_table(model)
     pairs: dict[str, dict[str, np.ndarray]] = {}  # name of a module's weight -> its A and B
     whole: dict[str, np.ndarray] = {}
@@ -218,14 +290,14 @@ def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) 
     placed = table.place([*pairs, *whole])
     problems = shortened([f"{name}: no parameter of this model" for name in placed.unmapped], "no parameter of it")
     problems += [f"{name}: a tied copy; only the original is implemented" for name in placed.repeated]
-    unlike: list[str] = []  # tensors with another shape, adapters with another scale
+    unlike: list[str] = []  # tensors with another shape
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for targets in _modules(linear_maps(model)).values():
         names = [placed.sources.get(f"{name}.weight", "") for name in targets[0].names]
         if any(name in pairs for name in names):
             read = [_read_adapter(name, pairs.pop(name, None), targets, stored, unlike) for name in names]
             if not unlike:
-                leaves |= _take_apart(targets, read)
+                leaves |= _take_apart(targets, read) | _own_factors(targets, names, stored, config)
     problems += [f"{name}: has an adapter, but is no linear map" for name in pairs if name not in placed.unmapped]
     for entry in table.entries:
         held = [placed.sources[name] for name in entry.names if placed.sources.get(name) in whole]
@@ -254,14 +326,7 @@ def _read_adapter(
     if pair is None:
         return None
     module = name.removesuffix(".weight")
-    rank = _of_module(module, stored, "r", "rank_pattern")
-    alpha = _of_module(module, stored, "lora_alpha", "alpha_pattern")
-    scale = stored["lora_alpha"] / stored["r"]
-    if not math.isclose(alpha / rank, scale, rel_tol=1e-6):
-        problems.append(
-            f"{module}: rank_pattern and alpha_pattern give it alpha / r = {alpha / rank:g}; only that of all the"
-            f" others, {scale:g}, is implemented"
-        )
+    rank = _of_module(module, stored, *RANK_KEYS)
     outputs = sum(math.prod(target.kernel.outputs) for target in targets)
     shapes = {"A": (rank, math.prod(targets[0].kernel.inputs)), "B": (outputs, rank)}
     for half, shape in shapes.items():
@@ -269,6 +334,23 @@ def _read_adapter(
         if found != list(shape):
             problems.append(f"{module}.lora_{half}.weight: expected shape {list(shape)}, found {found}")
     return None if problems else (pair["A"].astype(np.float32), pair["B"].astype(np.float32))
+
+
+def _own_factors(
+    targets: Sequence[Target], names: Sequence[str], stored: Mapping[str, Any], config: LoraConfig
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Return the tree's factors of a module's maps, if one of its layers has another than the general one."""
+    modules = [name.removesuffix(".weight") for name in names]
+    factors = [
+        config.scale_of(*(_of_module(module, stored, *keys) for keys in (RANK_KEYS, ALPHA_KEYS))) for module in modules
+    ]
+    if all(factor == config.scale for factor in factors):
+        return {}
+    array = np.array(factors, np.float32)
+    return {(*target.path, LORA_SCALE): array[0] if target.chosen is None else array for target in targets}
+
+
+RANK_KEYS, ALPHA_KEYS = ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")
 
 
 def _of_module(module: str, stored: Mapping[str, Any], key: str, pattern: str) -> Any:
@@ -313,16 +395,33 @@ def _take_apart(
     return found
 
 
+def _config(stored: Mapping[str, Any]) -> LoraConfig:
+    return LoraConfig(
+        stored["r"],
+        float(stored["lora_alpha"]),
+        float(stored.get("lora_dropout", 0.0)),
+        stored.get("use_rslora", False),
+    )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed adapter_config.json, after checking that all settings are implemented."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}; an adapter's folder holds {CONFIG} and {WEIGHTS}")
     stored, where = read_object(path), str(path)
-    sizes = value_of(stored, "r", int, where), value_of(stored, "lora_alpha", float, where)
+    for key, kind in (("r", int), ("lora_alpha", float)):
+        value_of(stored, key, kind, where)
+    value_of(stored, "lora_dropout", float, where, 0.0)
+    value_of(stored, "use_rslora", bool, where, False)
+    ranks = value_of(stored, "rank_pattern", dict[str, int] | None, where, None) or {}
+    alphas = value_of(stored, "alpha_pattern", dict[str, float] | None, where, None) or {}
     try:
-        LoraConfig(*sizes, value_of(stored, "lora_dropout", float, where, 0.0))
-    except LoraError as error:
+        _config(stored)
+        for pattern in (*ranks, *alphas):
+            re.compile(pattern)
+            LoraConfig(ranks.get(pattern, 1), alphas.get(pattern, 1.0))
+    except (LoraError, re.error) as error:
         raise CheckpointError(f"{path}: {error}") from None
     problems = [
         f"{key}: only {' or '.join(map(json.dumps, allowed))} is implemented, found {json.dumps(stored[key])}"
@@ -342,6 +441,14 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{folder}: no {WEIGHTS}.{hint}")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            wrong = [f"{name}: {kind}" for name, kind in kinds.items() if kind not in WEIGHT_KINDS]
+            found = {} if wrong else {name: file.get_tensor(name).astype(np.float32) for name in kinds}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    wrong += [f"{name}: NaN or infinite" for name, tensor in found.items() if not np.isfinite(tensor).all()]
+    if wrong:
+        expected = ", ".join(WEIGHT_KINDS)
+        said = f"{path}: expected finite weights, stored as {expected}"
+        raise CheckpointError("\n  ".join([said, *shortened(wrong)]))
+    return found

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 from bestiary.models import lora
 from bestiary.models.checkpoints import peft
 from bestiary.models.checkpoints.tables import (
-    CheckpointError,
     Table,
     Untransposed,
     flatten,
@@ -116,5 +115,9 @@ def test_a_fused_adapter_of_another_tool_is_read_by_each_map(tmp_path: Path, tra
         delta = 2.0 * (tensors[MODULE.format(layer, "B")] @ tensors[MODULE.format(layer, "A")]).T
         np.testing.assert_allclose(merged[name] - before[name], delta, atol=1e-5)
     (tmp_path / peft.CONFIG).write_text(json.dumps(config | {"alpha_pattern": {}}))
-    with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_attn: rank_pattern .* = 1; only .* 2, is implemented"):
-        peft.load_lora(tmp_path, MODEL, drawn())
+    params, read = peft.load_lora(tmp_path, MODEL, drawn())
+    np.testing.assert_array_equal(params["layers"]["attention"]["key"]["lora_scale"], np.ones(N))
+    halved = dict(TABLE.save(merge_lora(params, read)[0]))
+    for layer in range(N):
+        name = f"h.{layer}.attn.c_attn.weight"
+        np.testing.assert_allclose(halved[name] - before[name], (merged[name] - before[name]) / 2, atol=1e-6)

@@ -12,7 +12,7 @@ import jax
 
 from ...models.checkpoints.peft import save_lora
 from ...models.checkpoints.tables import Params, flatten
-from ...models.lora import LoraConfig, Target, adapted, add_lora, is_lora, lora_targets, merge_lora
+from ...models.lora import LORA_SCALE, LoraConfig, Target, adapted, add_lora, is_lora, lora_targets, merge_lora
 from ...models.registry import family_of_model
 from ..errors import RunError
 from .config import AdaptConfig
@@ -90,7 +90,7 @@ class _Lora:
         return add_lora(params, self._targets, self._config, key)
 
     def trains(self, names: Names) -> bool:
-        return is_lora(names) or not self._in_layers(names)
+        return is_lora(names) or (names[-1] != LORA_SCALE and not self._in_layers(names))
 
     def active(self) -> AbstractContextManager[None]:
         return adapted(self._config)

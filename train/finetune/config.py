@@ -22,6 +22,8 @@ class AdaptConfig:
     """LoRA: rank of the adapters; the model's own weights are frozen. 0: no adapters."""
     lora_alpha: float = 16.0
     """LoRA: an adapter's output is scaled by alpha / rank."""
+    rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones."""
     lora_dropout: float = 0.0
     """LoRA: dropout rate of an adapter's inputs."""
     lora_targets: tuple[str, ...] = ("query", "value")
@@ -41,7 +43,7 @@ class AdaptConfig:
         """Return the settings of the adapters; raise LoraError if they are invalid."""
         from ...models.lora import LoraConfig
 
-        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.rslora)
 
 
 @dataclass(frozen=True)

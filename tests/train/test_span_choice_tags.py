@@ -320,7 +320,7 @@ def test_a_sentence_cut_inside_of_an_entity_is_no_impossible_chain(encoder):
     sentence = Sentence(("ada", *["smith"] * 6), ("B-x", *["I-x"] * 6), "f", tuple(range(7)))
     features = task.encode(loaded.tokenizer, [sentence])
     assert features.count == 2
-    assert features.note == "1 sentences in several pieces"
+    assert features.note == "1 sentence in several pieces"
     assert value(task, loaded.model, loaded.params, packed(task, features, [[0], [1]], 8)) < 10
 
 

@@ -69,7 +69,7 @@ class Embeddings(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        embed = partial(Embed, width=c.width, embedding_init=c.initializer, dtype=c.dtype)
+        embed = partial(Embed, width=c.table_width, embedding_init=c.initializer, dtype=c.dtype)
         self.word = embed(c.vocab_size, axis="vocab", padding_id=c.pad_token_id)
         self.position = embed(c.positions, axis="positions")
         self.token_type = embed(c.token_types, axis="types")
@@ -151,7 +151,7 @@ class BertForPreTraining(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.encoder = Bert(c)
-        self.mlm = masked_words(c)
+        self.mlm = masked_words(c, FORMS["masked_lm"])
         self.nsp = Linear((2,), ("embed", "labels"), c.initializer, c.dtype)
 
     def __call__(
@@ -188,21 +188,25 @@ class BertForPreTraining(nn.Module):
 # The two-way table between the parameters and the released checkpoints' names.
 
 
+def embeddings_entries(c: EncoderConfig, prefix: str, path: tuple[str, ...]) -> list[Entry]:
+    """Return the entries of `Embeddings`, with stored names under `prefix` and parameters at `path`."""
+    tables = (("word", c.vocab_size), ("position", c.positions), ("token_type", c.token_types))
+    at = (*path, "embeddings")
+    return [
+        *(
+            Entry(f"{prefix}embeddings.{name}_embeddings.weight", (*at, name, "embedding"), same(size, c.table_width))
+            for name, size in tables
+        ),
+        *norm_entries(f"{prefix}embeddings.LayerNorm", (*at, "norm"), c.table_width),
+    ]
+
+
 def encoder_entries(c: EncoderConfig, prefix: str, path: tuple[str, ...], *, pooler: bool) -> list[Entry]:
     """Return the encoder's entries, with stored names under `prefix` and parameters at `path`."""
     n, width, heads = c.layers, (c.width,), (c.heads, c.width // c.heads)
     layer, at = f"{prefix}encoder.layer.{{layer}}.", (*path, "layers")
-    embeddings = [
-        Entry(
-            f"{prefix}embeddings.{name}_embeddings.weight",
-            (*path, "embeddings", name, "embedding"),
-            same(size, c.width),
-        )
-        for name, size in (("word", c.vocab_size), ("position", c.positions), ("token_type", c.token_types))
-    ]
     return [
-        *embeddings,
-        *norm_entries(f"{prefix}embeddings.LayerNorm", (*path, "embeddings", "norm"), c.width),
+        *embeddings_entries(c, prefix, path),
         *linear_entries(f"{layer}attention.self.query", (*at, "attention", "query"), width, heads, n),
         *linear_entries(f"{layer}attention.self.key", (*at, "attention", "key"), width, heads, n),
         *linear_entries(f"{layer}attention.self.value", (*at, "attention", "value"), width, heads, n),
@@ -239,7 +243,7 @@ FORMS = {
 
 
 def _pretraining_table(c: BertConfig) -> Table:
-    words, tied = masked_words_entries(c, FORMS["masked_lm"], PARTS.prefix)
+    words, tied = masked_words_entries(c, FORMS["masked_lm"], PARTS)
     nsp = linear_entries("cls.seq_relationship", ("nsp",), (c.width,), (2,))
     return PARTS.table(c, [*words, *nsp], tied, pooler=True)
 

@@ -30,7 +30,8 @@ def check_length(config: EncoderConfig, length: int) -> None:
 class Encoder(nn.Module):
     """An encoder of tokens, with its pooler if `pooler` is on.
 
-    A family's subclass creates `embeddings` and `layers` in its `setup`, and `pool` by `make_pooler`.
+    A family's subclass creates `embeddings` and `layers` in its `setup`, and `pool` by `make_pooler`; it overrides
+    `enter`, `leave` and `layer_inputs` if it has something between the embeddings, the layers and the output.
     """
 
     config: EncoderConfig
@@ -40,6 +41,19 @@ class Encoder(nn.Module):
         """Return the dense layer before the pooler's tanh."""
         c = self.config
         return Linear((c.width,), ("embed", "embed_out"), c.initializer, c.dtype, name="pooler")
+
+    def enter(self, embedded: Array) -> Array:
+        """Compute the input of the first layer [B, L, E] from the embeddings."""
+        return embedded
+
+    def leave(self, hidden: Array) -> Array:
+        """Compute the encoder's output from the last layer's."""
+        return hidden
+
+    def layer_inputs(self, position_ids: Array | None) -> tuple[Any, ...]:
+        """Return what every layer gets in addition to the hidden states, the segments and the row numbers."""
+        del position_ids
+        return ()
 
     def __call__(
         self,
@@ -70,26 +84,58 @@ class Encoder(nn.Module):
             cls_only: let the last layer compute only [CLS], which is all that a classifier reads; the results are the
                 same, except for the dropout mask.
         """
-        c = self.config
         embeddings: Any = self.embeddings
         rows = row_numbers(rows, input_ids)
-        at = jnp.zeros((len(input_ids), 1), jnp.int32) if cls_positions is None else cls_positions
         types = () if token_type_ids is None else (token_type_ids,)
-        embedded = embeddings(input_ids, position_ids, *types, rows=rows, deterministic=deterministic)
+        return self.encode(
+            embeddings(input_ids, position_ids, *types, rows=rows, deterministic=deterministic),
+            segment_ids,
+            position_ids,
+            cls_positions=cls_positions,
+            rows=rows,
+            deterministic=deterministic,
+            every_layer=every_layer,
+            cls_only=cls_only,
+        )
+
+    def encode(
+        self,
+        embedded: Array,
+        segment_ids: Segments,
+        position_ids: Array | None,
+        *,
+        cls_positions: Array | None,
+        rows: Rows,
+        deterministic: bool,
+        every_layer: bool = False,
+        cls_only: bool = False,
+    ) -> Encoded:
+        """Encode rows of embedded tokens [B, L, table width]; the other arguments are those of the call."""
+        c = self.config
+        at = jnp.zeros((len(embedded), 1), jnp.int32) if cls_positions is None else cls_positions
+        entered = self.enter(embedded)
+        # A window depends on a query's place in the row, so that a layer that has one computes every token.
+        alone = cls_only and (c.kinds is None or c.kinds[-1].get("window") is None)
         hidden, outputs = run_layers(
             self.layers,
-            embedded,
+            entered,
             segment_ids,
             rows,
+            *self.layer_inputs(position_ids),
             count=c.layers,
             scan=c.scan_layers,
             remat=c.remat,
             deterministic=deterministic,
+            kinds=c.kinds,
+            sets=c.sets,
             every_layer=every_layer,
-            last_positions=at if cls_only else None,
+            last_positions=at if alone else None,
         )
-        first = hidden if cls_only and not self.is_initializing() else gather_positions(hidden, at)
+        if cls_only and not (alone and not self.is_initializing()):
+            hidden = gather_positions(hidden, at)
+        hidden = self.leave(hidden)
+        first = hidden if cls_only else gather_positions(hidden, at)
         first = first[:, 0] if cls_positions is None else first
         pooled = jnp.tanh(self.pool(first)) if self.pooler else None
-        every_hidden = None if outputs is None else jnp.concatenate([embedded[None], outputs])
+        every_hidden = None if outputs is None else jnp.concatenate([entered[None], outputs[:-1], hidden[None]])
         return Encoded(hidden, first, pooled, every_hidden)

@@ -18,6 +18,7 @@ from ..data.tokenizers.kinds import Kind
 from .checkpoints.config import ConfigError, Extra, check_fields, read_fields, read_labels, write_fields, write_labels
 from .checkpoints.tables import Table
 from .layers.activations import ACTIVATIONS
+from .layers.stack import LayerKind
 
 Path = tuple[str, ...]  # of a parameter in its tree
 
@@ -27,7 +28,9 @@ class FamilyConfig:
     """Base of all families' configs. The defaults are those of the reference implementation."""
 
     MODEL_TYPE: ClassVar[str]
-    """`model_type` in config.json, the family's name"""
+    """the family's name, and `model_type` in config.json"""
+    STORED_TYPE: ClassVar[str] = ""
+    """`model_type` in config.json, if it is another family's, whose checkpoints these are with heads of their own"""
     KEYS: ClassVar[Mapping[str, str]]
     """field -> key in config.json"""
     REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"quantization_config": (None,)}
@@ -79,7 +82,8 @@ class FamilyConfig:
         Raises:
             ConfigError: settings are not implemented or inconsistent; all of them are listed.
         """
-        fields, extra = read_fields(cls, stored, cls.KEYS, {"model_type": (cls.MODEL_TYPE,), **cls.REQUIRED})
+        required = {"model_type": (cls.STORED_TYPE or cls.MODEL_TYPE,), **cls.REQUIRED}
+        fields, extra = read_fields(cls, stored, cls.KEYS, required)
         kept = tuple((key, text) for key, text in extra if key not in cls.WRITTEN_ANEW)
         try:
             return cls(**fields, **more, extra=kept)
@@ -88,7 +92,7 @@ class FamilyConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the dictionary to write as config.json, without `architectures`, which depends on the model."""
-        return write_fields(self, self.KEYS) | {"model_type": self.MODEL_TYPE}
+        return write_fields(self, self.KEYS) | {"model_type": self.STORED_TYPE or self.MODEL_TYPE}
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,29 @@ class EncoderConfig(FamilyConfig):
         return self.positions
 
     @property
+    def table_width(self) -> int:
+        """Size of the vectors of words, positions and token types."""
+        return self.width
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...] | None:
+        """Each layer's own arguments, see `run_layers`; None if all layers are alike."""
+        return None
+
+    @property
+    def sets(self) -> tuple[int, ...] | None:
+        """Number of the set of parameters that each layer uses, from 0; None if each layer has its own."""
+        return None
+
+    @property
     def initializer(self) -> Initializer:
         """Initialiser of new kernels and embeddings."""
         return nn.initializers.truncated_normal(self.initializer_range)
+
+    @property
+    def pooling(self) -> str:
+        """What heads over whole examples read: "cls", the first token, or "mean", the mean over an example's tokens."""
+        return "cls"
 
     def head_dropout(self, head: str) -> float:
         """Return the dropout rate of the inputs of a head's last linear map."""
@@ -297,14 +321,16 @@ class Family:
         """Return the depth of each of a model's modules, by path, for freezing and layer-wise learning rates.
 
         0 is below the layers, i is layer i of N (from 1), N + 1 is above them (poolers and heads). The depth is an
-        array [n] int for n layers with stacked parameters, [] int for a single module; a module shared by all layers
-        counts as the last layer.
+        array [n] int for n layers with stacked parameters, [] int for a single module. A set of parameters that several
+        layers share counts as the last of them.
         """
-        count: int = model.config.layers  # type: ignore[attr-defined]
+        config: Any = model.config  # type: ignore[attr-defined]
+        count: int = config.layers
+        last = {} if config.sets is None else {number: layer for layer, number in enumerate(config.sets)}
         found: dict[Path, np.ndarray] = {}
         for entry in self.checkpoint_table(model).entries:
             if entry.numbers is not None:
-                depth = np.array(entry.numbers) + 1
+                depth = np.array([last.get(number, number) for number in entry.numbers]) + 1
             elif _in_encoder(entry.path) in self.below:
                 depth = np.array(0)
             else:
@@ -315,4 +341,4 @@ class Family:
 
 def _in_encoder(path: Path) -> str:
     """Return the part of an encoder that contains a parameter; in models with heads, the encoder is named `encoder`."""
-    return path[1] if path[0] == "encoder" else path[0]
+    return path[path.index("encoder") + 1] if "encoder" in path else path[0]

@@ -1,6 +1,6 @@
 """The model families, and functions to find one by its name, by a config, or by a model."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -9,19 +9,40 @@ import jax
 
 from .family import Architecture, Family, FamilyConfig
 
-# `model_type` of config.json -> the family's module, imported on first use.
+# Name of a family -> its module, imported on first use, and the family's name in it, if that is not FAMILY. The name is
+# `model_type` of config.json, except for those of VARIANTS.
 FAMILIES = {
+    "albert": ".albert",
     "bert": ".bert",
     "distilbert": ".distilbert",
+    "electra": ".electra",
     "marian": ".marian",
+    "modernbert": ".modernbert",
     "roberta": ".roberta",
+    "spanbert": ".spanbert",
     "transformer": ".transformer",
+    "xlm-roberta": ".roberta:XLM",
 }
+
+# `model_type` of config.json -> the families whose checkpoints are that family's, with heads of their own.
+VARIANTS = {"bert": ("spanbert",)}
 
 
 def family_named(name: str) -> Family:
-    """Return the family of a `model_type`, one of `FAMILIES`."""
-    return import_module(FAMILIES[name], __package__).FAMILY
+    """Return the family of this name, one of `FAMILIES`."""
+    module, _, value = FAMILIES[name].partition(":")
+    return getattr(import_module(module, __package__), value or "FAMILY")
+
+
+def stored_family(model_type: str, architectures: Collection[str]) -> Family:
+    """Return the family of a config.json, by its `model_type` and the names of its `architectures`."""
+    family = family_named(model_type)
+    known = {architecture.name for architecture in family.architectures}
+    for variant in map(family_named, VARIANTS.get(model_type, ())):
+        own = {architecture.name for architecture in variant.architectures} - known
+        if own.intersection(architectures):
+            return variant
+    return family
 
 
 def families() -> Iterator[Family]:

@@ -77,6 +77,17 @@ class RobertaConfig(EncoderConfig):
         return self.positions - self.first_position
 
 
+@dataclass(frozen=True)
+class XlmRobertaConfig(RobertaConfig):
+    """Sizes and settings of an XLM-R: RoBERTa with a SentencePiece vocabulary of a hundred languages."""
+
+    MODEL_TYPE: ClassVar[str] = "xlm-roberta"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "xlm-roberta-base": _size(12, 768, 250_002),
+        "xlm-roberta-large": _size(24, 1024, 250_002),
+    }
+
+
 class Embeddings(nn.Module):
     """The sum of word, position and sentence vectors, normalised; padding has a position of its own."""
 
@@ -141,6 +152,15 @@ FAMILY = Family(
     paper="Liu et al. 2019",
     tokenizers=("byte-bpe",),
     architectures=architectures(PARTS, FORMS),
+    objectives=("mlm",),
+    rows="full-sentences",
+)
+XLM = Family(
+    config=XlmRobertaConfig,
+    title="XLM-R",
+    paper="Conneau et al. 2020",
+    tokenizers=("unigram",),
+    architectures=architectures(PARTS._replace(classes="XLMRoberta"), FORMS),
     objectives=("mlm",),
     rows="full-sentences",
 )

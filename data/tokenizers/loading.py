@@ -54,13 +54,15 @@ CLASSES = {
     "T5": "t5",
     "XLMRoberta": "xlm-roberta",
 }
-MODEL_TYPES = {
+# `model_type` of config.json -> the class here; None if tokenizer.json says it all.
+MODEL_TYPES: dict[str, str | None] = {
     **dict.fromkeys(("bert", "distilbert", "electra", "mobilebert", "convbert", "squeezebert"), "bert"),
     **dict.fromkeys(("roberta", "bart", "longformer", "led"), "roberta"),
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "gpt2"),
     "albert": "albert",
     **dict.fromkeys(("t5", "mt5"), "t5"),
     "xlm-roberta": "xlm-roberta",
+    "modernbert": None,
 }
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
 _MOST_EXTRA_IDS = 10_000

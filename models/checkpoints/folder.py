@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from ...data.files import temporary
 from ...data.json_files import read_object, value_of, write_json
 from ..family import Architecture, Family, FamilyConfig
-from ..registry import FAMILIES, families, family_named, family_of_model, init_params
+from ..registry import FAMILIES, families, family_of_model, init_params, stored_family
 from .config import ConfigError, require_checkpoint
 from .tables import CheckpointError, Params, Placed, Table, flatten, merge, shortened
 
@@ -246,7 +246,7 @@ def family_of_folder(stored: Mapping[str, Any], folder: Path) -> Family:
         name = ", ".join(wanted) or "a checkpoint without model_type and architectures"
     if name not in FAMILIES:
         raise CheckpointError(f"{folder}: {name} is not a family of this version; known: {', '.join(FAMILIES)}")
-    return family_named(name)
+    return stored_family(name, _architectures(stored))
 
 
 def check_head(family: Family, head: str, folder: Path) -> None:

@@ -32,7 +32,9 @@ from safetensors.numpy import load_file
 from ..encoder import Encoded
 from ..heads import losses
 from ..heads.with_head import encoder_inputs
-from ..layers.segments import Rows, Segments, reference_segments, row_numbers
+from ..layers.attention import Attention
+from ..layers.positions import rotate
+from ..layers.segments import Segments, reference_segments, row_numbers
 from ..registry import family_of_model
 from .folder import Loaded, Tensors, load, save
 from .tables import CheckpointError, Params
@@ -108,7 +110,9 @@ def run(folder: Path, report: Report) -> None:
         report.loss = _difference("output.loss", outputs, expected["loss"].reshape(()))
         table = architecture.table(loaded.config)
         found = dict(table.save(jax.tree.map(np.asarray, gradient)))
-        report.gradients = gradient_errors(found, _tensors(folder / "grads.safetensors"))
+        stored = _tensors(folder / "grads.safetensors")
+        # The reference may name a parameter by its tied copy.
+        report.gradients = gradient_errors(found, {table.tied.get(name, name): g for name, g in stored.items()})
         report.gradient_tensor, report.gradient = max(report.gradients.items(), key=_nan_first)
     report.saved_differently = saved_differently(folder, loaded)
 
@@ -205,59 +209,85 @@ def _mean(sums: Mapping[str, losses.WeightedSum]) -> Array:
 
 def _encoder(model: Any, params: Params, inputs: Inputs) -> Outputs:
     mask = inputs.get("attention_mask")
-    segments = _segments(dict(inputs))
+    segments, positions = _segments(dict(inputs)), inputs.get("position_ids")
     encoded: Encoded = _call(model, params, inputs, every_layer=True)
     assert encoded.every_hidden is not None
     outputs = {"last_hidden_state": encoded.hidden}
     if encoded.pooled is not None:
         outputs["pooler_output"] = encoded.pooled
-    block, stack = model.bind({"params": params}).layers.unbind()
-    rows = row_numbers(None, encoded.hidden)
+    c = model.config
+    bound = model.bind({"params": params})
+    block, stack = bound.layers.unbind()
+    given = (segments, row_numbers(None, encoded.hidden), *bound.layer_inputs(positions))
     for i, hidden in enumerate(encoded.every_hidden):
         outputs[f"hidden_states.{i}"] = hidden
-        if i < model.config.layers:
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
-            outputs[f"attentions.{i}"] = attention_probabilities(block, layer, hidden, segments, rows, mask)
+        if i < c.layers:
+            row = i if c.sets is None else c.sets[i]
+            layer = jax.tree.map(lambda leaf, row=row: leaf[row], stack)
+            kind = {} if c.kinds is None else c.kinds[i]
+            outputs[f"attentions.{i}"] = attention_probabilities(block, layer, hidden, given, kind, mask)
     return _finish(inputs, outputs, None)
 
 
 def attention_probabilities(
-    block: nn.Module, variables: Any, hidden: Array, segments: Segments, rows: Rows, mask: Array | None
+    block: nn.Module, variables: Any, hidden: Array, given: tuple[Any, ...], kind: Mapping[str, Any], mask: Array | None
 ) -> Array:
     """Compute a layer's attention weights [B, H, L, L] by the formula; the fast backends never store this tensor.
 
     Args:
-        block: the layer, whose `attention` is a `layers.Attention`.
+        block: the layer, whose attention is a `layers.Attention`.
         variables: variables of the layer.
         hidden: [B, L, E], input of the layer.
-        segments: segments, as for the layer.
-        rows: [B] uint32, row numbers.
+        given: the layer's other arguments.
+        kind: its own arguments, see `run_layers`.
         mask: [B, L], 1 for the tokens to attend to.
     """
-    seen: Any = block.apply(
-        variables,
-        hidden,
-        segments,
-        rows,
-        deterministic=True,
-        capture_intermediates=lambda module, _: module.name in ("query", "key"),
-    )[1]
-    query, key = (seen["intermediates"]["attention"][name]["__call__"][0] for name in ("query", "key"))
+    seen: list[tuple[Array, Array, Any]] = []
+
+    def see(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if isinstance(module, Attention) and context.method_name == "__call__":
+            query, key = module.query(args[0]), module.key(args[0])
+            if module.rotary is not None:
+                positions = kwargs.get("position_ids")
+                positions = jnp.arange(query.shape[1])[None] if positions is None else positions
+                query, key = (rotate(vectors, positions, module.rotary) for vectors in (query, key))
+            seen.append((query, key, module.window))
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(see):
+        block.apply(variables, hidden, *given, **kind, deterministic=True)
+    ((query, key, window),) = seen
     scores = jnp.einsum("blhd,bshd->bhls", query, key) / math.sqrt(query.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :] != 0, scores, -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1)
+    if window is not None:
+        distance = jnp.arange(scores.shape[-1])[None, :] - jnp.arange(scores.shape[-2])[:, None]
+        near = (distance >= -window[0]) & (distance <= window[1])
+        scores = jnp.where(near[None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.where(jnp.isnan(weights), 0.0, weights)  # of a query that sees nothing
+
+
+# Field of a pretraining model's output -> (the reference's output, its label).
+PAIR_TASKS = {
+    "nsp_logits": ("seq_relationship_logits", "next_sentence_label"),
+    "sop_logits": ("sop_logits", "sentence_order_label"),
+}
 
 
 def _pretraining(model: Any, params: Params, inputs: Inputs) -> Outputs:
     logits: Any = _call(model, params, inputs)
-    labels, nsp_labels = inputs.pop("labels", None), inputs.pop("next_sentence_label", None)
+    name, label = next((names for field, names in PAIR_TASKS.items() if hasattr(logits, field)), (None, None))
+    if name is None or label is None:
+        raise CheckpointError(f"{type(model).__name__}: the reference implementation has no such model")
+    pair_logits = logits[1]
+    labels, pair_labels = inputs.pop("labels", None), inputs.pop(label, None)
     loss = None
-    if labels is not None and nsp_labels is not None:
+    if labels is not None and pair_labels is not None:
         loss = _mean(losses.class_losses(logits.mlm_logits, labels))
-        loss += _mean(losses.class_losses(logits.nsp_logits, nsp_labels))
-    outputs = {"prediction_logits": logits.mlm_logits, "seq_relationship_logits": logits.nsp_logits}
-    return _finish(inputs, outputs, loss)
+        loss += _mean(losses.class_losses(pair_logits, pair_labels))
+    return _finish(inputs, {"prediction_logits": logits.mlm_logits, name: pair_logits}, loss)
 
 
 def _classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
@@ -271,6 +301,17 @@ def _classification(model: Any, params: Params, inputs: Inputs) -> Outputs:
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
     loss = None if labels is None else _mean(losses.sequence_losses(model.config.problem_type, logits, labels))
+    return _finish(inputs, {"logits": logits}, loss)
+
+
+def _discriminator(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    """Compute the outputs of a discriminator; its loss is over all tokens but padding."""
+    mask = inputs.get("attention_mask")
+    logits = _call(model, params, inputs)
+    labels = inputs.pop("labels", None)
+    loss = None
+    if labels is not None:
+        loss = _mean(losses.sequence_losses("multi_label_classification", logits[..., None], labels, mask))
     return _finish(inputs, {"logits": logits}, loss)
 
 
@@ -315,6 +356,7 @@ Adapter = Callable[[Any, Params, Inputs], Outputs]
 ADAPTERS: dict[str, Adapter] = {
     "encoder": _encoder,
     "pretraining": _pretraining,
+    "discriminator": _discriminator,
     "masked_lm": _classes,
     "tokens": _classes,
     "classification": _classification,

@@ -11,8 +11,9 @@ How a table describes what released checkpoints contain:
   `Untransposed`, both of them a `Kernel`;
 - several maps fused into one tensor (query, key and value): entries that share a name (`fused_entries`);
 - a stack of only some of the layers, or with layers that lack the tensor: `Entry.layers`, `Entry.absent`;
-- a tensor of only one layer (T5's relative bias), or one set of tensors for all layers (ALBERT): a name without
-  `{layer}`, `encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight`;
+- sets of tensors that layers share, numbered by group and within the group (ALBERT): `Entry.inner`;
+- a tensor of only one layer (T5's relative bias): a name without `{layer}`,
+  `encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight`;
 - copies of tied tensors, constants, and unused buffers: `Table.tied`, `Table.buffers`, `Table.dropped`.
 """
 
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-LAYER = "{layer}"
+LAYER, INNER = "{layer}", "{inner}"
 Params = Mapping[str, Any]
 
 
@@ -158,6 +159,8 @@ class Entry(NamedTuple):
             order; None if the tensor contains only this parameter.
         absent: layers of the stack that lack the tensor. Their rows are read as `fill` and never written.
         fill: value of the rows of `absent` layers.
+        inner: number of layers that the stored name numbers within a `{layer}`: layer i is number i % inner, `{inner}`,
+            within number i // inner.
     """
 
     name: str
@@ -167,6 +170,7 @@ class Entry(NamedTuple):
     fused: int | None = None
     absent: tuple[int, ...] = ()
     fill: float = 0.0
+    inner: int = 1
 
     @property
     def numbers(self) -> Sequence[int] | None:
@@ -179,7 +183,7 @@ class Entry(NamedTuple):
         if self.numbers is None:
             return {self.name: None}
         return {
-            self.name.replace(LAYER, str(number)): row
+            self.name.replace(LAYER, str(number // self.inner)).replace(INNER, str(number % self.inner)): row
             for row, number in enumerate(self.numbers)
             if number not in self.absent
         }

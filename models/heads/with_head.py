@@ -21,8 +21,9 @@ from ..layers.activations import ACTIVATIONS
 from ..layers.dropout import Dropout
 from ..layers.linear import Embed, Linear, add_bias, partitioned
 from ..layers.norms import LayerNorm
-from ..layers.segments import Rows, gather_positions, row_numbers, rows_at
+from ..layers.segments import Rows, Segments, gather_positions, row_numbers, rows_at, split_segments
 from .crf import Crf, crf_entries
+from .pooling import pool
 
 
 class Form(NamedTuple):
@@ -31,14 +32,21 @@ class Form(NamedTuple):
     pooler: bool = False
     """read the encoder's pooler instead of [CLS] itself"""
     transform: str | None = None
-    """activation of a dense layer before the last one"""
+    """activation of a dense layer before the last one, "config" for the config's; None: no such layer, and for masked
+    words the config's activation"""
     drop_first: bool = False
     """apply dropout before that layer too"""
     norm: bool = False
     """normalise its output"""
+    bias: bool = True
+    """that layer and the norm have biases"""
     names: tuple[str, ...] = ("classifier",)
     """stored names of the transform, the norm and the last layer, as far as they exist; for masked words: of the
     transform, the norm, the bias, and the decoder, which is tied to the embeddings"""
+
+    def activation(self, config: EncoderConfig) -> str:
+        """Return the name of the transform's activation."""
+        return config.activation if self.transform in (None, "config") else self.transform
 
 
 class EncoderParts(NamedTuple):
@@ -54,6 +62,11 @@ class EncoderParts(NamedTuple):
     def encoder(self, config: EncoderConfig, *, pooler: bool) -> Any:
         """Build the encoder."""
         return self.build(config, pooler=pooler) if self.pooler else self.build(config)
+
+    def words(self, config: EncoderConfig) -> str:
+        """Return the stored name of the word embeddings."""
+        entries = self.entries(config, self.prefix, (), pooler=False)
+        return next(entry.name for entry in entries if entry.path == ("embeddings", "word", "embedding"))
 
     def table(
         self,
@@ -93,6 +106,7 @@ class WithHead(nn.Module):
         tokens          classes of single tokens (5.3)
         crf             the same, with the parameters of a CRF over them
         span            scores of each token to be an answer's first and its last (4.2)
+        discriminator   a score of each token to have been replaced (Clark et al. 2020, 2)
     """
 
     config: EncoderConfig
@@ -105,9 +119,9 @@ class WithHead(nn.Module):
         self.encoder = self.parts.encoder(c, pooler=form.pooler)
         linear = partial(Linear, kernel_init=c.initializer, dtype=c.dtype)
         if form.transform is not None:
-            self.transform = linear((c.width,), ("embed", "embed_out"))
+            self.transform = linear((c.width,), ("embed", "embed_out"), use_bias=form.bias)
         if form.norm:
-            self.norm = LayerNorm(c.norm_epsilon, c.dtype)
+            self.norm = LayerNorm(c.norm_epsilon, c.dtype, form.bias)
         self.drop = Dropout(c.head_dropout(self.head))
         self.last = linear((_outputs(c, self.head),), ("embed", "labels"), name=_last(self.head))
         if self.head == "crf":
@@ -134,7 +148,8 @@ class WithHead(nn.Module):
 
         Returns:
             classification: [B, num_labels], or [B, X, num_labels] if cls_positions are given; choice: [B] or [B, X];
-            tokens and crf: [B, L, num_labels], for a CRF its emissions; span: (start logits [B, L], end logits [B, L]).
+            tokens and crf: [B, L, num_labels], for a CRF its emissions; span: (start logits [B, L], end logits [B, L]);
+            discriminator: [B, L].
         """
         form = self.form
         rows = row_numbers(rows, inputs)
@@ -143,8 +158,11 @@ class WithHead(nn.Module):
             self.chain()  # creates the parameters; models.crf reads them from the tree, params["crf"]
         hidden: Any
         if self.head in ("classification", "choice"):
-            encoded: Encoded = encode(cls_positions=cls_positions, cls_only=True)
-            hidden = encoded.pooled if form.pooler else encoded.first
+            if self.config.pooling == "mean":
+                hidden = _mean(encode().hidden, more[0] if more else None, cls_positions)
+            else:
+                encoded: Encoded = encode(cls_positions=cls_positions, cls_only=True)
+                hidden = encoded.pooled if form.pooler else encoded.first
             rows = rows_at(rows, jnp.zeros(len(inputs), jnp.int32) if cls_positions is None else cls_positions)
         elif cls_positions is not None:
             raise ValueError(f"a {self.head} head reads every token: it takes no cls_positions")
@@ -153,17 +171,26 @@ class WithHead(nn.Module):
         drop = partial(self.drop, rows=rows, deterministic=deterministic)
         if form.transform is not None:
             hidden = drop(hidden) if form.drop_first else hidden
-            hidden = ACTIVATIONS[form.transform](self.transform(hidden))
+            hidden = ACTIVATIONS[form.activation(self.config)](self.transform(hidden))
         if form.norm:
             hidden = self.norm(hidden)
         logits = self.last(drop(hidden))
-        if self.head == "choice":
+        if self.head in ("choice", "discriminator"):
             return logits[..., 0]
         return (logits[..., 0], logits[..., 1]) if self.head == "span" else logits
 
 
+def _mean(hidden: Array, segment_ids: Segments, cls_positions: Array | None) -> Array:
+    """Pool the hidden states of each example: [B, X, E], or [B, E] if each row is one example."""
+    segments = split_segments(segment_ids)[1]
+    segments = jnp.ones(hidden.shape[:2], jnp.int32) if segments is None else segments
+    if cls_positions is not None:
+        return pool(hidden, segments, cls_positions, "mean")
+    return pool(hidden, (segments > 0).astype(jnp.int32), jnp.zeros((len(hidden), 1), jnp.int32), "mean")[:, 0]
+
+
 def _outputs(config: EncoderConfig, head: str) -> int:
-    return {"choice": 1, "span": 2}.get(head, config.num_labels)
+    return {"choice": 1, "discriminator": 1, "span": 2}.get(head, config.num_labels)
 
 
 def _last(head: str) -> str:
@@ -174,40 +201,43 @@ def _last(head: str) -> str:
 class MaskedLanguageModelHead(nn.Module):
     """Dense layer, activation, norm, then products with the word embeddings, and a bias (Devlin et al. 2018, 3.1).
 
-    The dense layer and the norm before the tied decoder are from the released code, not from the paper.
+    The dense layer and the norm before the tied decoder are from the released code, not from the paper. Their size is
+    that of the word embeddings.
     """
 
     activation: str
     norm_epsilon: float
     kernel_init: Initializer
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, hidden: Array, words: Embed) -> Array:
         """Compute logits [..., V] from hidden states [..., E], in the compute dtype, accumulated in float32."""
-        hidden = Linear(
-            hidden.shape[-1:], ("embed", "embed_out"), kernel_init=self.kernel_init, dtype=self.dtype, name="transform"
-        )(hidden)
-        hidden = LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm")(ACTIVATIONS[self.activation](hidden))
+        axes = ("embed", "embed_out")
+        dense = Linear((words.width,), axes, self.kernel_init, self.dtype, self.use_bias, name="transform")
+        norm = LayerNorm(self.norm_epsilon, self.dtype, self.use_bias, name="norm")
+        hidden = norm(ACTIVATIONS[self.activation](dense(hidden)))
         bias = self.param("bias", partitioned(nn.initializers.zeros_init(), "vocab"), (words.count,), jnp.float32)
         return add_bias(words.attend(hidden), bias).astype(self.dtype)
 
 
-def masked_words(config: EncoderConfig) -> MaskedLanguageModelHead:
+def masked_words(config: EncoderConfig, form: Form) -> MaskedLanguageModelHead:
     """Build the head of a family that predicts masked words as BERT does."""
-    return MaskedLanguageModelHead(config.activation, config.norm_epsilon, config.initializer, config.dtype)
+    activation = form.activation(config)
+    return MaskedLanguageModelHead(activation, config.norm_epsilon, config.initializer, config.dtype, form.bias)
 
 
 class MaskedLanguageModel(nn.Module):
     """An encoder, whose word embeddings are `embeddings.word`, with the masked language model head."""
 
     config: EncoderConfig
+    form: Form
     parts: EncoderParts
-    pooler: bool = False
 
     def setup(self) -> None:
-        self.encoder = self.parts.encoder(self.config, pooler=self.pooler)
-        self.mlm = masked_words(self.config)
+        self.encoder = self.parts.encoder(self.config, pooler=self.form.pooler)
+        self.mlm = masked_words(self.config, self.form)
 
     def __call__(
         self,
@@ -248,6 +278,7 @@ def is_head_parameter(path: Sequence[str]) -> bool:
 
 # Head -> end of the reference's class names.
 KINDS = {
+    "discriminator": "ForPreTraining",
     "masked_lm": "ForMaskedLM",
     "classification": "ForSequenceClassification",
     "tokens": "ForTokenClassification",
@@ -285,39 +316,43 @@ def architectures(
             if form is not None:
                 form = form._replace(pooler=pooler or form.pooler)
                 build = partial(_build, parts, head, form)
-                found.append(Architecture(f"{parts.classes}{kind}", head, build, partial(_table, parts, head, form)))
+                found.append(
+                    Architecture(f"{parts.classes}{kind}", head, build, partial(head_table, parts, head, form))
+                )
     return tuple(found)
 
 
 def _build(parts: EncoderParts, head: str, form: Form, config: EncoderConfig) -> nn.Module:
     if head == "masked_lm":
-        return MaskedLanguageModel(config, parts, form.pooler)
+        return MaskedLanguageModel(config, form, parts)
     return WithHead(config, head, form, parts)
 
 
-def _table(parts: EncoderParts, head: str, form: Form, config: EncoderConfig) -> Table:
+def head_table(parts: EncoderParts, head: str, form: Form, config: EncoderConfig) -> Table:
+    """Return the table of a model with one of the heads of `KINDS`."""
     if head == "masked_lm":
-        return parts.table(config, *masked_words_entries(config, form, parts.prefix), pooler=form.pooler)
+        return parts.table(config, *masked_words_entries(config, form, parts), pooler=form.pooler)
     width = (config.width,)
     names = iter(form.names)
     entries: list[Entry] = []
     if form.transform is not None:
-        entries += linear_entries(next(names), ("transform",), width, width)
+        entries += linear_entries(next(names), ("transform",), width, width, bias=form.bias)
     if form.norm:
-        entries += norm_entries(next(names), ("norm",), config.width)
+        entries += norm_entries(next(names), ("norm",), config.width, bias=form.bias)
     entries += linear_entries(next(names), (_last(head),), width, (_outputs(config, head),))
     if head == "crf":
         entries += crf_entries(config.num_labels)
     return parts.table(config, entries, pooler=form.pooler)
 
 
-def masked_words_entries(config: EncoderConfig, form: Form, prefix: str) -> tuple[list[Entry], dict[str, str]]:
+def masked_words_entries(config: EncoderConfig, form: Form, parts: EncoderParts) -> tuple[list[Entry], dict[str, str]]:
     """Return (the entries of `masked_words` at "mlm", tied copy -> original)."""
     transform, norm, bias, decoder = form.names
+    width = config.table_width
     entries = [
-        *linear_entries(transform, ("mlm", "transform"), (config.width,), (config.width,)),
-        *norm_entries(norm, ("mlm", "norm"), config.width),
+        *linear_entries(transform, ("mlm", "transform"), (config.width,), (width,), bias=form.bias),
+        *norm_entries(norm, ("mlm", "norm"), width, bias=form.bias),
         Entry(bias, ("mlm", "bias"), same(config.vocab_size)),
     ]
-    tied = {f"{decoder}.weight": f"{prefix}embeddings.word_embeddings.weight", f"{decoder}.bias": bias}
+    tied = {f"{decoder}.weight": parts.words(config), f"{decoder}.bias": bias}
     return entries, {copy: original for copy, original in tied.items() if copy != original}

@@ -35,6 +35,7 @@ class Attention(nn.Module):
         scale: scale of the scores; None for 1/sqrt(D).
         window: (left, right), number of visible tokens before and after the query's own, inclusive; None for all.
         rotary: base of the frequencies of rotary position embedding; None for no rotation.
+        out_init: initialiser of the output projection's kernel; None for `kernel_init`.
     """
 
     width: int
@@ -50,12 +51,14 @@ class Attention(nn.Module):
     scale: float | None = None
     window: tuple[int | None, int | None] | None = None
     rotary: float | None = None
+    out_init: Initializer | None = None
 
     def setup(self) -> None:
-        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
-        project = partial(linear, (self.heads, self._size), ("embed", "heads", "head_dim"), use_bias=self.use_bias)
+        inner, axes = (self.heads, self._size), ("embed", "heads", "head_dim")
+        project = partial(Linear, inner, axes, self.kernel_init, self.dtype, self.use_bias)
         self.query, self.key, self.value = project(), project(), project()
-        self.out = linear((self.width,), ("heads", "head_dim", "embed"), use_bias=self.out_bias)
+        out_init = self.kernel_init if self.out_init is None else self.out_init
+        self.out = Linear((self.width,), ("heads", "head_dim", "embed"), out_init, self.dtype, self.out_bias)
 
     @property
     def _size(self) -> int:

@@ -24,6 +24,7 @@ class FeedForward(nn.Module):
         dropout: dropout rate of the inner activations (not in the paper).
         gated: whether there is a gate.
         use_bias: whether the linear maps have a bias.
+        out_init: initialiser of the last map's kernel, W₂; None for `kernel_init`.
     """
 
     width: int
@@ -33,18 +34,18 @@ class FeedForward(nn.Module):
     dropout: float = 0.0
     gated: bool = False
     use_bias: bool = True
+    out_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, hidden: Array, rows: Rows | None = None, *, deterministic: bool = True) -> Array:
         """Transform hidden states [..., E] -> [..., E]; `rows` as for `Dropout`, which only dropout of
         inner activations needs."""
-        linear = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype, use_bias=self.use_bias)
+        linear = partial(Linear, dtype=self.dtype, use_bias=self.use_bias)
+        widen = partial(linear, (self.width,), ("embed", "mlp"), self.kernel_init)
+        out_init = self.kernel_init if self.out_init is None else self.out_init
         activation = ACTIVATIONS[self.activation]
-        inner = linear((self.width,), ("embed", "mlp"), name="inner")(hidden)
-        if self.gated:
-            inner = activation(linear((self.width,), ("embed", "mlp"), name="gate")(hidden)) * inner
-        else:
-            inner = activation(inner)
+        inner = widen(name="inner")(hidden)
+        inner = activation(widen(name="gate")(hidden)) * inner if self.gated else activation(inner)
         if rows is not None:
             inner = Dropout(self.dropout)(inner, rows, deterministic=deterministic)
-        return linear((hidden.shape[-1],), ("mlp", "embed"), name="outer")(inner)
+        return linear((hidden.shape[-1],), ("mlp", "embed"), out_init, name="outer")(inner)

@@ -1,7 +1,8 @@
-"""A Transformer's stack of N layers: all alike, of several alternating kinds, or one layer shared N times.
+"""A Transformer's stack of N layers: all alike, of several alternating kinds, or with shared parameters.
 
-Parameters of all kinds of layers are stacked along a first axis "layers" of size N, so that sharding, layer-wise
-learning rates and checkpoint tables find a layer by its number. Letters for shapes are the folder's.
+Parameters of all kinds of layers are stacked along a first axis "layers", so that sharding, layer-wise learning rates
+and checkpoint tables find a layer by its number. Its size is N, or the number of sets of parameters that the N layers
+share. Letters for shapes are the folder's.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from jax import Array
 from .attention import Attention
 from .segments import ByExample, gather_positions, rows_at
 
-Kind = Mapping[str, Any]
+LayerKind = Mapping[str, Any]
 
 
 def run_layers(
@@ -28,8 +29,8 @@ def run_layers(
     scan: bool,
     remat: bool,
     deterministic: bool,
-    kinds: Sequence[Kind] | None = None,
-    shared: bool = False,
+    kinds: Sequence[LayerKind] | None = None,
+    sets: Sequence[int] | None = None,
     every_layer: bool = False,
     last_positions: Array | None = None,
 ) -> tuple[Array, Array | None]:
@@ -45,9 +46,10 @@ def run_layers(
         remat: recompute a layer's inner values in the backward pass instead of keeping them.
         deterministic: disable dropout.
         kinds: for each layer, its own extra arguments, such as `{"window": (64, 64)}`; they must be known when tracing.
-            All kinds have the same parameters, which are initialised as for the last layer's kind. The scan covers
-            whole periods of kinds; layers before and after them are unrolled. None if all layers are alike.
-        shared: whether all layers share one set of parameters, which is not stacked (ALBERT).
+            All kinds have the same parameters, which are initialised as for the last layer's kind. Scans cover whole
+            periods of kinds; layers between them are unrolled. None if all layers are alike.
+        sets: for each layer, the number of the set of parameters that it uses, from 0 (ALBERT's layers share them). The
+            sets are stacked as layers are. None if each layer has its own.
         every_layer: also return the output of each layer.
         last_positions: [B, X] int32, the only tokens that the last layer computes; None for all of them. The results
             are the same, except for the dropout mask. The layers must meet the conditions of `_call_at`.
@@ -56,35 +58,32 @@ def run_layers(
         (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
 
     Raises:
-        ValueError: arguments are mutually exclusive, or the number of kinds is not the number of layers.
+        ValueError: arguments are mutually exclusive, or the number of kinds or sets is not the number of layers.
     """
     # New parameters are initialised for the whole stack.
     positions = None if block.is_initializing() else last_positions
     if positions is not None and every_layer:
         raise ValueError("run_layers: every_layer and last_positions exclude each other")
-    if kinds is not None:
-        if shared:
-            raise ValueError("run_layers: kinds and shared exclude each other")
-        if len(kinds) != count:
-            raise ValueError(f"run_layers: expected {count} kinds, one for each layer, found {len(kinds)}")
-        if not block.is_initializing():
-            mode = {"scan": scan, "remat": remat, "deterministic": deterministic}
-            return _run_kinds(block, hidden, broadcast, kinds, every_layer, positions, **mode)
-    if shared and block.is_initializing():
-        return block(hidden, *broadcast, deterministic=deterministic), None
+    for name, given in (("kinds", kinds), ("sets", sets)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"run_layers: expected {count} {name}, one for each layer, found {len(given)}")
+    if (kinds is not None or sets is not None) and not block.is_initializing():
+        mode = {"scan": scan, "remat": remat, "deterministic": deterministic}
+        kinds = [{}] * count if kinds is None else kinds
+        return _run_apart(block, hidden, broadcast, kinds, sets, every_layer, positions, **mode)
     drawn = {} if kinds is None else kinds[-1]
 
     def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
         hidden = block(hidden, *broadcast, **drawn, deterministic=deterministic)
         return hidden, hidden if every_layer else None
 
+    stacked = count if sets is None else max(sets) + 1
+    scanned = stacked if positions is None else stacked - 1
     body = nn.remat(layer, prevent_cse=not scan) if remat else layer
-    scanned = count if positions is None else count - 1
-    stacked = nn.scan(
+    run = nn.scan(
         body,
-        variable_axes={} if shared else {"params": 0},
-        variable_broadcast="params" if shared else False,
-        split_rngs={"params": not shared, "dropout": True},
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,  # type: ignore[arg-type]  (annotated as int, documented as this)
         length=scanned,
         unroll=1 if scan else max(1, scanned),
@@ -92,24 +91,25 @@ def run_layers(
         check_constancy_invariants=False,  # a second trace would find nothing: no variable changes
     )
     if positions is None:
-        return stacked(block, hidden, broadcast)
+        return run(block, hidden, broadcast)
 
     def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
         return _call_at(positions, block, hidden, broadcast, {"deterministic": deterministic})
 
     def of_layers(chosen: Any) -> Callable[[Any], Any]:
-        return lambda stack: stack if shared else jax.tree.map(lambda parameter: parameter[chosen], stack)
+        return lambda stack: jax.tree.map(lambda parameter: parameter[chosen], stack)
 
     if scanned:
-        hidden, _ = nn.map_variables(stacked, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
+        hidden, _ = nn.map_variables(run, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
     return nn.map_variables(last_layer, "params", of_layers(scanned))(block, hidden, broadcast), None
 
 
-def _run_kinds(
+def _run_apart(
     block: nn.Module,
     hidden: Array,
     broadcast: tuple[Any, ...],
-    kinds: Sequence[Kind],
+    kinds: Sequence[LayerKind],
+    sets: Sequence[int] | None,
     every_layer: bool,
     last_positions: Array | None,
     *,
@@ -117,10 +117,10 @@ def _run_kinds(
     remat: bool,
     deterministic: bool,
 ) -> tuple[Array, Array | None]:
-    """Run layers of several kinds with existing parameters.
+    """Run layers of several kinds, or with shared parameters, with existing parameters.
 
     Flax's own scan compiles one kind of call, and calls that share a module share its dropout. So each layer is applied
-    separately here, with its slice of the parameters and its own key.
+    separately here, with its set of parameters and its own key.
     """
     count = len(kinds)
     keys = None
@@ -128,7 +128,7 @@ def _run_kinds(
         keys = jax.random.split(block.make_rng("dropout"), count)
     alone = block.clone(parent=None)
 
-    def layer(kind: Kind, positions: Array | None, hidden: Array, params: Any, key: Array | None) -> Array:
+    def layer(kind: LayerKind, positions: Array | None, hidden: Array, params: Any, key: Array | None) -> Array:
         more = {**kind, "deterministic": deterministic}
 
         def call(block: Any) -> Array:
@@ -138,37 +138,46 @@ def _run_kinds(
 
         return nn.apply(call, alone)({"params": params}, rngs={} if key is None else {"dropout": key})
 
-    def checkpointed(kind: Kind, *, in_scan: bool) -> Callable[..., Array]:
+    def checkpointed(kind: LayerKind, *, in_scan: bool) -> Callable[..., Array]:
         plain = partial(layer, kind, None)
         return jax.checkpoint(plain, prevent_cse=not in_scan) if remat else plain
 
-    def one_round(hidden: Array, of_period: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
-        given = []
-        for number in range(period):
-            hidden = checkpointed(kinds[first + number], in_scan=True)(hidden, *_at(number, of_period))
-            given.append(hidden)
-        return hidden, jnp.stack(given) if every_layer else None
-
     end = count if last_positions is None else count - 1
-    first, period, rounds = _rounds(kinds[:end]) if scan else (end, 1, 0)
-    after = first + period * rounds
-    sizes = [*[1] * first, *([after - first] if rounds else []), *[1] * (count - after)]
-    number = 0
+    alike = [(kind, None if sets is None else sets[number]) for number, kind in enumerate(kinds[:end])]
+    parts = _parts(alike) if scan else [(number, 1, 1) for number in range(end)]
+    parts = parts if end == count else [*parts, (end, 1, 1)]
+    stacks = nn.unbox(block.variables["params"])
+    sizes = [period * rounds for _, period, rounds in parts] if sets is None else [1] * (max(sets) + 1)
+    cut = _cut(stacks, sizes)
     outputs: list[Array] = []
-    for size, params in zip(sizes, _cut(nn.unbox(block.variables["params"]), sizes), strict=True):
-        if rounds and number == first:
-            part = params, None if keys is None else keys[first:after]
-            in_rounds = jax.tree.map(lambda x: x.reshape(rounds, period, *x.shape[1:]), part)
-            hidden, given = jax.lax.scan(one_round, hidden, in_rounds)
-            outputs.append(hidden[None] if given is None else given.reshape(size, *hidden.shape))
-        else:
-            own = _at(0, params), None if keys is None else keys[number]
-            if number < end:
-                hidden = checkpointed(kinds[number], in_scan=False)(hidden, *own)
-            else:
-                hidden = layer(kinds[number], last_positions, hidden, *own)
+    for number, (first, period, rounds) in enumerate(parts):
+        chosen = None if keys is None else keys[first : first + period * rounds]
+        if rounds == 1:
+            params = _at(0, cut[number if sets is None else sets[first]])
+            call = checkpointed(kinds[first], in_scan=False)
+            if first == end:
+                call = partial(layer, kinds[first], last_positions)
+            hidden = call(hidden, params, None if chosen is None else chosen[0])
             outputs.append(hidden[None])
-        number += size
+            continue
+
+        def one_round(
+            hidden: Array, of_round: tuple[Any, Array | None], first: int = first, period: int = period
+        ) -> tuple[Array, Array | None]:
+            given = []
+            for number in range(period):
+                stack, keys = of_round
+                own = _at(number, stack) if sets is None else _at(0, cut[sets[first + number]])
+                call = checkpointed(kinds[first + number], in_scan=True)
+                hidden = call(hidden, own, None if keys is None else keys[number])
+                given.append(hidden)
+            return hidden, jnp.stack(given) if every_layer else None
+
+        scanned = (cut[number] if sets is None else None), chosen
+        in_rounds = jax.tree.map(lambda x, shape=(rounds, period): x.reshape(*shape, *x.shape[1:]), scanned)
+        hidden, given = jax.lax.scan(one_round, hidden, in_rounds, length=rounds)
+        if given is not None:
+            outputs.append(given.reshape(period * rounds, *hidden.shape))
     return hidden, jnp.concatenate(outputs) if every_layer else None
 
 
@@ -186,21 +195,31 @@ def _cut(stacks: Any, sizes: Sequence[int]) -> list[Any]:
     return [tree.unflatten(parts) for parts in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)]
 
 
-def _rounds(kinds: Sequence[Kind]) -> tuple[int, int, int]:
+def _parts(layers: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """Divide layers into scans and single layers: (first layer, layers per period, rounds) of each, in order."""
+    first, period, rounds = _rounds(layers)
+    if rounds == 0:
+        return [(number, 1, 1) for number in range(len(layers))]
+    after = first + period * rounds
+    later = [(after + first, period, rounds) for first, period, rounds in _parts(layers[after:])]
+    return [*_parts(layers[:first]), (first, period, rounds), *later]
+
+
+def _rounds(layers: Sequence[Any]) -> tuple[int, int, int]:
     """Return (first layer, layers per period, rounds) of the scan that leaves the fewest layers to compile."""
-    count = len(kinds)
+    count = len(layers)
     found = [(count, 1, 0)]
     for first in range(count):
         for period in range(1, count - first):
             length = period
-            while first + length < count and kinds[first + length] == kinds[first + length - period]:
+            while first + length < count and layers[first + length] == layers[first + length - period]:
                 length += 1
             if length >= 2 * period:
                 found.append((first, period, length // period))
     return min(found, key=lambda choice: count - choice[1] * max(0, choice[2] - 1))
 
 
-def _call_at(positions: Array, block: Any, hidden: Array, broadcast: tuple[Any, ...], more: Kind) -> Array:
+def _call_at(positions: Array, block: Any, hidden: Array, broadcast: tuple[Any, ...], more: LayerKind) -> Array:
     """Compute one layer's outputs [B, X, E] only at some positions [B, X] of its input [B, L, E].
 
     The layer needs no support for this: it is called twice. The first call, with all tokens, records the input of its

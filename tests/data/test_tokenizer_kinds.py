@@ -235,6 +235,15 @@ def test_a_type_of_model_whose_tokenizer_is_unknown_is_refused(tmp_path: Path):
         load_tokenizer(folder)
 
 
+def test_a_type_of_model_without_a_class_has_its_tokenizer_as_it_is(tmp_path: Path):
+    """ModernBERT's files name no class of their own."""
+    load_tokenizer(FIXTURES / "byte_bpe").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "modernbert"}))
+    ids = [load_tokenizer(folder).encode_batch(["as it is"]) for folder in (tmp_path, FIXTURES / "byte_bpe")]
+    assert ids[0] == ids[1]
+
+
 def test_a_mask_takes_the_space_before_it_where_the_file_says_so(tmp_path: Path):
     load_tokenizer(FIXTURES / "byte_bpe").save(tmp_path)
     path = tmp_path / "tokenizer.json"

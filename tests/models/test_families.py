@@ -19,11 +19,18 @@ from bestiary.models.lora import linear_maps
 ENCODERS = [family for family in registry.families() if "encoder" in family.heads]
 SIZES = dict(vocab_size=61, width=16, layers=3, heads=2, feed_forward=24, positions=16, num_labels=3)
 
+# What is a family's own, in sizes that show it.
+OWN: dict[str, dict[str, Any]] = {
+    "albert": dict(embedding_size=8, groups=2),
+    "electra": dict(embedding_size=8),
+    "modernbert": dict(local_attention=2, global_every=2, pad_token_id=0),
+}
+
 families = pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
 
 
 def small(family: Family, **changes: Any) -> EncoderConfig:
-    config = family.config(**{**SIZES, **changes})
+    config = family.config(**{**SIZES, **OWN.get(family.name, {}), **changes})
     assert isinstance(config, EncoderConfig)
     return config
 
@@ -62,10 +69,15 @@ def test_every_parameter_has_a_name_a_depth_and_a_part(family: Family) -> None:
         depths = family.depths(model)
         for path in leaves:
             depth = depths[path[:-1]]
-            if "layers" in path:
-                assert depth.tolist() == [1, 2, 3]
-            elif "embeddings" in path:
+            part = path[path.index("encoder") + 1] if "encoder" in path else path[0]
+            if part == "layers":
+                assert depth.tolist() == ([2, 3] if family.name == "albert" else [1, 2, 3])
+            elif "layers" in path:
+                assert family.name == "electra"  # its generator
+            elif part in family.below:
                 assert depth == 0
+            elif part in family.above:
+                assert depth == 3
             else:
                 assert depth == 4
                 assert not family.is_encoder_parameter(path)
@@ -102,10 +114,11 @@ def test_every_linear_map_is_seen_by_adapters(family: Family) -> None:
     assert {"query", "key", "value", "out", "inner", "outer", "classifier"} <= names
 
 
-def test_presets_are_their_families() -> None:
+def test_a_preset_is_of_one_family() -> None:
     found = registry.presets()
     assert {"bert-base", "roberta-base", "transformer-base"} <= set(found)
-    assert all(name.startswith(family.name) for name, family in found.items())
+    assert len(found) == sum(len(family.config.PRESETS) for family in registry.families())
+    assert all(name in family.config.PRESETS for name, family in found.items())
 
 
 def test_a_family_is_found_by_the_type_of_a_config() -> None:
@@ -113,6 +126,18 @@ def test_a_family_is_found_by_the_type_of_a_config() -> None:
         assert registry.family_of(family.config()) is family
     with pytest.raises(TypeError, match="not a model of a family"):
         registry.family_of_model(nn.Dense(2))
+
+
+def test_a_variant_is_found_by_the_models_that_only_it_has() -> None:
+    for stored, variants in registry.VARIANTS.items():
+        for name in variants:
+            family = registry.family_named(name)
+            assert family.config().to_json()["model_type"] == family.config.STORED_TYPE == stored
+            base = registry.family_named(stored)
+            shared = {architecture.name for architecture in base.architectures}
+            (own,) = {architecture.name for architecture in family.architectures} - shared
+            assert registry.stored_family(stored, [own]) is family
+            assert registry.stored_family(stored, shared) is base
 
 
 # --- RoBERTa ----------------------------------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def test_harmless_settings_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "electra"}, "electra is not a family of this version; known: bert"),
+        ({"model_type": "llama"}, "llama is not a family of this version; known: albert, bert"),
         ({"model_type": "absent", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not a family of"),
         (
             {"architectures": ["BertLMHeadModel"]},

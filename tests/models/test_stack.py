@@ -1,4 +1,4 @@
-"""Stacks of layers: alike, of several kinds, or one layer N times; scanned or not, with and without remat."""
+"""Stacks of layers: alike, of several kinds, or with shared parameters; scanned or not, with and without remat."""
 
 from functools import cache, partial
 from typing import Any
@@ -13,7 +13,7 @@ from bestiary.models.layers.attention import Attention
 from bestiary.models.layers.dropout import Dropout
 from bestiary.models.layers.feed_forward import FeedForward
 from bestiary.models.layers.norms import LayerNorm
-from bestiary.models.layers.stack import _rounds, run_layers
+from bestiary.models.layers.stack import _parts, run_layers
 
 N, B, L, E = 5, 2, 6, 8
 HIDDEN = jax.random.normal(jax.random.key(1), (B, L, E))
@@ -57,14 +57,14 @@ class Stack(nn.Module):
     kinds: Any = None
     scan: bool = True
     remat: bool = False
-    shared: bool = False
+    sets: Any = None
     dropout: float = 0.0
 
     def setup(self) -> None:
         self.layers = Block(self.dropout)
 
     def __call__(self, hidden: jax.Array, *, deterministic: bool = True, **more: Any) -> Any:
-        settings = dict(scan=self.scan, remat=self.remat, shared=self.shared, kinds=self.kinds)
+        settings = dict(scan=self.scan, remat=self.remat, sets=self.sets, kinds=self.kinds)
         return run_layers(self.layers, hidden, SEGMENTS, ROWS, count=N, deterministic=deterministic, **settings, **more)
 
 
@@ -72,10 +72,11 @@ def drawn(stack: Stack) -> Any:
     return nn.unbox(stack.init(jax.random.key(0), HIDDEN))["params"]
 
 
-def by_hand(params: Any, kinds: Any, shared: bool) -> list[jax.Array]:
+def by_hand(params: Any, kinds: Any, sets: Any) -> list[jax.Array]:
     outputs = [HIDDEN]
     for layer, kind in enumerate(kinds):
-        own = params["layers"] if shared else jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        row = layer if sets is None else sets[layer]
+        own = jax.tree.map(lambda leaf, row=row: leaf[row], params["layers"])
         given: Any = Block().apply({"params": own}, outputs[-1], SEGMENTS, ROWS, **kind, deterministic=True)
         outputs.append(given)
     return outputs[1:]
@@ -87,13 +88,13 @@ def total(params: Any, run: Any) -> Any:
 
 
 @cache
-def expected_of(*, shared: bool) -> Any:
+def expected_of(*, sets: Any, alike: bool) -> Any:
     """((total, outputs), gradients) of the layers one by one."""
 
     def run(params: Any) -> Any:
-        return jnp.stack(by_hand(params, ({},) * N if shared else KINDS, shared))
+        return jnp.stack(by_hand(params, ({},) * N if alike else KINDS, sets))
 
-    return jax.jit(jax.value_and_grad(partial(total, run=run), has_aux=True))(drawn(Stack(shared=shared)))
+    return jax.jit(jax.value_and_grad(partial(total, run=run), has_aux=True))(drawn(Stack(sets=sets)))
 
 
 def compared(stack: Stack) -> None:
@@ -107,7 +108,7 @@ def compared(stack: Stack) -> None:
         return every
 
     (_, found), gradients = jax.jit(jax.value_and_grad(partial(total, run=run), has_aux=True))(params)
-    (_, wanted), expected_gradients = expected_of(shared=stack.shared)
+    (_, wanted), expected_gradients = expected_of(sets=stack.sets, alike=stack.kinds is None)
     np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), gradients, expected_gradients)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
@@ -118,9 +119,19 @@ def test_layers_of_several_kinds_are_applied_in_turn(scan: bool, remat: bool) ->
     compared(Stack(KINDS, scan, remat))
 
 
-def test_one_layer_applied_n_times() -> None:
-    stack = Stack(shared=True)
-    assert drawn(stack)["layers"]["attention"]["query"]["kernel"].shape == (E, 2, 4)
+@pytest.mark.parametrize(
+    ("sets", "scan", "remat"),
+    [
+        ((0,) * N, True, False),
+        ((0, 0, 0, 1, 1), True, True),
+        ((0, 1, 0, 1, 0), True, False),
+        ((0, 0, 1, 1, 1), False, False),
+    ],
+)
+def test_layers_share_sets_of_parameters(sets: tuple[int, ...], scan: bool, remat: bool) -> None:
+    """A set's gradient is the sum over the layers that use it."""
+    stack = Stack(None, scan, remat, sets)
+    assert drawn(stack)["layers"]["attention"]["query"]["kernel"].shape == (max(sets) + 1, E, 2, 4)
     compared(stack)
 
 
@@ -143,7 +154,7 @@ def test_the_last_layer_of_another_kind_computes_some_positions_alone() -> None:
         Stack([LOCAL] * N).apply({"params": params}, HIDDEN, last_positions=positions)
 
 
-@pytest.mark.parametrize("form", [{"kinds": KINDS}, {"shared": True}])
+@pytest.mark.parametrize("form", [{"kinds": KINDS}, {"sets": (0, 0, 0, 1, 1)}])
 def test_each_layer_drops_its_own(form: Any) -> None:
     """Scanned or written out, a layer's dropout is the same, and no other layer's."""
     params = drawn(Stack(**form))
@@ -172,20 +183,23 @@ def test_each_layer_drops_its_own(form: Any) -> None:
 def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(ValueError, match="expected 5 kinds, one for each layer, found 2"):
         Stack(KINDS[:2]).init(jax.random.key(0), HIDDEN)
-    with pytest.raises(ValueError, match="kinds and shared exclude each other"):
-        Stack(KINDS, shared=True).init(jax.random.key(0), HIDDEN)
+    with pytest.raises(ValueError, match="expected 5 sets, one for each layer, found 2"):
+        Stack(sets=(0, 0)).init(jax.random.key(0), HIDDEN)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "rounds"),
+    ("layers", "parts"),
     [
-        ("aaaa", (0, 1, 4)),
-        ("abab", (0, 2, 2)),
-        ("fllgllgllgll", (1, 3, 3)),  # the first layer, three rounds of (local, local, global), two local ones
-        ("abcd", (4, 1, 0)),
-        ("aaab", (0, 1, 3)),
-        ("a", (1, 1, 0)),
+        ("aaaa", [(0, 1, 4)]),
+        ("abab", [(0, 2, 2)]),
+        # The first layer, three rounds of (local, local, global), two local ones.
+        ("fllgllgllgll", [(0, 1, 1), (1, 3, 3), (10, 1, 2)]),
+        ("abcd", [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1)]),
+        ("aaab", [(0, 1, 3), (3, 1, 1)]),
+        ("aabb", [(0, 1, 2), (2, 1, 2)]),
+        ("a", [(0, 1, 1)]),
+        ("", []),
     ],
 )
-def test_a_scan_goes_over_the_period(kinds: str, rounds: tuple[int, int, int]) -> None:
-    assert _rounds([{"kind": kind} for kind in kinds]) == rounds
+def test_scans_go_over_periods(layers: str, parts: list[tuple[int, int, int]]) -> None:
+    assert _parts(layers) == parts

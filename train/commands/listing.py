@@ -71,4 +71,6 @@ def _shapes(family: Family, head: str, config: FamilyConfig) -> Any:
 
 
 def _count(family: Family, config: FamilyConfig) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(family, family.heads[0], config)))
+    """Count the parameters of the family's first model, without those that a layer of a stack lacks."""
+    entries = family.architectures[0].table(config).entries
+    return sum(math.prod(entry.transform.shape) * len(entry.rows) for entry in entries)

@@ -90,9 +90,11 @@ class FinetuneConfig:
     attention: Attention | None = None
     """Attention backend. None: the fastest that supports the call."""
     freeze_layers: int = 0
-    """Freeze the embeddings and this many of the lowest layers; 0: freeze nothing."""
+    """Freeze the embeddings and this many of the lowest layers; 0: freeze nothing. Layers that share parameters
+    (ALBERT) can only be frozen together."""
     layer_decay: float = 1.0
-    """Factor from each layer's learning rate to that of the layer below; pooler and head have the full rate."""
+    """Factor from each layer's learning rate to that of the layer below; pooler and head have the full rate. Parameters
+    that layers share (ALBERT) have the rate of the highest of them."""
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)

@@ -28,7 +28,8 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
     """Check the settings against the checkpoint's config.json, before data and weights are read.
 
     Raises:
-        RunError: an example may be too long for the model, or it has fewer layers than are to be frozen.
+        RunError: an example may be too long for the model, it has fewer layers than are to be frozen, or these share
+            parameters with others.
         ConfigError: config.json is invalid.
         CheckpointError: the family is unknown, or has no such head.
     """
@@ -41,6 +42,13 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
     if config.freeze_layers > found.layers:
         layers = counted(found.layers, "layer")
         raise RunError(f"--freeze-layers is {config.freeze_layers}, but the model has {layers}.")
+    if found.sets is not None:
+        apart = [n for n in range(1, found.layers + 1) if not set(found.sets[:n]) & set(found.sets[n:])]
+        if config.freeze_layers not in (0, *apart):
+            raise RunError(
+                f"--freeze-layers is {config.freeze_layers}, but lower layers share their parameters with higher ones. "
+                f"Freeze {' or '.join(map(str, apart))}."
+            )
 
 
 def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded:
@@ -72,6 +80,10 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         new.append(f"the head, whose classes are {', '.join(held or ['not named'])}")
     if new:
         progress.line(f"newly initialised (not in checkpoint {config.model}): {', '.join(new)}")
+    if config.layer_decay != 1.0 and shaped.sets is not None:
+        last = {number: layer + 1 for layer, number in enumerate(shaped.sets)}
+        layers = ", ".join(map(str, sorted(last.values())))
+        progress.line(f"--layer-decay: layers share parameters, which have the rates of layers {layers}")
     return loaded
 
 
@@ -158,8 +170,9 @@ def layer_rates(
 ) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
     """Determine which parameters are trained, and the factors of their learning rates.
 
-    The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d. If only some layers of a
-    stacked array are frozen, they stay in the optimiser, with a rate of zero.
+    The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d; parameters that layers
+    share have the factor of the last of them. If only some layers of a stacked array are frozen, they stay in the
+    optimiser, with a rate of zero.
     """
     frozen = config.freeze_layers
     if not frozen and config.layer_decay == 1.0:

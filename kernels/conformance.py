@@ -135,7 +135,7 @@ def draw(case: Case, dtype: str = "float32") -> Drawn:
             ids[1] = ids[0]
     cotangents = normal(b, q_len, heads, v_size), generator.normal(size=(b, q_len, heads)).astype(np.float32)
     places = [generator.integers(0, most, (b, n), np.int32) for most, n in ((b, q_len), (q_len, q_len), (k_len, k_len))]
-    drawn = Drawn(tuple(primals), cotangents, *ids, tuple(places) if case.placed else None)
+    drawn = Drawn(tuple(primals), cotangents, ids[0], ids[1], tuple(places) if case.placed else None)
     # What a loss makes of an empty row's lse, -inf, may itself be infinite or not a number.
     drawn.cotangents[1][empty_rows(case, drawn)] = np.nan
     return drawn
@@ -214,7 +214,7 @@ def empty_rows(case: Case, drawn: Drawn) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def kept_of(rate: float, rows: int, heads: int, queries: int, keys: int) -> Array:
     """Return dropout's bits [B, H, L, S], from the hash (which has tests of its own)."""
-    a, b = query_words(row_seeds(SEED, jnp.arange(rows)), jnp.arange(heads), jnp.arange(queries))
+    a, b = query_words(row_seeds(jnp.asarray(SEED), jnp.arange(rows)), jnp.arange(heads), jnp.arange(queries))
     g = key_words(jnp.arange(keys))
     return keep(a[..., None], b[..., None], g[None, None, None, :], rate)
 
@@ -344,9 +344,11 @@ def verdict(
 
 def case_of(fields: Mapping[str, Any]) -> Case:
     """Build a case from its fields as JSON keeps them."""
-    options = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.get("options", {}).items()}
-    pairs = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    return Case(**pairs | {"options": options})
+
+    def whole(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    return Case(**whole(fields) | {"options": whole(fields.get("options", {}))})
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def prepared(case: Case, sets: int, seed: int) -> tuple[list[Arrays], dict[str, 
 
 def timing_case(fields: Mapping[str, Any]) -> Case:
     """Build a case to be timed from its fields as JSON keeps them."""
-    return Case(**fields | {"window": tuple(fields["window"])})
+    return Case(**{**fields, "window": tuple(fields["window"])})
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

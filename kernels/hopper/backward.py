@@ -24,6 +24,7 @@ from .tile import (
     Options,
     Side,
     accumulate,
+    four_products,
     kept,
     matrix,
     product,
@@ -229,28 +230,36 @@ def key_gradient(
                         weights = jnp.where(keep, weights, 0.0)
                     return weights.astype(query.dtype)
 
-                sums = dict(zip(wanted, totals, strict=True))
-                if "k" in wanted:
-                    (weights, slope), weight_gradient = two_products(pairs, recompute)
-                else:
-                    (weights, slope), weight_gradient = recompute(product(pairs[0])), None
-                products = []
-                if "v" in wanted:
-                    products.append((sums["v"], lambda: dropped_weights(weights), scratch["do"].at[slot]))
-                if weight_gradient is not None:
-                    products.append(
-                        (
-                            sums["k"],
-                            lambda: score_gradient(
-                                whole, options, weights, slope, weight_gradient, side, keys, every
-                            ).astype(query.dtype),
-                            scratch["q"].at[slot],
-                        )
+                def gradient_of(weights: Array, slope: Array | None, products: Array) -> Array:
+                    change = score_gradient(whole, options, weights, slope, products, side, keys, every)
+                    return change.astype(query.dtype)
+
+                def first(products: Array) -> tuple[tuple[Array, Array | None], Array]:
+                    weights, slope = recompute(products)
+                    return (weights, slope), dropped_weights(weights)
+
+                other = {"k": scratch["q"].at[slot], "v": scratch["do"].at[slot]}
+                if wanted == ("k", "v"):
+                    d_value, d_key = four_products(
+                        options,
+                        pairs,
+                        totals[::-1],
+                        first,
+                        lambda kept, x: gradient_of(kept[0], kept[1], x),
+                        (other["v"], other["k"]),
                     )
-                done = accumulate(options, products)
+                    done = [d_key, d_value]
+                elif wanted == ("k",):
+                    (weights, slope), weight_gradient = two_products(pairs, recompute)
+                    done = accumulate(
+                        options, [(totals[0], lambda: gradient_of(weights, slope, weight_gradient), other["k"])]
+                    )
+                else:
+                    weights, _ = recompute(product(pairs[0]))
+                    done = accumulate(options, [(totals[0], lambda: dropped_weights(weights), other["v"])])
                 release()
                 plgpu.barrier_arrive(scratch["free"].at[slot])
-                return tuple(done) if len(wanted) == 1 else (done[1], done[0])
+                return tuple(done)
 
             start = tuple(zeros((WARPGROUP_ROWS, sizes[name])) for name in wanted)
             totals = lax.fori_loop(0, count * group, step, start)

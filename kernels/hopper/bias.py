@@ -65,6 +65,7 @@ def bias_gradient(
     if rows % columns:
         raise ValueError(f"expected columns that divide the {rows} rows of a block, found {blocks}")
     rows_of_bias, heads_of_bias = extra["dense"].shape[:2] if options.bias == "dense" else (1, heads)
+    listed = None
     if options.bias == "row":
         # Band n holds the tiles whose first key and first query are (n - before) * columns apart.
         before = (query_tiles - 1) * ratio
@@ -73,13 +74,26 @@ def bias_gradient(
         grid["batch"] = parts
         share = -(-batch // parts)
         out_shape: tuple[int, ...] = (heads, grid["tile"], parts, rows, columns)
+        if items.ranges is not None:
+            listed, inputs["counts"] = _needed_steps(items.ranges, batch, key_tiles, ratio, parts)
+            inputs["steps"] = listed
     else:
         before = parts = share = 0
         grid = {"tile": query_tiles * key_tiles, "head": heads_of_bias, "batch": rows_of_bias}
         out_shape = (rows_of_bias, heads_of_bias, ceil_to(queries, 8), ceil_to(keys, 32))  # whole tiles are stored
 
-    def steps_of(tile: Any, h: Any, part: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any, Any, Any]]]:
+    def steps_of(
+        refs: Mapping[str, Any], tile: Any, h: Any, part: Any
+    ) -> tuple[Any, Callable[[Any], tuple[Any, Any, Any, Any]]]:
         """Return a block's number of steps, and a function from a step to its batch row, head, query and key tile."""
+        if listed is not None:
+
+            def at_listed(n: Any) -> tuple[Any, Any, Any, Any]:
+                pair = refs["steps"][tile, part, n]
+                b, i = lax.div(pair, jnp.int32(query_tiles)), lax.rem(pair, jnp.int32(query_tiles))
+                return b, h, i, i * ratio + (tile - before)
+
+            return refs["counts"][tile, part], at_listed
         if options.bias == "row":
             offset = tile - before
             low = jnp.maximum(lax.div(ratio - 1 - offset, jnp.int32(ratio)), 0)
@@ -104,12 +118,13 @@ def bias_gradient(
 
     def body(refs: Mapping[str, Any], outs: Any, scratch: Any) -> None:
         tile, h, part, w = (lax.axis_index(name) for name in ("tile", "head", "batch", "warpgroup"))
-        count, at = steps_of(tile, h, part)
+        count, at = steps_of(refs, tile, h, part)
 
         def bounds_of(n: Array) -> tuple[Any, Any, Any, Any, Work, Any]:
             b, head, i, j = at(n)
             bounds = items.read(refs.get("ranges"), b, i)
-            return b, head, i, j, bounds, (j >= bounds.first) & (j < bounds.stop)
+            # The steps of a Toeplitz row are needed, all of them.
+            return b, head, i, j, bounds, options.bias == "row" or (j >= bounds.first) & (j < bounds.stop)
 
         @pl.when(w == blocks.warpgroups)
         def _() -> None:
@@ -118,8 +133,7 @@ def bias_gradient(
             def step(n: Array, done: Array) -> Array:
                 b, head, i, j, _bounds, needed = bounds_of(n)
 
-                @pl.when(needed)
-                def _() -> None:
+                def copy() -> None:
                     key_head = head if group == 1 else lax.div(head, jnp.int32(group))
                     slot = ring.slot(done)
                     ring.wait_free(scratch["free"], done)
@@ -135,6 +149,10 @@ def bias_gradient(
                     vectors.copy_keys(refs, scratch, slot, b, place, ready)
                     biases.copy(refs, scratch, slot, b, head, i * rows, j * columns, ready)
 
+                if needed is True:
+                    copy()
+                    return done + 1
+                pl.when(needed)(copy)
                 return done + needed.astype(jnp.int32)
 
             ring.drain(lax.fori_loop(0, count, step, jnp.int32(0)), scratch["free"])
@@ -166,6 +184,8 @@ def bias_gradient(
             def step(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 done, total = carry
                 _b, _head, i, j, bounds, needed = bounds_of(n)
+                if needed is True:
+                    return done + 1, add(i, j, bounds, done, total)
                 total = lax.cond(needed, lambda total: add(i, j, bounds, done, total), lambda total: total, total)
                 return done + needed.astype(jnp.int32), total
 
@@ -199,6 +219,33 @@ def bias_gradient(
     if options.bias == "dense":
         return out[..., :queries, :keys]
     return _sum_of_bands(jnp.sum(out, axis=2), queries, keys)
+
+
+def _needed_steps(ranges: Array, batch: int, key_tiles: int, ratio: int, parts: int) -> tuple[Array, Array]:
+    """List the steps that each band of a Toeplitz row needs, since a block would walk past all the others.
+
+    Args:
+      ranges: int32 [1 or B, query tiles, 4], as in `Items`.
+      batch: number of batch rows.
+      key_tiles: number of tiles of keys.
+      ratio: rows over columns of a tile.
+      parts: parts into which the batch rows are cut, each of which has blocks of its own.
+
+    Returns:
+      int32 [bands, parts, steps], `batch row * query tiles + query tile`, the needed ones first; and their numbers,
+      int32 [bands, parts].
+    """
+    query_tiles = ranges.shape[1]
+    before = (query_tiles - 1) * ratio
+    share = -(-batch // parts)
+    ranges = jnp.pad(jnp.broadcast_to(ranges, (batch, query_tiles, 4)), ((0, parts * share - batch), (0, 0), (0, 0)))
+    first, stop = (ranges[:, :, end].reshape(1, parts, share * query_tiles) for end in (0, 1))
+    tile = jnp.tile(jnp.arange(query_tiles, dtype=jnp.int32), share)[None, None, :]
+    key = tile * ratio + jnp.arange(-before, key_tiles, dtype=jnp.int32)[:, None, None]
+    needed = (key >= first) & (key < stop)
+    steps = jnp.argsort(~needed, axis=2, stable=True).astype(jnp.int32)
+    steps = steps + jnp.arange(parts, dtype=jnp.int32)[None, :, None] * (share * query_tiles)
+    return steps, jnp.sum(needed, axis=2, dtype=jnp.int32)
 
 
 def _sum_of_bands(bands: Array, queries: int, keys: int) -> Array:

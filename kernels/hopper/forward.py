@@ -79,7 +79,9 @@ def forward(
     inputs |= vectors.arrays | biases.arrays
     names = list(inputs)
     # Accumulators this wide leave no registers to load the keys' hash words before they are needed.
-    late = "g" if options.dropout_rate and value_size > 128 else None
+    late = {"g"} if options.dropout_rate and value_size > 128 else set()
+    # Segment ids are loaded where a tile is not whole.
+    at_once = vectors.keys.keys() - late - {"key_segments"}
 
     def body(*refs: Any, **scratch: Any) -> None:
         refs_in, (out_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
@@ -178,18 +180,27 @@ def forward(
 
                 scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=pass_turn)
                 bias = biases.tile(scratch, slot, w, side)
-                key_side = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys if name != late}
+                early = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys if name in at_once}
+                if early or bias is not None:
+                    release()
+
+                def segments() -> tuple[Array | None, Array | None]:
+                    if not options.segments:
+                        return None, None
+                    ids = side.load_keys(scratch["key_segments"].at[slot])
+                    release()
+                    return own["query_segments"], ids
 
                 def free_key() -> None:
-                    if vectors.keys or bias is not None:
-                        release()
                     plgpu.barrier_arrive(scratch["k_free"].at[slot])
 
-                if late is None:
+                if not late and not options.segments:
                     free_key()
                 if not options.simple:
                     scores = logits(options, scores, bias)
-                scores = mask_unless(bounds.whole(t), options, scores, side, keys, own | key_side)
+                scores = mask_unless(bounds.whole(t), options, scores, side, keys, segments)
+                if not late and options.segments:
+                    free_key()
                 unit = options.scale * LOG2E if options.simple else 1.0
                 new_top = jnp.maximum(top, jnp.max(scores, axis=1) * unit)
                 shrink = jnp.exp2(top - new_top)
@@ -197,11 +208,12 @@ def forward(
                 sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
                 total = total * shrink
                 dropped = weights
-                if late is not None:
-                    key_side[late] = side.load_keys(scratch[late].at[slot])
+                if late:
+                    early |= {name: side.load_keys(scratch[name].at[slot]) for name in late}
+                    release()
                     free_key()
                 if options.dropout_rate:
-                    keep = kept(options, side, own["a"], own["b"], key_side["g"])
+                    keep = kept(options, side, own["a"], own["b"], early["g"])
                     dropped = jnp.where(keep, weights, 0.0)
                 weights16 = dropped.astype(query.dtype)
                 total = total + jnp.sum(weights, axis=1)

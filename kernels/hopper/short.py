@@ -203,7 +203,8 @@ def forward(
             bias = biases.tile(scratch, slot, i, side)
             if not options.simple:
                 scores = logits(options, scores, bias)
-            scores = mask_unless(whole, options, scores, side, keys, own)
+            ids = own.get("query_segments"), own.get("key_segments")
+            scores = mask_unless(whole, options, scores, side, keys, lambda: ids)
             unit = options.scale * LOG2E if options.simple else 1.0
             top = jnp.maximum(jnp.max(scores, axis=1) * unit, LOWEST)
             weights = jnp.exp2(scores * unit - side.along_queries(top))

@@ -207,6 +207,40 @@ def two_products(pairs: Sequence[tuple[Any, Any]], between: Callable[[Array], An
     return pl.run_scoped(body, *accumulators)
 
 
+def four_products(
+    options: Options,
+    pairs: Sequence[tuple[Any, Any]],
+    sums: Sequence[Array],
+    first: Callable[[Array], tuple[Any, Array]],
+    second: Callable[[Any, Array], Array],
+    others: Sequence[Any],
+) -> list[Array]:
+    """Add two products to `sums`, each of what is made of one of two other products, all overlapped.
+
+    `first` makes of pair 0's product something to keep, and what is multiplied by `others[0]` and added to `sums[0]`:
+    that product is issued before pair 1's is awaited. `second` makes of what was kept and pair 1's product what is
+    multiplied by `others[1]` and added to `sums[1]`. Operands are in shared memory, but for what the two make.
+    """
+    if options.interpret:
+        kept, product_of_pair = two_products(pairs, lambda x: first(x))
+        made = [kept[1], second(kept[0], product_of_pair)]
+        return accumulate(options, [(c, lambda a=a: a, b) for c, a, b in zip(sums, made, others, strict=True)])
+
+    def body(accumulators: Any) -> None:
+        def products(*temporary: Any) -> None:
+            for accumulator, (a, b) in zip(temporary, pairs, strict=True):
+                plgpu.wgmma(accumulator, a, b)
+            kept, made = first(plgpu.wgmma_accumulator_load(temporary[0], wait_n=1))
+            plgpu.wgmma(accumulators[0], made, others[0])
+            plgpu.wgmma(accumulators[1], second(kept, plgpu.wgmma_accumulator_load(temporary[1], wait_n=1)), others[1])
+
+        shapes = [plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs]
+        pl.run_scoped(products, *shapes)
+
+    start: Any = tuple(plgpu.WGMMAAccumulatorRef.init(c) for c in sums)
+    return list(pl.run_state(body)(start))
+
+
 def release() -> None:
     """Order this warpgroup's loads from shared memory before the copies that will overwrite it.
 
@@ -304,13 +338,12 @@ def mask_unless(
     scores: Array,
     side: Side,
     keys: int,
-    vectors: Mapping[str, Array],
+    segments: Callable[[], tuple[Array | None, Array | None]],
 ) -> Array:
-    """Apply `masked` unless the tile is known to be unmasked."""
+    """Apply `masked` unless the tile is known to be unmasked; only then ask for the ids of queries and keys."""
     if not can_mask(options, keys, side):
         return scores
-    ids = vectors.get("query_segments"), vectors.get("key_segments")
-    return lax.cond(whole, lambda s: s, lambda s: masked(options, s, side, keys, *ids), scores)
+    return lax.cond(whole, lambda s: s, lambda s: masked(options, s, side, keys, *segments()), scores)
 
 
 def recomputed(
@@ -334,7 +367,8 @@ def recomputed(
         if options.softcap is not None:
             share = scores * (1 / (options.softcap * LOG2E))
             slope = 1.0 - share * share
-    scores = mask_unless(whole, options, scores, side, keys, vectors)
+    ids = vectors.get("query_segments"), vectors.get("key_segments")
+    scores = mask_unless(whole, options, scores, side, keys, lambda: ids)
     return jnp.exp2(scores * unit - side.along_queries(vectors["lse"])), slope
 
 

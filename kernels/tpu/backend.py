@@ -32,7 +32,7 @@ from ..tuning import tuned
 from . import long as tpu_long
 from . import short as tpu_short
 from .frame import Tiling
-from .tile import LANES, Cotangents, Meaning, Operands, ceil_to
+from .tile import LANES, LOG2E, Cotangents, Meaning, Operands, ceil_to
 
 LARGEST_HEAD = 256
 
@@ -209,7 +209,7 @@ def _attention_backward(plan: _Plan, saved: Any, gradients: tuple[Array, Array])
     delta = jnp.moveaxis(delta, 1, 2) - lse_gradient
     # The lse of a query without keys is constant: any gradient that arrives for it is discarded, even NaN.
     delta = jnp.where(lse == -jnp.inf, 0, delta)
-    cotangents = Cotangents(out_gradient, lse, delta)
+    cotangents = Cotangents(out_gradient, lse * LOG2E, delta)
     query, key, value, row = _split(plan, "backward", operands, cotangents)
     return (
         Operands(

@@ -12,17 +12,7 @@ from jax.experimental import pallas as pl
 
 from .. import blocks
 from ..blocks import Segments
-from .tile import (
-    LANES,
-    Cotangents,
-    Meaning,
-    Operands,
-    ceil_to,
-    dense_index,
-    pad_row,
-    row_index,
-    to_lanes,
-)
+from .tile import LANES, Cotangents, Meaning, Operands, ceil_to, dense_index, in_log2, pad_row, row_index, to_lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +176,7 @@ def inputs_by_queries(
     group = heads // operands.key.shape[1]
     v_size = operands.value.shape[3]
     q_padded, k_padded = ceil_to(area.queries, tiling.queries), ceil_to(area.keys, tiling.chunk)
-    row = None if operands.row is None else pad_row(operands.row, area.queries, area.keys, q_padded, k_padded)
+    row = None if operands.row is None else pad_row(in_log2(operands.row), area.queries, area.keys, q_padded, k_padded)
     of_row = row_index(operands.g)
 
     def held(lanes: int) -> pl.BlockSpec:
@@ -253,7 +243,7 @@ def inputs_by_keys(operands: Operands, cotangents: Cotangents, frame: Frame) -> 
     q_padded, k_padded = ceil_to(area.queries, tiling.chunk), ceil_to(area.keys, tiling.keys)
     row = operands.row
     if row is not None:  # Keys run along dimension 0 here, so the row is reversed.
-        row = pad_row(row[:, ::-1], area.keys, area.queries, k_padded, q_padded)
+        row = pad_row(in_log2(row[:, ::-1]), area.keys, area.queries, k_padded, q_padded)
     of_row = row_index(operands.g)
 
     def held(lanes: int) -> pl.BlockSpec:

@@ -33,6 +33,7 @@ from .tile import (
     ceil_to,
     column,
     dot,
+    in_log2,
     query_words,
     row_index,
     row_part,
@@ -130,7 +131,7 @@ def _bias_by_queries(
         start = row_part(query_start, key_start, tiling.queries, ceil_to(meaning.area.queries, tiling.queries))
         return skew(x.row[:, pl.ds(start, tiling.queries + tiling.keys)], tiling.queries, tiling.keys)
     if meaning.bias == "dense":
-        return x.dense[:, pl.ds(offset, tiling.keys)].astype(jnp.float32)
+        return in_log2(x.dense[:, pl.ds(offset, tiling.keys)])
     return None
 
 
@@ -184,7 +185,8 @@ def query_gradient(
             bias = _bias_by_queries(meaning, tiling, x, query_start, key_start, offset)
             values, bent = scores(meaning, dot(query, key, (1, 1)), bias, mask)
             bits = None if words is None else keep(*words, x.g[:, place], meaning.rate)
-            _, change = score_gradient(meaning, jnp.exp(values - lse), dot(out, value, (1, 1)), delta, bent, bits, mask)
+            weights, products = jnp.exp2(values - lse), dot(out, value, (1, 1))
+            _, change = score_gradient(meaning, weights, products, delta, bent, bits, mask)
             if row_gradient:
                 start = row_part(query_start, key_start, tiling.queries, q_padded)
                 row_gradient[0][:, pl.ds(start, tiling.queries + tiling.keys)] += unskew(change)
@@ -276,11 +278,11 @@ def key_value_gradients(
                 start = row_part(key_start, query_start, tiling.keys, k_padded)
                 bias = skew(x.row[:, pl.ds(start, tiling.keys + tiling.queries)], tiling.keys, tiling.queries)
             elif meaning.bias == "dense":
-                bias = jnp.transpose(x.dense[place].astype(jnp.float32))
+                bias = jnp.transpose(in_log2(x.dense[place]))
             values, bent = scores(meaning, dot(key, query, (1, 1)), bias, mask)
             bits = None if key_words is None else keep(x.a[:, place], x.b[:, place], key_words, meaning.rate)
             weights, change = score_gradient(
-                meaning, jnp.exp(values - lse), dot(value, out, (1, 1)), delta, bent, bits, mask
+                meaning, jnp.exp2(values - lse), dot(value, out, (1, 1)), delta, bent, bits, mask
             )
             value_sums[...] += dot(weights.astype(out.dtype), out, (1, 0))
             key_sums[...] += dot(change.astype(query.dtype), query, (1, 0))
@@ -397,10 +399,11 @@ def dense_gradient(
                     key, value = rows_within(key, key_start, area.keys), rows_within(value, key_start, area.keys)
             lse, delta = column(x.lse[...]), column(x.delta[...])
             lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-            values, bent = scores(meaning, dot(query, key, (1, 1)), x.dense[...].astype(jnp.float32), mask)
+            values, bent = scores(meaning, dot(query, key, (1, 1)), in_log2(x.dense[...]), mask)
             words = query_words(x, meaning)
             bits = None if words is None else keep(*words, x.g[...], meaning.rate)
-            _, change = score_gradient(meaning, jnp.exp(values - lse), dot(out, value, (1, 1)), delta, bent, bits, mask)
+            weights, products = jnp.exp2(values - lse), dot(out, value, (1, 1))
+            _, change = score_gradient(meaning, weights, products, delta, bent, bits, mask)
             sums[...] += change
 
         frame.at(s, b, i, j, tile)

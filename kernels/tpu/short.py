@@ -30,6 +30,7 @@ from .tile import (
     column,
     dense_index,
     dot,
+    in_log2,
     pad_row,
     row_index,
     rows_within,
@@ -98,9 +99,9 @@ def _prepare(
     queries, keys = ceil_to(length, LANES), ceil_to(key_length, LANES)
     row = operands.row
     if row is not None and cotangents is None:
-        row = pad_row(row, length, key_length, queries, keys)
+        row = pad_row(in_log2(row), length, key_length, queries, keys)
     elif row is not None:  # Keys run along dimension 0 in the backward pass, so the row is reversed.
-        row = pad_row(row[:, ::-1], key_length, length, keys, queries)
+        row = pad_row(in_log2(row[:, ::-1]), key_length, length, keys, queries)
 
     def flat(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1)
@@ -173,7 +174,7 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
             if meaning.bias == "row":
                 bias = skew(x.row[head], queries, keys)
             elif meaning.bias == "dense":
-                bias = x.dense[head if x.dense.shape[0] > 1 else 0].astype(jnp.float32)
+                bias = in_log2(x.dense[head if x.dense.shape[0] > 1 else 0])
             values, _ = scores(meaning, dot(_head(x.query, head, size)[...], key, (1, 1)), bias, mask)
             nothing = jnp.full((queries, 1), -jnp.inf), jnp.zeros((queries, 1))
             weights, top, total, _ = softmax_step(values, *nothing)
@@ -238,11 +239,11 @@ def backward(
                 if meaning.bias == "row":
                     bias = skew(x.row[head], keys, queries)
                 elif meaning.bias == "dense":
-                    bias = jnp.transpose(x.dense[head if x.dense.shape[0] > 1 else 0].astype(jnp.float32))
+                    bias = jnp.transpose(in_log2(x.dense[head if x.dense.shape[0] > 1 else 0]))
                 values, bent = scores(meaning, dot(key, query, (1, 1)), bias, mask)
                 bits = None if key_words is None else keep(x.a[head], x.b[head], key_words, meaning.rate)
                 weights, change = score_gradient(
-                    meaning, jnp.exp(values - lse), dot(value, out, (1, 1)), x.delta[head], bent, bits, mask
+                    meaning, jnp.exp2(values - lse), dot(value, out, (1, 1)), x.delta[head], bent, bits, mask
                 )
                 if row_gradient:
                     row_gradient[0][head] = unskew(change)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..blocks import Area
 
+LOG2E = math.log2(math.e)
 LANES = 128
 SUBLANES = 8
 
@@ -54,7 +56,7 @@ class Cotangents(NamedTuple):
     out: Any
     """[B, L, H, Dv], the gradient of the output"""
     lse: Any
-    """float32 [B, H, L], of the forward pass"""
+    """float32 [B, H, L], of the forward pass, in units of log2"""
     delta: Any
     """float32 [B, H, L]: sum(gradient * output) minus the gradient of lse"""
 
@@ -150,14 +152,17 @@ def allowed(
 
 
 def scores(meaning: Meaning, products: Array, bias: Array | None, mask: Array | None) -> tuple[Array, Array | None]:
-    """Return the tile's scores, -inf where masked, and the softcap's tanh, from the products q . k."""
-    values = products if meaning.scale == 1 else products * meaning.scale
+    """Return the tile's scores in units of log2, -inf where masked, and the softcap's tanh, from the products q . k.
+
+    The bias is in units of log2 too. (The vector unit's exponential is `exp2`: `exp` costs it another multiplication.)
+    """
+    values = products * (meaning.scale * LOG2E)
     if bias is not None:
         values = values + bias
     bent = None
     if meaning.softcap is not None:
-        bent = jnp.tanh(values * (1 / meaning.softcap))
-        values = bent * meaning.softcap
+        bent = jnp.tanh(values * (1 / (meaning.softcap * LOG2E)))
+        values = bent * (meaning.softcap * LOG2E)
     if mask is not None:
         values = jnp.where(mask, values, -jnp.inf)
         bent = None if bent is None else jnp.where(mask, bent, 0.0)
@@ -205,6 +210,11 @@ def pad_row(row: Array, down: int, across: int, down_padded: int, across_padded:
     return jnp.pad(row, ((0, 0), ends))[:, None, :]
 
 
+def in_log2(bias: Array) -> Array:
+    """Turn a bias in natural units into what `scores` adds."""
+    return bias.astype(jnp.float32) * LOG2E
+
+
 def row_part(start_down: Any, start_across: Any, down: int, down_padded: int) -> Any:
     """Return the start of the part of a padded row that a tile needs, `down + across` elements."""
     return pl.multiple_of(start_across - start_down - down + down_padded, LANES)
@@ -250,7 +260,7 @@ def unskew(tile: Array) -> Array:
 
 
 def softmax_step(values: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
-    """Process one tile of an online softmax over dimension 1.
+    """Process one tile of an online softmax over dimension 1, of scores in units of log2.
 
     Returns:
       The tile's weights relative to the new maximum, the new maximum, the new total, and the factor that rescales all
@@ -259,16 +269,19 @@ def softmax_step(values: Array, top: Array, total: Array) -> tuple[Array, Array,
     new = jnp.maximum(top, jnp.max(values, axis=1, keepdims=True))
     # Avoid -inf - -inf, which is NaN, where nothing has been attended to yet.
     reference = jnp.where(new == -jnp.inf, 0.0, new)
-    weights = jnp.exp(values - reference)
-    ratio = jnp.exp(top - reference)
+    weights = jnp.exp2(values - reference)
+    ratio = jnp.exp2(top - reference)
     return weights, new, total * ratio + jnp.sum(weights, axis=1, keepdims=True), ratio
 
 
 def softmax_end(top: Array, total: Array) -> tuple[Array, Array]:
-    """Return the factor for the sum of weights times values, and lse: 0 and -inf where nothing was attended to."""
+    """Return the factor for the sum of weights times values, and lse: 0 and -inf where nothing was attended to.
+
+    The maximum is in units of log2, lse is the natural logarithm.
+    """
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    return jnp.where(empty, 0.0, 1 / total), jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return jnp.where(empty, 0.0, 1 / total), jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(total))
 
 
 def ceil_to(size: int, multiple: int) -> int:

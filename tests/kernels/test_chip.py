@@ -89,7 +89,7 @@ def test_a_report_of_what_a_kill_has_left(rehearsed, tmp_path, capsys):
 def test_ended_from_outside_it_reports_what_it_has(tmp_path, environment, repository):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "bench/chip.py", "--out", str(out), "--rehearse", "--plant", "hang:where"],
+        [sys.executable, "bench/chip.py", "--out", str(out), "--rehearse", "--plant", "hang:where", "--budget", "500"],
         cwd=repository, env=environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     # Its first worker hangs. Both end at once.

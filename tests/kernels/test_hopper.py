@@ -17,6 +17,7 @@ from bestiary.kernels.blocks import Area
 from bestiary.kernels.call import Call
 from bestiary.kernels.hopper import backend as hopper
 from bestiary.kernels.hopper import short as hopper_short
+from bestiary.kernels.hopper.bias import _needed_steps
 from bestiary.kernels.hopper.tile import Options
 from bestiary.kernels.hopper.work import Schedule, Work, work
 
@@ -245,6 +246,31 @@ def test_refusals_say_why() -> None:
         assert hopper.supports(call) is None
         assert "bfloat16 or float16" in (hopper.supports(in_float32(call)) or "")
         assert "256" in (hopper.supports(make_call(size=272)) or "")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_steps_of_a_bands_block_are_those_it_needs(parts: int, segments: bool) -> None:
+    """By looking at every tile of every band."""
+    batch, length, rows, columns = 5, 40, 8, 4
+    ids = None
+    if segments:
+        ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 5, (batch, length)), axis=1).astype(np.int32))
+    items = work(Area(length, length, None, 3), rows, columns, ids, ids, axis=1)
+    assert items.ranges is not None
+    steps, counts = map(np.asarray, _needed_steps(items.ranges, batch, length // columns, rows // columns, parts))
+    ranges = np.broadcast_to(np.asarray(items.ranges), (batch, length // rows, 4))
+    share = -(-batch // parts)
+    for band, part in np.ndindex(*counts.shape):
+        offset = band - (length // rows - 1) * 2
+        expected = [
+            b * (length // rows) + i
+            for b in range(part * share, min(batch, (part + 1) * share))
+            for i in range(length // rows)
+            if ranges[b, i, 0] <= i * 2 + offset < ranges[b, i, 1]
+        ]
+        assert steps[band, part, : counts[band, part]].tolist() == expected
+    assert counts.sum() == (ranges[..., 1] - ranges[..., 0]).sum()
 
 
 @pytest.mark.parametrize(

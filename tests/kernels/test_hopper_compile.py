@@ -176,6 +176,15 @@ def test_exponentials_run_beside_the_other_groups_products(case: str, compiled: 
     assert loop[1].count("e") >= 60, order
 
 
+@pytest.mark.parametrize("case", ["plain 64", "everything 64"])
+def test_the_gradient_of_values_runs_beside_that_of_scores(case: str, compiled: Report) -> None:
+    """Weights are recomputed beside dO V'; dV's product is issued before that is awaited, and dK's comes last."""
+    (order,) = (kernel.order for kernel in compiled.kernels[case] if kernel.name == "key_gradient")
+    loop = re.search(r"P{8}D([^PD]*)P{4}D[^PDe]*P{4}", order)
+    assert loop, order
+    assert loop[1].count("e") == 32, order
+
+
 def test_descriptors_of_copies_are_what_the_driver_takes(compiled: Report) -> None:
     assert compiled.faults == []
     assert set(compiled.descriptors) == CASES.keys() | LOWERED.keys()

@@ -1,7 +1,12 @@
 """Inspect a command line before it is parsed: which flags it gives."""
 
+import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
+from typing import Annotated, get_args, get_origin
+
+import tyro
 
 from .errors import RunError
 
@@ -33,6 +38,24 @@ def did_you_mean(asked: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'bert-base'?`, or nothing if no known name is similar."""
     near = get_close_matches(asked, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def reflow_help(options: type) -> None:
+    """Let the help texts of a config dataclass flow to the width of the terminal.
+
+    tyro keeps the line breaks of indented docstrings, unless the text is given in the annotation.
+    """
+    import docstring_parser
+
+    for owner in filter(is_dataclass, options.__mro__):
+        texts = {field.arg_name: field.description for field in docstring_parser.parse_from_object(owner).params}
+        for name, annotation in inspect.get_annotations(owner).items():
+            nested = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+            if is_dataclass(nested):
+                reflow_help(nested)  # pyright: ignore[reportArgumentType]
+            elif texts.get(name):
+                help = " ".join(texts[name].split())
+                owner.__annotations__[name] = Annotated[annotation, tyro.conf.arg(help=help)]
 
 
 def refuse_renamed(arguments: Sequence[str]) -> None:

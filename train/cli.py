@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from .arguments import did_you_mean, refuse_renamed
+from .arguments import did_you_mean, reflow_help, refuse_renamed
 from .compiled import keep_compiled_programs
 from .cpu import prepare_cpu
 from .progress import end_line
@@ -229,6 +229,8 @@ def _parse(options: Any, arguments: list[str], name: str) -> Any:
     An unknown flag ends the process with status 2. Errors of the config itself are raised.
     """
     refuse_renamed(arguments)
+    if {"-h", "--help"} & set(arguments):
+        reflow_help(options)
     if hasattr(options, "check_arguments"):  # refuses what cannot be seen from the parsed values
         options.check_arguments(arguments)
 

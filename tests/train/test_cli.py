@@ -76,3 +76,14 @@ def test_what_flags_alone_show_wrong_is_refused_without_importing_jax(words: lis
     script = f"import sys; {run}; print(status, 'jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "1 False\n", done.stderr
+
+
+def test_help_texts_flow_to_the_width_of_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["finetune", "squad", "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    at = lines.index("model.safetensors, tokenizer files). If it has another")
+    assert lines[at + 1 : at + 3] == ["head than the task needs, only its encoder is used.", "(required)"]

@@ -46,11 +46,11 @@ def test_a_tokenizer_of_another_kind_is_said_with_the_inputs_that_it_makes(train
     assert said(trained["wordpiece"], "bert-tiny") == f"tokenizer: WordPiece, {sizes['wordpiece']}"
     assert said(trained["byte-bpe"], "roberta-tiny") == f"tokenizer: byte-level BPE, {sizes['byte-bpe']}"
     assert said(trained["wordpiece"], "roberta-tiny") == (
-        f"tokenizer: WordPiece, {sizes['wordpiece']}. RoBERTa's own is byte-level BPE; here its inputs are "
+        f"tokenizer: WordPiece, {sizes['wordpiece']} (RoBERTa's own is byte-level BPE): inputs are "
         "[CLS] A [SEP] B [SEP]"
     )
     assert said(trained["byte-bpe"], "bert-tiny") == (
-        f"tokenizer: byte-level BPE, {sizes['byte-bpe']}. BERT's own is WordPiece; here its inputs are "
+        f"tokenizer: byte-level BPE, {sizes['byte-bpe']} (BERT's own is WordPiece): inputs are "
         "<s> A </s></s> B </s>, B of token type 0"
     )
     assert said(trained["unigram"], "bert-tiny").endswith("[CLS] A [SEP] B [SEP], B of token type 1")

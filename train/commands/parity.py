@@ -18,13 +18,13 @@ class ParityConfig:
     """Compare checkpoints with the reference implementation's stored outputs, losses and gradients."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """fixture folders: a checkpoint, expected.safetensors and, if there is a loss, grads.safetensors"""
+    """Fixture folders: a checkpoint, expected.safetensors and, if there is a loss, grads.safetensors."""
     json: bool = False
-    """print one JSON object instead of lines"""
+    """Print one JSON object instead of text."""
     output_tolerance: float = 1e-5
-    """largest absolute error of any output, and of the loss"""
+    """Largest absolute error of any output, and of the loss."""
     gradient_tolerance: float = 1e-4
-    """largest relative error of any gradient tensor, as a fraction of the reference's norm"""
+    """Largest relative error of any gradient tensor, as a fraction of the reference's norm."""
 
 
 def main(config: ParityConfig) -> int:

@@ -84,7 +84,7 @@ def describe_tokenizer(tokenizer: Tokenizer, family: Family, model: EncoderConfi
     )
     own = " or ".join(TITLES[kind] for kind in family.tokenizers)
     types = f", B of token type {parts.second_type}" if model.token_types > 1 else ""
-    return f"{found}. {family.title}'s own is {own}; here its inputs are {before} A {between} B {after}{types}"
+    return f"{found} ({family.title}'s own is {own}): inputs are {before} A {between} B {after}{types}"
 
 
 def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -> tuple[Any, Learner]:

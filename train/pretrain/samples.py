@@ -83,11 +83,14 @@ def _words(
     word: list[int] = []
     apart, begun = False, False
 
+    def shown(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens).strip()
+
     def finished() -> Iterator[str]:
-        if word:
-            text = tokenizer.decode(word).strip()
+        text = shown(word) if word else ""
+        if text:  # "▁" alone is a token too
             yield f"…{text.removeprefix('##')}" if tokenizer.continuation[word[0]] else text
-            word.clear()
+        word.clear()
 
     for token, masked, guess, probability in zip(ids, hidden, guessed, sure, strict=True):
         if tokenizer.special[token] and token != tokenizer.special_ids.get("unk"):
@@ -100,8 +103,8 @@ def _words(
             yield "|"
         apart, begun = False, True
         if masked:
-            right = "ok" if guess == token else f"for {tokenizer.decode([token]).strip()}"
-            yield f"[{tokenizer.decode([guess]).strip()} {probability:.0%}, {right}]"
+            right = "ok" if guess == token else f"for {shown([token])}"
+            yield f"[{shown([guess]) or tokenizer.tokens[guess]} {probability:.0%}, {right}]"
         elif token == tokenizer.special_ids.get("unk"):
             yield from finished()
             yield tokenizer.tokens[token]

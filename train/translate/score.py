@@ -140,7 +140,7 @@ class ScoreConfig:
     model: Path | None = None
     """Run folder or checkpoint folder of the model that translates --source."""
     source: Path | None = None
-    """File of source sentences, line by line the sources of --reference."""
+    """File of source sentences, one per line: the sources of --reference."""
     hypothesis: Path | None = None
     """File of translations to score, instead of --model and --source."""
     language: str | None = None

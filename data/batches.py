@@ -43,15 +43,15 @@ class Features:
     """F encoded features with T tokens in total.
 
     Attributes:
-        input_ids: [T] int32 one feature after the other, special tokens included.
+        input_ids: [T] int32, the features' tokens, concatenated, special tokens included.
         token_type_ids: [T] int32.
-        starts: [F + 1] int64 where each feature begins.
-        example: [F] int64 the number of the example that each was made of.
+        starts: [F + 1] int64, start of each feature.
+        example: [F] int64, number of the example that each feature was made from.
         segment_fields: name -> values of each feature, [F, ...].
         token_fields: name -> values of each token, [T, ...].
         unit_size: features that stay together.
-        truncated: tokens that were cut off.
-        note: what else is to be said of them.
+        truncated: number of truncated tokens.
+        note: a remark for the user.
     """
 
     input_ids: np.ndarray

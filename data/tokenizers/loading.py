@@ -100,8 +100,8 @@ class _Folder:
         if named is None:
             if model_type not in MODEL_TYPES:
                 raise DataError(
-                    f"{self.where.parent}: the tokenizer of a model of type {model_type!r} is none that is known here. "
-                    "If tokenizer.json says it all, set tokenizer_class to PreTrainedTokenizerFast in "
+                    f"{self.where.parent}: the tokenizer of a {model_type!r} model is not implemented. If its "
+                    "tokenizer.json is complete, set tokenizer_class to PreTrainedTokenizerFast in "
                     "tokenizer_config.json."
                 )
             return MODEL_TYPES[model_type]
@@ -111,8 +111,8 @@ class _Folder:
         if name.removesuffix("Tokenizer") not in CLASSES:
             known = ", ".join(f"{known}Tokenizer" for known in CLASSES)
             raise DataError(
-                f"{self.where.parent}: the tokenizer_class {named!r} is none that is known here: {known}, and "
-                "PreTrainedTokenizerFast, whose tokenizer.json says it all."
+                f"{self.where.parent}: the tokenizer_class {named!r} is not implemented; expected one of {known}, or "
+                "PreTrainedTokenizerFast, which takes everything from tokenizer.json."
             )
         return CLASSES[name.removesuffix("Tokenizer")]
 
@@ -307,7 +307,7 @@ def _gpt2(folder: _Folder) -> Tokenizer:
     _add_tokens(backend, folder, special)
     if folder.whole is None and any(folder.settings.get(name) for name in ("add_bos_token", "add_eos_token")):
         raise DataError(
-            f"{folder.where.parent}: add_bos_token and add_eos_token need a tokenizer.json that says where."
+            f"{folder.where.parent}: add_bos_token and add_eos_token need a tokenizer.json with a post_processor."
         )
     template = Template() if folder.whole is None else _stated(folder, backend)
     backend.post_processor = write_template(template, backend)
@@ -448,7 +448,7 @@ def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
             return "t5"
         raise DataError(
             f"{folder.where}: pieces that begin {', '.join(first)} are neither ALBERT's nor T5's. Name the "
-            "tokenizer_class in tokenizer_config.json beside it."
+            "tokenizer_class in the folder's tokenizer_config.json."
         )
     return classes[0]
 
@@ -532,8 +532,8 @@ def _add_tokens(
         gets = backend.get_vocab_size() if found is None else found
         if gets != number:
             raise DataError(
-                f"{folder.where.parent}: the added token {token.content!r} is to have the id {number}, but the "
-                f"vocabulary gives it {gets}."
+                f"{folder.where.parent}: the added token {token.content!r} has the id {number}, but the "
+                f"vocabulary would give it {gets}."
             )
         backend.add_tokens([token])
     if model is not None:

@@ -33,12 +33,12 @@ from .template import Template
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _NEEDED_FOR = {
-    "bos": "what begins a generated text",
-    "eos": "what ends a generated text",
-    "unk": "what replaces text outside the vocabulary",
-    "sep": "what ends each text of a pair",
-    "cls": "what classification reads a whole text from",
-    "mask": "what hides a token in masked language modelling",
+    "bos": "which begins a generated text",
+    "eos": "which ends a generated text",
+    "unk": "which replaces text outside the vocabulary",
+    "sep": "which ends each text of a pair",
+    "cls": "from which classification reads a whole text",
+    "mask": "which replaces a masked token",
 }
 _COPIES = ("_literal", "_spaced")  # copies of the backend, with options that its JSON does not include
 

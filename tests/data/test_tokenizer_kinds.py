@@ -76,7 +76,7 @@ def test_a_template_is_the_familys(shared: Path):
 def test_a_missing_special_token_is_named(shared: Path):
     tokenizer = load_tokenizer(shared / "data" / "tokenizers" / "gpt2")
     assert tokenizer.special_ids == {"bos": 50256, "eos": 50256, "unk": 50256}
-    with pytest.raises(DataError, match=r"The tokenizer has no mask token, what hides a token"):
+    with pytest.raises(DataError, match=r"The tokenizer has no mask token, which replaces a masked token"):
         _ = tokenizer.mask_id
 
 
@@ -132,7 +132,7 @@ def test_added_tokens_count(tmp_path: Path):
     (tmp_path / "saved" / "tokenizer.json").unlink()
     assert load_tokenizer(tmp_path / "saved").encode_batch(["he said [E1]"]) == [[5, 6, 14]]
     bert_folder(tmp_path, tokenizer_config={}, added_tokens={"[E1]": 20})
-    with pytest.raises(DataError, match=r"the added token '\[E1\]' is to have the id 20, but the vocabulary gives it"):
+    with pytest.raises(DataError, match=r"the added token '\[E1\]' has the id 20, but the vocabulary would give it"):
         load_tokenizer(folder)
 
 
@@ -225,7 +225,7 @@ def test_what_would_make_ids_random_or_fail_later_is_refused(tmp_path: Path):
 
 def test_a_type_of_model_whose_tokenizer_is_unknown_is_refused(tmp_path: Path):
     folder = bert_folder(tmp_path, tokenizer_config={}, config={"model_type": "mpnet"})
-    with pytest.raises(DataError, match="the tokenizer of a model of type 'mpnet' is none that is known here"):
+    with pytest.raises(DataError, match="the tokenizer of a 'mpnet' model is not implemented"):
         load_tokenizer(folder)
     bert_folder(tmp_path, tokenizer_config={"unk_token": "[NEW]"}, config={"model_type": "bert"})
     with pytest.raises(DataError, match=r"the vocabulary has no \[NEW\], its unk_token"):
@@ -313,7 +313,7 @@ def test_special_tokens_of_trained_vocabularies():
 
 def test_an_unknown_class_is_refused(tmp_path: Path):
     settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
-    with pytest.raises(DataError, match=r"the tokenizer_class 'BertJapaneseTokenizer' is none that is known here"):
+    with pytest.raises(DataError, match=r"the tokenizer_class 'BertJapaneseTokenizer' is not implemented"):
         load_tokenizer(bert_folder(tmp_path, tokenizer_config=settings))
 
 

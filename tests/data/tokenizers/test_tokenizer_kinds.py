@@ -11,7 +11,7 @@ import pytest
 from bestiary.data import EMBEDDED, Corpus, DataError, load_tokenizer, train_byte_bpe, train_unigram
 from bestiary.data.tokenizers.tokenizer import check_vocabulary
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizers"
 TEXTS = json.loads((FIXTURES / "texts.json").read_text())
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 OWN = ["byte_bpe", "albert", "t5", "xlm_roberta"]

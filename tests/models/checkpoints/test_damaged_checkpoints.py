@@ -17,7 +17,7 @@ from bestiary.data import DataError
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.tables import CheckpointError
 
-SPAN = Path(__file__).parent / "fixtures" / "bert_span"
+SPAN = Path(__file__).parents[1] / "fixtures" / "bert_span"
 WEIGHT = "bert.encoder.layer.0.output.dense.weight"
 
 

@@ -26,7 +26,7 @@ from bestiary.train.generate.released import read_generation_config
 from bestiary.train.generate.scheduler import Sizes
 from bestiary.train.translate.attention_map import attention_of
 
-FIXTURE = Path(__file__).parent.parent / "models" / "fixtures" / "marian_translation"
+FIXTURE = Path(__file__).parents[2] / "models" / "fixtures" / "marian_translation"
 CASES = json.loads((FIXTURE / "generations.json").read_text())
 
 

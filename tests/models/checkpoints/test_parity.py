@@ -13,7 +13,7 @@ from bestiary.train.commands.parity import ParityConfig, describe, main
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = (
     "bert_pretraining",
     "bert_model",

@@ -10,8 +10,8 @@ import pytest
 from bestiary.data import DataError, Tokenizer, load_tokenizer
 from bestiary.data.tasks.squad import Answer, Question, make_windows, read_squad
 
-UNCASED = Path(__file__).parent / "fixtures" / "wordpiece" / "uncased"
-BYTES = Path(__file__).parent / "fixtures" / "tokenizers" / "byte_bpe"
+UNCASED = Path(__file__).parents[1] / "fixtures" / "wordpiece" / "uncased"
+BYTES = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "byte_bpe"
 CONTEXT = "In May the river rose, and in May the bridge fell."
 
 

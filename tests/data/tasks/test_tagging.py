@@ -8,8 +8,8 @@ import pytest
 from bestiary.data import DataError, load_tokenizer
 from bestiary.data.tasks.tagging import check_tags, read_conll, read_conllu, tag_set, tokenise_words
 
-UNCASED = Path(__file__).parent / "fixtures" / "wordpiece" / "uncased"
-BYTES = Path(__file__).parent / "fixtures" / "tokenizers" / "byte_bpe"
+UNCASED = Path(__file__).parents[1] / "fixtures" / "wordpiece" / "uncased"
+BYTES = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "byte_bpe"
 
 
 def tags(path: Path, **options) -> list[tuple[str, ...] | None]:

@@ -24,7 +24,7 @@ from bestiary.train.embed.embed import ArrayFile
 from bestiary.train.embed.extract import Extractor, parse_layers, parse_pooling, windows
 from bestiary.train.errors import RunError
 
-FIXTURES = Path(__file__).parent.parent / "models" / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "models" / "fixtures"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from bestiary.data import EMBEDDED, Corpus, DataError, Tokenizer, load_tokenizer, train_wordpiece
 from bestiary.data.corpus.corpus import Document
 
-FIXTURES = Path(__file__).parent / "fixtures" / "wordpiece"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "wordpiece"
 TEXTS = json.loads((FIXTURES / "texts.json").read_text())
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

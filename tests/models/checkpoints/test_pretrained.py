@@ -26,7 +26,7 @@ from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.folder import load_with_report
 from bestiary.models.checkpoints.tables import PROBLEMS_SHOWN, CheckpointError, Reshaped, Transposed, flatten
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 HEADS = ["bert_pretraining", "bert_model", "bert_classification", "bert_tokens", "bert_span", "bert_choice"]
 
 

@@ -26,7 +26,7 @@ from ...models.checkpoints.sentence_folder import SentenceFolder, read_sentence_
 from ...models.heads.pooling import POOLINGS, combine, normalize, pool
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
-from ..finetune.tasks.task import Kept, gather_kept
+from ..finetune.tasks.task import Collected, collect
 from ..sharding import Parallelism, Replicas, make_mesh
 from .config import FeatureConfig
 
@@ -128,15 +128,15 @@ class Extractor:
         ids, types, truncated = self.tokenizer.encode(texts, seconds, s.max_length)
         self.truncated += truncated
         features = pack_features(ids, types)
-        parts: list[tuple[Kept, Placed]] = []
+        parts: list[tuple[Collected, Placed]] = []
         running: deque[tuple[jax.Array, Placed]] = deque()
         for placed in self._batches(features):
             running.append((self._step(self._params, self._parallelism.shard_batch(placed.batch)), placed))
             if len(running) > 1:  # assemble the next batch while this one is computed
                 parts.append(_fetched(*running.popleft(), pooled=bool(s.pooling)))
         parts.extend(_fetched(*some, pooled=bool(s.pooling)) for some in running)
-        kept = gather_kept(parts, features)
-        vectors = (kept.segment if s.pooling else kept.token)["vectors"]
+        collected = collect(parts, features)
+        vectors = (collected.segment if s.pooling else collected.token)["vectors"]
         return Extracted(vectors, features.starts, features.input_ids)
 
     def _batches(self, features: Features) -> Iterator[Placed]:
@@ -188,9 +188,9 @@ def _lower_case(tokenizer: Any) -> None:
     tokenizer.backend.normalizer = normalizers.Sequence(steps)
 
 
-def _fetched(vectors: jax.Array, placed: Placed, *, pooled: bool) -> tuple[Kept, Placed]:
+def _fetched(vectors: jax.Array, placed: Placed, *, pooled: bool) -> tuple[Collected, Placed]:
     host = {"vectors": jax.device_get(vectors)}
-    return (Kept(segment=host) if pooled else Kept(token=host)), placed
+    return (Collected(segment=host) if pooled else Collected(token=host)), placed
 
 
 def windows(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -35,7 +35,7 @@ from ...data.tasks.tables import TextExample
 from ...models.heads.pooling import mix
 from ..finetune.tasks.glue import glue_data, glue_task
 from ..finetune.tasks.table import table_task
-from ..finetune.tasks.task import Kept, TaskData, hold_out
+from ..finetune.tasks.task import Collected, TaskData, hold_out
 from ..finetune.tasks.text import TextTask
 from ..progress import Progress, Work, duration
 from ..run_folder import RunFolder
@@ -314,11 +314,11 @@ def probe(run: RunFolder, config: ProbeConfig, progress: Progress) -> None:
     metrics: dict[str, Any] = {}
     unused = pack_features([], [])  # the task's own encoding, which its metrics ignore
     for name, examples in splits.items():
-        kept = Kept(segment={"logits": head(inputs[name])})
+        collected = Collected(segment={"logits": head(inputs[name])})
         if name in ("train", *data.evaluation):
-            metrics[name] = task.metrics(kept, unused, examples)
+            metrics[name] = task.metrics(collected, unused, examples)
         if name != "train":
-            task.write_predictions(config.out / "predictions", name, kept, unused, examples)
+            task.write_predictions(config.out / "predictions", name, collected, unused, examples)
     with replacing(config.out / "head.npz") as unfinished:
         np.savez(unfinished, **{key: value for key, value in head._asdict().items() if key != "strength"})
     write_json(

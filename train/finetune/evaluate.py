@@ -38,11 +38,11 @@ def main(config: EvaluateConfig) -> int:
     run = open_run(folder, config.parallelism)
     examples = read_examples(run.task, config.data, config.split, labelled=True)
     features, predicted = run.predict(examples)
-    metrics = {**predicted.means, **run.task.metrics(predicted.kept, features, examples)}
+    metrics = {**predicted.means, **run.task.metrics(predicted.collected, features, examples)}
     results = {"task": run.task.name, "data": str(config.data), "examples": len(examples), "metrics": metrics}
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "results.json", results)
-        run.task.write_predictions(config.out / "predictions", config.split, predicted.kept, features, examples)
+        run.task.write_predictions(config.out / "predictions", config.split, predicted.collected, features, examples)
     print(json_text(results, "the results", indent=2))
     return 0

@@ -135,7 +135,7 @@ class Evaluation:
         if predicted is None:
             return None
         self.latest = state, predicted
-        return {**predicted.means, **self._task.metrics(predicted.kept, self._features, self._examples)}
+        return {**predicted.means, **self._task.metrics(predicted.collected, self._features, self._examples)}
 
 
 def finetune(config: Any, run_config: FinetuneConfig, task: Task, read: Callable[[], TaskData]) -> int:
@@ -224,10 +224,10 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         predicted = known.get(split) or predictor(chosen, some)
         assert predicted is not None
         if split in encoded.evaluation:
-            metrics[split] = {**predicted.means, **task.metrics(predicted.kept, some, examples)}
+            metrics[split] = {**predicted.means, **task.metrics(predicted.collected, some, examples)}
             task = task.settled(metrics[split]) if len(metrics) == 1 else task
         if run.main:
-            task.write_predictions(c.out / "predictions", split, predicted.kept, some, examples)
+            task.write_predictions(c.out / "predictions", split, predicted.collected, some, examples)
     if plan is not None and run.main:
         plan.save(c.out / "adapter", plain, params, str(c.model))
         params = plan.merged(params)

@@ -64,7 +64,7 @@ def main(config: PredictConfig) -> int:
         examples = read_examples(run.task, config.input, config.split, labelled=False)
     features, predicted = run.predict(examples)
     if config.out is not None:
-        run.task.write_predictions(config.out, config.split, predicted.kept, features, examples)
-    for number, said in enumerate(run.task.show(predicted.kept, features, examples), 1):
+        run.task.write_predictions(config.out, config.split, predicted.collected, features, examples)
+    for number, said in enumerate(run.task.show(predicted.collected, features, examples), 1):
         print(json_text(said, f"prediction {number}", ensure_ascii=False))
     return 0

@@ -20,7 +20,7 @@ from ..metrics import Meter, Sums
 from ..progress import Progress, Work
 from ..sharding import Parallelism, Replicas, logical_specs, start_parallelism
 from .tasks.registry import make_task
-from .tasks.task import Kept, Task, gather_kept
+from .tasks.task import Collected, Task, collect
 
 LONGEST_ROW = 512  # maximum length of a packed row: longer ones cost more attention and save no padding
 
@@ -28,7 +28,7 @@ LONGEST_ROW = 512  # maximum length of a packed row: longer ones cost more atten
 class Predicted(NamedTuple):
     """Predictions for all features."""
 
-    kept: Kept  # on the host, in the order of the features
+    collected: Collected  # on the host, in the order of the features
     means: dict[str, float]  # of the task's losses; meaningless without labels
 
 
@@ -52,9 +52,9 @@ class Predictor:
         self._progress, self._unit = progress, task.unit
         self._pad_id, self._parallelism, self._longest = pad_id, parallelism, row_limit(model.config)
 
-        def step(params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> tuple[Kept, Sums]:
+        def step(params: Any, batch: dict[str, jax.Array], replicas: Replicas) -> tuple[Collected, Sums]:
             outputs = task.forward(model, params, batch, deterministic=True)
-            return replicas.gather(task.keep(outputs, batch)), replicas.sum(task.loss(outputs, batch))
+            return replicas.gather(task.select(outputs, batch)), replicas.sum(task.loss(outputs, batch))
 
         self._step = parallelism.compile_evaluate(step)
 
@@ -73,14 +73,14 @@ class Predictor:
         for placed in prediction_batches(features, pad_id=self._pad_id, positions=self._longest, divisor=divisor):
             share = len(placed.features) // count
             mine = {name: values[index * share : (index + 1) * share] for name, values in placed.batch.items()}
-            kept, sums = jax.device_get(self._step(params, self._parallelism.shard_batch(mine)))
+            collected, sums = jax.device_get(self._step(params, self._parallelism.shard_batch(mine)))
             meter.add(sums)
-            parts.append((kept, placed))
+            parts.append((collected, placed))
             done += int((placed.features >= 0).sum()) // features.unit_size
             work.update(done)
             if stop is not None and stop.requested:
                 return None
-        return Predicted(gather_kept(parts, features), meter.means())
+        return Predicted(collect(parts, features), meter.means())
 
 
 class FinetunedRun(NamedTuple):

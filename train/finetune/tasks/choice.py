@@ -18,7 +18,7 @@ from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from .task import Arrays, Kept, PlainTask, apply_segments
+from .task import Arrays, Collected, PlainTask, apply_segments
 
 # Files of each split in a folder, under the distributors' names.
 SWAG_FILES = {"train": ("train.csv",), "dev": ("val.csv",), "test": ("test.csv",)}
@@ -76,23 +76,23 @@ class ChoiceTask(PlainTask):
         scores = outputs.reshape(outputs.shape[0], -1, CHOICES)
         return {**class_losses(scores, batch["labels"][:, ::CHOICES], batch["segment_weights"][:, ::CHOICES])}
 
-    def keep(self, outputs: jax.Array, batch: Arrays) -> Kept:
-        return Kept(segment={"scores": outputs.astype(jnp.float32)})
+    def select(self, outputs: jax.Array, batch: Arrays) -> Collected:
+        return Collected(segment={"scores": outputs.astype(jnp.float32)})
 
-    def scores(self, kept: Kept) -> np.ndarray:
+    def scores(self, collected: Collected) -> np.ndarray:
         """Return the scores [questions, choices] float32."""
-        return kept.segment["scores"].reshape(-1, CHOICES)
+        return collected.segment["scores"].reshape(-1, CHOICES)
 
-    def metrics(self, kept: Kept, features: Features, examples: Sequence[Choice]) -> dict[str, float]:
+    def metrics(self, collected: Collected, features: Features, examples: Sequence[Choice]) -> dict[str, float]:
         labels = np.array([example.label for example in examples])
-        return {"accuracy": float((self.scores(kept).argmax(axis=-1) == labels).mean())}
+        return {"accuracy": float((self.scores(collected).argmax(axis=-1) == labels).mean())}
 
     def write_predictions(
-        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Choice]
+        self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[Choice]
     ) -> None:
         """Write SPLIT.csv with a column `pred`, the index of the chosen ending, one row per question in file order."""
         folder.mkdir(parents=True, exist_ok=True)
-        chosen = self.scores(kept).argmax(axis=-1)
+        chosen = self.scores(collected).argmax(axis=-1)
         write_text(folder / f"{split}.csv", "".join(f"{line}\n" for line in ("pred", *chosen.tolist())))
 
     def from_words(self, words: Mapping[str, Sequence[str]]) -> list[Choice]:
@@ -112,8 +112,8 @@ class ChoiceTask(PlainTask):
             for number, text in enumerate(texts)
         ]
 
-    def show(self, kept: Kept, features: Features, examples: Sequence[Choice]) -> list[dict[str, Any]]:
-        scores = self.scores(kept).astype(np.float64)
+    def show(self, collected: Collected, features: Features, examples: Sequence[Choice]) -> list[dict[str, Any]]:
+        scores = self.scores(collected).astype(np.float64)
         shares = softmax(scores, axis=-1)
         return [
             {"id": example.key, "choice": int(some.argmax()), "ending": example.pairs[int(some.argmax())][1],

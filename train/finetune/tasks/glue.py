@@ -11,7 +11,7 @@ from ....data.errors import DataError
 from ....data.tasks.glue import GLUE, has_labels, has_split, read_glue
 from ....data.tasks.tables import TextExample
 from .scores import metric
-from .task import Kept, TaskData
+from .task import Collected, TaskData
 from .text import TextTask, write_submission
 
 
@@ -27,26 +27,26 @@ class GlueTextTask(TextTask):
         split = {"dev": task.evaluation[0], "test": task.test[0]}.get(split, split)
         return read_glue(task, path, split, labelled=labelled).examples
 
-    def metrics(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
-        values = super().metrics(kept, features, examples)
+    def metrics(self, collected: Collected, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
+        values = super().metrics(collected, features, examples)
         if self.name == "mnli":  # the diagnostic set's official metric
             labels = np.array([example.label for example in examples])
-            values["matthews"] = metric("matthews", self.predicted(kept), labels)
+            values["matthews"] = metric("matthews", self.predicted(collected), labels)
         return values
 
-    def answers(self, kept: Kept) -> list[str]:
+    def answers(self, collected: Collected) -> list[str]:
         if self.labels is None:  # ratings go from 0 to 5
-            return [f"{value:.3f}" for value in np.clip(self.predicted(kept), 0, 5)]
-        return super().answers(kept)
+            return [f"{value:.3f}" for value in np.clip(self.predicted(collected), 0, 5)]
+        return super().answers(collected)
 
     def write_predictions(
-        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[TextExample]
+        self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[TextExample]
     ) -> None:
         """Write `MRPC.tsv`, `MNLI-m.tsv`, ... for test splits; into `dev/` for splits with labels."""
         stem = GLUE["ax" if split.startswith("ax") else self.name].submission
         stem += {"matched": "-m", "mismatched": "-mm"}.get(split.rpartition("_")[2], "")
         folder = folder if split.startswith(("test", "ax")) else folder / "dev"
-        write_submission(folder / f"{stem}.tsv", examples, self.answers(kept))
+        write_submission(folder / f"{stem}.tsv", examples, self.answers(collected))
 
 
 def glue_task(name: str, max_length: int) -> GlueTextTask:

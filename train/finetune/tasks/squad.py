@@ -25,7 +25,7 @@ from ...errors import RunError
 from ...metrics import Sums
 from .squad_answers import Answers, find_answers
 from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
-from .task import Arrays, Kept, PlainTask, apply_tokens
+from .task import Arrays, Collected, PlainTask, apply_tokens
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,17 @@ class SquadTask(PlainTask):
             "position_accuracy": ((start.correct + end.correct) / 2, start.weight),
         }
 
-    def keep(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Kept:
-        return Kept(token={"start": outputs[0].astype(jnp.float32), "end": outputs[1].astype(jnp.float32)})
+    def select(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Collected:
+        return Collected(token={"start": outputs[0].astype(jnp.float32), "end": outputs[1].astype(jnp.float32)})
 
-    def answers(self, kept: Kept, features: Features, examples: Sequence[Question]) -> list[Answers]:
+    def answers(self, collected: Collected, features: Features, examples: Sequence[Question]) -> list[Answers]:
         """Find the answers to each question."""
         assert isinstance(features, SquadFeatures)
         return find_answers(
             examples,
             features.windows,
-            kept.token["start"],
-            kept.token["end"],
+            collected.token["start"],
+            collected.token["end"],
             features.starts,
             n_best=self.n_best,
             max_answer_length=self.max_answer_length,
@@ -153,9 +153,9 @@ class SquadTask(PlainTask):
         odds = {question.key: found.null_odds for question, found in zip(questions, answers, strict=True)}
         return choose_threshold(questions, texts, odds)
 
-    def metrics(self, kept: Kept, features: Features, examples: Sequence[Question]) -> dict[str, float]:
+    def metrics(self, collected: Collected, features: Features, examples: Sequence[Question]) -> dict[str, float]:
         """Return `exact_match` and `f1` of version 1.1, or the official metrics of 2.0 and the threshold used."""
-        answers = self.answers(kept, features, examples)
+        answers = self.answers(collected, features, examples)
         texts = {question.key: found.text for question, found in zip(examples, answers, strict=True)}
         threshold = self.threshold(answers, examples)
         if threshold is None:
@@ -168,10 +168,10 @@ class SquadTask(PlainTask):
         return dataclasses.replace(self, null_threshold=metrics.get("null_threshold", self.null_threshold))
 
     def write_predictions(
-        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Question]
+        self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[Question]
     ) -> None:
         """Write `predictions.json`, `nbest_predictions.json` and, for 2.0, `null_odds.json`, by question id."""
-        answers = self.answers(kept, features, examples)
+        answers = self.answers(collected, features, examples)
         threshold = self.threshold(answers, examples)
         folder = folder / split
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,8 +192,8 @@ class SquadTask(PlainTask):
         contexts = list(contexts) * (len(questions) if len(contexts) == 1 else 1)
         return [Question(str(number), *pair) for number, pair in enumerate(zip(questions, contexts, strict=True))]
 
-    def show(self, kept: Kept, features: Features, examples: Sequence[Question]) -> list[dict[str, Any]]:
-        answers = self.answers(kept, features, examples)
+    def show(self, collected: Collected, features: Features, examples: Sequence[Question]) -> list[dict[str, Any]]:
+        answers = self.answers(collected, features, examples)
         threshold = self.threshold(answers, examples)
         shown = []
         for question, found in zip(examples, answers, strict=True):

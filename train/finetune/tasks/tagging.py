@@ -33,7 +33,7 @@ from ....models.heads.crf import CrfWeights, constrained, decode, log_likelihood
 from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from .task import Arrays, Kept, PlainTask, apply_tokens
+from .task import Arrays, Collected, PlainTask, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}
@@ -148,22 +148,22 @@ class TaggingTask(PlainTask):
         chains = log_likelihood(outputs.crf, outputs.logits, batch["labels"], batch["segment_ids"], tagged)
         return {"loss": (-chains.sum(), batch["label_weights"].sum())}
 
-    def keep(self, outputs: Tagged, batch: Arrays) -> Kept:
+    def select(self, outputs: Tagged, batch: Arrays) -> Collected:
         if outputs.crf is None:
             tags = outputs.logits.argmax(axis=-1).astype(jnp.int32)
         else:
             tags = decode(outputs.crf, outputs.logits, batch["segment_ids"], batch["label_weights"] > 0)
-        return Kept(token={"tags": tags})
+        return Collected(token={"tags": tags})
 
-    def tags(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> list[list[str]]:
+    def tags(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> list[list[str]]:
         """Return the predicted tags of each sentence's words."""
         assert isinstance(features, TaggedFeatures)
-        words = iter(kept.token["tags"][features.first].tolist())
+        words = iter(collected.token["tags"][features.first].tolist())
         return [[self.labels[next(words)] for _ in sentence.words] for sentence in examples]
 
-    def metrics(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> dict[str, float]:
+    def metrics(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> dict[str, float]:
         """Return the accuracy over words; for entities also precision, recall and F1, overall and by type."""
-        predicted = self.tags(kept, features, examples)
+        predicted = self.tags(collected, features, examples)
         wanted = [list(sentence.tags or ()) for sentence in examples]
         right = sum(
             a == b for mine, told in zip(predicted, wanted, strict=True) for a, b in zip(mine, told, strict=True)
@@ -174,12 +174,12 @@ class TaggingTask(PlainTask):
         )
 
     def write_predictions(
-        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Sentence]
+        self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[Sentence]
     ) -> None:
         """Write SPLIT.conll: word, its tag if known, and the predicted tag, tab-separated (`conlleval -d '\\t'`)."""
         folder.mkdir(parents=True, exist_ok=True)
         blocks = []
-        for sentence, tags in zip(examples, self.tags(kept, features, examples), strict=True):
+        for sentence, tags in zip(examples, self.tags(collected, features, examples), strict=True):
             columns = (sentence.words, *([sentence.tags] if sentence.tags else []), tags)
             blocks.append("".join("\t".join(row) + "\n" for row in zip(*columns, strict=True)))
         write_text(folder / f"{split}.conll", "\n".join(blocks))
@@ -194,10 +194,10 @@ class TaggingTask(PlainTask):
         split = [tuple(text.split()) for text in texts]
         return [Sentence(some, None, "the command line", tuple(range(1, len(some) + 1))) for some in split]
 
-    def show(self, kept: Kept, features: Features, examples: Sequence[Sentence]) -> list[dict[str, Any]]:
+    def show(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> list[dict[str, Any]]:
         return [
             {"words": list(sentence.words), "tags": tags}
-            for sentence, tags in zip(examples, self.tags(kept, features, examples), strict=True)
+            for sentence, tags in zip(examples, self.tags(collected, features, examples), strict=True)
         ]
 
 

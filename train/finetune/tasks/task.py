@@ -24,8 +24,8 @@ from ...metrics import Sums
 Arrays = dict[str, jax.Array]
 
 
-class Kept(NamedTuple):
-    """Predictions of a model for features.
+class Collected(NamedTuple):
+    """Outputs of a model for features, collected from its batches.
 
     On the device, of a batch: `segment` [B, X, ...] and `token` [B, L, ...]. On the host, of all features and in their
     order: `segment` [F, ...] and `token` [T, ...].
@@ -90,16 +90,16 @@ class Task(Protocol):
         """Return losses as sums and weights; the one named "loss" is minimised."""
         ...
 
-    def keep(self, outputs: Any, batch: Arrays) -> Kept:
+    def select(self, outputs: Any, batch: Arrays) -> Collected:
         """Select the outputs to bring to the host for every feature."""
         ...
 
-    def metrics(self, kept: Kept, features: Features, examples: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, collected: Collected, features: Features, examples: Sequence[Any]) -> dict[str, float]:
         """Compute the official metrics of labelled examples."""
         ...
 
     def write_predictions(
-        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[Any]
+        self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[Any]
     ) -> None:
         """Write the benchmark's submission files."""
         ...
@@ -112,7 +112,7 @@ class Task(Protocol):
         """
         ...
 
-    def show(self, kept: Kept, features: Features, examples: Sequence[Any]) -> list[dict[str, Any]]:
+    def show(self, collected: Collected, features: Features, examples: Sequence[Any]) -> list[dict[str, Any]]:
         """Return the predictions, one object per example."""
         ...
 
@@ -202,7 +202,7 @@ def settings(task: Task) -> dict[str, Any]:
     return dataclasses.asdict(task)  # type: ignore[arg-type]
 
 
-def gather_kept(parts: Sequence[tuple[Kept, Any]], features: Features) -> Kept:
+def collect(parts: Sequence[tuple[Collected, Any]], features: Features) -> Collected:
     """Return the collected outputs of all batches, in the order of the features.
 
     Args:
@@ -211,17 +211,17 @@ def gather_kept(parts: Sequence[tuple[Kept, Any]], features: Features) -> Kept:
     """
     segment: dict[str, np.ndarray] = {}
     token: dict[str, np.ndarray] = {}
-    for kept, placed in parts:
+    for collected, placed in parts:
         row, slot = np.nonzero(placed.features >= 0)
         numbers = placed.features[row, slot]
-        for name, values in kept.segment.items():
+        for name, values in collected.segment.items():
             shape = (features.count, *values.shape[2:])
             segment.setdefault(name, np.zeros(shape, values.dtype))[numbers] = values[row, slot]
         lengths = features.lengths[numbers]
         within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         column = np.repeat(placed.batch["cls_positions"][row, slot], lengths) + within
         target = np.repeat(features.starts[numbers], lengths) + within
-        for name, values in kept.token.items():
+        for name, values in collected.token.items():
             shape = (int(features.starts[-1]), *values.shape[2:])
             token.setdefault(name, np.zeros(shape, values.dtype))[target] = values[np.repeat(row, lengths), column]
-    return Kept(segment, token)
+    return Collected(segment, token)

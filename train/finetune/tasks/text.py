@@ -18,7 +18,7 @@ from ....models.heads.losses import sequence_losses
 from ...errors import RunError
 from ...metrics import Sums
 from .scores import scored
-from .task import Arrays, Kept, PlainTask, apply_segments
+from .task import Arrays, Collected, PlainTask, apply_segments
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,28 @@ class TextTask(PlainTask):
         problem_type = "regression" if self.labels is None else "single_label_classification"
         return {**sequence_losses(problem_type, outputs, batch["labels"], batch["segment_weights"])}
 
-    def keep(self, outputs: jax.Array, batch: Arrays) -> Kept:
-        return Kept(segment={"logits": outputs.astype(jnp.float32)})
+    def select(self, outputs: jax.Array, batch: Arrays) -> Collected:
+        return Collected(segment={"logits": outputs.astype(jnp.float32)})
 
-    def predicted(self, kept: Kept) -> np.ndarray:
+    def predicted(self, collected: Collected) -> np.ndarray:
         """Return predicted classes [F] int64, or values [F] float32."""
-        logits = kept.segment["logits"]
+        logits = collected.segment["logits"]
         return logits[:, 0] if self.labels is None else logits.argmax(axis=-1)
 
-    def metrics(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
-        return scored(self.metric_names, self.predicted(kept), np.array([example.label for example in examples]))
+    def metrics(self, collected: Collected, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
+        return scored(self.metric_names, self.predicted(collected), np.array([example.label for example in examples]))
 
-    def answers(self, kept: Kept) -> list[str]:
+    def answers(self, collected: Collected) -> list[str]:
         """Return the prediction for each example, in the data's format."""
-        predicted = self.predicted(kept)
+        predicted = self.predicted(collected)
         if self.labels is None:
             return [f"{value:.3f}" for value in predicted]
         return [self.labels[number] for number in predicted]
 
     def write_predictions(
-        self, folder: Path, split: str, kept: Kept, features: Features, examples: Sequence[TextExample]
+        self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[TextExample]
     ) -> None:
-        write_submission(folder / f"{split}.tsv", examples, self.answers(kept))
+        write_submission(folder / f"{split}.tsv", examples, self.answers(collected))
 
     def from_words(self, words: Mapping[str, Sequence[str]]) -> list[TextExample]:
         first, second = words.get("text", ()), words.get("text_pair", ())
@@ -109,10 +109,10 @@ class TextTask(PlainTask):
             for number, (text, pair) in enumerate(zip(first, pairs, strict=True))
         ]
 
-    def show(self, kept: Kept, features: Features, examples: Sequence[TextExample]) -> list[dict[str, Any]]:
+    def show(self, collected: Collected, features: Features, examples: Sequence[TextExample]) -> list[dict[str, Any]]:
         if self.label_names is None:
-            return [{"value": float(value)} for value in self.predicted(kept)]
-        logits = kept.segment["logits"].astype(np.float64)
+            return [{"value": float(value)} for value in self.predicted(collected)]
+        logits = collected.segment["logits"].astype(np.float64)
         shares = softmax(logits, axis=-1)
         return [
             {

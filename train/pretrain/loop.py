@@ -30,6 +30,9 @@ from .model import asked_family, describe_tokenizer, initial_weights, make_model
 from .objective import Batch, Objective
 from .objectives import make_objective, with_defaults
 
+MUCH = 0.2
+"""Truncated fraction of the text from which a remedy is named."""
+
 # --- step -------------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +179,13 @@ def describe(
     )
     for phase in config.plan:
         rows: Any = make_rows(config, data, objective, phase.length)
-        run.progress.line(f"rows of {phase.length}: {rows.statistics(0, windows=8)}")
+        statistics = rows.statistics(0, windows=8)
+        run.progress.line(f"rows of {phase.length}: {statistics}")
+        if statistics.truncated_fraction > MUCH:
+            share = f"{statistics.truncated_fraction:.0%}"
+            run.progress.line(
+                f"{share} of the text is truncated; longer rows, or --objective mlm (no pairs), lose less"
+            )
     run.progress.line(
         f"model: {architecture.layers} layers, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "
         f"{parameters:,} parameters, in {describe_dtype(architecture.dtype)}, on {run.devices}"

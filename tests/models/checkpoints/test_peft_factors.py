@@ -17,7 +17,7 @@ from bestiary.models.checkpoints.tables import CheckpointError
 from bestiary.models.lora import adapted, merge_lora
 from bestiary.train.cli import main
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 BASE, ADAPTER = FIXTURES / "bert_classification", FIXTURES / "peft_lora"
 PREFIX = "base_model.model."
 

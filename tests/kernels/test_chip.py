@@ -1,21 +1,26 @@
 """One command on a chip, rehearsed on the CPU: faults cost their own case alone, and every result is on disk."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from bestiary.kernels import chip_table
+from bestiary.kernels import DenseBias, RelativeBias, chip_table, conformance
 from bestiary.kernels.bench import chip
 from bestiary.kernels.bench.jobs import timing_case
 from bestiary.kernels.bench.peers import NAMES
 from bestiary.kernels.bench.workers import Results
+from bestiary.kernels.call import Call
 from bestiary.kernels.conformance import case_of
+from bestiary.kernels.tuning import Features
 
 # Packages that the project has and the chip's machine need not have.
 ABSENT = ("tyro", "grain", "tensorflow_datasets", "array_record", "safetensors", "matplotlib", "flax", "optax", "orbax",
@@ -141,6 +146,97 @@ def test_the_record_of_what_was_right_and_fastest(monkeypatch):
         ("v5e", "bfloat16", 64, 512, "full", "none", False): "tpu",
         ("h200", "bfloat16", 64, 512, "full", "none", False): "cudnn",
     }
+
+
+class Answering:
+    """A worker on a Hopper GPU that is not there: everything is right, but for what is in `wrong`."""
+
+    wrong = "D=256 causal=True"
+
+    def __init__(self, log, environment, *, startup):
+        del log, environment, startup
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        pass
+
+    def ask(self, job, seconds):
+        assert seconds > 0
+        seconds = {"median": 1e-3, "shortest": 1e-3, "longest": 1e-3}
+        answer = {
+            "where": {"platform_name": "gpu", "chip": "h200", "device": "NVIDIA H200", "versions": {"jax": "0.11.2"}},
+            "ceilings": {"operations": 8e14, "bytes": 4e12},
+            "contest": {"errors": {}, "forward": seconds, "backward": seconds},
+        }.get(job["kind"])
+        if answer is None:
+            features = conformance.features(case_of(job["case"]), job["dtype"])
+            failed = job["name"].endswith(self.wrong)
+            answer = {"errors": {}, "wrong": ["lse: two runs differ"] if failed else [], "features": list(features)}
+        elif job["name"] == "torch flex":
+            answer = {"reason": "is not installed"}
+        return json.loads(json.dumps(answer)) | {"seconds": 0.1}
+
+
+def test_a_whole_run_on_a_chip(monkeypatch, tmp_path, capsys):
+    """In its order, and what it then puts on record. The arrays of its cases are not drawn."""
+    monkeypatch.setattr(chip, "worker", Answering)
+    monkeypatch.setattr(conformance, "features", lambda case, dtype: dataclasses.astuple(features_of(case, dtype)))
+    table = tmp_path / "chip_table.py"
+    table.write_text(Path(chip_table.__file__).read_text())
+    monkeypatch.setattr(chip_table, "__file__", str(table))
+    out = tmp_path / "out"
+    assert chip.main(["--out", str(out), "--record"]) == 1
+    printed = capsys.readouterr().out
+    assert "CHECKED: 1 bad of 64: L=700 D=256 causal=True" in printed
+    found = Results(out / "results.jsonl").read()
+    kinds = [job["kind"] for job, _ in found]
+    assert kinds == sorted(kinds, key=["where", "check", "ceilings", "contest"].index)
+    (first, *_), (last, *_) = (
+        [job["name"] for job, _ in found if job["kind"] == kind] for kind in ("check", "contest")
+    )
+    assert first == "smoke L=512"
+    assert last == "bestiary hopper"
+    made = types.ModuleType("made")
+    exec(table.read_text(), made.__dict__)
+    assert table.read_text() == (out / "chip_table.py").read_text()
+    (features,) = made.PROVEN.values()
+    assert ("bfloat16", 64, 64, False, False, "segments", "none", False, True) in features
+    assert not any(size == 256 and mask == "causal" and not dropout for _, size, *_, mask, _, _, dropout in features)
+    assert len(made.FASTEST) == sum(packed is None for *_, packed in chip.TIMES)  # others have but one of ours
+    assert set(made.FASTEST.values()) == {"hopper"}
+    assert (out / "chart.png").exists()
+
+
+def test_what_the_time_did_not_reach_is_listed(monkeypatch, tmp_path):
+    monkeypatch.setattr(chip, "worker", Answering)
+    monkeypatch.setattr(conformance, "features", lambda case, dtype: dataclasses.astuple(features_of(case, dtype)))
+    monkeypatch.setattr(Answering, "wrong", "no such case")
+    assert chip.main(["--out", str(tmp_path), "--budget", "1"]) == 0
+    times = [answer for job, answer in Results(tmp_path / "results.jsonl").read() if job["kind"] == "contest"]
+    assert times
+    assert all(answer == {"failed": "not reached"} for answer in times)
+    assert "- bestiary hopper: not reached" in (tmp_path / "table.md").read_text()
+
+
+def features_of(case, dtype):
+    """What `conformance.features` gives, from shapes alone."""
+    b, q_len, k_len, heads, k_heads, size, value_size = case.sizes
+    bias = {None: None, "dense": DenseBias(None)}.get(case.bias, RelativeBias(None))
+    segments = None if case.segments is None else jnp.ones(1)
+    shapes = (b, q_len, heads, size), (b, k_len, k_heads, size), (b, k_len, k_heads, value_size)
+    query, key, value = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    options = {"causal": False, "window": (None, None), "softcap": None} | case.options
+    return Features.of(
+        Call(
+            query, key, value, bias, segments, segments, None, options["causal"], options["window"], 1.0,
+            options["softcap"], case.rate,
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])

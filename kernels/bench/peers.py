@@ -135,10 +135,7 @@ def cudnn_offsets(case: Case, inputs: Arrays, ids: np.ndarray | None) -> Any:
         raise Refused("has no bias and no window for packed rows")
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    packed = documents(ids)
-    pad = ((0, 0), (0, max(1, 2 - packed.starts.shape[1])))  # the offsets' last column is the end
-    offsets, lengths = np.pad(packed.starts, pad, constant_values=-1), packed.lengths
-    lengths = np.pad(lengths, ((0, 0), (0, offsets.shape[1] - 1 - lengths.shape[1])), constant_values=-1)
+    offsets, lengths = cudnn_packing(ids)
     result: Any = fused.dot_product_attention(
         inputs.query,
         inputs.key,
@@ -151,6 +148,17 @@ def cudnn_offsets(case: Case, inputs: Arrays, ids: np.ndarray | None) -> Any:
         mask_type=fused.MaskType.CAUSAL if case.causal else fused.MaskType.NO_MASK,
     )
     return result
+
+
+def cudnn_packing(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where documents begin, int32 [B, M + 1], and their lengths, [B, M], with -1 where there are fewer than M.
+
+    M is at least 2: with one document a row cuDNN's functions take a row for a document.
+    """
+    packed = documents(ids)
+    more = max(0, 2 - packed.starts.shape[1])
+    ends = {"mode": "constant", "constant_values": -1}
+    return np.pad(packed.starts, ((0, 0), (0, more + 1)), **ends), np.pad(packed.lengths, ((0, 0), (0, more)), **ends)
 
 
 def tokamax(implementation: str, case: Case, inputs: Arrays, ids: np.ndarray | None) -> Any:

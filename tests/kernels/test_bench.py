@@ -208,6 +208,31 @@ def test_documents_in_the_forms_of_other_implementations():
     assert found.lengths[found.lengths > 0].sum() == (packed != 0).sum()
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [[[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 0, 0], [1, 2, 3, 3, 0, 0]], [[1, 1, 1, 0], [1, 1, 0, 0]]],
+)
+def test_packed_rows_as_cudnn_takes_them(rows):
+    """Through jax's own reading of them: each document's first number in the flat array, and its length in tokens."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    ids = np.array(rows, np.int32)
+    offsets, lengths = map(jnp.asarray, bench_peers.cudnn_packing(ids))
+    array = jnp.zeros((*ids.shape, 2, 8))
+    found, _, places, _ = fused._fix_seqlen_offsets(lengths, lengths, offsets, offsets, array, array)
+    documents_of = [(row * ids.shape[1] + start, length) for row, line in enumerate(rows)
+                    for start, length in runs(line)]  # fmt: skip
+    count = len(documents_of)
+    assert found.reshape(-1).tolist() == [length for _, length in documents_of] + [0] * (found.size - count)
+    assert places.reshape(-1).tolist()[:count] == [place * 16 for place, _ in documents_of]
+    assert set(places.reshape(-1).tolist()[count:]) == {ids.size * 16}
+
+
+def runs(line: list[int]) -> list[tuple[int, int]]:
+    """First token and length of each document of a row."""
+    return [(line.index(n), line.count(n)) for n in dict.fromkeys(line) if n]
+
+
 @pytest.mark.parametrize("change", [{}, {"bias": "dense", "packed": "short"}, {"bias": "alibi"}, {"bias": "relative"}])
 def test_shapes_without_arrays_are_those_of_the_arrays(change):
     case = dataclasses.replace(CASE, **change)

@@ -25,6 +25,22 @@ def check_output(path: Path) -> None:
         raise PermissionError(f"{path}: the folder {folder} cannot be written.")
 
 
+def check_output_folder(path: Path, *, new: bool = False) -> None:
+    """Check, before any work, that a folder can be written there; it is created later.
+
+    Args:
+        path: the folder.
+        new: whether it must be missing or empty.
+
+    Raises:
+        FileExistsError: it is something else, or must be new and is not empty.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: exists and is not a folder.")
+    if new and path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty. Choose another --out.")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path, next to `path`, that replaces `path` durably and atomically when the block ends.

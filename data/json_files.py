@@ -96,8 +96,8 @@ def expect(value: Any, kind: Any, where: str) -> Any:
 
     Args:
         value: the value.
-        kind: its type, as in an annotation: `int`, `float | None`, `list[str]`, `dict[str, int]`. An int is a float
-            too; a bool is no number.
+        kind: its type, as in an annotation: `int`, `float | None`, `list[str]`, `tuple[str, ...]` (a list too),
+            `dict[str, int]`, `Literal["a", "b"]`. An int is a float too; a bool is no number.
         where: its source, for messages.
 
     Raises:
@@ -133,7 +133,9 @@ def fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, types.UnionType):
         return any(fits(value, option) for option in typing.get_args(kind))
     outer, inner = typing.get_origin(kind), typing.get_args(kind)
-    if outer is list:
+    if outer is typing.Literal:
+        return value in inner
+    if outer in (list, tuple):
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if outer is dict:
         return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
@@ -150,7 +152,9 @@ def type_name(kind: Any) -> str:
     """Return a type of `value_of` in words, for messages."""
     if isinstance(kind, types.UnionType):
         return " or ".join(type_name(option) for option in typing.get_args(kind))
-    if typing.get_origin(kind) is list:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(in_words, typing.get_args(kind)))
+    if typing.get_origin(kind) in (list, tuple):
         return f"a list, each item {type_name(typing.get_args(kind)[0])}"
     if typing.get_origin(kind) is dict:
         return f"a JSON object, each value {type_name(typing.get_args(kind)[1])}"

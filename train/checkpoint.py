@@ -118,7 +118,7 @@ class Checkpoints:
 
     def _set_broken_aside(self) -> None:
         for path in sorted(self.folder.iterdir()):
-            if path.is_dir() and path.name.isdigit():
+            if path.is_dir() and is_step(path.name):
                 why = damage(self.folder, int(path.name))
                 if why:
                     target = self.folder / f"broken-{path.name}"
@@ -138,12 +138,12 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
         RunError: it holds the arrays of another model or optimiser.
     """
     folder = folder.absolute()
-    if folder.name.isdigit():
+    if is_step(folder.name):
         candidates, folder = [int(folder.name)], folder.parent
     else:
         folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        candidates = sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        candidates = sorted((int(name) for name in names if is_step(name)), reverse=True)
     for step in candidates:
         why = damage(folder, step)
         if why:
@@ -152,6 +152,11 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
         with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
             return _read(manager, step, abstract)
     raise FileNotFoundError(f"{folder}: no complete checkpoint to resume from.")
+
+
+def is_step(name: str) -> bool:
+    """Tell whether a folder has the name of a checkpoint's step."""
+    return name.isascii() and name.isdigit()
 
 
 # Orbax's messages for arrays, or trees of them, that differ from the requested ones.

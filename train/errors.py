@@ -1,6 +1,10 @@
 """Errors for the user; the command line prints their message without a traceback."""
 
+import math
 from typing import Any
+
+MOST_SEED = (1 << 32) - 1
+"""Largest random seed: JAX's keys are made of 32 bits."""
 
 
 class RunError(ValueError):
@@ -38,6 +42,8 @@ def check_setting(
         (most, "at most", lambda bound: value <= bound),
         (below, "below", lambda bound: value < bound),
     )
+    if isinstance(value, float) and math.isinf(value):
+        raise RunError(f"--{name.replace('_', '-')} is {value}; it must be finite.")
     given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
     if not all(holds(bound) for bound, _, holds in given):  # nothing holds of NaN
         wanted = " and ".join(f"{words} {bound}" for bound, words, _ in given)

@@ -56,28 +56,44 @@ class RunFolder:
         self._defaults = _defaults(config)  # of settings that an earlier version did not have
         self._free, self._upgrade = free, upgrade
         self._lock: Lock | None = None
-        self._check()
-        self._take((folder / "config.json").exists())
+        self._together(self._check_and_take)
 
     def _check(self) -> None:
         """Raise RunError unless the folder is missing, empty, or that of a run with this configuration."""
         path = self.folder / "config.json"
         if path.exists():
             stored = read_object(path)
-            self._compare(stored if self._upgrade is None else self._upgrade(stored), self._asked, self._free)
+            try:
+                stored = stored if self._upgrade is None else self._upgrade(stored)
+            except (AttributeError, TypeError, KeyError) as error:
+                raise RunError(f"{path}: not the settings of a run of this command ({error}).") from None
+            self._compare(stored, self._asked, self._free)
         elif self.folder.exists() and not (self.folder.is_dir() and all(p.name == LOCK for p in self.folder.iterdir())):
             raise RunError(f"{self.folder} exists and is not a run folder (no config.json). Choose another --out.")
 
-    def _take(self, there: bool) -> None:
-        """Take the lock in process 0, if the folder is there; raise RunError in all processes if another one has it."""
-        problem = ""
-        if self.main and there and self._lock is None:
-            try:
-                self._lock = Lock(self.folder / LOCK)
-            except RunError as error:
-                problem = str(error)
-        if in_any_process(bool(problem)):
-            raise RunError(problem or f"{self.folder}: another process works in this folder.")
+    def _check_and_take(self) -> None:
+        """Check the folder and, if it is that of a run, take its lock in process 0."""
+        self._check()
+        if self.main and (self.folder / "config.json").exists():
+            self._lock = Lock(self.folder / LOCK)
+
+    def _create(self) -> None:
+        """Create the folder and its config.json in process 0."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or Lock(self.folder / LOCK)
+            self._check()  # again: another start may have begun since
+            write_json(self.folder / "config.json", self._asked)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Act in every process; if one of them is refused, all are."""
+        refused: Exception | None = None
+        try:
+            act()
+        except (RunError, DataError, OSError) as error:
+            refused = error
+        if in_any_process(refused is not None):
+            raise refused or RunError(f"{self.folder}: another process of this run was refused, and says why.")
 
     def require_lock(self) -> None:
         """Raise RunError if the folder belongs to another process by now."""
@@ -91,12 +107,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Create the folder, with config.json, once all checks have passed."""
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._take(True)
-        self._check()  # again: another start may have begun since
-        if self.main:
-            write_json(self.folder / "config.json", self._asked)
+        self._together(self._create)
 
     def _compare(self, there: dict[str, Any], asked: dict[str, Any], free: frozenset[str]) -> None:
         old, new = {**self._defaults, **_flatten(there)}, _flatten(asked)

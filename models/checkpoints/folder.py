@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...data.files import temporary
+from ...data.files import replacing, temporary
 from ...data.json_files import read_object, value_of, write_json
 from ..family import Architecture, Family, FamilyConfig
 from ..registry import FAMILIES, families, family_of_model, init_params, stored_family
@@ -173,7 +173,7 @@ def save(
 
     The folder appears complete or not at all: it is written under a temporary name and then renamed. An existing
     checkpoint folder is replaced by two renames; if the machine stops between them, the old folder is still there, next
-    to `folder` under a hidden name.
+    to `folder` under a hidden name, and the next `save` puts it back first.
 
     Args:
         folder: folder to write.
@@ -184,7 +184,8 @@ def save(
         shard_bytes: maximum size of a file; larger checkpoints are written as shards with an index.
 
     Raises:
-        CheckpointError: the parameters do not fit the model, or `folder` exists and is not a checkpoint folder.
+        CheckpointError: the parameters do not fit the model or are not finite in `dtype`, or `folder` exists and is not
+            a checkpoint folder.
     """
     folder = Path(folder)
     if dtype not in STORED_DTYPES:
@@ -194,7 +195,7 @@ def save(
     _, architecture = family_of_model(model)
     config: Any = model.config  # type: ignore[attr-defined]
     tensors = (
-        (name, np.ascontiguousarray(tensor.astype(STORED_DTYPES[dtype]) if _is_float(tensor) else tensor))
+        (name, np.ascontiguousarray(_narrowed(name, tensor, dtype) if _is_float(tensor) else tensor))
         for name, tensor in architecture.table(config).save(params, config.repeated)
     )
     stored = config.to_json() | {"architectures": [architecture.name]}
@@ -202,6 +203,9 @@ def save(
         if key in stored:
             stored[key] = dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
+    before = sorted(folder.parent.glob(f".unfinished-*-{folder.name}.old"))
+    if before and not folder.exists():  # the machine stopped between the two renames
+        before[0].rename(folder)
     new, old = temporary(folder), temporary(folder.with_name(f"{folder.name}.old"))
     new.mkdir()
     try:
@@ -456,6 +460,15 @@ def _pointer_hint(path: Path) -> str:
     return ""
 
 
+def _narrowed(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """Return a tensor in the dtype to store."""
+    with np.errstate(over="ignore"):
+        narrowed = tensor.astype(STORED_DTYPES[dtype])
+    if not np.isfinite(narrowed.astype(np.float32)).all():
+        raise CheckpointError(f"{name}: not finite in {dtype}; nothing was saved")
+    return narrowed
+
+
 def _is_float(tensor: np.ndarray) -> bool:
     return jnp.issubdtype(tensor.dtype, jnp.floating)
 
@@ -469,7 +482,8 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shar
     def flush() -> None:
         nonlocal shard, size
         path = folder / f"shard-{len(written)}"
-        save_file(shard, path, metadata={"format": "pt"})
+        with replacing(path) as unfinished:  # with the permissions of the umask
+            save_file(shard, unfinished, metadata={"format": "pt"})
         written.append((path, list(shard)))
         shard, size = {}, 0
 

@@ -6,20 +6,18 @@ bestiary adapter merge bert-base-uncased my-adapter --out merged
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
-
-from ..errors import RunError
 
 
 @dataclass(frozen=True)
 class LoadConfig:
     """Check that an adapter fits a model, and print what it changes, as JSON."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Checkpoint folder of the model that the adapter was trained on."""
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
     """Folder with adapter_config.json and adapter_model.safetensors, as peft writes them."""
 
 
@@ -27,9 +25,9 @@ class LoadConfig:
 class MergeConfig:
     """Merge an adapter into a model: write the checkpoint that computes the same without the adapter."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Checkpoint folder of the model that the adapter was trained on."""
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
     """Folder with adapter_config.json and adapter_model.safetensors, as peft writes them."""
     out: Path
     """Checkpoint folder to write, with the model's tokenizer."""
@@ -40,6 +38,7 @@ class MergeConfig:
 def main(config: LoadConfig | MergeConfig) -> int:
     """Run `bestiary adapter load` or `bestiary adapter merge`; return the exit status."""
     # Imported here, since they import JAX, which would delay --help.
+    from ...data.files import check_output_folder
     from ...data.json_files import json_text
     from ...models import save
     from ...models.checkpoints.folder import TOKENIZER_FILES
@@ -47,8 +46,8 @@ def main(config: LoadConfig | MergeConfig) -> int:
     from ...models.checkpoints.tables import flatten
     from ...models.lora import LORA_A, is_lora, merge_lora
 
-    if isinstance(config, MergeConfig) and config.out.exists() and (config.out.is_file() or any(config.out.iterdir())):
-        raise RunError(f"{config.out} exists and is not empty. Choose another --out.")
+    if isinstance(config, MergeConfig):
+        check_output_folder(config.out, new=True)
     loaded, params, settings = load_adapted(config.model, config.adapter)
     if isinstance(config, MergeConfig):
         has_tokenizer = any((config.model / name).is_file() for name in TOKENIZER_FILES)

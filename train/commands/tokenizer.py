@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data import Corpus, train_tokenizer
+from ...data.files import check_output_folder
 from ...data.progress import counted
 from ...data.tokenizers.kinds import FAMILIES, TextKind
 from ..errors import RunError
@@ -50,8 +51,7 @@ class TokenizerConfig:
 
 def main(config: TokenizerConfig) -> int:
     """Run `bestiary tokenizer train`; return the exit status."""
-    if config.out.exists() and any(config.out.iterdir()):
-        raise RunError(f"{config.out} exists and is not empty. Choose another --out.")
+    check_output_folder(config.out, new=True)
     progress = Progress()
     options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
     corpus = Corpus(config.corpus, **options)

@@ -9,7 +9,7 @@ import tyro
 
 from ...data.tasks.glue import GlueName
 from ...models.checkpoints.config import require_folder
-from ..errors import RunError
+from ..errors import MOST_SEED, RunError, check_setting
 
 
 def _yes_or_no(words: list[str]) -> bool:
@@ -120,6 +120,7 @@ class ProbeConfig:
     """Folder for results.json, head.npz and predictions/."""
 
     def __post_init__(self) -> None:
+        check_setting(self, "seed", least=0, most=MOST_SEED)
         if self.strength is not None and not self.strength > 0:
             raise RunError(f"--strength is {self.strength}; it must be above 0.")
         if self.features.pooling == "token":

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from ...data.errors import DataError
-from ...data.files import replacing
+from ...data.files import check_output, replacing
 from ...data.progress import counted
 from ...data.reading import read_lines
 from ..progress import Progress
@@ -88,6 +88,8 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
 
 def main(config: EmbedConfig) -> int:
     """Run `bestiary embed`; return the exit status."""
+    if config.out is not None:
+        check_output(config.out)
     progress = Progress()
     lines = lines_of(config.input)
     first = next(lines, None)  # report empty input before loading the model

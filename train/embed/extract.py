@@ -137,6 +137,8 @@ class Extractor:
         parts.extend(_fetched(*some, pooled=bool(s.pooling)) for some in running)
         collected = collect(parts, features)
         vectors = (collected.segment if s.pooling else collected.token)["vectors"]
+        if not np.isfinite(vectors).all():
+            raise RunError(f"{s.encoder}: the vectors of some texts are not finite.")
         return Extracted(vectors, features.starts, features.input_ids)
 
     def _batches(self, features: Features) -> Iterator[Placed]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..errors import RunError, check_setting
+from ..errors import MOST_SEED, RunError, check_setting
 
 if TYPE_CHECKING:
     from ...models.lora import LoraConfig
@@ -115,6 +115,7 @@ class FinetuneConfig:
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_setting(self, "seed", least=0, most=MOST_SEED)
         for name in ("batch_size", "accumulate"):
             check_setting(self, name, least=1)
         for name in ("steps", "train_examples", "patience", "freeze_layers"):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ...data.files import check_output_folder
 from ..config import ParallelConfig
 from .config import finished_run
 
@@ -30,6 +31,8 @@ class EvaluateConfig:
 
 def main(config: EvaluateConfig) -> int:
     """Run `bestiary evaluate`; return the exit status."""
+    if config.out is not None:
+        check_output_folder(config.out)
     folder = finished_run(config.run)
     # Imported here, since they import JAX, which would delay --help.
     from ...data.json_files import json_text, write_json

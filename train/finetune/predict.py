@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from ...data.files import check_output_folder
 from ..config import ParallelConfig
 from ..errors import RunError
 from .config import finished_run
@@ -52,6 +53,8 @@ class PredictConfig:
 
 def main(config: PredictConfig) -> int:
     """Run `bestiary predict`; return the exit status."""
+    if config.out is not None:
+        check_output_folder(config.out)
     folder = finished_run(config.run)
     # Imported here, since they import JAX, which would delay --help.
     from ...data.json_files import json_text

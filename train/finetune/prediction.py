@@ -15,6 +15,7 @@ from ...data.json_files import read_object
 from ...models import load
 from ...models.registry import init_params
 from ..config import ParallelConfig
+from ..errors import RunError
 from ..loop import Stop
 from ..metrics import Meter, Sums
 from ..progress import Progress, Work
@@ -65,6 +66,9 @@ class Predictor:
             params: parameters on the devices.
             features: at least one feature.
             stop: checked after every batch.
+
+        Raises:
+            RunError: the model computes NaN.
         """
         meter, parts = Meter(), []
         work, done = Work(self._progress, "predicting", features.units, self._unit), 0
@@ -80,7 +84,11 @@ class Predictor:
             work.update(done)
             if stop is not None and stop.requested:
                 return None
-        return Predicted(collect(parts, features), meter.means())
+        collected, means = collect(parts, features), meter.means()
+        for name, values in {**collected.segment, **collected.token, **means}.items():
+            if np.isnan(values).any():
+                raise RunError(f"the model's {name} are not numbers (NaN) for some {self._unit}: nothing is predicted.")
+        return Predicted(collected, means)
 
 
 class FinetunedRun(NamedTuple):

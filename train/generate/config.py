@@ -1,10 +1,14 @@
 """Decoding options, which are fields of the commands that generate text."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import RunError
+
+MOST_HYPOTHESES = 1024
+"""Maximum number of hypotheses of a sentence, which are computed together."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class DecodeConfig:
     """Beam search: renormalise the probabilities of the allowed tokens before comparing beams."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RunError(f"{field.name}: expected a finite number, found {value}")
+        for name in ("beam", "n_best"):
+            if getattr(self, name) > MOST_HYPOTHESES:
+                raise RunError(f"{name}: expected at most {MOST_HYPOTHESES:,}, found {getattr(self, name):,}")
+        if not 0 <= self.seed < 1 << 32:
+            raise RunError(f"seed: expected a number from 0 to {(1 << 32) - 1:,}, found {self.seed}")
         self._at_least(1, "beam", "max_length", "n_best", "diverse_groups")
         self._at_least(0, "min_length", "top_k", "no_repeat_ngram", "coverage_penalty")
         if self.min_length >= self.max_length:
@@ -84,7 +97,7 @@ class DecodeConfig:
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise RunError(f"{name}: expected at least {least}, found {getattr(self, name)}")
 
     @property

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from ...data.json_files import read_object
+from ...data.json_files import read_object, value_of
 from ..errors import RunError
 from .config import DecodeConfig
 
@@ -27,8 +27,16 @@ SAME = {
     "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram",
 }
-NUMBERS = (*SAME, "max_length", "max_new_tokens", "min_length", "min_new_tokens")
-READ = {*NUMBERS, *TOKENS, "early_stopping", "bad_words_ids", "suppress_tokens", "renormalize_logits"}
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_return_sequences", "no_repeat_ngram_size", *TOKENS), int),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), int),
+    **dict.fromkeys(("length_penalty", "repetition_penalty"), float),
+    "early_stopping": bool | str,
+    "bad_words_ids": list[list[int]],
+    "suppress_tokens": list[int],
+    "renormalize_logits": bool,
+}
+"""Settings that are read, and their types."""
 NO_MATTER = {
     *("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate"),
     *("bos_token_id", "pad_token_id"),
@@ -43,25 +51,24 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
 
     Raises:
         RunError: there is no such file, or its settings are not implemented; all of them are listed.
-        ConfigError: it is not JSON.
+        DataError: it is not JSON, or a setting has another type.
     """
     path = folder / FILE
     if not path.is_file():
         raise RunError(f"{folder}: no {FILE} there; give flags instead.")
     given = {key: value for key, value in read_object(path).items() if value is not None}
-    tokens = {key: given[key] for key in TOKENS if key in given}
-    unknown = {key: value for key, value in given.items() if key not in READ | NO_MATTER and value is not False}
-    unknown |= {key: value for key, value in tokens.items() if not isinstance(value, int)}  # such as several end tokens
-    if any(len(words) != 1 for words in given.get("bad_words_ids", [])):
+    unknown = {key: value for key, value in given.items() if key not in KINDS.keys() | NO_MATTER and value is not False}
+    unknown |= {key: given[key] for key in TOKENS if isinstance(given.get(key), list)}  # such as several end tokens
+    if any(len(words) != 1 for words in value_of(given, "bad_words_ids", list[list[int]], str(path), [])):
         unknown["bad_words_ids"] = given["bad_words_ids"]
-    if given.get("early_stopping", False) not in STOPPING:
-        unknown["early_stopping"] = given["early_stopping"]
-    wrong = [f"{key}: {given[key]!r} is no number" for key in NUMBERS if not isinstance(given.get(key, 0), int | float)]
-    if wrong:
-        raise RunError("\n  ".join([f"{path}:", *wrong]))
     if unknown:
-        asked = (f"{key}: {json.dumps(value)}" for key, value in sorted(unknown.items()))
+        asked = (f"{key}: {json.dumps(value)[:200]}" for key, value in sorted(unknown.items()))
         raise RunError("\n  ".join([f"{path}: unknown or not implemented:", *asked]))
+    for key, kind in KINDS.items():
+        value_of(given, key, kind, str(path), None)
+    if given.get("early_stopping", False) not in STOPPING:
+        raise RunError(f'{path}: early_stopping: expected true, false or "never", found {given["early_stopping"]!r}')
+    tokens = {key: given[key] for key in TOKENS if key in given}
     try:
         return _decode_config(given), tokens
     except RunError as error:

@@ -10,7 +10,7 @@ import tyro
 from ...models.checkpoints.config import require_checkpoint
 from ..config import FREE as EVERY_FREE
 from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
-from ..errors import RunError, check_setting
+from ..errors import MOST_SEED, RunError, check_setting
 
 MaskingKind = Literal["token", "word", "ngram", "span"]
 RowKind = Literal["sentences", "full-sentences", "doc-sentences"]
@@ -111,6 +111,7 @@ class PretrainConfig:
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_setting(self, "seed", least=0, most=MOST_SEED)
         if self.init_from is not None:
             require_checkpoint(self.init_from)
         if self.phases and (self.sequence_length is not None or self.steps is not None):

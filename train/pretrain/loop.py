@@ -123,6 +123,8 @@ class Evaluation:
             if stop.requested:
                 return None
         means = meter.means()
+        if not means:
+            raise RunError("The held-out rows have nothing to predict: give more --evaluation-rows.")
         return {"loss": sum(value for name, value in means.items() if name.endswith("_loss")), **means}
 
 

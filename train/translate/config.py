@@ -12,7 +12,7 @@ from ...data.tokenizers.kinds import PairKind
 from ..arguments import did_you_mean, flags
 from ..config import FREE as EVERY_FREE
 from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
-from ..errors import RunError
+from ..errors import MOST_SEED, RunError, check_setting
 from ..generate.config import DecodeConfig
 
 TooLong = Literal["split", "refuse"]
@@ -194,6 +194,7 @@ class TranslateConfig:
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_setting(self, "seed", least=0, most=MOST_SEED)
         if (self.source is None) != (self.target is None):
             raise RunError("--source and --target belong together: give both files.")
         if self.source is not None and self.pairs is not None:

@@ -201,10 +201,13 @@ def check_language(language: str) -> None:
 def main(config: ScoreConfig) -> int:
     """Run `bestiary translate score`; return the exit status."""
     # Imported here, since they import JAX, which would delay --help.
-    from ...data.files import write_text
+    from ...data.files import check_output, write_text
     from ...data.json_files import json_text, write_json
     from .translator import open_translator
 
+    for path in (config.out, config.translations):
+        if path is not None:
+            check_output(path)
     progress = Progress()
     result: dict[str, Any] = {"task": "translate score"}
     if config.model is None or config.source is None:

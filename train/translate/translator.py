@@ -9,6 +9,7 @@ translated in parts and counted, or refused; nothing is truncated.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from ..cpu import yield_to_callers
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..generate.generator import Generator, Hypothesis
+from ..generate.released import FILE as GENERATION_FILE
 from ..generate.released import read_generation_config
 from .config import TooLong
 
@@ -102,7 +104,10 @@ def open_translator(
     model = loaded.model
     if decode is None:
         decode, special = read_generation_config(folder)
-        model = model.clone(config=dataclasses.replace(loaded.config, **special))
+        try:
+            model = model.clone(config=dataclasses.replace(loaded.config, **special))
+        except ValueError as error:
+            raise RunError(f"{folder / GENERATION_FILE}: {error}") from None
     translator = Translator(model, loaded.params, tokenizer, decode, rows=rows, longest=longest, too_long=too_long)
     yield_to_callers()
     return translator
@@ -234,6 +239,8 @@ class Translator:
         if not outputs:
             return [Translation("", "", 0.0)] * self.decode.n_best  # as many as other lines have
         sources = [source for source, _ in outputs]
+        if any(math.isnan(found.score) for _, hypotheses in outputs for found in hypotheses):
+            raise RunError(f"line {line}: the model's scores are not numbers (NaN): nothing is translated.")
         if any(len(found[0].tokens) == self.decode.max_length for _, found in outputs):
             self.findings.add("a translation as long as --max-length allows, probably unfinished", line)
         result = []

@@ -129,6 +129,28 @@ def test_weights_of_other_kinds(changed, kind: Any, stored: str):
         models.load(changed(tensors={WEIGHT: weight}))
 
 
+def test_weights_beyond_float16_are_not_saved_in_it(changed, tmp_path: Path):
+    weight = load_file(SPAN / "model.safetensors")[WEIGHT].copy()
+    weight[0, 0] = 1e5
+    loaded = models.load(changed(tensors={WEIGHT: weight}))
+    with pytest.raises(CheckpointError, match=f"{WEIGHT}: not finite in float16; nothing was saved"):
+        models.save(tmp_path / "half", loaded.model, loaded.params, dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_save_that_stopped_between_its_renames_is_taken_up(tmp_path: Path):
+    loaded = models.load(SPAN)
+    models.save(tmp_path / "a", loaded.model, loaded.params)
+    left = tmp_path / ".unfinished-999999999@elsewhere-a.old"
+    (tmp_path / "a").rename(left)
+    broken = {**loaded.params, "encoder": {}}
+    with pytest.raises(CheckpointError, match="missing"):
+        models.save(tmp_path / "a", loaded.model, broken)
+    assert models.load(tmp_path / "a").config == loaded.config
+    models.save(tmp_path / "a", loaded.model, loaded.params)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def sharded(folder: Path) -> tuple[Path, dict[str, Any]]:
     loaded = models.load(SPAN)
     models.save(folder, loaded.model, loaded.params, shard_bytes=8000)

@@ -474,3 +474,15 @@ def test_importing_the_package_is_light() -> None:
 
 def test_flatten_gives_every_leaf_its_path() -> None:
     assert dict(flatten({"a": {"b": 1}, "c": 2})) == {("a", "b"): 1, ("c",): 2}
+
+
+def test_files_have_the_permissions_of_the_umask_and_nothing_hidden_stays(tmp_path: Path) -> None:
+    loaded = models.load(FIXTURES / "bert_span")
+    before = os.umask(0o027)
+    try:
+        for shard_bytes in (10**9, 8000):
+            models.save(tmp_path / "a", loaded.model, loaded.params, shard_bytes=shard_bytes)
+            assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o640}
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -476,12 +476,19 @@ def test_a_checkpoints_own_settings(tmp_path: Path) -> None:
         ({"bad_words_ids": [[1], [2, 3]]}, "bad_words_ids"),
         ({"eos_token_id": [1, 2]}, "eos_token_id"),
         ({"early_stopping": "later"}, "later"),
-        ({"num_beams": "four"}, "num_beams: 'four' is no number"),
+        ({"num_beams": "four"}, 'num_beams: expected a whole number, found "four"'),
+        ({"num_beams": 4.5}, "num_beams: expected a whole number, found 4.5"),
         ({"num_beams": 0}, "beam: expected at least 1"),
+        ({"num_beams": 10**6}, "beam: expected at most 1,024, found 1,000,000"),
+        ({"suppress_tokens": 5}, "suppress_tokens: expected a list, each item a whole number"),
+        ({"bad_words_ids": [5]}, "bad_words_ids: expected a list"),
+        ({"renormalize_logits": 1}, "renormalize_logits: expected true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id: expected a whole number"),
+        ({"length_penalty": True}, "length_penalty: expected a number"),
     ],
 )
 def test_settings_that_are_not_followed_are_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(ValueError, match=message):
         released(tmp_path, settings)
 
 

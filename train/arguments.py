@@ -11,7 +11,12 @@ import tyro
 from .errors import RunError
 
 # Flags of earlier versions -> what to give instead.
-RENAMED = {"take": "--select", "next_sentence": "--objective mlm+nsp", "no_next_sentence": "--objective mlm"}
+RENAMED = {
+    "take": "--select",
+    "next_sentence": "--objective mlm+nsp",
+    "no_next_sentence": "--objective mlm",
+    "decay": "--schedule",
+}
 
 
 def flags(arguments: Sequence[str]) -> dict[str, str]:

@@ -1,31 +1,36 @@
 """Settings shared by several commands: loop, optimiser and devices. Does not import JAX, so that --help is fast."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
-from .errors import check_setting
+from .errors import RunError, check_setting
 
 Attention = Literal["hopper", "tpu", "cudnn", "xla"]
 """Names of attention backends, those of `kernels.BACKENDS`; here, since that module imports JAX."""
-Decay = Literal["linear", "cosine", "constant", "inverse_sqrt"]
+Optimizer = Literal["adamw", "lamb", "stable-adamw", "adafactor", "muon"]
+Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "wsd"]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimiser and the learning-rate schedule."""
 
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    """Optimiser: AdamW (Loshchilov and Hutter 2017), or LAMB (You et al. 2019) for batches of thousands of rows."""
+    optimizer: Optimizer = "adamw"
+    """Optimiser: adamw (Loshchilov and Hutter 2017); lamb (You et al. 2019) for batches of thousands of rows;
+    stable-adamw (Wortsman et al. 2023), ModernBERT's, whose clipping by tensor replaces --clip-norm; adafactor (Shazeer
+    and Stern 2018), T5's, whose steps are relative to the parameters' size (a rate of 1e-3 to 1e-2); muon (Jordan et
+    al. 2024) for the matrices of the layers, with Adam for everything else."""
     learning_rate: float = 1e-4
     """Peak learning rate, reached at the end of the warmup."""
     warmup: float = 0.01
     """Length of the linear warmup: a fraction of the steps if below 1, else a number of steps."""
-    decay: Decay = "linear"
-    """Learning-rate schedule after the warmup: linear or cosine to zero at the last step, constant at the peak, or
-    inverse_sqrt, proportional to the inverse square root of the step (Vaswani et al. 2017, 5.3)."""
+    schedule: Schedule = "linear"
+    """Learning-rate schedule after the warmup: linear or cosine, down to zero at the last step; constant stays at the
+    peak; inverse_sqrt falls with the square root of the step (Vaswani et al. 2017, 5.3); wsd (warmup-stable-decay)
+    stays at the peak, then falls as 1 - sqrt of the share of --cooldown that is done (Hägele et al. 2024)."""
     cooldown: float = 0.0
-    """Length of a final linear decay to zero, by which the schedule is multiplied: a fraction of the steps after the
-    warmup if below 1, else a number of steps; 0 for none."""
+    """Length of a final decay to zero: a fraction of the steps after the warmup if below 1, else a number of steps. It
+    is linear, on top of the schedule, or the decay of wsd. 0: none, or 0.1 for wsd."""
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
     beta1: float = 0.9
@@ -34,6 +39,9 @@ class OptimConfig:
     """Decay rate of Adam's second moment."""
     epsilon: float = 1e-6
     """Added to the square root of the second moment."""
+    bias_correction: bool = True
+    """Correct the bias of Adam's moments towards zero in the first steps. Off: as in the released code of BERT, ALBERT
+    and ELECTRA, whose first steps are several times larger; for --optimizer adamw and lamb."""
     clip_norm: float = 1.0
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     ema: float = 0.0
@@ -46,6 +54,15 @@ class OptimConfig:
             check_setting(self, name, least=0)
         for name in ("beta1", "beta2", "ema"):
             check_setting(self, name, least=0, below=1)
+        if not self.bias_correction and self.optimizer not in ("adamw", "lamb"):
+            raise RunError(f"--no-bias-correction goes with --optimizer adamw or lamb, not {self.optimizer}.")
+
+
+def upgrade_optim(stored: Any) -> Any:
+    """Convert the settings of an optimiser in an earlier version's config.json to this version's."""
+    if not isinstance(stored, dict) or "decay" not in stored:
+        return stored
+    return {"schedule" if name == "decay" else name: value for name, value in stored.items()}
 
 
 @dataclass(frozen=True)

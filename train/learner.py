@@ -13,9 +13,10 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from .config import OptimConfig
 from .cpu import lacks_bfloat16
 from .errors import RunError
-from .optim import OptimConfig, optimizer
+from .optim.optimizer import optimizer
 from .sharding import Replicas, logical_specs
 
 Names = tuple[str, ...]  # path of a parameter
@@ -86,9 +87,8 @@ def make_learner(
     if not any(jax.tree.leaves(mask)):
         raise RunError("Nothing to train: every parameter is frozen.")
     trained_specs = _split(specs, mask)[0]
-    stacked = jax.tree.map(lambda spec: spec[:1] == ("layers",), trained_specs)
     factors = None if scales is None else _along(trained_specs, scales)
-    transform = optimizer(optim, rate, stacked, factors)
+    transform = optimizer(optim, rate, trained_specs, factors)
 
     def make() -> TrainState:
         params = nn.unbox(parameters())
@@ -96,21 +96,34 @@ def make_learner(
         return TrainState(jnp.int32(0), params, transform.init(_split(params, mask)[0]), draws)
 
     nowhere: Any = P()
-    moments = optax.tree_map_params(
-        transform,
-        lambda _, spec: spec,
-        jax.eval_shape(make).opt_state,
-        trained_specs,
-        transform_non_params=lambda _: nowhere,
-    )
+    moments = _moment_specs(jax.eval_shape(make), trained_specs)
     return Learner(transform, rate, TrainState(nowhere, specs, moments, nowhere), make, mask)
+
+
+def _moment_specs(state: TrainState, specs: Any) -> Any:
+    """Return the logical PartitionSpecs of an optimiser's state.
+
+    An array has the spec of a parameter if its path contains the parameter's and it has the parameter's shape. All
+    others, such as counts and factored moments, are replicated.
+    """
+    shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    known = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
+
+    def one(path: tuple[Any, ...], leaf: Any) -> P:
+        names = _names(path)
+        parts = (names[start:stop] for stop in range(len(names), 0, -1) for start in range(stop))
+        return next((known[part] for part in parts if part in known and shapes[part] == leaf.shape), P())
+
+    return jax.tree_util.tree_map_with_path(one, state.opt_state)
+
+
+def _names(path: tuple[Any, ...]) -> Names:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
 def _along(tree: Any, function: Callable[[Names], Any]) -> Any:
     """Return a tree of `function` applied to the path of each leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: function(tuple(str(getattr(part, "key", part)) for part in path)), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: function(_names(path)), tree)
 
 
 def _split(tree: Any, mask: Any) -> tuple[Any, Any]:

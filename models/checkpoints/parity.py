@@ -10,7 +10,8 @@ bias, which adds the same to all scores), so that the reference is rounding nois
 of the largest tensor's is measured relative to the largest. Outputs are compared at padded positions too; there the
 reference lets padding attend to the tokens, which `layers.reference_segments` imitates.
 
-Finally, the checkpoint is saved again: the names and bytes must be the same.
+A fixture with a `trajectory.json` is trained on its batch as the reference was, see trajectory.py. Finally, the
+checkpoint is saved again: the names and bytes must be the same.
 """
 
 import math
@@ -38,10 +39,12 @@ from ..layers.segments import Segments, reference_segments, row_numbers
 from ..registry import family_of_model
 from .folder import Loaded, Tensors, load, save
 from .tables import CheckpointError, Params
+from .trajectory import MakeOptimiser, trajectory_errors
 
 NOISE = 1e-5
 OUTPUT_TOLERANCE = 1e-5  # largest absolute error of any output, and of the loss
 GRADIENT_TOLERANCE = 1e-4  # largest error of any gradient tensor, relative to the reference's norm
+TRAJECTORY_TOLERANCE = 1e-4  # largest error of the loss of any step of a trajectory, relative to the reference's
 
 Inputs = dict[str, Array]
 Outputs = dict[str, Array]
@@ -60,16 +63,30 @@ class Report:
     gradient: float | None = None  # largest relative error
     gradient_tensor: str | None = None  # where
     gradients: dict[str, float] = field(default_factory=dict)  # relative error of each
+    trajectory: float | None = None  # largest relative error of the loss of any training step
+    trajectory_step: int | None = None  # which, from 1
     saved_differently: list[str] | None = None  # tensors that were not saved as they were read
 
 
 def check(
-    folder: Path, output_tolerance: float = OUTPUT_TOLERANCE, gradient_tolerance: float = GRADIENT_TOLERANCE
+    folder: Path,
+    output_tolerance: float = OUTPUT_TOLERANCE,
+    gradient_tolerance: float = GRADIENT_TOLERANCE,
+    trajectory_tolerance: float = TRAJECTORY_TOLERANCE,
+    make_optimiser: MakeOptimiser | None = None,
 ) -> Report:
-    """Compare one fixture folder; an exception that stops it is stored in the report's `error`."""
+    """Compare one fixture folder; an exception that stops it is stored in the report's `error`.
+
+    Args:
+        folder: the fixture folder.
+        output_tolerance: largest absolute error of any output, and of the loss.
+        gradient_tolerance: largest error of any gradient tensor, relative to the reference's norm.
+        trajectory_tolerance: largest error of the loss of any step of a trajectory, relative to the reference's.
+        make_optimiser: makes the optimiser of a trajectory; None: trajectories are not run.
+    """
     report = Report(str(folder))
     try:
-        run(folder, report)
+        run(folder, report, make_optimiser)
     except (OSError, ValueError, TypeError, NotImplementedError, SafetensorError) as error:
         report.error = str(error)
         return report
@@ -78,11 +95,13 @@ def check(
         within.append(report.loss <= output_tolerance)
     if report.gradient is not None:
         within.append(report.gradient <= gradient_tolerance)
+    if report.trajectory is not None:
+        within.append(report.trajectory <= trajectory_tolerance)
     report.passed = all(within) and not report.saved_differently
     return report
 
 
-def run(folder: Path, report: Report) -> None:
+def run(folder: Path, report: Report, make_optimiser: MakeOptimiser | None = None) -> None:
     """Fill a report with the results of a fixture folder."""
     expected = _tensors(folder / "expected.safetensors")
     loaded = load(folder)
@@ -114,6 +133,14 @@ def run(folder: Path, report: Report) -> None:
         # The reference may name a parameter by its tied copy.
         report.gradients = gradient_errors(found, {table.tied.get(name, name): g for name, g in stored.items()})
         report.gradient_tensor, report.gradient = max(report.gradients.items(), key=_nan_first)
+    path = folder / "trajectory.json"
+    if make_optimiser is not None and path.is_file():
+        with jax.default_matmul_precision("highest"):
+            errors = trajectory_errors(
+                path, lambda params: adapter(loaded.model, params, dict(inputs))["loss"], loaded.params, make_optimiser
+            )
+        report.trajectory_step = int(errors.argmax()) + 1  # of NaN, if there is one
+        report.trajectory = float(errors[report.trajectory_step - 1])
     report.saved_differently = saved_differently(folder, loaded)
 
 

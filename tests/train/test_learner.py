@@ -1,27 +1,31 @@
 """What trains, what each parameter's rate is, and when a run ends early."""
 
+import dataclasses
 import shutil
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from bestiary.data.json_files import read_object_lines
 from bestiary.train.checkpoint import Checkpoints, restore_from
-from bestiary.train.config import FREE, LoopConfig, OptimConfig, ParallelConfig
+from bestiary.train.config import FREE, LoopConfig, OptimConfig, Optimizer, ParallelConfig
 from bestiary.train.errors import RunError
 from bestiary.train.learner import gradient_step, make_learner
 from bestiary.train.loop import Best, Training
-from bestiary.train.optim import schedule
+from bestiary.train.optim.schedule import schedule
 from bestiary.train.run import start_run
-from bestiary.train.sharding import Replicas
+from bestiary.train.sharding import Replicas, start_parallelism
 
 STEPS = 8
-OPTIM = OptimConfig(learning_rate=0.1, warmup=0.0, decay="constant", weight_decay=0.0)
+OPTIM = OptimConfig(learning_rate=0.1, warmup=0.0, schedule="constant", weight_decay=0.0)
 
 
 class Line(nn.Module):
@@ -81,6 +85,39 @@ def test_rates_of_single_parameters():
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)), after.params, before.params)
     np.testing.assert_allclose(moved["kernel"], np.broadcast_to([[0.05], [0.0]], (2, 3)), rtol=1e-3)
     np.testing.assert_allclose(moved["bias"], 0.2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_every_optimisers_state_is_sharded_saved_and_read_again(optimizer, tmp_path):
+    """Moments lie where their parameter lies; what has another shape is replicated."""
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = ("layers", "embed", "heads", "head_dim")
+            normal = nn.initializers.normal(1.0)
+            kernel = self.param("kernel", nn.with_logical_partitioning(normal, axes), (2, 4, 2, 3))
+            return jnp.einsum("be,nehd->bnhd", x, kernel)
+
+    optim = dataclasses.replace(OPTIM, optimizer=optimizer)
+    learner = make_learner(
+        lambda key: Layers().init(key, jnp.zeros((1, 4)))["params"], optim=optim, rate=lambda _: jnp.float32(1), seed=0
+    )
+    parallelism = start_parallelism(ParallelConfig(mesh="fsdp=4,tensor=2"))
+    state = parallelism.initialise(learner.make, learner.specs)
+    shape, place = state.params["kernel"].shape, state.params["kernel"].sharding
+    assert place.spec == P(None, "fsdp", "tensor", None)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+    assert moments
+    assert all(leaf.sharding == place for leaf in moments if leaf.shape == shape)
+    assert all(leaf.sharding.is_fully_replicated for leaf in moments if leaf.shape != shape)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, report=print)
+    with closing(checkpoints):
+        checkpoints.save(1, state, {})
+        checkpoints.finish()
+        restored = checkpoints.restore(parallelism.abstract(learner.make, learner.specs))
+    assert restored is not None
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state)
 
 
 class Numbers:

@@ -49,7 +49,7 @@ def main(config: PretrainBenchConfig) -> int:
         attention=config.attention,
         parallelism=config.parallelism,
         seed=config.seed,
-        optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, decay="constant"),
+        optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, schedule="constant"),
         evaluation_rows=16 * config.rows,
     )
     training = with_defaults(training, asked_family(training))

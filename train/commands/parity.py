@@ -18,28 +18,34 @@ class ParityConfig:
     """Compare checkpoints with the reference implementation's stored outputs, losses and gradients."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Fixture folders: a checkpoint, expected.safetensors and, if there is a loss, grads.safetensors."""
+    """Fixture folders: a checkpoint, expected.safetensors and, if there is a loss, grads.safetensors and
+    trajectory.json."""
     json: bool = False
     """Print one JSON object instead of text."""
     output_tolerance: float = 1e-5
     """Largest absolute error of any output, and of the loss."""
     gradient_tolerance: float = 1e-4
     """Largest relative error of any gradient tensor, as a fraction of the reference's norm."""
+    trajectory_tolerance: float = 1e-4
+    """Largest relative error of the loss of any training step in trajectory.json."""
 
 
 def main(config: ParityConfig) -> int:
     """Run the fixtures and print the errors; return 0 if all are within tolerance, else 1."""
-    from ...models.checkpoints.parity import check  # here, since it imports JAX, which would delay --help
+    # Imported here, since they import JAX, which would delay --help.
+    from ...models.checkpoints.parity import check
+    from ..optim.optimizer import reference_optimizer
 
     if not config.folders:
         print("bestiary parity: no folders given", file=sys.stderr)
         return 2
-    reports = [check(folder, config.output_tolerance, config.gradient_tolerance) for folder in config.folders]
+    names = ("output_tolerance", "gradient_tolerance", "trajectory_tolerance")
+    tolerances = {name: getattr(config, name) for name in names}
+    reports = [check(folder, **tolerances, make_optimiser=reference_optimizer) for folder in config.folders]
     passed = all(report.passed for report in reports)
     if config.json:
         # Infinity and NaN are not valid JSON, so they are shown as text.
         finite = json.loads(json.dumps([dataclasses.asdict(r) for r in reports]), parse_constant=str)
-        tolerances = {"output_tolerance": config.output_tolerance, "gradient_tolerance": config.gradient_tolerance}
         print(json.dumps({"passed": passed, **tolerances, "folders": finite}, indent=2))
     else:
         for report in reports:
@@ -58,6 +64,8 @@ def describe(report: "Report") -> list[str]:
         lines.append(f"  {'loss':32} {report.loss:.2e}")
     if report.gradient is not None:
         lines.append(f"  {'gradients (relative)':32} {report.gradient:.2e}  {report.gradient_tensor}")
+    if report.trajectory is not None:
+        lines.append(f"  {'trajectory (relative)':32} {report.trajectory:.2e}  step {report.trajectory_step}")
     saved = "same bytes" if not report.saved_differently else f"DIFFERS: {', '.join(report.saved_differently)}"
     lines.append(f"  {'saved again':32} {saved}")
     return lines

@@ -14,7 +14,7 @@ from ..arguments import did_you_mean
 from ..errors import RunError
 from ..learner import Learner, compute_dtype, make_learner
 from ..loop import InitialWeights
-from ..optim import schedule
+from ..optim.schedule import schedule
 from .config import PretrainConfig
 
 

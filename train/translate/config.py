@@ -11,7 +11,7 @@ import tyro
 from ...data.tokenizers.kinds import PairKind
 from ..arguments import did_you_mean, flags
 from ..config import FREE as EVERY_FREE
-from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
+from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
 from ..errors import MOST_SEED, RunError, check_setting
 from ..generate.config import DecodeConfig
 
@@ -162,7 +162,7 @@ class TranslateConfig:
         default_factory=lambda: OptimConfig(
             learning_rate=3e-3,
             warmup=0.2,
-            decay="inverse_sqrt",
+            schedule="inverse_sqrt",
             cooldown=0.3,
             weight_decay=0.0,
             beta2=0.98,
@@ -247,4 +247,5 @@ FREE = (*EVERY_FREE, "cache")
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
     """Convert a run folder's settings to this version's."""
-    return {"parallelism" if name == "spread" else name: value for name, value in stored.items()}
+    renamed = {"parallelism" if name == "spread" else name: value for name, value in stored.items()}
+    return renamed | {"optim": upgrade_optim(renamed.get("optim"))}

@@ -53,7 +53,7 @@ from ..learner import (
 )
 from ..loop import Best, Fitted, InitialWeights, Stop, Training
 from ..metrics import Meter, Sums
-from ..optim import schedule, warmup_steps
+from ..optim.schedule import schedule, warmup_steps
 from ..progress import Progress
 from ..run import Run, start_run
 from ..sharding import Replicas, first_process_first

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary.models.checkpoints.parity import Report, check, gradient_errors
 from bestiary.train.commands.parity import ParityConfig, describe, main
+from bestiary.train.optim.optimizer import reference_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -52,8 +53,11 @@ NAMES = (
 )
 
 
+TRAJECTORIES = ("bert_pretraining", "roberta_mlm", "distilbert_classification")
+
+
 def assert_passes(folder: Path) -> Report:
-    report = check(folder)
+    report = check(folder, make_optimiser=reference_optimizer)
     assert report.passed, "\n".join(describe(report))
     return report
 
@@ -70,6 +74,7 @@ def test_own_fixtures(name: str) -> None:
         # The reference names XLM-R's word embeddings by their tied copy.
         words = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight"}
         assert {words.get(tensor, tensor) for tensor in stored} <= set(report.gradients)
+    assert (report.trajectory is not None) == (name in TRAJECTORIES)
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
@@ -114,6 +119,28 @@ def test_what_differs_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         status, printed = run_json(capsys, FIXTURES / "bert_span", folder)
         assert status == 1
         assert [report["passed"] for report in printed["folders"]] == [True, False]
+
+
+def test_training_that_differs_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the loss of one step, by a setting of the optimiser, or since nothing is known of how it was trained."""
+    folder = copy(tmp_path, "distilbert_classification")
+    stored = json.loads((folder / "trajectory.json").read_text())
+
+    def run(**changes) -> dict:
+        (folder / "trajectory.json").write_text(json.dumps(stored | changes))
+        status, printed = run_json(capsys, folder)
+        (report,) = printed["folders"]
+        assert status == (0 if report["passed"] else 1)
+        return report
+
+    assert run()["passed"]
+    wrong = run(losses=[loss * (1 + 1e-3 * (step == 6)) for step, loss in enumerate(stored["losses"])])
+    assert (wrong["passed"], wrong["trajectory_step"]) == (False, 7)
+    assert wrong["trajectory"] == pytest.approx(1e-3, rel=0.1)
+    assert not run(weight_decay=0.5)["passed"]
+    assert "trajectory.json: expected optimizer 'AdamW'" in run(optimizer="SGD")["error"]
+    assert "trajectory.json: expected the losses of 30 steps, found 20" in run(steps=30)["error"]
+    assert "losses" in run(losses="none")["error"]
 
 
 def test_nan_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

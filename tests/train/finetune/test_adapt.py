@@ -21,7 +21,7 @@ from bestiary.train.errors import RunError
 from bestiary.train.finetune.adapt import AdaptedModel, adaptation
 from bestiary.train.finetune.config import AdaptConfig
 from bestiary.train.learner import count_parameters, make_learner
-from bestiary.train.optim import schedule
+from bestiary.train.optim.schedule import schedule
 
 MODEL = FAMILY.build(
     "classification", BertConfig(vocab_size=29, width=8, layers=3, heads=2, feed_forward=12, positions=16, num_labels=2)

@@ -27,7 +27,8 @@ from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.learner import TrainState, ema_or_params
 from bestiary.train.loop import Stop
-from bestiary.train.optim import running_mean, schedule
+from bestiary.train.optim.optimizer import running_mean
+from bestiary.train.optim.schedule import schedule
 from bestiary.train.run import start_run
 from bestiary.train.translate.config import FREE, TranslateConfig, upgrade
 from bestiary.train.translate.run import Lines, RunConfig
@@ -104,7 +105,7 @@ def make_config(folder: Path, out: str, **changes: Any) -> TranslateConfig:
         r_drop=0.5,
         sample_subwords=0.2,
         final_beam=1,
-        optim=OptimConfig(learning_rate=3e-3, warmup=4, decay="inverse_sqrt", weight_decay=0.0, beta2=0.98, ema=0.5),
+        optim=OptimConfig(learning_rate=3e-3, warmup=4, schedule="inverse_sqrt", weight_decay=0.0, beta2=0.98, ema=0.5),
         loop=LoopConfig(log_every=3, evaluate_every=4, checkpoint_every=5),
         cache=folder / "cache",
         out=folder / out,
@@ -181,7 +182,7 @@ def test_an_early_end_and_separate_vocabularies(folder: Path):
         sample_subwords=0.0,
         average=2,
         patience=1,
-        optim=OptimConfig(learning_rate=1e-9, warmup=2, decay="inverse_sqrt", weight_decay=0.0),
+        optim=OptimConfig(learning_rate=1e-9, warmup=2, schedule="inverse_sqrt", weight_decay=0.0),
         loop=LoopConfig(evaluate_every=2),
     )
     assert train(config) == 0
@@ -203,7 +204,7 @@ def test_a_dev_source_longer_than_the_model_takes_is_translated_in_parts(
 
 
 def test_the_inverse_square_root_of_the_step():
-    config = OptimConfig(learning_rate=0.5, warmup=100, decay="inverse_sqrt")
+    config = OptimConfig(learning_rate=0.5, warmup=100, schedule="inverse_sqrt")
     rate = schedule(config, [(1000, None)])
     steps = np.array([0, 49, 99, 100, 399, 999])
     paper = 0.5 * 10 * np.minimum((steps + 1) ** -0.5, (steps + 1) * 100**-1.5)

@@ -1,5 +1,6 @@
 """The run folder: one run at a time works in it, and what it writes is finite and whole."""
 
+import json
 import os
 import shutil
 import signal
@@ -173,6 +174,17 @@ def test_what_cannot_be_written_names_the_file_that_was_asked_for(tmp_path):
     ):
         with pytest.raises(OSError, match=said), replacing(path):
             pass
+
+
+def test_settings_that_an_earlier_version_did_not_have_have_their_defaults(tmp_path):
+    begun(tmp_path / "run").close()
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["rate"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RunError, match=r"another configuration:\n  rate: 0\.5 there, 0\.1 asked for"):
+        begun(tmp_path / "run", Settings(rate=0.1))
+    begun(tmp_path / "run").close()
 
 
 def test_what_has_no_value_or_is_always_zero_gets_no_panel():

@@ -11,7 +11,7 @@ from ..errors import MOST_SEED, RunError, check_setting
 if TYPE_CHECKING:
     from ...models.lora import LoraConfig
 from ..config import FREE as EVERY_FREE
-from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
+from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class FinetuneConfig:
     layer_decay: float = 1.0
     """Factor from each layer's learning rate to that of the layer below; pooler and head have the full rate. Parameters
     that layers share (ALBERT) have the rate of the highest of them."""
+    electra_layer_decay: bool = False
+    """Decay the layers' learning rates once more below the head, as ELECTRA's released code does: the top layer's
+    factor is then the square of --layer-decay."""
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)
@@ -125,6 +128,8 @@ class FinetuneConfig:
             check_setting(self, "epochs", above=0)
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "layer_decay", above=0, most=1)
+        if self.electra_layer_decay and self.layer_decay == 1:
+            raise RunError("--electra-layer-decay goes with --layer-decay, such as 0.8.")
         check_setting(self, "evaluate_epochs", above=0)
 
 
@@ -149,4 +154,5 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
     """Convert a run folder's settings to this version's."""
     renamed = {"take": "select", "spread": "parallelism"}
     run = {renamed.get(name, name): value for name, value in stored.get("run", {}).items()}
+    run |= {"optim": upgrade_optim(run.get("optim"))}
     return {**stored, "run": run}

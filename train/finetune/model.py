@@ -17,7 +17,7 @@ from ...models.heads.with_head import is_head_parameter
 from ...models.registry import family_of_model, init_params
 from ..errors import RunError
 from ..learner import Learner, Names, compute_dtype, make_learner
-from ..optim import schedule
+from ..optim.schedule import schedule
 from ..progress import Progress
 from .adapt import AdaptedModel
 from .config import FinetuneConfig
@@ -170,7 +170,8 @@ def layer_rates(
 ) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
     """Determine which parameters are trained, and the factors of their learning rates.
 
-    The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d; parameters that layers
+    The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d, or N + 2 - d for d <= N
+    with --electra-layer-decay (`_get_layer_lrs` in the released code of Clark et al. 2020); parameters that layers
     share have the factor of the last of them. If only some layers of a stacked array are frozen, they stay in the
     optimiser, with a rate of zero.
     """
@@ -184,7 +185,9 @@ def layer_rates(
     def scales(names: Names) -> Any:
         depth = depths.of[names]
         kept = ~((depth > 0) & (depth <= frozen))
-        return jnp.asarray(np.where(kept, config.layer_decay ** (depths.layers + 1 - depth), 0.0), jnp.float32)
+        below = depths.layers + 1 - depth
+        below = below + (config.electra_layer_decay & (below > 0))
+        return jnp.asarray(np.where(kept, config.layer_decay**below, 0.0), jnp.float32)
 
     return trains, scales
 

@@ -9,7 +9,7 @@ import tyro
 
 from ...models.checkpoints.config import require_checkpoint
 from ..config import FREE as EVERY_FREE
-from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig
+from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
 from ..errors import MOST_SEED, RunError, check_setting
 
 MaskingKind = Literal["token", "word", "ngram", "span"]
@@ -76,6 +76,9 @@ class PretrainConfig:
     """Length of a row, in tokens; several short examples are packed into one. None: 128."""
     batch_tokens: int = 2048
     """Tokens per step, padding included: rows per step times --sequence-length."""
+    batch_ramp: tuple[str, ...] = ()
+    """Smaller batches at the start, TOKENS:STEPS each, before those of --batch-tokens: `512:200 1024:200`. The learning
+    rate's course and the text go on as if nothing changed."""
     steps: int | None = None
     """Number of training steps. None: 1,200."""
     phases: tuple[str, ...] = ()
@@ -123,33 +126,57 @@ class PretrainConfig:
         for name in ("steps", "sequence_length"):
             check_setting(self, name, least=1)
         for number, phase in enumerate(self.plan, 1):
-            if phase.steps < 1:
-                raise RunError(f"Phase {number} has {phase.steps} steps; it needs at least one.")
             if phase.learning_rate is not None and not phase.learning_rate > 0:
                 raise RunError(f"Phase {number} has learning rate {phase.learning_rate}; it must be above 0.")
 
     @cached_property
     def plan(self) -> tuple["Phase", ...]:
-        """Return the phases of the run; without --phases, a single one.
+        """Return the phases of the run, cut where the batch size changes; without --phases, a single one.
 
         Raises:
-            RunError: a phase is invalid, or its length does not divide --batch-tokens.
+            RunError: a phase is invalid, its length does not divide a batch, or the ramp is longer than the run.
         """
-        found = [_parse_phase(text) for text in self.phases]
-        found = found or [(self.sequence_length or 128, 1200 if self.steps is None else self.steps, None)]
-        for length, _, _ in found:
-            if length < 1 or self.batch_tokens % length:
-                raise RunError(f"--batch-tokens {self.batch_tokens} is not a multiple of the sequence length {length}.")
-        return tuple(Phase(length, self.batch_tokens // length, steps, rate) for length, steps, rate in found)
+        phases = [_parse_phase(text) for text in self.phases]
+        phases = phases or [(self.sequence_length or 128, 1200 if self.steps is None else self.steps, None)]
+        stages: list[tuple[int, int | None]] = [*map(_parse_stage, self.batch_ramp), (self.batch_tokens, None)]
+        plan: list[Phase] = []
+        for number, (length, steps, rate) in enumerate(phases, 1):
+            if steps < 1:
+                raise RunError(f"Phase {number} has {steps} steps; it needs at least one.")
+            done = 0
+            while done < steps:
+                tokens, left = stages[0]
+                if length < 1 or tokens % length:
+                    flag = "--batch-tokens" if left is None else "--batch-ramp"
+                    raise RunError(f"{flag} {tokens} is not a multiple of the sequence length {length}.")
+                here = steps - done if left is None else min(left, steps - done)
+                plan.append(Phase(length, tokens // length, here, None if done else rate, done > 0))
+                done += here
+                if left is not None:
+                    stages[:1] = [(tokens, left - here)] if left > here else []
+        if len(stages) > 1:
+            raise RunError("--batch-ramp has more steps than the run.")
+        return tuple(plan)
 
 
 class Phase(NamedTuple):
-    """A part of a run with one sequence length."""
+    """A part of a run with one sequence length and one batch size."""
 
     length: int
     rows: int  # per batch
     steps: int
     learning_rate: float | None
+    continued: bool = False  # whether it takes up the text where the phase before it, of the same length, stopped
+
+
+def _parse_stage(text: str) -> tuple[int, int]:
+    try:
+        tokens, steps = map(int, text.split(":"))
+    except ValueError:
+        tokens = steps = 0
+    if tokens < 1 or steps < 1:
+        raise RunError(f"--batch-ramp {text}: expected TOKENS:STEPS, both at least 1.")
+    return tokens, steps
 
 
 def _parse_phase(text: str) -> tuple[int, int, float | None]:
@@ -172,6 +199,7 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RunError: this version cannot continue the run.
     """
+    stored = stored | {"optim": upgrade_optim(stored.get("optim"))}
     if "next_sentence" not in stored:
         return stored
     changed = {name: value for name, value in stored.items() if name not in ("next_sentence", "spread")}

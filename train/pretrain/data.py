@@ -138,7 +138,10 @@ class PhasedBatches:
     def __next__(self) -> dict[str, np.ndarray]:
         while self._done == self._phases[self._phase].steps:
             self._phase, self._done = self._phase + 1, 0
-            self._batches = self._open(self._phases[self._phase])
+            before, phase = self._batches, self._phases[self._phase]
+            self._batches = self._open(phase)
+            if phase.continued:
+                self._batches.set_state(before.get_state())
         self._done += 1
         return next(self._batches)
 

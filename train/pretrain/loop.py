@@ -179,10 +179,10 @@ def describe(
         f"{counted(counts.sentences, 'sentence')}, {counted(counts.tokens, 'token')}, "
         f"{counts.unknown_tokens:,} of them unknown"
     )
-    for phase in config.plan:
-        rows: Any = make_rows(config, data, objective, phase.length)
+    for length in dict.fromkeys(phase.length for phase in config.plan):
+        rows: Any = make_rows(config, data, objective, length)
         statistics = rows.statistics(0, windows=8)
-        run.progress.line(f"rows of {phase.length}: {statistics}")
+        run.progress.line(f"rows of {length}: {statistics}")
         if statistics.truncated_fraction > MUCH:
             share = f"{statistics.truncated_fraction:.0%}"
             run.progress.line(

@@ -322,6 +322,11 @@ def test_rates_fall_by_one_factor_a_layer(encoder):
     assert not trains(word)
     assert trains(("encoder", "layers", "a", "kernel"))
     assert layer_rates(FinetuneConfig(model=encoder, out=Path("runs/x")), depths) == (None, None)
+    electra = FinetuneConfig(model=encoder, out=Path("runs/x"), layer_decay=0.5, electra_layer_decay=True)
+    _, scales = layer_rates(electra, depths)
+    assert scales is not None
+    assert scales(("encoder", "layers", "a", "kernel")).ravel().tolist() == [0.5**4, 0.5**3, 0.5**2]
+    assert (scales(word), scales(head)) == (0.5**5, 1)
 
 
 # --- other tasks ------------------------------------------------------------------------------------------------------

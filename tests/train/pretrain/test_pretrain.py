@@ -12,6 +12,7 @@ from bestiary import models
 from bestiary.models.bert import BertConfig
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
+from bestiary.train.pretrain import data as pretrain_data
 from bestiary.train.pretrain.config import PretrainConfig, upgrade
 from bestiary.train.pretrain.loop import train_step
 from bestiary.train.pretrain.masking import Masking
@@ -73,7 +74,53 @@ def test_two_phases(workshop):
 
 def test_phases_of_the_configuration():
     config = PretrainConfig(phases=("128:90", "512:10:1e-4"), batch_tokens=4096)
-    assert config.plan == ((128, 32, 90, None), (512, 8, 10, 1e-4))
+    assert config.plan == ((128, 32, 90, None, False), (512, 8, 10, 1e-4, False))
+
+
+def test_a_batch_ramp_cuts_the_phases():
+    config = PretrainConfig(phases=("128:90", "512:10:1e-4"), batch_tokens=4096, batch_ramp=("512:30", "1024:65"))
+    assert config.plan == (
+        (128, 4, 30, None, False), (128, 8, 60, None, True), (512, 2, 5, 1e-4, False), (512, 8, 5, None, True),
+    )  # fmt: skip
+    for ramp, message in (
+        (("100:30",), "--batch-ramp 100 is not a multiple of the sequence length 128"),
+        (("512:101",), "--batch-ramp has more steps than the run"),
+        (("512",), "--batch-ramp 512: expected TOKENS:STEPS"),
+    ):
+        with pytest.raises(RunError, match=message):
+            PretrainConfig(phases=("128:90", "512:10"), batch_tokens=4096, batch_ramp=ramp)
+
+
+def test_a_ramp_reads_on_where_the_smaller_batches_ended(monkeypatch):
+    class Rows:
+        """Rows by number, from the first; the state is the next one."""
+
+        def __init__(self, size: int):
+            self.size, self.at = size, 0
+
+        def __next__(self):
+            self.at += self.size
+            return list(range(self.at - self.size, self.at))
+
+        def get_state(self):
+            return self.at
+
+        def set_state(self, state):
+            self.at = state
+
+    monkeypatch.setattr(pretrain_data, "make_rows", lambda *_: None)
+    monkeypatch.setattr(pretrain_data, "training_batches", lambda _, *, batch_rows, **__: Rows(batch_rows))
+    config = PretrainConfig(phases=("4:3", "8:2"), batch_tokens=16, batch_ramp=("4:1", "8:1"))
+    batches = pretrain_data.PhasedBatches(config, None, None, lambda _: (0, 1))  # type: ignore[arg-type]
+    assert [next(batches) for _ in range(5)] == [[0], [1, 2], [3, 4, 5, 6], [0, 1], [2, 3]]
+
+
+def test_a_run_with_a_ramp(workshop):
+    out = workshop.folder / "ramp"
+    flags = ["--batch-ramp", "128:3", "--optimizer", "stable-adamw", "--schedule", "wsd"]
+    workshop.pretrain(out, *flags, steps="6", evaluate_every="0", log_every="1")
+    tokens = np.diff([0, *(record["tokens"] for record in metrics(out) if "tokens" in record)])
+    assert np.abs(tokens / np.repeat([128, 512], 3) - 1).max() < 0.25
 
 
 def test_an_untrained_tokenizer_is_trained_once_for_a_corpus(workshop, uninterrupted):
@@ -186,6 +233,7 @@ def test_a_run_folder_of_before_goes_on(uninterrupted, tmp_path):
     stored = json.loads((uninterrupted / "config.json").read_text())
     old = {name: value for name, value in stored.items() if name not in ("objective", "rows", "parallelism")}
     old |= {"next_sentence": True, "spread": stored["parallelism"]}
+    old["optim"] = {"decay" if name == "schedule" else name: value for name, value in stored["optim"].items()}
     assert upgrade(old) == stored
     with pytest.raises(RunError, match="begun by an earlier version with --no-next-sentence"):
         upgrade({**old, "next_sentence": False})

@@ -45,8 +45,8 @@ def require_checkpoint(folder: Path) -> None:
         )
 
 
-SIZES = ("size", "width", "layers", "heads", "forward", "positions", "labels")
-"""Last words of the names of fields that are sizes: at least 1."""
+SIZES = ("size", "width", "layers", "heads", "forward", "positions", "labels", "groups", "inner", "every", "targets")
+"""Last words of the names of fields that are sizes or counts: at least 1."""
 MOST = {"layers": 10_000, "positions": 1 << 20, "labels": 1 << 20}
 """Last word of a field's name -> what is beyond any model, and would fill the memory before a tensor is missed."""
 
@@ -75,12 +75,13 @@ def check_fields(config: Any, keys: Mapping[str, str]) -> None:
         elif "dropout" in field.name:
             least, most = 0, math.nextafter(1, 0)
         else:
-            least, most = int(last in SIZES), MOST.get(last, math.inf)
+            least = int(last in SIZES) or (math.ulp(0.0) if last == "theta" else 0)
+            most = MOST.get(last, math.inf)
         if not (least <= value <= most and math.isfinite(value)):
             key = keys.get(field.name, field.name)
             also = "" if key == field.name else f" ({key} in config.json)"
             bound = f"at least {least}" if math.isinf(most) else f"from {least} to {most:,}"
-            bound = "at least 0 and below 1" if "dropout" in field.name else bound
+            bound = "at least 0 and below 1" if "dropout" in field.name else "above 0" if last == "theta" else bound
             problems.append(f"{field.name}{also}: expected a number {bound}, found {value}")
     if problems:
         raise ValueError(f"{type(config).__name__}: {'; '.join(problems)}")

@@ -72,7 +72,9 @@ def parse_json(text: str, where: str, remedy: str = "") -> Any:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f", line {error.lineno}" if "\n" in text.rstrip() else ""
-        raise DataError(f"{where}{place}: not JSON ({error.msg} at column {error.colno}).{remedy}") from None
+        raise DataError(
+            f"{where}{place}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}).{remedy}"
+        ) from None
     except _Refused as error:
         raise DataError(f"{where}: {error}.") from None
     except RecursionError:

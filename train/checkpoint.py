@@ -195,7 +195,7 @@ def read_params(path: Path) -> Any:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             expected = (file.metadata() or {}).get("crc32")  # absent in files of earlier versions
         problem = "" if expected in (None, _checksum(flat)) else "CRC-32 differs"
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError) as error:  # of a dtype that NumPy does not have
         problem = str(error)
     if problem:
         raise RunError(f"{path}: the weights saved at an evaluation are missing or damaged ({problem}).")

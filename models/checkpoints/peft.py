@@ -290,6 +290,10 @@ def load_lora(folder: str | os.PathLike[str], model: nn.Module, params: Params) 
     placed = table.place([*pairs, *whole])
     problems = shortened([f"{name}: no parameter of this model" for name in placed.unmapped], "no parameter of it")
     problems += [f"{name}: a tied copy; only the original is implemented" for name in placed.repeated]
+    problems += shortened([
+        *(f"{name}: not of target_modules and layers_to_transform" for name in pairs if not _is_target(name, stored)),
+        *(f"{name}: not of modules_to_save" for name in whole if not _is_saved(name, stored)),
+    ])  # fmt: skip
     unlike: list[str] = []  # tensors with another shape
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for targets in _modules(linear_maps(model)).values():
@@ -334,6 +338,33 @@ def _read_adapter(
         if found != list(shape):
             problems.append(f"{module}.lora_{half}.weight: expected shape {list(shape)}, found {found}")
     return None if problems else (pair["A"].astype(np.float32), pair["B"].astype(np.float32))
+
+
+def _is_target(name: str, stored: Mapping[str, Any]) -> bool:
+    """Tell whether peft gives the module of this weight an adapter; it ignores tensors of others."""
+    module, targets = name.removesuffix(".weight"), stored.get("target_modules")
+    layers, excluded = stored.get("layers_to_transform"), stored.get("exclude_modules")
+    number = re.search(r"\.(\d+)\.", module)
+    if layers is not None and number and int(number[1]) not in (layers if isinstance(layers, list) else [layers]):
+        return False
+    return (targets in (None, "all-linear") or _named(module, targets)) and not (excluded and _named(module, excluded))
+
+
+def _named(module: str, names: str | list[str]) -> bool:
+    """Tell whether a regular expression, or one of a list of ends of names, is that of a module, as peft does."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(ends_with(module, end) for end in names)
+
+
+SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Task type -> modules that peft saves whole, whatever modules_to_save says."""
+
+
+def _is_saved(name: str, stored: Mapping[str, Any]) -> bool:
+    """Tell whether peft saves the module of this tensor whole."""
+    modules = (*(stored.get("modules_to_save") or ()), *SAVED.get(stored.get("task_type") or "", ()))
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _own_factors(
@@ -414,10 +445,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value_of(stored, key, kind, where)
     value_of(stored, "lora_dropout", float, where, 0.0)
     value_of(stored, "use_rslora", bool, where, False)
+    value_of(stored, "task_type", str | None, where, None)
+    value_of(stored, "modules_to_save", list[str] | None, where, None)
+    value_of(stored, "layers_to_transform", int | list[int] | None, where, None)
+    expressions = [
+        names
+        for key in ("target_modules", "exclude_modules")
+        if isinstance(names := value_of(stored, key, str | list[str] | None, where, None), str)
+    ]
     ranks = value_of(stored, "rank_pattern", dict[str, int] | None, where, None) or {}
     alphas = value_of(stored, "alpha_pattern", dict[str, float] | None, where, None) or {}
     try:
         _config(stored)
+        for expression in expressions:
+            re.compile(expression)
         for pattern in (*ranks, *alphas):
             re.compile(pattern)
             LoraConfig(ranks.get(pattern, 1), alphas.get(pattern, 1.0))

@@ -68,6 +68,8 @@ class DecodeConfig:
         for name in ("beam", "n_best"):
             if getattr(self, name) > MOST_HYPOTHESES:
                 raise RunError(f"{name}: expected at most {MOST_HYPOTHESES:,}, found {getattr(self, name):,}")
+        if abs(self.length_penalty) > 10:
+            raise RunError(f"length_penalty: expected a number from -10 to 10, found {self.length_penalty:g}")
         if not 0 <= self.seed < 1 << 32:
             raise RunError(f"seed: expected a number from 0 to {(1 << 32) - 1:,}, found {self.seed}")
         self._at_least(1, "beam", "max_length", "n_best", "diverse_groups")

@@ -480,6 +480,7 @@ def test_a_checkpoints_own_settings(tmp_path: Path) -> None:
         ({"num_beams": 4.5}, "num_beams: expected a whole number, found 4.5"),
         ({"num_beams": 0}, "beam: expected at least 1"),
         ({"num_beams": 10**6}, "beam: expected at most 1,024, found 1,000,000"),
+        ({"length_penalty": 3e7}, "length_penalty: expected a number from -10 to 10, found 3e"),
         ({"suppress_tokens": 5}, "suppress_tokens: expected a list, each item a whole number"),
         ({"bad_words_ids": [5]}, "bad_words_ids: expected a list"),
         ({"renormalize_logits": 1}, "renormalize_logits: expected true or false"),

@@ -40,7 +40,10 @@ def make_task(stored: Mapping[str, Any], where: str) -> Task:
     for key in stored:
         if key not in hints:
             raise RunError(f"{where}: {key!r} is no setting of {name}.")
-        value_of(stored, key, hints[key], where)
+        value = value_of(stored, key, hints[key], where)
+        counts = hints[key] is int and not key.endswith("_column")
+        if counts and not 1 <= value < 1 << 31:
+            raise RunError(f"{where}: {key} is {value}; it must be from 1 to {(1 << 31) - 1:,}.")
     try:
         return make(**{key: _tuples(value) for key, value in stored.items()})
     except (TypeError, ValueError) as error:

@@ -29,6 +29,7 @@ def test_run_folder_is_complete(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "results.json", "curves.png", "checkpoints", "tensorboard", "model",
+        "run.lock",
     }  # fmt: skip
     assert (uninterrupted / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((uninterrupted / "results.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ def decoded_chunks(
         on_bytes: called with the number of (compressed) bytes of the file that each step has read.
 
     Raises:
-        CorpusError: the encoding is unknown, bytes are not in it, or compressed data is damaged or truncated.
+        CorpusError: the encoding is unknown, bytes are not in it, text is full of null characters, or compressed data
+            is damaged or truncated.
     """
     remedy = "Convert the file to UTF-8." if encoding is None else "Convert the file, or pass --encoding."
     codec = _text_codec(encoding or "utf-8")
@@ -54,6 +56,8 @@ def decoded_chunks(
         if not begun:
             text = text.lstrip(_MARK)
             begun = bool(text)
+            if 4 * text.count("\0", 0, 4096) > len(text[:4096]):
+                raise CorpusError(f"{path}: null characters, as in UTF-16 without a byte order mark. {remedy}")
         line, column = _advanced(line, column, text)
         if text:
             yield text
@@ -85,6 +89,25 @@ def read_lines(
         raise CorpusError(f"{path}: its lines end in a carriage return alone. Convert them to end in a line feed.")
     if rest:
         yield rest
+
+
+def lines_of(path: Path | None) -> Iterator[str]:
+    """Yield the lines of a file or of standard input.
+
+    Raises:
+        CorpusError: bytes are not UTF-8; the message names the line.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise CorpusError(f"{path}: there is no such file.")
+        yield from read_lines(path)
+        return
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+            raise CorpusError(f"standard input, line {number}: not UTF-8 ({found}).") from None
 
 
 def _text_codec(name: str) -> codecs.CodecInfo:

@@ -1,6 +1,7 @@
 """Errors for the user; the command line prints their message without a traceback."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 MOST_SEED = (1 << 32) - 1
@@ -9,6 +10,19 @@ MOST_SEED = (1 << 32) - 1
 
 class RunError(ValueError):
     """Raised if a run cannot start or continue as asked."""
+
+
+def check_text(name: str, texts: Iterable[str]) -> None:
+    """Check texts of the command line, where Python passes bytes that are not UTF-8 as halves of surrogate pairs.
+
+    Raises:
+        RunError: a text has such a byte.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RunError(f"{name}: not UTF-8: {text!a}.") from None
 
 
 def check_setting(

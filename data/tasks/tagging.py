@@ -36,13 +36,17 @@ Lines = list[tuple[int, list[str]]]
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and, if known, their tags; `line` is the first word's line of `file`."""
+    """Words and, if known, their tags; `lines` are the words' lines of `file`."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...] | None
     file: str
     lines: tuple[int, ...]
     """of each word"""
+    text: str | None = None
+    """the running text that the words are from, if it is known"""
+    spans: tuple[tuple[int, int], ...] = ()
+    """[start, stop) of each word in `text`, in characters"""
 
     def where(self, word: int) -> str:
         """Return file and line of a word."""
@@ -324,7 +328,7 @@ def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_l
     """Tokenise word by word; a sentence of more than `max_length` tokens is cut between words into several pieces.
 
     A word without tokens (a control character, say) becomes the unknown token, so that every word has a first token. A
-    single word that is longer than a piece is truncated.
+    single word that is longer than a piece is truncated. A sentence without words is one piece, of special tokens.
 
     Raises:
         DataError: the length leaves no room for a word.
@@ -342,8 +346,9 @@ def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_l
         pieces = [piece[:room] for piece in whole]
         truncated += sum(map(len, whole)) - sum(map(len, pieces))
         ends = np.cumsum([len(piece) for piece in pieces])
-        start = 0
-        while start < len(pieces):
+        start, empty = 0, not pieces
+        while start < len(pieces) or empty:
+            empty = False
             begun = int(ends[start - 1]) if start else 0
             stop = int(np.searchsorted(ends, begun + room, side="right"))
             split += start == 0 and stop < len(pieces)
@@ -352,7 +357,8 @@ def tokenise_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], *, max_l
             ids.append(np.array(joined, np.int32))
             types.append(np.array(its_types, np.int32))
             marks = np.zeros(len(joined), np.bool_)
-            marks[np.concatenate([[0], ends[start : stop - 1] - begun]).astype(np.int64) + begin] = True
+            if part:
+                marks[np.concatenate([[0], ends[start : stop - 1] - begun]).astype(np.int64) + begin] = True
             first.append(marks)
             number.append(s)
             words.append((start, stop))

@@ -22,6 +22,8 @@ def test_what_is_no_encoding_of_text_is_refused(file, name):
         ("\ufeffa\nb".encode("utf-16-be") + b"\xd8\x00", "utf-16", r"line 2: not UTF-16 \(byte 0xd8 at column 2\)"),
         ("\ufeffab".encode() + b"\xff", None, r"line 1: not UTF-8 \(byte 0xff at column 3\)"),
         (b"a\nb+2D0-", "utf-7", r"not UTF-7 \(half of a character, U\+D83D\)"),
+        ("ab\ncd".encode("utf-16-le"), None, "null characters, as in UTF-16 without a byte order mark"),
+        ("ab\ncd".encode("utf-32-be"), "latin-1", "null characters"),
         (b"\xa4\xff", "shift_jis", r"line 1: not SHIFT_JIS \(byte 0xff at column 2\)"),
     ],
 )

@@ -9,7 +9,7 @@ import tyro
 
 from ...data.tasks.glue import GlueName
 from ...models.checkpoints.config import require_folder
-from ..errors import MOST_SEED, RunError, check_setting
+from ..errors import MOST_SEED, RunError, check_setting, check_text
 
 
 def _yes_or_no(words: list[str]) -> bool:
@@ -53,6 +53,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         require_folder(self.model)
+        check_text("--prompt", () if self.prompt is None else (self.prompt,))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import numpy as np
 from ...data.errors import DataError
 from ...data.files import check_output, replacing
 from ...data.progress import counted
-from ...data.reading import read_lines
+from ...data.reading import lines_of
 from ..progress import Progress
 from .config import EmbedConfig
 from .extract import Extractor, windows
@@ -54,25 +54,6 @@ class ArrayFile:
         self._write_header()
         self._file.seek(0)
         return self._file
-
-
-def lines_of(path: Path | None) -> Iterator[str]:
-    """Yield the lines of a file or of standard input.
-
-    Raises:
-        DataError: bytes are not UTF-8; the message names the line.
-    """
-    if path is not None:
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file.")
-        yield from read_lines(path)
-        return
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-            raise DataError(f"standard input, line {number}: not UTF-8 ({found}).") from None
 
 
 @contextmanager

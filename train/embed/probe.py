@@ -323,7 +323,7 @@ def probe(run: RunFolder, config: ProbeConfig, progress: Progress) -> None:
         np.savez(unfinished, **{key: value for key, value in head._asdict().items() if key != "strength"})
     write_json(
         config.out / "results.json",
-        results(config, extract.settings, store.truncated, data, head, mixed, metrics, inputs),
+        results(config, extract.settings, store.truncated, data, head, mixed, metrics, inputs, task.explained),
     )
     for name, values in metrics.items():
         progress.line(f"{name}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
@@ -339,6 +339,7 @@ def results(
     mixed: Mix | None,
     metrics: Mapping[str, Any],
     inputs: Mapping[str, np.ndarray],
+    explained: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the content of results.json."""
     return {
@@ -346,6 +347,7 @@ def results(
         "model": str(config.features.model),
         "seed": config.seed,
         "metrics": metrics,
+        "explained": dict(explained),
         "layers": list(settings.layers),
         "pooling": list(settings.pooling),
         "mix": None if mixed is None else {"shares": mixed.shares, "gamma": mixed.gamma},

@@ -75,8 +75,15 @@ class FinetuneConfig:
     are packed into shared rows."""
     train_examples: int = 0
     """Number of training examples to sample; 0: all."""
+    eval_examples: int = 0
+    """Number of examples to evaluate on, always the same ones; 0: all. Test sets are not sampled."""
+    no_test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave out the test set: neither read nor predicted."""
     seed: int = 0
     """Seed of the new head, the order of the examples and dropout."""
+    seeds: tuple[int, ...] = ()
+    """One run per seed, instead of --seed, each in its own folder OUT/seed-N; OUT gets a table of mean and standard
+    deviation."""
     dropout: float | None = None
     """Dropout rate of hidden states and attention probabilities. None: that of the checkpoint."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -119,9 +126,13 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_setting(self, "seed", least=0, most=MOST_SEED)
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed <= MOST_SEED for seed in self.seeds):
+            raise RunError(
+                f"--seeds {' '.join(map(str, self.seeds))}: expected numbers from 0 to {MOST_SEED}, each once."
+            )
         for name in ("batch_size", "accumulate"):
             check_setting(self, name, least=1)
-        for name in ("steps", "train_examples", "patience", "freeze_layers"):
+        for name in ("steps", "train_examples", "eval_examples", "patience", "freeze_layers"):
             check_setting(self, name, least=0)
         check_setting(self, "max_length", least=4)
         if not self.steps:
@@ -153,6 +164,7 @@ FREE = tuple(f"run.{name}" for name in EVERY_FREE)
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
     """Convert a run folder's settings to this version's."""
     renamed = {"take": "select", "spread": "parallelism"}
+    new = {"eval_examples": stored.get("eval_examples", 0), "no_test": False, "seeds": []}
     run = {renamed.get(name, name): value for name, value in stored.get("run", {}).items()}
     run |= {"optim": upgrade_optim(run.get("optim"))}
-    return {**stored, "run": run}
+    return {**{name: value for name, value in stored.items() if name != "eval_examples"}, "run": new | run}

@@ -25,7 +25,7 @@ class EvaluateConfig:
     split: str = "dev"
     """Split of a folder to evaluate."""
     out: Path | None = None
-    """Folder for the metrics, and for the predictions in the benchmark's format."""
+    """Folder for the metrics, for the report of each class, and for the predictions in the benchmark's format."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
 
@@ -37,15 +37,25 @@ def main(config: EvaluateConfig) -> int:
     # Imported here, since they import JAX, which would delay --help.
     from ...data.json_files import json_text, write_json
     from .prediction import open_run, read_examples
+    from .report import write_report
 
     run = open_run(folder, config.parallelism)
     examples = read_examples(run.task, config.data, config.split, labelled=True)
     features, predicted = run.predict(examples)
     metrics = {**predicted.means, **run.task.metrics(predicted.collected, features, examples)}
-    results = {"task": run.task.name, "data": str(config.data), "examples": len(examples), "metrics": metrics}
+    results = {
+        "task": run.task.name,
+        "data": str(config.data),
+        "examples": len(examples),
+        "metrics": metrics,
+        "explained": dict(run.task.explained),
+    }
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "results.json", results)
+        classified = run.task.classified(predicted.collected, features, examples)
+        if classified is not None:
+            write_report(config.out / "report", config.split, classified)
         run.task.write_predictions(config.out / "predictions", config.split, predicted.collected, features, examples)
     print(json_text(results, "the results", indent=2))
     return 0

@@ -38,6 +38,7 @@ from .adapt import AdaptedModel, adaptation
 from .config import FREE, FinetuneConfig, upgrade
 from .model import Depths, check_model, load_model, make_optimiser, parameter_depths, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
+from .report import write_report
 from .tasks.task import Task, TaskData, hold_out, settings
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -105,13 +106,22 @@ def encode_data(
         )
         return features
 
+    def sampled(name: str, examples: Sequence[Any]) -> Sequence[Any]:
+        few = config.eval_examples
+        return (
+            hold_out(examples, few / len(examples), seed=0)[1]
+            if 0 < few < len(examples) and name != "test"
+            else examples
+        )
+
     for note in data.notes:
         progress.line(note)
+    evaluation = {name: sampled(name, examples) for name, examples in data.evaluation.items()}
     features = encode("train", train)
     task.check(features, train)
     return EncodedData(
         features,
-        {name: (examples, encode(name, examples)) for name, examples in data.evaluation.items()},
+        {name: (examples, encode(name, examples)) for name, examples in evaluation.items()},
         {name: (examples, encode(name, examples)) for name, examples in data.prediction.items()},
     )
 
@@ -226,6 +236,9 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         if split in encoded.evaluation:
             metrics[split] = {**predicted.means, **task.metrics(predicted.collected, some, examples)}
             task = task.settled(metrics[split]) if len(metrics) == 1 else task
+            classified = task.classified(predicted.collected, some, examples)
+            if run.main and classified is not None:
+                write_report(c.out / "report", split, classified)
         if run.main:
             task.write_predictions(c.out / "predictions", split, predicted.collected, some, examples)
     if plan is not None and run.main:
@@ -234,10 +247,12 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
     if run.main:
         write_json(c.out / "task.json", settings(task))
     results = run.results(task.name, fitted, figures(c, task, fitted, metrics, count_parameters(params), features))
-    lines = (
+    lines = [
         f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         for split, values in metrics.items()
-    )
+    ]
+    if task.explained:
+        lines.append("; ".join(f"{name}: {meaning}" for name, meaning in task.explained.items()))
     run.finish(plain, params, loaded.tokenizer, results, lines)
     return fitted.exit_status
 
@@ -275,6 +290,7 @@ def figures(
     return {
         "model": str(config.model),
         "metrics": metrics,
+        "explained": dict(task.explained),
         "best": None if fitted.best is None else {"step": fitted.best[0], task.best: fitted.best[1]},
         "parameters": parameters,
         f"training_{task.unit}": int(features.units),

@@ -1,20 +1,29 @@
 """Predict new examples with a fine-tuned model.
 
+bestiary predict runs/ner < texts.txt
 bestiary predict runs/mrpc --text "The cat sat." --text-pair "A cat was sitting."
 bestiary predict runs/squad --question "Who?" --context "It was him."
 bestiary predict runs/mrpc --input glue/MRPC/test.tsv --out predictions
 """
 
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import batched, chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from ...data.errors import DataError
 from ...data.files import check_output_folder
+from ...data.reading import lines_of
 from ..config import ParallelConfig
-from ..errors import RunError
+from ..errors import RunError, check_text
 from .config import finished_run
+
+LINES = 256
+"""Lines of standard input that are predicted together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,8 @@ class PredictConfig:
     run: tyro.conf.Positional[Path]
     """Folder of a finished fine-tuning run."""
     text: tuple[str, ...] = ()
-    """Texts to classify, score or tag."""
+    """Texts to classify, score or tag. Without any texts or --input, they are the lines of standard input. For tagging,
+    words are split as in the training data: punctuation apart, for instance."""
     text_pair: tuple[str, ...] = ()
     """Second texts of the pairs, one per --text."""
     question: tuple[str, ...] = ()
@@ -42,8 +52,17 @@ class PredictConfig:
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        if (self.input is None) == (not self.words()):
-            raise RunError("Give either texts (--text, or --question and --context) or --input FILE.")
+        words = self.words()
+        for name, texts in words.items():
+            check_text(f"--{name.replace('_', '-')}", texts)
+        if (words and self.input is not None) or (
+            not words and self.input is None and (sys.stdin is None or sys.stdin.isatty())
+        ):
+            raise RunError(
+                "Give either texts (--text, or --question and --context, or standard input) or --input FILE."
+            )
+        if not words and self.input is None and self.out is not None:
+            raise RunError("--out needs --input: the lines of standard input have no benchmark's format.")
 
     def words(self) -> dict[str, tuple[str, ...]]:
         """Return the texts on the command line."""
@@ -60,14 +79,27 @@ def main(config: PredictConfig) -> int:
     from ...data.json_files import json_text
     from .prediction import open_run, read_examples
 
+    words = config.words()
+    lines: Iterator[str] = iter(())
+    if config.input is None and not words:
+        lines = lines_of(None)
+        first = next(lines, None)  # report empty input before loading the model
+        if first is None:
+            raise DataError("standard input: empty. Expected one text per line.")
+        lines = chain([first], lines)
     run = open_run(folder, config.parallelism)
-    if config.input is None:
-        examples = run.task.from_words(config.words())
+    if config.input is not None:
+        parts: Iterable[list[Any]] = [read_examples(run.task, config.input, config.split, labelled=False)]
+    elif words:
+        parts = [run.task.from_words(words)]
     else:
-        examples = read_examples(run.task, config.input, config.split, labelled=False)
-    features, predicted = run.predict(examples)
-    if config.out is not None:
-        run.task.write_predictions(config.out, config.split, predicted.collected, features, examples)
-    for number, said in enumerate(run.task.show(predicted.collected, features, examples), 1):
-        print(json_text(said, f"prediction {number}", ensure_ascii=False))
+        parts = (run.task.from_words({"text": some}) for some in batched(lines, LINES))
+    number = 0
+    for examples in parts:
+        features, predicted = run.predict(examples)
+        if config.out is not None:
+            run.task.write_predictions(config.out, config.split, predicted.collected, features, examples)
+        for said in run.task.show(predicted.collected, features, examples):
+            number += 1
+            print(json_text(said, f"prediction {number}", ensure_ascii=False), flush=not (config.input or words))
     return 0

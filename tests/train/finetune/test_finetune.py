@@ -1,9 +1,11 @@
 """Fine-tuning end to end on tiny models: what is learnt, what is left behind, what is refused, and that it is exact."""
 
+import io
 import json
 import math
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -153,6 +155,13 @@ def test_evaluating_again_gives_the_same_metrics(finetuned, sst2, tmp_path, caps
     expected = json.loads((finetuned / "results.json").read_text())["metrics"]["dev"]
     assert said["metrics"] == pytest.approx(expected, abs=1e-6)
     assert said["examples"] == 64
+    assert said["explained"] == {"score": "accuracy"}
+    report = json.loads((tmp_path / "again" / "report" / "dev.json").read_text())
+    assert report == json.loads((finetuned / "report" / "dev.json").read_text())
+    counts = np.array(report["confusion"]["counts"])
+    assert np.trace(counts) / counts.sum() == pytest.approx(expected["accuracy"])
+    assert report["classes"]["positive"]["recall"] == pytest.approx(counts[1, 1] / counts[1].sum())
+    assert "confusion" in (finetuned / "report" / "dev.txt").read_text()
     again = tmp_path / "again" / "predictions" / "dev" / "SST-2.tsv"
     assert again.read_text() == (finetuned / "predictions" / "dev" / "SST-2.tsv").read_text()
 
@@ -167,11 +176,12 @@ def test_what_the_last_evaluation_predicted_is_not_predicted_again(encoder, sst2
     monkeypatch.setattr(Predictor, "__call__", counted)
     assert main([*command(encoder, sst2, tmp_path / "last"), "--steps", "1"]) == 0
     assert calls == [64, 20]
-    assert main([*command(encoder, sst2, tmp_path / "best"), "--steps", "1", "--select", "best"]) == 0
-    assert calls[2:] == [64, 64, 20], "the weights that were kept are read again"
+    few = ["--eval-examples", "10", "--no-test"]
+    assert main([*command(encoder, sst2, tmp_path / "best"), "--steps", "1", "--select", "best", *few]) == 0
+    assert calls[2:] == [10, 10], "the weights that were kept are read again"
 
 
-def test_predicting_texts_and_files(finetuned, sst2, capsys):
+def test_predicting_texts_and_files(finetuned, sst2, capsys, monkeypatch):
     assert main(["predict", str(finetuned), "--text", "the story was great", "a dull house"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["label"] for one in said] == ["positive", "negative"]
@@ -180,6 +190,11 @@ def test_predicting_texts_and_files(finetuned, sst2, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 20
     assert main(["predict", str(finetuned), "--text", "a", "--text-pair", "b"]) == 1
     assert "give --text, and no --text-pair" in capsys.readouterr().err
+    assert main(["predict", str(finetuned), "--text", "caf\udce9"]) == 1
+    assert "--text: not UTF-8: 'caf\\udce9'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the story was great\na dull house\n")))
+    assert main(["predict", str(finetuned)]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == said
 
 
 def test_a_run_that_was_cut_off_goes_on_exactly(encoder, sst2, finetuned, tmp_path, monkeypatch):
@@ -395,6 +410,8 @@ def test_several_tasks_make_one_table(encoder, sst2, finetuned, tmp_path, capsys
     shutil.copytree(finetuned, tmp_path / "sst2" / "seed-0")
     config = json.loads((finetuned / "config.json").read_text())
     config |= {"data": str(sst2.parent)}
+    for name in ("eval_examples", "no_test", "seeds"):  # as an earlier version wrote it
+        del config["run"][name]
     (tmp_path / "sst2" / "seed-0" / "config.json").write_text(json.dumps(config))
     arguments = ["finetune", "glue", "--data", str(sst2.parent), "--model", str(encoder), "--out", str(tmp_path)]
     assert main([*arguments, *FAST, *flags]) == 0
@@ -427,8 +444,8 @@ def test_the_score_of_mnli_is_the_mean_of_both_sets():
 
 
 def test_mnli_comes_first_where_others_start_from_it(encoder, tmp_path):
-    run = FinetuneConfig(model=encoder, out=tmp_path)
-    config = GlueSuiteConfig(data=tmp_path, tasks=("rte", "cola", "mnli"), seeds=(0, 1), from_mnli=True, run=run)
+    run = FinetuneConfig(model=encoder, out=tmp_path, seeds=(0, 1))
+    config = GlueSuiteConfig(data=tmp_path, tasks=("rte", "cola", "mnli"), from_mnli=True, run=run)
     found = [(run.task, run.run.seed, run.run.model) for run in planned(config)]
     assert found[:2] == [("mnli", 0, encoder), ("mnli", 1, encoder)]
     assert found[2:4] == [("rte", seed, tmp_path / "mnli" / f"seed-{seed}" / "model") for seed in (0, 1)]

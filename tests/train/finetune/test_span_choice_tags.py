@@ -1,7 +1,10 @@
 """Spans, choices and tags end to end on a tiny model: learnt, scored, written, predicted again, and packed exactly."""
 
+import io
+import itertools
 import json
 import random
+import sys
 from pathlib import Path
 
 import jax
@@ -18,9 +21,10 @@ from bestiary.data.errors import DataError
 from bestiary.data.tasks.squad import Answer, Question
 from bestiary.data.tasks.tagging import Sentence
 from bestiary.models.bert import Bert, BertConfig
+from bestiary.models.heads.crf import CrfWeights
 from bestiary.train.cli import main
 from bestiary.train.finetune.tasks.squad import SquadTask
-from bestiary.train.finetune.tasks.tagging import TaggingTask, entity_scores, files_of, split_file
+from bestiary.train.finetune.tasks.tagging import Tagged, TaggingTask, entity_scores, files_of, split_file
 
 KEYS, TAILS = ("ada", "bob", "cy", "dee"), ("smith", "jones", "brown")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town", "who")
@@ -242,7 +246,7 @@ def write_conll(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def test_entities_are_learnt_with_a_crf(encoder, tmp_path, capsys):
+def test_entities_are_learnt_with_a_crf(encoder, tmp_path, capsys, monkeypatch):
     folder, out = tmp_path / "ner", tmp_path / "run"
     folder.mkdir()
     for seed, (name, count) in enumerate((("train", 128), ("dev", 32), ("test", 16))):
@@ -265,6 +269,23 @@ def test_entities_are_learnt_with_a_crf(encoder, tmp_path, capsys):
     said = json.loads(run(capsys, "predict", str(out), "--text", "the house of adas smith in dees town"))
     assert said["words"] == ["the", "house", "of", "adas", "smith", "in", "dees", "town"]
     assert said["tags"] == ["O", "O", "O", "B-per", "I-per", "O", "B-loc", "O"]
+    one, other = said["entities"]
+    assert (one["type"], one["words"], one["start"], one["end"], one["text"]) == ("per", [3, 5], 13, 23, "adas smith")
+    assert (other["type"], other["text"]) == ("loc", "dees")
+    assert one["probability"] == min(said["probabilities"][3:5])
+    assert all(0.5 < share <= 1 for share in said["probabilities"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"adas smith\n\nthe house\n")))
+    lines = [json.loads(line) for line in run(capsys, "predict", str(out)).splitlines()]
+    assert [[entity["text"] for entity in line["entities"]] for line in lines] == [["adas smith"], [], []]
+    assert [line["words"] for line in lines] == [["adas", "smith"], [], ["the", "house"]]
+
+    report = json.loads((out / "report" / "test.json").read_text())
+    assert np.sum(report["confusion"]["counts"]) == len(given)
+    assert report["entities"]["per"]["f1"] == results["test"]["f1_per"]
+    assert sum(kind["support"] for kind in report["entities"].values()) == sum("\tB-" in line for line in given)
+    assert {file.name for file in (out / "report").iterdir()} == {
+        f"{split}.{ending}" for split in ("dev", "test") for ending in ("json", "txt", "png")
+    }
 
     (folder / "dev.conll").write_text("the\tO\nadas\tB-org\n")
     said = refused(capsys, *command, "--out", str(tmp_path / "other"))
@@ -322,6 +343,41 @@ def test_a_sentence_cut_inside_of_an_entity_is_no_impossible_chain(encoder):
     assert features.count == 2
     assert features.note == "1 sentence in several pieces"
     assert value(task, loaded.model, loaded.params, packed(task, features, [[0], [1]], 8)) < 10
+
+
+@pytest.mark.parametrize("crf", [False, True])
+def test_a_tag_has_its_probability_among_all_sequences(crf):
+    """Against the sum over all sequences of a sentence; another sentence in the row changes nothing."""
+    draw = np.random.default_rng(0)
+    task = tagging_task(crf=crf, legal=False)
+    logits = draw.normal(size=(1, 6, 3)).astype(np.float32)
+    start, end, steps = (draw.normal(size=shape).astype(np.float32) for shape in ((3,), (3,), (3, 3)))
+    segments, tagged = np.array([[1, 1, 1, 1, 2, 2]], np.int32), np.array([[1, 0, 1, 1, 1, 1]], np.float32)
+    weights = CrfWeights(*map(jnp.asarray, (start, steps, end))) if crf else None
+    batch = {"segment_ids": jnp.asarray(segments), "label_weights": jnp.asarray(tagged)}
+    collected = task.select(Tagged(jnp.asarray(logits), weights), batch).token
+    words = [0, 2, 3]
+    scores = {}
+    for tags in itertools.product(range(3), repeat=3):
+        score = sum(logits[0, word, tag] for word, tag in zip(words, tags, strict=True))
+        if crf:
+            score += start[tags[0]] + steps[tags[0], tags[1]] + steps[tags[1], tags[2]] + end[tags[2]]
+        scores[tags] = np.exp(score)
+    best = max(scores, key=lambda tags: scores[tags])
+    assert tuple(np.asarray(collected["tags"])[0, words]) == best
+    for place, tag in enumerate(best):
+        share = sum(value for tags, value in scores.items() if tags[place] == tag) / sum(scores.values())
+        assert float(collected["probabilities"][0, words[place]]) == pytest.approx(share, abs=1e-5)
+
+
+def test_a_test_file_may_have_no_tags(tmp_path):
+    (tmp_path / "test.conll").write_text("the\nadas\n")
+    task = tagging_task(crf=False)
+    (sentence,) = task.read_test(tmp_path, columns=2)
+    assert (sentence.words, sentence.tags) == (("the", "adas"), None)
+    (tmp_path / "test.conll").write_text("the\tO\nadas\tB-y\n")
+    with pytest.raises(DataError, match="line 2: the tag 'B-y' is not among those trained on"):
+        task.read_test(tmp_path, columns=2)
 
 
 def test_entities_are_counted_as_conlleval_does():

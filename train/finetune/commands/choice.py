@@ -15,6 +15,7 @@ from ....data.tasks.multiple_choice import FOLDS, split_fold
 from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
+from ..seeds import for_each_seed
 
 if TYPE_CHECKING:
     from ..tasks.choice import ChoiceTask
@@ -58,7 +59,7 @@ def swag_data(task: "ChoiceTask", config: SwagConfig) -> "TaskData":
     train = task.read(config.data, "train", labelled=True)
     dev = task.read(config.eval_data or config.data, "dev", labelled=True)
     test = {}
-    if config.data.is_dir() and (config.data / "test.csv").is_file():
+    if config.data.is_dir() and (config.data / "test.csv").is_file() and not config.run.no_test:
         test = {"test": task.read(config.data, "test", labelled=False)}
     return TaskData(train, {"dev": dev}, test)
 
@@ -68,8 +69,9 @@ def codah_data(task: "ChoiceTask", config: CodahConfig) -> "TaskData":
     from ..tasks.task import TaskData
 
     if config.data.is_dir():
-        splits = {split: task.read(config.data, split, labelled=True) for split in ("train", "dev", "test")}
-        return TaskData(splits["train"], {"dev": splits["dev"], "test": splits["test"]})
+        names = ("dev",) if config.run.no_test else ("dev", "test")
+        evaluation = {split: task.read(config.data, split, labelled=True) for split in names}
+        return TaskData(task.read(config.data, "train", labelled=True), evaluation)
     train, dev = split_fold(task.read(config.data, "full", labelled=True), config.fold)
     return TaskData(train, {"dev": dev})
 
@@ -77,6 +79,10 @@ def codah_data(task: "ChoiceTask", config: CodahConfig) -> "TaskData":
 def main(config: SwagConfig | CodahConfig) -> int:
     """Run `bestiary finetune swag` or `codah`; return the exit status."""
     require_checkpoint(config.run.model)
+    return for_each_seed(config, _main)
+
+
+def _main(config: SwagConfig | CodahConfig) -> int:
     from ..loop import finetune
     from ..tasks.choice import ChoiceTask
 

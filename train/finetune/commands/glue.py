@@ -15,6 +15,7 @@ from ....data.tasks.glue import GlueName
 from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
+from ..seeds import for_each_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,14 @@ class GlueConfig:
 def main(config: GlueConfig) -> int:
     """Run `bestiary finetune TASK`; return the exit status."""
     require_checkpoint(config.run.model)
+    return for_each_seed(config, _main)
+
+
+def _main(config: GlueConfig) -> int:
     from ..loop import finetune
     from ..tasks.glue import glue_data, glue_task
 
     task = glue_task(config.task, config.run.max_length)
-    return finetune(config, config.run, task, lambda: glue_data(task, config.data, config.diagnostic))
+    return finetune(
+        config, config.run, task, lambda: glue_data(task, config.data, config.diagnostic, config.run.no_test)
+    )

@@ -31,8 +31,6 @@ class GlueSuiteConfig:
     """Folder that contains the folders of the tasks: CoLA, SST-2, MRPC, ..."""
     tasks: tuple[GlueName, ...] = ()
     """Tasks to fine-tune on, in this order. None: all tasks with training data in the folder."""
-    seeds: tuple[int, ...] = (0,)
-    """One run per seed, instead of --seed; the table shows the means."""
     from_mnli: bool = False
     """Start rte, mrpc and stsb from this suite's own mnli model, which is trained first."""
     mnli_model: Path | None = None
@@ -44,8 +42,11 @@ class GlueSuiteConfig:
     def __post_init__(self) -> None:
         if self.from_mnli and self.mnli_model is not None:
             raise RunError("--from-mnli and --mnli-model are mutually exclusive.")
-        if not self.seeds:
-            raise RunError("--seeds: expected at least one.")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of each task's runs."""
+        return self.run.seeds or (self.run.seed,)
 
 
 def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
@@ -66,7 +67,11 @@ def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
             data=str(config.data),
             diagnostic=config.diagnostic if task == "mnli" else None,
             run=dataclasses.replace(
-                config.run, model=_start(config, task, seed), seed=seed, out=config.run.out / task / f"seed-{seed}"
+                config.run,
+                model=_start(config, task, seed),
+                seed=seed,
+                seeds=(),
+                out=config.run.out / task / f"seed-{seed}",
             ),
         )
         for task in tasks

@@ -14,6 +14,7 @@ from ....data.progress import counted
 from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
+from ..seeds import for_each_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,6 @@ class SquadConfig:
     """Questions to train on, in SQuAD's JSON format."""
     eval_data: Path
     """Questions to evaluate on."""
-    eval_examples: int = 0
-    """Number of questions to evaluate on, always the same ones; 0: all."""
     test_data: Path | None = None
     """Questions to predict at the end; they need no answers."""
     doc_stride: int = 128
@@ -51,7 +50,7 @@ class SquadConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("eval_examples", 0), ("max_answer_length", 1), ("n_best", 1)):
+        for name, least in (("max_answer_length", 1), ("n_best", 1)):
             if getattr(self, name) < least:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}.")
 
@@ -59,9 +58,13 @@ class SquadConfig:
 def main(config: SquadConfig) -> int:
     """Run `bestiary finetune squad`; return the exit status."""
     require_checkpoint(config.run.model)
+    return for_each_seed(config, _main)
+
+
+def _main(config: SquadConfig) -> int:
     from ..loop import finetune
     from ..tasks.squad import SquadTask, read_questions
-    from ..tasks.task import TaskData, hold_out
+    from ..tasks.task import TaskData
 
     task = SquadTask(
         "squad",
@@ -77,9 +80,11 @@ def main(config: SquadConfig) -> int:
     def data() -> TaskData:
         train, skipped = read_questions(task, config.data, "train")
         dev = task.read(config.eval_data, "dev", labelled=True)
-        if 0 < config.eval_examples < len(dev):
-            dev = hold_out(dev, config.eval_examples / len(dev), seed=0)[1]
-        test = {} if config.test_data is None else {"test": task.read(config.test_data, "test", labelled=False)}
+        test = (
+            {}
+            if config.test_data is None or config.run.no_test
+            else {"test": task.read(config.test_data, "test", labelled=False)}
+        )
         notes = [f"{counted(skipped, 'question')} skipped whose answer is not in the context"] if skipped else []
         return TaskData(train, {"dev": dev}, test, notes)
 

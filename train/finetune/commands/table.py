@@ -12,6 +12,7 @@ import tyro
 from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
+from ..seeds import for_each_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class TableConfig:
     """Column of the label."""
     labels: tuple[str, ...] = ()
     """The labels, in the order of the class numbers. None: all labels in the training file."""
+    positive: str | None = None
+    """Of two labels, the one that f1 is of. None: the second of --labels, or in sorted order."""
     regression: bool = False
     """The labels are numbers to predict."""
     run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
@@ -44,6 +47,8 @@ class TableConfig:
     def __post_init__(self) -> None:
         if self.regression and self.labels:
             raise RunError("--regression predicts numbers: leave --labels out.")
+        if self.test is not None and self.run.no_test:
+            raise RunError("--test and --no-test are mutually exclusive.")
         if not 0 < self.dev_fraction < 1:
             raise RunError(f"--dev-fraction is {self.dev_fraction}; it must be between 0 and 1.")
 
@@ -51,6 +56,10 @@ class TableConfig:
 def main(config: TableConfig) -> int:
     """Run `bestiary finetune classification`; return the exit status."""
     require_checkpoint(config.run.model)
+    return for_each_seed(config, _main)
+
+
+def _main(config: TableConfig) -> int:
     from ..loop import finetune
     from ..tasks.table import table_task
     from ..tasks.task import TaskData, hold_out
@@ -63,6 +72,7 @@ def main(config: TableConfig) -> int:
         labels=config.labels,
         regression=config.regression,
         max_length=config.run.max_length,
+        positive=config.positive,
     )
 
     def data() -> TaskData:

@@ -13,28 +13,33 @@ from typing import Annotated
 import tyro
 
 from ....data.progress import counted
-from ....data.tasks.tagging import PartOfSpeech, Scheme, tag_set
+from ....data.tasks.tagging import UPOS, PartOfSpeech, Scheme, tag_set
+from ....data.tasks.words import learnt_splits
 from ....models.checkpoints.config import require_checkpoint
 from ...errors import RunError
 from ..config import FinetuneConfig
+from ..seeds import for_each_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class NerConfig:
-    """Fine-tune an encoder to find entities, from CoNLL columns in IOB2 or IOB1.
+    """Fine-tune an encoder to find entities, from CoNLL columns in IOB2, IOB1 or BIOES.
 
     Precision, recall and F1 of whole entities are written to results.json, the words with their tags to predictions/.
     """
 
     data: Path
-    """Folder with one file per split: train, dev and, to be evaluated at the end, test; or the file to train on."""
+    """Folder with one file per split: train, dev and test, which is evaluated at the end, or predicted if it has no
+    tags; or the file to train on."""
     eval_data: Path | None = None
     """File to evaluate on, if --data is a file."""
     scheme: Scheme = "iob2"
     """Tagging scheme of the files. In iob2 every entity begins with B-, in iob1 only one that directly follows
-    another."""
+    another; in bioes, E- ends an entity of several words, and S- is one of a single word."""
     repair: bool = False
     """Read an I- tag that continues no entity as B-, and count it, instead of stopping with an error."""
+    comment: str | None = None
+    """Skip lines that begin with this, such as "# id". None: no line is a comment."""
     word_column: int = 0
     """Column of the words, from 0; -1 is the last."""
     tag_column: int = -1
@@ -58,7 +63,8 @@ class PosConfig:
     """Fine-tune an encoder to tag parts of speech, from CoNLL-U files (Universal Dependencies)."""
 
     data: Path
-    """Folder with one file per split: train, dev and, to be evaluated at the end, test; or the file to train on."""
+    """Folder with one file per split: train, dev and test, which is evaluated at the end, or predicted if it has no
+    tags; or the file to train on."""
     eval_data: Path | None = None
     """File to evaluate on, if --data is a file."""
     column: PartOfSpeech = "upos"
@@ -83,6 +89,10 @@ def _check_data(data: Path, eval_data: Path | None) -> None:
 def main(config: NerConfig | PosConfig) -> int:
     """Run `bestiary finetune ner` or `pos`; return the exit status."""
     require_checkpoint(config.run.model)
+    return for_each_seed(config, _main)
+
+
+def _main(config: NerConfig | PosConfig) -> int:
     from ..loop import finetune
     from ..tasks.tagging import SUFFIXES, TaggingTask, files_of
     from ..tasks.task import TaskData
@@ -100,6 +110,7 @@ def main(config: NerConfig | PosConfig) -> int:
         config.word_column if entities else 0,
         config.tag_column if entities else -1,
         "upos" if entities else config.column,
+        config.comment if entities else None,
     )
     # The tag set is that of the training file, which is therefore read first.
     read = task.read_file(config.data, "train", labelled=True)
@@ -107,12 +118,16 @@ def main(config: NerConfig | PosConfig) -> int:
     labels = tag_set(train, entities=entities)
     if len(labels) < 2:
         raise RunError(f"{config.data}: every word has the tag {' '.join(labels)!r}; there is nothing to learn.")
-    task = dataclasses.replace(task, labels=labels)
+    if not entities and config.column == "upos":
+        labels = UPOS
+    task = dataclasses.replace(task, labels=labels, splits=learnt_splits(s.words for s in train))
 
     def data() -> TaskData:
         evaluation = {"dev": task.read(config.eval_data or config.data, "dev", labelled=True)}
-        if config.data.is_dir() and files_of(config.data, "test", SUFFIXES[task.name]):
-            evaluation["test"] = task.read(config.data, "test", labelled=True)
-        return TaskData(train, evaluation, {}, [f"{counted(repaired, 'tag')} repaired"] if repaired else [])
+        prediction = {}
+        if config.data.is_dir() and files_of(config.data, "test", SUFFIXES[task.name]) and not config.run.no_test:
+            test = task.read_test(config.data, read.columns)
+            (prediction if test[0].tags is None else evaluation)["test"] = test
+        return TaskData(train, evaluation, prediction, [f"{counted(repaired, 'tag')} repaired"] if repaired else [])
 
     return finetune(config, config.run, task, data)

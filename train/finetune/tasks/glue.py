@@ -55,8 +55,8 @@ def glue_task(name: str, max_length: int) -> GlueTextTask:
     return GlueTextTask(name, max_length, task.labels, task.label_names, task.metrics, task.second is not None)
 
 
-def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> TaskData:
-    """Read the splits of a task: training and development sets, and the test set if there is one.
+def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None, no_test: bool = False) -> TaskData:
+    """Read the splits of a task: training and development sets, and the test set if there is one and it is wanted.
 
     Raises:
         DataError: the data is invalid, with file and line; or `data` is one file, which cannot hold several splits.
@@ -75,7 +75,7 @@ def glue_data(task: GlueTextTask, data: str, diagnostic: str | None = None) -> T
     prediction = {
         split: read_glue(source, data, split, labelled=False).examples
         for split in source.test
-        if has_split(source, data, split)
+        if not no_test and has_split(source, data, split)
     }
     if diagnostic is not None:
         labelled = has_labels(GLUE["ax"], diagnostic, "test")

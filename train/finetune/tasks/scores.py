@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 
-def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+def metric(name: str, predictions: np.ndarray, labels: np.ndarray, positive: int = 1) -> float:
     """Compute one metric over n examples.
 
     Args:
-        name: accuracy, f1 (of class 1), macro_f1, matthews, pearson, spearman or mean_squared_error.
+        name: accuracy, f1 (of one of two classes), macro_f1, matthews, pearson, spearman or mean_squared_error.
         predictions: [n], classes (int) or values (float).
         labels: [n], likewise.
+        positive: class that f1 is of.
     """
     from scipy import stats
     from sklearn import metrics
@@ -27,7 +28,7 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         case "accuracy":
             return float(metrics.accuracy_score(labels, predictions))
         case "f1":
-            return float(metrics.f1_score(labels, predictions, **undefined))
+            return float(metrics.f1_score(labels, predictions, pos_label=positive, **undefined))
         case "macro_f1":
             return float(metrics.f1_score(labels, predictions, average="macro", **undefined))
         case "matthews":
@@ -45,7 +46,7 @@ def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     raise ValueError(f"no metric {name!r}")
 
 
-def scored(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def scored(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray, positive: int = 1) -> dict[str, float]:
     """Compute several metrics, and `score`, their mean, by which GLUE ranks a task with two metrics."""
-    values = {name: metric(name, predictions, labels) for name in names}
+    values = {name: metric(name, predictions, labels, positive) for name in names}
     return {**values, "score": sum(values.values()) / len(values)}

@@ -167,6 +167,14 @@ class SquadTask(PlainTask):
         """Return the task with the chosen threshold."""
         return dataclasses.replace(self, null_threshold=metrics.get("null_threshold", self.null_threshold))
 
+    @property
+    def explained(self) -> Mapping[str, str]:
+        """See `PlainTask`."""
+        return {
+            "exact_match": "answers equal to one in the data, after the official normalisation, in per cent",
+            "f1": "overlap of the words of an answer with the best one in the data, in per cent",
+        }
+
     def write_predictions(
         self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[Question]
     ) -> None:

@@ -15,6 +15,11 @@ class TableTask(TextTask):
     text: str = "sentence"
     text_pair: str | None = None
     label: str = "label"
+    positive: str | None = None
+
+    @property
+    def positive_class(self) -> int:
+        return 1 if self.positive is None or self.labels is None else self.labels.index(self.positive)
 
     def read(self, path: Path, split: str, *, labelled: bool) -> list[TextExample]:
         return read_texts(
@@ -35,18 +40,24 @@ def table_task(
     labels: tuple[str, ...],
     regression: bool,
     max_length: int,
+    positive: str | None = None,
 ) -> TableTask:
     """Make the task of a table; arguments as in TableConfig.
 
     Raises:
         DataError: the data is invalid; with file and line.
-        RunError: there are fewer than two classes.
+        RunError: there are fewer than two classes, a class is given twice, or `positive` is none of two.
     """
+    if len(set(labels)) < len(labels) or any(name != name.strip() for name in labels):
+        raise RunError(f"--labels {' '.join(map(repr, labels))}: each label once, without spaces around it.")
     known = None if regression else labels or read_labels(train, label)
     if known is not None and len(known) < 2:
         raise RunError(f"{train}: all labels are {', '.join(known)!r}; there is nothing to learn.")
     metrics = ("pearson", "spearman")
     if known is not None:
         metrics = ("accuracy", "f1") if len(known) == 2 else ("accuracy", "macro_f1")
+    if positive is not None and (known is None or len(known) != 2 or positive not in known):
+        among = "a regression has no classes" if known is None else f"the labels are {', '.join(map(repr, known))}"
+        raise RunError(f"--positive {positive!r}: expected one of two labels; {among}.")
     pairs = text_pair is not None
-    return TableTask("classification", max_length, known, known, metrics, pairs, text, text_pair, label)
+    return TableTask("classification", max_length, known, known, metrics, pairs, text, text_pair, label, positive)

@@ -19,6 +19,7 @@ from ....data.errors import DataError
 from ....data.files import write_text
 from ....data.progress import counted
 from ....data.tasks.tagging import (
+    OUTSIDE,
     PartOfSpeech,
     Scheme,
     Sentence,
@@ -28,12 +29,13 @@ from ....data.tasks.tagging import (
     read_conllu,
     tokenise_words,
 )
+from ....data.tasks.words import Split, word_spans
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.crf import CrfWeights, constrained, decode, log_likelihood
 from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from .task import Arrays, Collected, PlainTask, apply_tokens
+from .task import Arrays, Classified, Collected, PlainTask, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}
@@ -69,6 +71,9 @@ class TaggingTask(PlainTask):
     word_column: int
     tag_column: int
     column: PartOfSpeech
+    comment: str | None = None
+    splits: tuple[Split, ...] = ("punctuation",)
+    """how the training data splits words"""
 
     @property
     def unit(self) -> str:
@@ -106,8 +111,27 @@ class TaggingTask(PlainTask):
             repair=self.repair,
             word_column=self.word_column,
             tag_column=self.tag_column,
+            comment=self.comment,
             labelled=labelled,
         )
+
+    def read_test(self, folder: Path, columns: int) -> list[Sentence]:
+        """Read the test file of a folder, which may have no tags; the training file has this number of columns."""
+        path = split_file(folder, "test", SUFFIXES[self.name])
+        if self.name == "pos":
+            found = read_conllu(path, column=self.column, labelled=None).sentences
+        else:
+            found = read_conll(
+                path,
+                scheme=self.scheme,
+                repair=self.repair,
+                word_column=self.word_column,
+                tag_column=self.tag_column,
+                comment=self.comment,
+                columns=columns,
+            ).sentences
+        check_tags(found, self.labels)
+        return found
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Sentence]) -> TaggedFeatures:
         pieces = tokenise_words(tokenizer, examples, max_length=self.max_length)
@@ -149,11 +173,31 @@ class TaggingTask(PlainTask):
         return {"loss": (-chains.sum(), batch["label_weights"].sum())}
 
     def select(self, outputs: Tagged, batch: Arrays) -> Collected:
+        """Keep each word's tag and the probability that it has it; with a CRF, given the whole sentence."""
+        logits = outputs.logits.astype(jnp.float32)
         if outputs.crf is None:
-            tags = outputs.logits.argmax(axis=-1).astype(jnp.int32)
-        else:
-            tags = decode(outputs.crf, outputs.logits, batch["segment_ids"], batch["label_weights"] > 0)
-        return Collected(token={"tags": tags})
+            tags = logits.argmax(axis=-1).astype(jnp.int32)
+            return Collected(token={"tags": tags, "probabilities": jax.nn.softmax(logits).max(axis=-1)})
+        crf, segments, tagged = outputs.crf, batch["segment_ids"], batch["label_weights"] > 0
+        tags = decode(crf, logits, segments, tagged)
+        # The gradient of the tags' log likelihood is 1 - probability at each of them (and minus that at the others).
+        slopes = jax.grad(lambda scores: log_likelihood(crf, scores, tags, segments, tagged).sum())(logits)
+        return Collected(
+            token={"tags": tags, "probabilities": 1 - jnp.take_along_axis(slopes, tags[..., None], axis=-1)[..., 0]}
+        )
+
+    @property
+    def explained(self) -> Mapping[str, str]:
+        if self.name != "ner":
+            return {"accuracy": "the fraction of words whose tag is right"}
+        return {"f1": "of whole entities of all types together, as conlleval's", "accuracy": "of the tags of words"}
+
+    def classified(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> Classified:
+        number = {label: index for index, label in enumerate(self.labels)}
+        wanted = [list(sentence.tags or ()) for sentence in examples]
+        predicted = self.tags(collected, features, examples)
+        flat = (np.array([number[tag] for tags in some for tag in tags], np.int64) for some in (wanted, predicted))
+        return Classified(self.labels, *flat, entity_report(wanted, predicted)[1] if self.name == "ner" else {})
 
     def tags(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> list[list[str]]:
         """Return the predicted tags of each sentence's words."""
@@ -188,33 +232,82 @@ class TaggingTask(PlainTask):
         texts = words.get("text", ())
         if not texts or set(words) - {"text"}:
             raise RunError(f"{self.name}: give --text, its words separated by spaces.")
-        empty = [number for number, text in enumerate(texts, 1) if not text.split()]
-        if empty:
-            raise RunError(f"{self.name}: --text number {empty[0]} has no words.")
-        split = [tuple(text.split()) for text in texts]
-        return [Sentence(some, None, "the command line", tuple(range(1, len(some) + 1))) for some in split]
+        return [self._sentence(text) for text in texts]
+
+    def _sentence(self, text: str) -> Sentence:
+        spans = tuple(word_spans(text, self.splits))
+        words = tuple(text[start:stop] for start, stop in spans)
+        return Sentence(words, None, "the texts", (1,) * len(words), text, spans)
 
     def show(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> list[dict[str, Any]]:
-        return [
-            {"words": list(sentence.words), "tags": tags}
-            for sentence, tags in zip(examples, self.tags(collected, features, examples), strict=True)
-        ]
+        """Return words, tags and probabilities; for ner also entities, by characters of the text if it is known."""
+        assert isinstance(features, TaggedFeatures)
+        shares = iter(collected.token["probabilities"][features.first].astype(np.float64).round(6).tolist())
+        shown = []
+        for sentence, tags in zip(examples, self.tags(collected, features, examples), strict=True):
+            sure = [min(max(next(shares), 0.0), 1.0) for _ in sentence.words]
+            said: dict[str, Any] = {} if sentence.text is None else {"text": sentence.text}
+            said |= {"words": list(sentence.words), "tags": tags, "probabilities": sure}
+            if self.name == "ner":
+                said["entities"] = entities(sentence, tags, sure)
+            shown.append(said)
+        return shown
+
+
+def entities(sentence: Sentence, tags: Sequence[str], probabilities: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the entities in the tags of a sentence, an I-x that continues none beginning one, as in conlleval.
+
+    `words` is [first, after the last), `start` and `end` are characters of the text if it is known, and `probability`
+    is that of the least certain of its words' tags.
+    """
+    found: list[dict[str, Any]] = []
+    for word, tag in enumerate(tags):
+        kind = tag[2:]
+        if tag == OUTSIDE:
+            continue
+        last = found[-1] if found else None
+        if tag.startswith("I-") and last is not None and last["type"] == kind and last["words"][1] == word:
+            last["words"][1] = word + 1
+            last["probability"] = min(last["probability"], probabilities[word])
+        else:
+            found.append({"type": kind, "words": [word, word + 1], "probability": probabilities[word]})
+    for entity in found:
+        first, after = entity["words"]
+        if sentence.text is None:
+            entity["text"] = " ".join(sentence.words[first:after])
+        else:
+            entity["start"], entity["end"] = sentence.spans[first][0], sentence.spans[after - 1][1]
+            entity["text"] = sentence.text[entity["start"] : entity["end"]]
+    return found
 
 
 def entity_scores(wanted: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
     """Return precision, recall and F1 of whole entities by seqeval, as in conlleval: overall, and F1 by type."""
+    together, kinds = entity_report(wanted, predicted)
+    return together | {f"f1_{kind}": values["f1"] for kind, values in kinds.items()}
+
+
+def entity_report(
+    wanted: list[list[str]], predicted: list[list[str]]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return (precision, recall and f1 of all entities, the same and the support of each type), by seqeval."""
     from seqeval.metrics import classification_report
 
     if all(tag == "O" for tags in (*wanted, *predicted) for tag in tags):  # seqeval would take the mean of nothing
-        return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+        return {"precision": 0.0, "recall": 0.0, "f1": 0.0}, {}
     nothing: Any = 0  # value if nothing is found or there is nothing to find; annotated as text in seqeval
     report: Any = classification_report(wanted, predicted, output_dict=True, zero_division=nothing)
-    together = report["micro avg"]
-    scores = {
-        name: float(together[f"{name}-score" if name == "f1" else name]) for name in ("precision", "recall", "f1")
-    }
-    kinds = {kind: values for kind, values in report.items() if not kind.endswith(" avg")}
-    return scores | {f"f1_{kind}": float(values["f1-score"]) for kind, values in kinds.items()}
+
+    def named(values: Any) -> dict[str, float]:
+        scores = {
+            name: float(values[f"{name}-score" if name == "f1" else name]) for name in ("precision", "recall", "f1")
+        }
+        return scores | {"support": int(values["support"])}
+
+    kinds = {kind: named(values) for kind, values in report.items() if not kind.endswith(" avg")}
+    together = named(report["micro avg"])
+    del together["support"]
+    return together, kinds
 
 
 def files_of(folder: Path, split: str, suffixes: Sequence[str]) -> list[Path]:

@@ -35,6 +35,15 @@ class Collected(NamedTuple):
     token: Mapping[str, Any] = {}
 
 
+class Classified(NamedTuple):
+    """Labels and predictions of n examples, or words."""
+
+    names: tuple[str, ...]  # of the classes
+    wanted: np.ndarray  # [n] int, the classes in the data
+    predicted: np.ndarray  # [n] int
+    entities: Mapping[str, Mapping[str, float]] = {}  # type -> precision, recall, f1 and support of whole entities
+
+
 class Task(Protocol):
     """One task, with its settings. B rows, L tokens, X slots of features in a row; see `data.batches.assemble`."""
 
@@ -98,6 +107,15 @@ class Task(Protocol):
         """Compute the official metrics of labelled examples."""
         ...
 
+    @property
+    def explained(self) -> Mapping[str, str]:
+        """See `PlainTask`."""
+        ...
+
+    def classified(self, collected: Collected, features: Features, examples: Sequence[Any]) -> Classified | None:
+        """See `PlainTask`."""
+        ...
+
     def write_predictions(
         self, folder: Path, split: str, collected: Collected, features: Features, examples: Sequence[Any]
     ) -> None:
@@ -141,6 +159,15 @@ class PlainTask:
 
     def check(self, features: Features, examples: Sequence[Any]) -> None:
         """Raise DataError for examples that cannot be trained on, if this shows only in their features."""
+
+    @property
+    def explained(self) -> Mapping[str, str]:
+        """What metrics mean whose names do not say it; for results.json."""
+        return {}
+
+    def classified(self, collected: Collected, features: Features, examples: Sequence[Any]) -> Classified | None:
+        """Return the labels and predictions of labelled examples, for a report; None if the task has no classes."""
+        return None
 
     @property
     def rates(self) -> Mapping[str, float]:

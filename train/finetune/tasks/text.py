@@ -18,7 +18,7 @@ from ....models.heads.losses import sequence_losses
 from ...errors import RunError
 from ...metrics import Sums
 from .scores import scored
-from .task import Arrays, Collected, PlainTask, apply_segments
+from .task import Arrays, Classified, Collected, PlainTask, apply_segments
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,33 @@ class TextTask(PlainTask):
         logits = collected.segment["logits"]
         return logits[:, 0] if self.labels is None else logits.argmax(axis=-1)
 
+    @property
+    def positive_class(self) -> int:
+        """Class that f1 is of."""
+        return 1
+
+    @property
+    def explained(self) -> Mapping[str, str]:
+        *first, last = self.metric_names
+        said = {"score": f"the mean of {', '.join(first)} and {last}" if first else last}
+        if "f1" in self.metric_names and self.label_names is not None:
+            said["f1"] = f"of the class {self.label_names[self.positive_class]!r}"
+        if "macro_f1" in self.metric_names:
+            said["macro_f1"] = "the unweighted mean over the classes"
+        return said
+
     def metrics(self, collected: Collected, features: Features, examples: Sequence[TextExample]) -> dict[str, float]:
-        return scored(self.metric_names, self.predicted(collected), np.array([example.label for example in examples]))
+        labels = np.array([example.label for example in examples])
+        return scored(self.metric_names, self.predicted(collected), labels, self.positive_class)
+
+    def classified(
+        self, collected: Collected, features: Features, examples: Sequence[TextExample]
+    ) -> Classified | None:
+        if self.label_names is None:
+            return None
+        return Classified(
+            self.label_names, np.array([example.label for example in examples]), self.predicted(collected)
+        )
 
     def answers(self, collected: Collected) -> list[str]:
         """Return the prediction for each example, in the data's format."""

@@ -134,10 +134,14 @@ def run(folder: Path, report: Report, make_optimiser: MakeOptimiser | None = Non
         report.gradients = gradient_errors(found, {table.tied.get(name, name): g for name, g in stored.items()})
         report.gradient_tensor, report.gradient = max(report.gradients.items(), key=_nan_first)
     path = folder / "trajectory.json"
-    if make_optimiser is not None and path.is_file():
+    if make_optimiser is not None and gradient is not None and path.is_file():
         with jax.default_matmul_precision("highest"):
             errors = trajectory_errors(
-                path, lambda params: adapter(loaded.model, params, dict(inputs))["loss"], loaded.params, make_optimiser
+                path,
+                lambda params: adapter(loaded.model, params, dict(inputs))["loss"],
+                loaded.params,
+                gradient,
+                make_optimiser,
             )
         report.trajectory_step = int(errors.argmax()) + 1  # of NaN, if there is one
         report.trajectory = float(errors[report.trajectory_step - 1])

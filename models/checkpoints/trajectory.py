@@ -22,7 +22,7 @@ MakeOptimiser = Callable[[Mapping[str, Any], str], optax.GradientTransformation]
 
 
 def trajectory_errors(
-    path: Path, loss: Callable[[Params], Array], params: Params, make_optimiser: MakeOptimiser
+    path: Path, loss: Callable[[Params], Array], params: Params, gradient: Params, make_optimiser: MakeOptimiser
 ) -> np.ndarray:
     """Return the relative error of the loss of each step of a trajectory.json, [steps].
 
@@ -30,6 +30,8 @@ def trajectory_errors(
         path: the trajectory.json.
         loss: parameters -> loss on the fixture's batch.
         params: the checkpoint's parameters.
+        gradient: the gradient of the loss. Where it is zero throughout, as for a buffer of the reference or a pooler
+            that the loss does not read, a parameter is not trained.
         make_optimiser: makes the optimiser of the settings.
 
     Raises:
@@ -44,14 +46,20 @@ def trajectory_errors(
         raise CheckpointError(f"{path}: expected the losses of {steps} steps, found {len(expected)}")
     transform = make_optimiser(settings, str(path))
 
-    @jax.jit
-    def step(params: Params, state: Any) -> tuple[Params, Any, Array]:
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = transform.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
+    fixed = jax.tree.map(lambda leaf, slope: None if np.any(slope) else leaf, params, gradient)
+    trained: Params = jax.tree.map(lambda leaf, slope: leaf if np.any(slope) else None, params, gradient)
 
-    state, found = transform.init(params), []
+    def whole(trained: Params) -> Params:
+        return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda leaf: leaf is None)
+
+    @jax.jit
+    def step(trained: Params, state: Any) -> tuple[Params, Any, Array]:
+        value, gradient = jax.value_and_grad(lambda some: loss(whole(some)))(trained)
+        updates, state = transform.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    state, found = transform.init(trained), []
     for _ in range(steps):
-        params, state, value = step(params, state)
+        trained, state, value = step(trained, state)
         found.append(value)
     return np.abs(np.array(jax.device_get(found)) - expected) / np.abs(expected)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from bestiary.train.config import OptimConfig, Optimizer
 from bestiary.train.errors import RunError
-from bestiary.train.optim.optimizer import decay_mask, optimizer
+from bestiary.train.optim.optimizer import bias_correction, decay_mask, optimizer
 from bestiary.train.optim.schedule import schedule
 
 
@@ -183,6 +183,12 @@ def test_adafactor_keeps_factors_of_each_layers_matrix():
         step = 1e-3 * matrix / np.sqrt(spread)
         step /= max(1.0, np.sqrt(np.mean(step**2)))
         np.testing.assert_allclose(found, -0.1 * np.sqrt(np.mean(matrix**2)) * step, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.9999])
+def test_bias_correction_is_exact_from_the_first_step(beta):
+    for count in (1, 2, 30, 10_000):
+        assert float(bias_correction(beta, jnp.int32(count))) == pytest.approx(1 - beta**count, rel=3e-7)
 
 
 def test_bias_correction_goes_with_adam():

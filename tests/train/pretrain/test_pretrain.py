@@ -120,7 +120,7 @@ def test_a_run_with_a_ramp(workshop):
     out = workshop.folder / "ramp"
     flags = ["--batch-ramp", "128:3", "--optimizer", "stable-adamw", "--schedule", "wsd"]
     workshop.pretrain(out, *flags, steps="6", evaluate_every="0", log_every="1")
-    tokens = np.diff([0, *(record["tokens"] for record in metrics(out) if "tokens" in record)])
+    tokens = np.diff([0, *(record["total_tokens"] for record in metrics(out) if "total_tokens" in record)])
     assert np.abs(tokens / np.repeat([128, 512], 3) - 1).max() < 0.25
 
 

@@ -105,7 +105,7 @@ class Attention(nn.Module):
             query_segments, key_segments = split_segments(segments_at(segment_ids, query_positions))
         elif memory is not None and self.rotary is not None:
             raise NotImplementedError("Attention: rotary attention to another sequence is not implemented")
-        elif memory is not None and isinstance(rows, ByExample):
+        elif memory is not None and isinstance(rows, ByExample) and not deterministic:
             raise NotImplementedError("Attention: dropout by example is not implemented for another sequence")
         memory = hidden if memory is None else memory
         own = rows if query_positions is None else rows_at(rows, query_positions)

@@ -9,9 +9,9 @@ and the gradient of a gradient raise.
 
 The products are einsums over the arrays in the caller's layout, [B, L, H, D]: XLA's CPU compiler then passes them to
 its fast library without copying anything of the scores' size, and leaves bfloat16 as it is. Without dropout the forward
-pass is written so that this compiler makes one kernel of all of it, which keeps no scores in memory (`_fused_block`).
-Blocks divide only the queries: batch and
-heads stay whole, so that they can be partitioned over a mesh.
+pass of longer rows is written so that this compiler makes one kernel of it, which keeps no scores in memory
+(`_fused_block`). Blocks divide only the queries: batch and heads stay whole, so that they can be partitioned over a
+mesh.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from .hash import keep
 
 BLOCK_SCORES = 1 << 20
 """Maximum number of scores per head that are materialised at a time: 4 MiB in float32, times batch and heads."""
+
+FUSED_SCORES = 1 << 14
+"""Number of scores per head from which on XLA's fused kernel is faster than its parts; for 128 queries of 128 keys."""
 
 
 def supports(call: Call) -> str | None:
@@ -99,7 +102,12 @@ class _Keys(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(rule: _Rule, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
     """Compute the output [B, L, H, Dv] and lse [B, H, L]."""
-    return _over_blocks(_fused_block, rule, queries, keys)
+    return _over_blocks(_fused_block if _fuses(queries, keys) else _forward_block, rule, queries, keys)
+
+
+def _fuses(queries: _Queries, keys: _Keys) -> bool:
+    """Tell whether to compute `_fused_block`: without dropout, and where the scores are many."""
+    return keys.words is None and queries.query.shape[1] * keys.key.shape[1] >= FUSED_SCORES
 
 
 def _over_blocks(compute: Callable[..., tuple[Array, Array]], rule: _Rule, queries: _Queries, keys: _Keys):
@@ -118,12 +126,9 @@ def _over_blocks(compute: Callable[..., tuple[Array, Array]], rule: _Rule, queri
 
 
 def _attention_forward(rule: _Rule, queries: _Queries, keys: _Keys):
-    if keys.words is None:
-        out, lse = _over_blocks(_fused_block, rule, queries, keys)
-        # What the fused form saves in the forward pass is more than a second softmax costs in the backward pass.
-        return (out, lse), (queries, keys, out, None)
-    out, lse = _over_blocks(_forward_block, rule, queries, keys)
-    return (out, lse), (queries, keys, out, lse)
+    out, lse = _attention(rule, queries, keys)
+    # What the fused form saves in the forward pass is more than a second softmax costs in the backward pass.
+    return (out, lse), (queries, keys, out, None if _fuses(queries, keys) else lse)
 
 
 def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _Keys]:
@@ -131,7 +136,14 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
     d_out, d_lse = cotangents
     # A row sum that the gradient of every score needs; the gradient of lse enters through it too.
     delta = jnp.sum(out.astype(d_lse.dtype) * d_out.astype(d_lse.dtype), axis=-1)
-    delta = jnp.swapaxes(delta, 1, 2) - d_lse
+    delta = jnp.swapaxes(delta, 1, 2)
+    if lse is None:
+        delta = delta - d_lse  # whatever that is in empty rows is discarded later
+    else:
+        empty = lse == -jnp.inf
+        delta = delta - jnp.where(empty, 0, d_lse)
+        # exp(score - inf) is 0: an empty row has weights of 0. (A query that pads the last block has cotangents of 0.)
+        lse = jnp.where(empty, jnp.inf, lse)
 
     blocks, size = _blocks(queries, keys)
     if blocks == 1:
@@ -174,12 +186,12 @@ def _fused_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> t
     the weights are divided, not the output, and lse is computed from scores of its own, which the barrier keeps apart.
     Where nobody asks for lse, that is dead code.
     """
-    if keys.words is not None:
-        return _forward_block(rule, start, queries, keys)
-    scores, empty, _ = _masked_scores(rule, start, queries, keys)
+    scores, empty = _masked_scores(rule, _mask(rule, start, queries, keys), queries, keys)
     weights = jax.nn.softmax(scores, axis=-1)
     out = _product("bhls,bshd->blhd", weights.astype(keys.value.dtype), keys.value)
-    scores, empty_again, _ = _masked_scores(rule, start, *jax.lax.optimization_barrier((queries, keys)))
+    queries_again, keys_again = jax.lax.optimization_barrier((queries, keys))
+    mask = _mask(rule, start, queries_again, keys_again)
+    scores, empty_again = _masked_scores(rule, mask, queries_again, keys_again)
     top = jnp.max(scores, axis=-1, keepdims=True)
     lse = top[..., 0] + jnp.log(jnp.sum(jnp.exp(scores - top), axis=-1))
     if empty is not None and empty_again is not None:
@@ -189,21 +201,23 @@ def _fused_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> t
 
 
 def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) -> tuple[Array, Array]:
-    """Compute `_attention` for the block of queries that begins at query `start`, with dropout and lse at no cost."""
-    scores, empty, _ = _masked_scores(rule, start, queries, keys)
+    """Compute `_attention` for the block of queries that begins at query `start`, with dropout, and lse on the way."""
+    scores = _scores(rule, queries, keys)
+    mask = _mask(rule, start, queries, keys)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
     kept = _kept(rule, queries, keys)
     if kept is not None:
         weights = jnp.where(kept, weights, 0)
     out = _product("bhls,bshd->blhd", weights.astype(keys.value.dtype), keys.value)
-    out = out * jnp.swapaxes(1 / (total * (1 - rule.dropout_rate)), 1, 2)[..., None]
-    lse = top[..., 0] + jnp.log(total)
-    if empty is not None:
-        out = jnp.where(_of_output(empty), 0, out)
-        lse = jnp.where(empty, -jnp.inf, lse)
-    return out.astype(queries.query.dtype), lse
+    empty = total == 0
+    share = jnp.where(empty, 0, 1 / (jnp.where(empty, 1, total) * (1 - rule.dropout_rate)))
+    out = out * jnp.swapaxes(share, 1, 2)[..., None]
+    return out.astype(queries.query.dtype), top[..., 0] + jnp.log(total)
 
 
 def _backward_block(
@@ -216,16 +230,25 @@ def _backward_block(
       start: the block's first query.
       queries: the block's arrays.
       d_out: gradient of the output, [B, L, H, Dv].
-      lse: [B, H, L]; None to compute the softmax anew.
-      delta: sum of the output times its gradient, minus the gradient of lse, [B, H, L]; anything in an empty row.
+      lse: [B, H, L], +inf in an empty row; None to compute the softmax anew.
+      delta: sum of the output times its gradient, minus the gradient of lse, [B, H, L]; if lse is None, anything in an
+        empty row.
       keys: the arrays of all keys.
     """
     dtype = queries.query.dtype
-    scores, empty, mask = _masked_scores(rule, start, queries, keys)
-    weights = jax.nn.softmax(scores, axis=-1) if lse is None else jnp.exp(scores - lse[..., None])
-    if empty is not None:
-        weights = jnp.where(empty[..., None], 0, weights)
-        delta = jnp.where(empty, 0, delta)
+    mask = _mask(rule, start, queries, keys)
+    if lse is None:
+        scores, empty = _masked_scores(rule, mask, queries, keys)
+        weights = jax.nn.softmax(scores, axis=-1)
+        if empty is not None:
+            weights = jnp.where(empty[..., None], 0, weights)
+            delta = jnp.where(empty, 0, delta)
+    else:
+        scores = _scores(rule, queries, keys)
+        weights = jnp.exp(scores - lse[..., None])
+    if mask is not None:
+        # Of a row whose own scores overflow, which keeps that to itself.
+        weights = jnp.where(mask, weights, 0)
     kept = _kept(rule, queries, keys)
     dropped = weights if kept is None else jnp.where(kept, weights * (1 / (1 - rule.dropout_rate)), 0)
     d_value = _product("bhls,blhd->bshd", dropped.astype(dtype), d_out)
@@ -248,28 +271,30 @@ def _backward_block(
     return d_query.astype(dtype), d_bias, d_key, d_value
 
 
-def _masked_scores(
-    rule: _Rule, start: Array, queries: _Queries, keys: _Keys
-) -> tuple[Array, Array | None, Array | None]:
-    """Return scores [B, H, L, S], -inf where a key is not attended to; which rows are empty; and the mask.
+def _masked_scores(rule: _Rule, mask: Array | None, queries: _Queries, keys: _Keys) -> tuple[Array, Array | None]:
+    """Return scores [B, H, L, S], -inf where a key is not attended to, and which rows are empty.
 
-    The scores of an empty row are not masked, so that its maximum is a number. Both masks are bool, [1 or B, 1 or H, L]
-    and [1 or B, 1, L, S]; None if nothing can be masked.
+    The scores of an empty row are not masked, so that its maximum is a number. Which are empty is bool [1 or B, 1 or H,
+    L], or None if none can be.
     """
-    scores = _scores(rule, queries, keys)
-    mask = seen = _mask(rule, start, queries, keys)
+    # A key that is masked may be so large that partial sums of its products overflow in both directions, to NaN, which
+    # no minimum removes. So the queries are made small and the sum large again, by a power of two: exact.
+    unit = 1.0 if queries.query.dtype == jnp.float16 else 2.0**64  # products in float16 cannot overflow float32
+    small = queries._replace(query=queries.query * jnp.asarray(1 / unit, queries.query.dtype))
+    scores = _scores(rule, small, keys, unit)
+    seen = mask
     if rule.dense and rule.softcap is None:  # its bias may mask too
         assert queries.bias is not None
         finite = queries.bias > -jnp.inf
         seen = finite if mask is None else mask & finite
     if seen is None:
-        return scores, None, None
+        return scores, None
     empty = ~jnp.any(seen, axis=-1)
     if mask is not None:
         # The minimum, unlike a choice between two numbers, lets XLA fuse what is before it and after it.
         limit = jnp.where(mask | empty[..., None], jnp.inf, -jnp.inf).astype(scores.dtype)
         scores = jnp.minimum(scores, jnp.broadcast_to(limit, scores.shape))
-    return scores, empty, mask
+    return scores, empty
 
 
 def _of_output(rows: Array) -> Array:
@@ -277,15 +302,9 @@ def _of_output(rows: Array) -> Array:
     return jnp.swapaxes(rows, 1, 2)[..., None]
 
 
-def _scores(rule: _Rule, queries: _Queries, keys: _Keys) -> Array:
-    """Return scores [B, H, L, S] with bias and softcap, before the mask."""
-    # A key that is masked later may be so large that partial sums of its products overflow in both directions, to NaN,
-    # which no minimum removes. So the queries are made small and the sum large again, by a power of two: exact.
-    query, unit = queries.query, 1.0
-    if query.dtype != jnp.float16:  # whose products cannot overflow float32
-        unit = 2.0**64
-        query = query * jnp.asarray(1 / unit, query.dtype)
-    scores = _product("blhd,bshd->bhls", query, keys.key) * (rule.scale * unit)
+def _scores(rule: _Rule, queries: _Queries, keys: _Keys, unit: float = 1.0) -> Array:
+    """Return scores [B, H, L, S] with bias and softcap, before the mask; `unit` is a factor that the queries lack."""
+    scores = _product("blhd,bshd->bhls", queries.query, keys.key) * (rule.scale * unit)
     if queries.bias is not None:
         scores = scores + jnp.broadcast_to(queries.bias, scores.shape)
     if rule.softcap is not None:

@@ -46,11 +46,18 @@ from bestiary.kernels.tpu.frame import Tiling
 
 
 @contextlib.contextmanager
-def _interpreted(module: Any, *patches: tuple[Any, str, Any]) -> Iterator[None]:
-    """A backend's interpreter, with some (module, name, value) of its own replaced."""
-    with pytest.MonkeyPatch.context() as patch, module.interpreting():
+def _with(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Some (module, name, value) replaced."""
+    with pytest.MonkeyPatch.context() as patch:
         for where, name, value in patches:
             patch.setattr(where, name, value)
+        yield
+
+
+@contextlib.contextmanager
+def _interpreted(module: Any, *patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """A backend's interpreter, with some (module, name, value) of its own replaced."""
+    with _with(*patches), module.interpreting():
         yield
 
 
@@ -85,6 +92,7 @@ SMALL_HOPPER = hopper.Tuning(
     hopper.Blocks(2, 64, 2), hopper.Blocks(1, 64, 2), hopper.Blocks(2, 64, 1), hopper.Blocks(1, 64, 2)
 )
 # Persistent blocks so have several items each, and the interpreter fewer blocks.
+FUSES = ("plain", "cross", "causal, few", "window", "softcap", "dense bias shared", "relative, causal", "alibi")
 FEW = [(module, "MULTIPROCESSORS", 2) for module in (hopper_forward, hopper_short)]
 
 BACKENDS = [
@@ -113,6 +121,7 @@ BACKENDS = [
         stretch=4,
         cases=SEVERAL_TILES,
     ),
+    Backend("xla", functools.partial(_with, (xla, "FUSED_SCORES", 0)), "xla, fused", cases=FUSES),
 ]
 
 
@@ -367,49 +376,49 @@ def test_xla_takes_minus_infinity_in_a_dense_bias():
     assert all(np.isfinite(x).all() for x in gradients)
 
 
-# What runs where no gradient is asked.
+# What XLA fuses into one kernel, where there are enough scores.
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        case
-        for case in CASES
-        if case.name.startswith(("window that", "cross, seg", "softcap", "dense bias shared", "alibi"))
-    ],
+    [case for case in CASES if case.name.startswith(("window that", "cross, seg", "softcap", "alibi"))],
     ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_xla_without_a_gradient(case, blocks, monkeypatch):
-    """Also where nobody asks for lse, which is then computed by nobody."""
+def test_xla_fused_without_a_gradient(case, blocks, monkeypatch):
+    monkeypatch.setattr(xla, "FUSED_SCORES", 0)
     monkeypatch.setattr(xla, "BLOCK_SCORES", -(-case.sizes[1] * case.sizes[2] // blocks))
     drawn = draw(case)
-    run = call(case, drawn, "xla")
-    out, lse = jax.jit(run)(*drawn.primals)
+    out, lse = jax.jit(call(case, drawn, "xla"))(*drawn.primals)
     expected, its_lse, *_ = reference(case, drawn)
     assert error(out, expected) < 2e-6
     assert error(lse, its_lse) < 2e-6
 
 
-def test_xla_without_a_gradient_survives_keys_of_any_size():
+@pytest.mark.parametrize("rule", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_xla_fused_survives_keys_of_any_size(monkeypatch, rule):
     """Partial sums of the products overflow in both directions; queries in an example of its own never see them."""
-    case = Case("planted", (2, 24, 24, 2, 2, 8, 8), bias="relative", segments="packed")
+    monkeypatch.setattr(xla, "FUSED_SCORES", 0)
+    case = Case("planted", (2, 24, 24, 2, 2, 8, 8), bias="relative", segments="packed", options=rule)
     drawn = draw(case)
     strange = (drawn.key_ids == 2) | (drawn.key_ids == 0)
     others = (drawn.query_ids != 2) & ~empty_rows(case, drawn)
+    cotangents = tuple(np.where(others[(...,) + (None,) * (x.ndim - 2)], x, 0 * x) for x in drawn.cotangents)
     query, key, value, bias = drawn.primals
     planted = np.where(strange[..., None, None], np.float32(3e38), key)
     shouted = np.where(strange[..., None, None], np.float32(-3e38), value)
     out, lse = jax.jit(call(case, drawn, "xla"))(query, planted, shouted, bias)
-    expected, its_lse, *_ = reference(case, drawn)
-    assert error(np.asarray(out)[others], expected[others]) < 2e-6
-    assert error(np.asarray(lse)[others], its_lse[others]) < 2e-6
+    _, _, *gradients = with_gradients(call(case, drawn, "xla"))((query, planted, shouted, bias), cotangents)
+    expected = reference(case, dataclasses.replace(drawn, cotangents=cotangents))
+    for ours, theirs, some in zip((out, lse, *gradients), expected, (others,) * 3 + (~strange,) * 2, strict=False):
+        assert error(np.asarray(ours)[some], theirs[some]) < 4e-6
     np.testing.assert_array_equal(np.asarray(out)[empty_rows(case, drawn)], 0)
 
 
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_a_gradient_the_scores_are_never_in_memory(dtype):
+def test_xla_fused_never_has_the_scores_in_memory(dtype):
     case = Case("fused", (2, 256, 256, 8, 8, 16, 16), segments="packed")
     drawn = draw(case, dtype)
     run = call(case, drawn, "xla")

@@ -36,7 +36,7 @@ class PretrainConfig:
     """Field of JSON lines, or feature of a tensorflow-datasets folder, that holds the text."""
     tokenizer: Path | None = None
     """Folder of a tokenizer, or a vocab.txt. A tokenizer of another kind than the model family's own is reported. None:
-    train one on the corpus, of the family's kind."""
+    that of --init-from, or one trained on the corpus, of the family's kind."""
     vocab_size: int = 4096
     """Vocabulary size of a newly trained tokenizer."""
     lowercase: bool = True
@@ -109,9 +109,15 @@ class PretrainConfig:
     """Run folder, or one step of its checkpoints, from which a new run continues, with optimiser state and data
     position."""
     init_from: Path | None = None
-    """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run."""
+    """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run, and with its tokenizer
+    unless --tokenizer is given."""
 
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer, that of --init-from unless another is given; None to train one on the corpus."""
+        return self.tokenizer or self.init_from
 
     def __post_init__(self) -> None:
         check_setting(self, "seed", least=0, most=MOST_SEED)

@@ -39,9 +39,9 @@ class Data(NamedTuple):
 
 
 def prepare_tokenizer(config: PretrainConfig, progress: Progress) -> Tokenizer:
-    """Load the tokenizer; without --tokenizer, process 0 trains one on the corpus if it is missing."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+    """Load the tokenizer; if none is given, process 0 trains one on the corpus if it is missing."""
+    if config.tokenizer_folder is not None:
+        return load_tokenizer(config.tokenizer_folder)
     with first_process_first("tokenizer_prepared"):
         return load_tokenizer(trained_tokenizer(config, _corpora(config)[0], progress))
 

@@ -92,8 +92,8 @@ def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "b
     lacking += [f"token {where} a text" for where in ("before", "after") if not getattr(template, where)]
     if lacking:
         raise RunError(
-            f"{config.tokenizer}: a tokenizer without a {', a '.join(lacking)}. Masked language modelling needs all of "
-            "these, such as [MASK], [PAD], [CLS] and [SEP]."
+            f"{config.tokenizer_folder}: a tokenizer without a {', a '.join(lacking)}. Masked language modelling needs "
+            "all of these, such as [MASK], [PAD], [CLS] and [SEP]."
         )
     return Masking(
         config.masking, config.mask_rate, tokenizer.mask_id, tokenizer.special, tokenizer.continuation, rules

@@ -44,7 +44,8 @@ class MaskedWordsAndNextSentence:
         if config.rows is not None:
             raise RunError(f"--rows {config.rows}: --objective mlm+nsp has rows of its own, pairs of sentences.")
         if not tokenizer.template.between:
-            raise RunError(f"{config.tokenizer}: a tokenizer without a token between the texts of a pair, as [SEP] is.")
+            folder = config.tokenizer_folder
+            raise RunError(f"{folder}: a tokenizer without a token between the texts of a pair, as [SEP] is.")
         return cls(make_masking(config, tokenizer), tokenizer)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:

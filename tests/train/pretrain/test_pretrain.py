@@ -59,7 +59,7 @@ def test_resuming_from_a_named_checkpoint_goes_on_as_that_run_would(workshop, un
 
 def test_starting_from_weights(workshop, uninterrupted):
     out, model = workshop.folder / "from-weights", str(uninterrupted / "model")
-    said = workshop.pretrain(out, "--init-from", model, "--tokenizer", model)
+    said = workshop.pretrain(out, "--init-from", model)  # and its tokenizer
     assert "starting from the weights of" in said
     assert metrics(out)[0]["mlm_loss"] < metrics(uninterrupted)[0]["mlm_loss"] - 0.05
 

@@ -19,6 +19,7 @@ class Statistics:
         source_tokens: number of tokens in the documents.
         tokens: number of tokens in the rows, special tokens included; random second segments add to the documents'
             tokens, truncation removes some.
+        lone_examples: of a single sentence, where pairs are to be put in order.
         dropped_examples: always 0; it is counted so that this can be seen.
         split_sentences: sentences longer than a row, which continue in the next one.
     """
@@ -30,6 +31,8 @@ class Statistics:
     source_tokens: int = 0
     examples: int = 0
     random_examples: int = 0
+    swapped_examples: int = 0
+    lone_examples: int = 0
     short_examples: int = 0
     truncated_examples: int = 0
     truncated_tokens: int = 0
@@ -60,6 +63,10 @@ class Statistics:
         share = self.random_examples / max(1, self.examples)
         split = f"{counted(self.split_sentences, 'sentence')} split over rows; " if self.split_sentences else ""
         random = f"{share:.1%} with a random second segment; " if self.random_examples else ""
+        if self.swapped_examples or self.lone_examples:
+            pairs = self.examples - self.lone_examples
+            random = f"{self.swapped_examples / max(1, pairs):.1%} of {counted(pairs, 'pair')} swapped, "
+            random += f"{self.lone_examples:,} of a single sentence, without an order; "
         return (
             f"{counted(self.documents, 'document')}, {counted(self.source_tokens, 'token')}: "
             f"{counted(self.examples, 'example')} in {counted(self.rows, 'row')} of {self.sequence_length}, "

@@ -225,6 +225,6 @@ FAMILY = Family(
     architectures=architectures(
         PARTS, FORMS, [Architecture("AlbertForPreTraining", "pretraining", AlbertForPreTraining, _pretraining_table)]
     ),
-    objectives=("mlm",),
+    objectives=("mlm+sop", "mlm"),
     below=("embeddings", "project"),
 )

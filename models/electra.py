@@ -96,6 +96,8 @@ class ElectraConfig(EncoderConfig):
                 "ElectraConfig: generator_hidden_size: expected a fraction of the discriminator's width, above 0 and "
                 f"at most 1, found {size}"
             )
+        if size is not None:
+            self._generator_sizes()
 
     @property
     def table_width(self) -> int:
@@ -105,11 +107,16 @@ class ElectraConfig(EncoderConfig):
     @property
     def generator(self) -> "ElectraConfig":
         """Config of the generator: as many layers, heads of 64, four times its width in feed-forward (3.2)."""
+        width, heads = self._generator_sizes()
+        return dataclasses.replace(self, width=width, heads=heads, feed_forward=4 * width, generator_fraction=None)
+
+    def _generator_sizes(self) -> tuple[int, int]:
+        """Return the generator's width and number of heads."""
         width = round(self.width * (0.25 if self.generator_fraction is None else self.generator_fraction))
         heads = max(1, width // 64)
         if width % heads:
             raise ValueError(f"ElectraConfig: a generator of width {width} is not a multiple of its {heads} heads")
-        return dataclasses.replace(self, width=width, heads=heads, feed_forward=4 * width)
+        return width, heads
 
     def head_dropout(self, head: str) -> float:
         """See `EncoderConfig.head_dropout`."""
@@ -280,6 +287,6 @@ FAMILY = Family(
     architectures=architectures(
         PARTS, FORMS, [Architecture("ElectraForJointPreTraining", "pretraining", Pretraining, _pretraining_table)]
     ),
-    objectives=("mlm",),
+    objectives=("rtd", "mlm"),
     below=("embeddings", "project"),
 )

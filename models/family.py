@@ -260,6 +260,12 @@ class Family:
     """pretraining objectives, the default first"""
     rows: Literal["sentences", "full-sentences", "doc-sentences"] = "sentences"
     """rows of running text that its paper pretrains on, where an objective leaves a choice"""
+    masks: Literal["counted", "independent"] = "counted"
+    """how its paper draws the tokens to mask: so many of a row, or each independently of the others"""
+    mask_rate: float = 0.15
+    """fraction of the tokens to predict in pretraining"""
+    evaluation_mask_rate: float | None = None
+    """the same in evaluation, for masked words; None: that of the training"""
     example: Callable[[Any], tuple[Any, ...]] = token_ids
     """config -> shapes and dtypes of inputs for initialising a model"""
     below: tuple[str, ...] = ("embeddings",)

@@ -350,5 +350,8 @@ FAMILY = Family(
     tokenizers=("byte-bpe",),
     architectures=architectures(PARTS, FORMS),
     objectives=("mlm",),
+    masks="independent",
+    mask_rate=0.3,
+    evaluation_mask_rate=0.15,
     above=("final_norm",),
 )

@@ -155,5 +155,5 @@ FAMILY = Family(
     paper="Joshi et al. 2020",
     tokenizers=("wordpiece",),
     architectures=architectures(bert.PARTS, bert.FORMS, [PRETRAINING]),
-    objectives=("mlm",),
+    objectives=("span+sbo", "mlm"),
 )

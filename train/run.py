@@ -170,6 +170,14 @@ class Run:
             "versions": {name: version(name) for name in ("bestiary", "jax", "flax", "optax")},
         }
 
+    def export(self, name: str, model: Any, params: Any, tokenizer: Any) -> Path:
+        """Export a model as a checkpoint folder of the run folder, in process 0. Arguments as for `finish`."""
+        exported = self.folder.folder / name
+        if self.main:
+            self.folder.require_lock()
+            save(exported, model, params, tokenizer)
+        return exported
+
     def finish(
         self, model: Any, params: Any, tokenizer: Any, results: Mapping[str, Any], lines: Iterable[str] = ()
     ) -> None:
@@ -184,9 +192,7 @@ class Run:
         """
         if not self.main:
             return
-        exported = self.folder.folder / "model"
-        self.folder.require_lock()
-        save(exported, model, params, tokenizer)
+        exported = self.export("model", model, params, tokenizer)
         self.folder.finish(results)
         for line in lines:
             self.progress.line(line)

@@ -1,4 +1,4 @@
-"""BERT's rows: pairs of segments, planned from sentence lengths alone, and packed several per row.
+"""BERT's and ALBERT's rows: pairs of segments, planned from sentence lengths alone, and packed several per row.
 
 Pairs are made as in BERT (Devlin et al. 2018, A.2) and its `create_pretraining_data.py`: whole sentences of one
 document are collected up to a target length, and split at a random sentence boundary into A and B. Half of the time B
@@ -10,6 +10,11 @@ length is the full length, but random for `short_fraction` of the examples. Ther
   short examples;
 - the other document is always a different one; the script tries ten times and may end up with the same one.
 
+For sentence order (Lan et al. 2019, 3.1) B always follows A in the text, and half of the time the two are swapped. An
+example of a single sentence, the last of its document or one as long as a row, has no order: it stays alone, without a
+prediction. ALBERT's script gives it a B from another document and the label of swapped ones, a topic to recognise
+instead of an order.
+
 A plan is a list of references: start and length of the two segments of each example, in a window of documents. No
 tokens are read for it, so that a plan is cheap and a pure function of its arguments.
 """
@@ -18,7 +23,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 
@@ -30,21 +36,26 @@ from ..tokenizers.tokenizer import Tokenizer
 from .documents import DocumentPlan, DocumentRows
 from .rows import Batch
 
-IS_NEXT, RANDOM = 0, 1  # next_sentence_labels, as in the released checkpoints
+# What a pair's label says: whether B is random, or whether the two are swapped. Without a label: B always follows A, or
+# there is only one segment.
+Pairs = Literal["next", "order", "consecutive", "none"]
+LABELS: dict[Pairs, str] = dict.fromkeys(("next", "consecutive", "none"), "next_sentence")
+LABELS["order"] = "sentence_order"
 
 
 @dataclass(frozen=True)
 class Examples:
     """References of E examples, in the order of their first segments. Starts count tokens of the window.
 
-    `second_length` is 0 for an example with one segment. `truncated` counts the tokens cut off both segments.
+    `second_length` is 0 for an example with one segment. `label` is true for a random B, or for swapped segments.
+    `truncated` counts the tokens cut off both segments.
     """
 
     first_start: np.ndarray
     first_length: np.ndarray
     second_start: np.ndarray
     second_length: np.ndarray
-    random: np.ndarray
+    label: np.ndarray
     short: np.ndarray
     truncated: np.ndarray
 
@@ -116,12 +127,52 @@ def plan_pairs(
     )
 
 
+def plan_ordered_pairs(
+    lengths: np.ndarray,
+    document_sentences: np.ndarray,
+    most: int,
+    short_fraction: float,
+    random: RandomStream,
+    swapped_fraction: float = 0.5,
+) -> Examples:
+    """Plan pairs of consecutive segments, some of them swapped. Arguments as for `plan_pairs`; D >= 1."""
+    ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+    bounds = document_sentences.tolist()
+    starts, middles, stops, is_swapped, is_short = [], [], [], [], []
+    draw = random.tuples(4)
+    for document in range(len(bounds) - 1):
+        sentence, stop = bounds[document], bounds[document + 1]
+        while sentence < stop:
+            short, short_target, part, coin = next(draw)
+            target = 2 + int(short_target * (most - 1)) if short < short_fraction else most
+            chunk = min(bisect_left(ends, ends[sentence] + target, sentence + 1, stop + 1), stop)
+            count = chunk - sentence
+            starts.append(ends[sentence])
+            middles.append(ends[sentence + 1 + int(part * (count - 1))])
+            stops.append(ends[chunk])
+            is_swapped.append(count > 1 and coin < swapped_fraction)
+            is_short.append(short < short_fraction)
+            sentence = chunk
+    start, middle, end = (np.array(some, np.int64) for some in (starts, middles, stops))
+    swapped = np.array(is_swapped, np.bool_)
+    return _truncated(
+        np.where(swapped, middle, start),
+        np.where(swapped, end - middle, middle - start),
+        np.where(swapped, start, middle),
+        np.where(swapped, middle - start, end - middle),
+        swapped,
+        np.array(is_short, np.bool_),
+        most,
+        random,
+    )
+
+
 def _truncated(
     first_start: np.ndarray,
     first_length: np.ndarray,
     second_start: np.ndarray,
     second_length: np.ndarray,
-    is_random: np.ndarray,
+    label: np.ndarray,
     is_short: np.ndarray,
     most: int,
     random: RandomStream,
@@ -143,7 +194,7 @@ def _truncated(
         first_length - first_cut,
         second_start + random.coins(second_cut),
         second_length - second_cut,
-        is_random,
+        label,
         is_short,
         excess,
     )
@@ -196,6 +247,19 @@ def plan_singles(
     )
 
 
+PLANS = {
+    "next": plan_pairs,
+    "order": plan_ordered_pairs,
+    "consecutive": partial(plan_ordered_pairs, swapped_fraction=0.0),
+    "none": plan_singles,
+}
+
+
+def most_examples(sequence_length: int) -> int:
+    """Return the maximum number of examples per row."""
+    return max(2, sequence_length // 32)
+
+
 @dataclass(frozen=True)
 class PairPlan(DocumentPlan):
     """The rows of one window. Example arrays [E] are ordered by row, then by place in the row.
@@ -226,7 +290,9 @@ class SentencePairRows(DocumentRows[PairPlan]):
         row_ids                [B, 2] uint32   (epoch, row within the epoch), which repeat only if `copies` is set
         cls_positions          [B, X] int32    position of each example's [CLS]
         next_sentence_labels   [B, X] int32    0: B follows A, 1: B is random
-        next_sentence_weights  [B, X] float32  1, or 0 if the row has no such example
+        next_sentence_weights  [B, X] float32  1, or 0 if the row has no such example or it is no pair
+
+    For sentence order, the last two are `sentence_order_labels` (0: in order, 1: swapped) and `sentence_order_weights`.
 
     Args:
         store: see `build_documents`.
@@ -237,16 +303,17 @@ class SentencePairRows(DocumentRows[PairPlan]):
         copies: number of different plans of the corpus, which then repeat with the same row ids. Masks that depend
             only on row ids then repeat too: static masking, as in the original with its `dupe_factor`. None makes a new
             plan in every epoch.
-        examples_per_row: maximum number of examples per row, X; by default `sequence_length // 32`, at least 2.
-        next_sentence: make pairs of segments; otherwise single segments, and all next-sentence weights are 0.
+        examples_per_row: maximum number of examples per row, X; see `most_examples`.
+        pairs: "next", pairs of segments for next sentence prediction; "order", pairs for sentence order prediction;
+            "consecutive", pairs whose B always follows A, and all weights are 0; or "none", single segments, the same.
         short_fraction: fraction of the examples with a random, shorter target length.
         validation_fraction: fraction of the documents that is held out.
         window_tokens: approximate number of tokens to plan and hold in memory at once; 2 bytes per token and 50 per
             sentence.
 
     Raises:
-        DataError: there are fewer documents than pairs need (two per split), or the sequence length is too short for a
-            pair.
+        DataError: there are fewer documents than pairs need (two per split), no document has an order of sentences, or
+            the sequence length is too short for a pair.
     """
 
     def __init__(
@@ -259,7 +326,7 @@ class SentencePairRows(DocumentRows[PairPlan]):
         seed: int = 0,
         copies: int | None = None,
         examples_per_row: int | None = None,
-        next_sentence: bool = True,
+        pairs: Pairs = "next",
         short_fraction: float = 0.1,
         validation_fraction: float = 0.05,
         window_tokens: int = 8_000_000,
@@ -269,10 +336,10 @@ class SentencePairRows(DocumentRows[PairPlan]):
                 f"A sequence length of {sequence_length}: too short for two sentences and three special tokens; take 8 "
                 "or more."
             )
-        self.examples_per_row = max(2, sequence_length // 32) if examples_per_row is None else examples_per_row
+        self.examples_per_row = most_examples(sequence_length) if examples_per_row is None else examples_per_row
         if self.examples_per_row < 1:
             raise DataError(f"{examples_per_row} examples a row: expected at least 1.")
-        self.next_sentence, self.short_fraction = next_sentence, short_fraction
+        self.pairs, self.short_fraction = pairs, short_fraction
         super().__init__(
             store,
             tokenizer,
@@ -282,8 +349,15 @@ class SentencePairRows(DocumentRows[PairPlan]):
             copies=copies,
             validation_fraction=validation_fraction,
             window_tokens=window_tokens,
-            least_documents=2 if next_sentence else 1,
+            least_documents=2 if pairs == "next" else 1,
         )
+        if pairs == "order" and np.diff(store.document_sentences)[self.documents].max() < 2:
+            named = ", ".join(store.header.made_from["corpus"])
+            raise DataError(
+                f"{named}: each of the {len(self.documents)} documents of the {split} split has a single sentence, and "
+                "the order of sentences needs two. Tell where one document ends (--blank-line), or learn without it "
+                "(--objective mlm)."
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -294,7 +368,8 @@ class SentencePairRows(DocumentRows[PairPlan]):
             self.seed,
             self.copies,
             self.examples_per_row,
-            self.next_sentence,
+            # As in stores of positions that know only the first two.
+            {"next": True, "none": False}.get(self.pairs, self.pairs),
             self.short_fraction,
             self.window_tokens,
         ]
@@ -302,14 +377,16 @@ class SentencePairRows(DocumentRows[PairPlan]):
 
     def _make_plan(self, epoch: int, window: int) -> PairPlan:
         sentences, random = self._read_window(epoch, window)
-        plan = plan_pairs if self.next_sentence else plan_singles
-        special = self.tokenizer.template.cost(self.next_sentence)
-        most = self.sequence_length - special
+        plan = PLANS[self.pairs]
+        cost = self.tokenizer.template.cost
+        most = self.sequence_length - cost(self.pairs != "none")
         examples = plan(sentences.lengths, sentences.document_sentences, most, self.short_fraction, random)
-        packed, rows = pack(examples.tokens + special, self.sequence_length, self.examples_per_row)
+        lengths = examples.tokens + np.where(examples.second_length > 0, cost(True), cost(False))
+        packed, rows = pack(lengths, self.sequence_length, self.examples_per_row)
         placed = order_by_row(random.permutation(rows)[packed], rows)
         examples = Examples(**{name: values[placed.examples] for name, values in vars(examples).items()})
-        lengths = examples.tokens + special
+        lengths = lengths[placed.examples]
+        labelled = int(examples.label.sum())
         statistics = Statistics(
             sequence_length=self.sequence_length,
             windows=1,
@@ -317,7 +394,9 @@ class SentencePairRows(DocumentRows[PairPlan]):
             sentences=len(sentences.lengths),
             source_tokens=int(sentences.lengths.sum()),
             examples=len(lengths),
-            random_examples=int(examples.random.sum()),
+            random_examples=labelled if self.pairs == "next" else 0,
+            swapped_examples=labelled if self.pairs == "order" else 0,
+            lone_examples=int(np.count_nonzero(examples.second_length == 0)) if self.pairs == "order" else 0,
             short_examples=int(examples.short.sum()),
             truncated_examples=int(np.count_nonzero(examples.truncated)),
             truncated_tokens=int(examples.truncated.sum()),
@@ -355,10 +434,11 @@ class SentencePairRows(DocumentRows[PairPlan]):
         row = np.repeat(np.arange(len(rows)), count)
         slot, column = plan.slot[of], plan.column[of]
         batch["cls_positions"][row, slot] = column
-        batch["next_sentence_labels"][row, slot] = np.where(plan.examples.random[of], RANDOM, IS_NEXT)
-        batch["next_sentence_weights"][row, slot] = 1.0 if self.next_sentence else 0.0
-
         first, second, lengths = plan.examples.first_length[of], plan.examples.second_length[of], plan.lengths[of]
+        paired = second > 0
+        batch[f"{LABELS[self.pairs]}_labels"][row, slot] = plan.examples.label[of]
+        batch[f"{LABELS[self.pairs]}_weights"][row, slot] = paired & (self.pairs in ("next", "order"))
+
         start = row * self.sequence_length + column  # of each example, in the flattened batch
         places = ranges(start, lengths)
         batch["segment_ids"].reshape(-1)[places] = np.repeat(slot + 1, lengths)
@@ -367,16 +447,18 @@ class SentencePairRows(DocumentRows[PairPlan]):
         template = self.tokenizer.template
         first_at = start + len(template.before)
         between_at = first_at + first
-        second_at = between_at + len(template.between) * self.next_sentence
-        if template.second_type and self.next_sentence:
-            of_second = places >= np.repeat(second_at, lengths)
+        second_at = between_at + len(template.between) * paired
+        if template.second_type:
+            of_second = places >= np.repeat(np.where(paired, second_at, start + lengths), lengths)
             batch["token_type_ids"].reshape(-1)[places[of_second]] = template.second_type
         ids = batch["input_ids"].reshape(-1)
         ids[ranges(first_at, first)] = tokens[ranges(plan.examples.first_start[of], first)]
         ids[ranges(second_at, second)] = tokens[ranges(plan.examples.second_start[of], second)]
-        special = [(start, template.before), (second_at + second, template.after)]
-        if self.next_sentence:
-            special.append((between_at, template.between))
+        special = [
+            (start, template.before),
+            (between_at[paired], template.between),
+            (second_at + second, template.after),
+        ]
         for where, some in special:
             for offset, token in enumerate(some):
                 ids[where + offset] = token
@@ -392,6 +474,6 @@ class SentencePairRows(DocumentRows[PairPlan]):
             "token_type_ids": np.zeros(shape, np.int32),
             "row_ids": np.zeros((rows, 2), np.uint32),
             "cls_positions": np.zeros(slots, np.int32),
-            "next_sentence_labels": np.zeros(slots, np.int32),
-            "next_sentence_weights": np.zeros(slots, np.float32),
+            f"{LABELS[self.pairs]}_labels": np.zeros(slots, np.int32),
+            f"{LABELS[self.pairs]}_weights": np.zeros(slots, np.float32),
         }

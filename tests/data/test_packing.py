@@ -8,7 +8,7 @@ import pytest
 
 from bestiary.data.packing import Statistics, pack
 from bestiary.data.random import RandomStream
-from bestiary.data.rows.sentence_pairs import Examples, _truncated, plan_pairs, plan_singles
+from bestiary.data.rows.sentence_pairs import Examples, _truncated, plan_ordered_pairs, plan_pairs, plan_singles
 
 
 def window(documents: int, seed: int, longest: int = 40, sentences: int = 50) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +88,7 @@ def test_pairs_are_those_of_the_script(sequence_length: int, short_fraction: flo
     lengths, bounds = window(30, seed=sequence_length)
     planned = plan_pairs(lengths, bounds, sequence_length - 3, short_fraction, RandomStream(1))
     expected = script(lengths, bounds, sequence_length, short_fraction, RandomStream(1))
-    assert planned.random.tolist() == [is_random for *_, is_random in expected]
+    assert planned.label.tolist() == [is_random for *_, is_random in expected]
     most = sequence_length - 3
     starts = np.concatenate([[0], np.cumsum(lengths)])
     for (first, second), (tokens_a, tokens_b, _), cut in zip(
@@ -112,7 +112,7 @@ def test_every_sentence_is_used_once_where_nothing_is_truncated():
     planned = plan_pairs(lengths, bounds, 2045, 0.0, RandomStream(2))
     assert not planned.truncated.any()
     used = np.zeros(lengths.sum(), np.int64)
-    for (first, second), is_random in zip(segments(planned), planned.random, strict=True):
+    for (first, second), is_random in zip(segments(planned), planned.label, strict=True):
         used[first] += 1
         used[second] += not is_random
     assert (used == 1).all()
@@ -122,11 +122,11 @@ def test_truncated_tokens_are_all_that_is_missing():
     lengths, bounds = window(40, seed=3)
     planned = plan_pairs(lengths, bounds, 61, 0.1, RandomStream(3))
     used = np.zeros(lengths.sum(), np.int64)
-    for (first, second), is_random in zip(segments(planned), planned.random, strict=True):
+    for (first, second), is_random in zip(segments(planned), planned.label, strict=True):
         used[first] += 1
         used[second] += not is_random
     assert used.max() == 1
-    real = planned.truncated[~planned.random].sum()
+    real = planned.truncated[~planned.label].sum()
     assert real <= (used == 0).sum() <= planned.truncated.sum()
 
 
@@ -135,9 +135,9 @@ def test_random_segments_are_from_another_document_and_the_others_follow():
     planned = plan_pairs(lengths, bounds, 125, 0.1, RandomStream(4))
     token_document = np.repeat(np.arange(50), np.add.reduceat(lengths, bounds[:-1]))
     first, second = token_document[planned.first_start], token_document[planned.second_start]
-    assert (first != second)[planned.random].all()
-    assert (first == second)[~planned.random].all()
-    untouched = ~planned.random & (planned.truncated == 0)
+    assert (first != second)[planned.label].all()
+    assert (first == second)[~planned.label].all()
+    untouched = ~planned.label & (planned.truncated == 0)
     np.testing.assert_array_equal(
         planned.second_start[untouched], (planned.first_start + planned.first_length)[untouched]
     )
@@ -147,9 +147,9 @@ def test_random_segments_are_from_another_document_and_the_others_follow():
 def test_shares():
     lengths, bounds = window(400, seed=5, sentences=400)
     planned = plan_pairs(lengths, bounds, 125, 0.1, RandomStream(5))
-    count = len(planned.random)
+    count = len(planned.label)
     assert count > 10_000
-    assert abs(planned.random.mean() - 0.5) < 4 * 0.5 / count**0.5 + 0.02  # a document's last sentence is left alone
+    assert abs(planned.label.mean() - 0.5) < 4 * 0.5 / count**0.5 + 0.02  # a document's last sentence is left alone
     assert abs(planned.short.mean() - 0.1) < 4 * (0.09 / count) ** 0.5
     full = planned.tokens[~planned.short & (planned.truncated > 0)]
     assert (full == 125).all()
@@ -163,6 +163,26 @@ def test_two_documents_are_enough():
         (list(range(5)), list(range(5, 10))),
         (list(range(5, 10)), list(range(5))),
     ]
+
+
+def test_half_of_a_hundred_thousand_ordered_pairs_are_swapped_and_no_sentence_is_lost():
+    lengths, bounds = window(24_000, seed=7, longest=20)
+    planned = plan_ordered_pairs(lengths, bounds, 45, 0.1, RandomStream(7))
+    pairs = planned.second_length > 0
+    assert pairs.sum() > 1e5
+    assert abs(planned.label[pairs].mean() - 0.5) < 4 * (0.25 / pairs.sum()) ** 0.5
+    assert not planned.label[~pairs].any()
+    # A pair is one stretch of whole sentences, cut between two of them, whichever half comes first.
+    whole = planned.truncated == 0
+    first_end = planned.first_start + planned.first_length
+    second_end = planned.second_start + planned.second_length
+    follows = np.where(planned.label, second_end == planned.first_start, first_end == planned.second_start)
+    assert follows[pairs & whole].all()
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    assert np.isin(planned.first_start[whole], starts).all()
+    assert np.isin(planned.second_start[whole & pairs], starts).all()
+    assert (planned.tokens + planned.truncated).sum() == lengths.sum()
+    assert planned.tokens.max() == 45
 
 
 def test_truncation_tosses_a_coin_for_each_token():

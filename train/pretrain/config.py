@@ -54,8 +54,11 @@ class PretrainConfig:
     model: str = "bert-tiny"
     """Size, one of `bestiary models`: bert-tiny, bert-mini, bert-base, ... The vocabulary is the tokenizer's."""
     objective: str | None = None
-    """Pretraining objective: mlm (masked words) or mlm+nsp (also whether sentence B follows A). None: that of the model
-    family, mlm+nsp for BERT and mlm for others."""
+    """Pretraining objective: mlm (masked words), mlm+nsp (also whether sentence B follows A), mlm+sop (also whether A
+    and B are swapped), span+sbo (masked spans, also from the tokens beside them) or rtd (which tokens a generator has
+    replaced). None: that of the family's paper."""
+    generator_size: float | None = None
+    """Width of the generator of --objective rtd, as a fraction of the model's. None: that of the model's size."""
     rows: RowKind | None = None
     """Content of a row, for --objective mlm: sentences (examples of consecutive sentences of one document; several
     short examples share a row), full-sentences (RoBERTa's: the text runs on across documents, and <s> and </s> may be
@@ -87,10 +90,12 @@ class PretrainConfig:
     accumulate: int = 1
     """Number of gradient-accumulation micro-batches: parts of a batch that are computed in turn, to save memory. The
     results stay the same."""
-    masking: MaskingKind = "token"
-    """Unit of masking: a token, a whole word, an n-gram of up to 3 words, or a span of up to 10 words."""
-    mask_rate: float = 0.15
-    """Fraction of the tokens to predict: of these 80 % become [MASK], 10 % a random token, 10 % stay."""
+    masking: MaskingKind | None = None
+    """Unit of masking: a token, a whole word, an n-gram of up to 3 words, or a span of up to 10 words. None: a token,
+    or a span for --objective span+sbo."""
+    mask_rate: float | None = None
+    """Fraction of the tokens to predict: of these 80 % become [MASK], 10 % a random token, 10 % stay (for rtd 85 %, 0 %
+    and 15 %). None: 0.15; for ModernBERT 0.3, and 0.15 in evaluation."""
     static_masks: int = 0
     """Static masking: number of epochs with different masks and pairs, which are then repeated (10 in the original).
     0: dynamic masking, with new masks and pairs in every epoch."""
@@ -123,9 +128,12 @@ class PretrainConfig:
         check_setting(self, "seed", least=0, most=MOST_SEED)
         if self.init_from is not None:
             require_checkpoint(self.init_from)
+            if self.generator_size is not None:
+                raise RunError(f"--generator-size: the generator is as wide as {self.init_from} says. Leave it out.")
         if self.phases and (self.sequence_length is not None or self.steps is not None):
             raise RunError("--phases includes lengths and steps: leave out --sequence-length and --steps.")
         check_setting(self, "mask_rate", above=0, most=1)
+        check_setting(self, "generator_size", above=0, most=1)
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "accumulate", least=1)
         check_setting(self, "static_masks", least=0)

@@ -8,8 +8,7 @@ An `Objective` (objective.py) defines the task; a `Run` (train/run.py) is everyt
 """
 
 import dataclasses
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from ...data import evaluation_batches
 from ...data.progress import counted
-from ...models.heads.losses import PredictionSums
+from ...models.heads.losses import PredictionSums, WeightedSum
 from ..errors import RunError
 from ..learner import Learner, TrainState, count_parameters, describe_dtype, gradient_step, on_host
 from ..loop import Fitted, Stop, Training
@@ -27,7 +26,7 @@ from ..sharding import Parallelism, Replicas
 from .config import FREE, PretrainConfig, upgrade
 from .data import Data, PhasedBatches, make_rows, prepare_data, prepare_tokenizer
 from .model import asked_family, describe_tokenizer, initial_weights, make_model, model_config
-from .objective import Batch, Objective
+from .objective import Batch, Objective, total
 from .objectives import make_objective, with_defaults
 
 MUCH = 0.2
@@ -51,19 +50,16 @@ def train_step(
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
     batch = corrupt(objective, corrupt_key, batch, replicas)
-    weights = {name: jnp.maximum(weight, 1.0) for name, weight in replicas.sum(objective.weights(batch)).items()}
+    weights = replicas.sum(objective.weights(batch))
 
-    def total(sums: dict[str, PredictionSums]) -> jax.Array:
-        return reduce(add, (sums[name].loss / weight for name, weight in weights.items()))
-
-    def loss(params: Any, part: Batch) -> tuple[jax.Array, dict[str, PredictionSums]]:
+    def loss(params: Any, part: Batch) -> tuple[jax.Array, dict[str, PredictionSums | WeightedSum]]:
         sums = objective.losses(model, params, part, deterministic=False, rngs={"dropout": dropout_key})
-        return total(sums), sums
+        return total(objective.terms, sums, weights), sums
 
     state, sums, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate)
     one = jnp.float32(1)
     counts = {"gradient_norm": (norm, one), "tokens": (tokens, one)}
-    return state, {"loss": (total(sums), one), **prediction_metrics(sums), **counts}
+    return state, {"loss": (total(objective.terms, sums, weights), one), **prediction_metrics(sums), **counts}
 
 
 def evaluation_step(
@@ -80,10 +76,13 @@ def corrupt(objective: Objective, key: jax.Array, batch: Batch, replicas: Replic
     return {**objective.corrupt(key, batch), "rows": rows}
 
 
-def prediction_metrics(sums: dict[str, PredictionSums]) -> Sums:
-    """Return loss and accuracy of each of an objective's losses."""
+def prediction_metrics(sums: dict[str, PredictionSums | WeightedSum]) -> Sums:
+    """Return loss and accuracy of each of an objective's losses, and its other means."""
     metrics: Sums = {}
     for name, found in sums.items():
+        if isinstance(found, WeightedSum):
+            metrics[name] = found
+            continue
         metrics[f"{name}_loss"] = (found.loss, found.weight)
         metrics[f"{name}_accuracy"] = (found.correct, found.weight)
     return metrics
@@ -113,7 +112,8 @@ class Evaluation:
             host_count=count,
             rows=config.evaluation_rows or None,
         )
-        step = partial(evaluation_step, objective=objective, model=model, key=jax.random.key(0))
+        self.terms = objective.terms
+        step = partial(evaluation_step, objective=objective.held_out(), model=model, key=jax.random.key(0))
         self._step, self._parallelism = parallelism.compile_evaluate(step), parallelism
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
@@ -125,7 +125,8 @@ class Evaluation:
         means = meter.means()
         if not means:
             raise RunError("The held-out rows have nothing to predict: give more --evaluation-rows.")
-        return {"loss": sum(value for name, value in means.items() if name.endswith("_loss")), **means}
+        found = {term: means.get(f"{term.name}_loss") for term in self.terms}
+        return {"loss": sum(term.factor * value for term, value in found.items() if value is not None), **means}
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -165,7 +166,11 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         params = on_host(fitted.state.params)
         results = run.results("pretrain", fitted, figures(run, config, data, fitted, count_parameters(params)))
         samples = objective.samples(model, params, next(iter(evaluate.batches())))
-        run.finish(model, params, tokenizer, results, samples)
+        exports = objective.exports(model, params)
+        exported = exports.pop("model")
+        for name, (other, its_params) in exports.items():
+            run.export(name, other, its_params, tokenizer)
+        run.finish(*exported, tokenizer, results, samples)
     return fitted.exit_status
 
 

@@ -7,7 +7,10 @@ row comes back under new numbers in the next epoch (dynamic) or under its old on
 By BERT's rules all tokens but special ones are maskable, and a row's budget is exactly `round(rate * maskable tokens)`,
 at least one. By RoBERTa's rules (fairseq's mask_tokens_dataset.py) all tokens are maskable, including `<s>` and `</s>`,
 the budget is `rate * tokens` rounded up or down at random, so that it is right on average, and random tokens are never
-special ones. Units are drawn in random order until the budget is full:
+special ones. By ELECTRA's rules (its pretrain_helpers.py) the budget is `rate * tokens`, special ones counted, drawn
+with replacement from the tokens other than special ones, so that fewer are masked, each once; no token becomes a random
+one. By the rules "independent" (ModernBERT's sequence_packer.py) each token is masked with the same probability,
+special ones too, and whatever the others. By the other rules, units are drawn in random order until the budget is full:
 
     token   single tokens (Devlin et al. 2018)
     word    whole words; a word that no longer fits is skipped (whole-word masking, BERT release of May 2019)
@@ -17,7 +20,7 @@ special ones. Units are drawn in random order until the budget is full:
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,7 @@ import numpy as np
 
 from .config import MaskingKind
 
-Rules = Literal["bert", "roberta"]
+Rules = Literal["bert", "roberta", "electra", "independent"]
 
 # Probability of a unit of 1, 2, ... whole words.
 UNIT_LENGTHS: dict[str, np.ndarray] = {
@@ -54,7 +57,7 @@ class Masking:
         mask_id: id of [MASK].
         special: [V] bool, the special tokens ([CLS], [SEP], [PAD], ...).
         continuation: [V] bool, tokens that continue the word before them (`##ing`).
-        rules: BERT's or RoBERTa's; see the module's docstring.
+        rules: see the module's docstring; the last two mask single tokens.
         keep: fraction of the predicted tokens that is not changed.
         random: fraction of the predicted tokens that becomes a random token; the rest becomes [MASK].
     """
@@ -69,9 +72,20 @@ class Masking:
     random: float = 0.1
 
     def slots(self, length: int) -> int:
-        """Return the number of prediction slots of a row of `length` tokens; no row's budget exceeds it."""
+        """Return the number of prediction slots of a row of `length` tokens; no row's budget exceeds it.
+
+        Of independent draws, one row in 1e9 has more, six standard deviations above the mean; it keeps the first ones.
+        """
         wanted = self.rate * length
-        return max(1, round(wanted)) if self.rules == "bert" else min(length, math.floor(wanted) + 1)
+        match self.rules:
+            case "bert":
+                return max(1, round(wanted))
+            case "roberta":
+                return min(length, math.floor(wanted) + 1)
+            case "electra":
+                return min(length, max(1, math.floor((self.rate + 0.005) * length)))
+            case "independent":
+                return min(length, math.ceil(wanted + 6 * math.sqrt(wanted * (1 - self.rate))))
 
     def __call__(self, key: jax.Array, input_ids: jax.Array, segment_ids: jax.Array, row_ids: jax.Array) -> Masked:
         """Mask a batch.
@@ -90,19 +104,33 @@ class Masking:
         length = input_ids.shape[0]
         slots = self.slots(length)
         special = jnp.asarray(self.special)[input_ids]
-        if self.rules == "bert":
-            maskable = (segment_ids > 0) & ~special
-            available = maskable.sum().astype(jnp.float32)
-            budget = jnp.where(available > 0, jnp.maximum(1, jnp.round(self.rate * available).astype(jnp.int32)), 0)
-            random_tokens = np.arange(len(self.special))
-        else:
-            maskable = segment_ids > 0
-            rounding = jax.random.uniform(jax.random.fold_in(key, 4))
-            budget = jnp.floor(self.rate * maskable.sum().astype(jnp.float32) + rounding).astype(jnp.int32)
-            random_tokens = np.flatnonzero(~self.special)
+        tokens = segment_ids > 0
+        maskable = tokens if self.rules in ("roberta", "independent") else tokens & ~special
+        available = maskable.sum().astype(jnp.float32)
+        random_tokens = np.arange(len(self.special))
+        match self.rules:
+            case "bert":
+                budget = jnp.where(available > 0, jnp.maximum(1, jnp.round(self.rate * available).astype(jnp.int32)), 0)
+            case "roberta":
+                rounding = jax.random.uniform(jax.random.fold_in(key, 4))
+                budget = jnp.floor(self.rate * available + rounding).astype(jnp.int32)
+                random_tokens = np.flatnonzero(~self.special)
+            case "electra":
+                wanted = jnp.round(self.rate * tokens.sum().astype(jnp.float32)).astype(jnp.int32)
+                budget = jnp.where(available > 0, jnp.maximum(1, wanted), 0)
+            case "independent":
+                budget = jnp.int32(slots)
         budget = jnp.minimum(budget, slots)
         priority = jax.random.uniform(order_key, (length,))
-        if self.kind == "token":
+        if self.rules == "independent":
+            chosen, unit = maskable & (priority < self.rate), jnp.arange(length)
+            chosen &= jnp.cumsum(chosen) <= budget
+        elif self.rules == "electra":
+            candidates = jnp.sort(jnp.where(maskable, jnp.arange(length), length))
+            drawn = jax.random.randint(order_key, (slots,), 0, jnp.maximum(maskable.sum(), 1))
+            drawn = jnp.where(jnp.arange(slots) < budget, candidates[drawn], length)
+            chosen, unit = jnp.zeros(length, bool).at[drawn].set(True, mode="drop"), jnp.arange(length)
+        elif self.kind == "token":
             rank = jnp.argsort(jnp.argsort(jnp.where(maskable, priority, 2.0)))
             chosen, unit = maskable & (rank < budget), jnp.arange(length)
         else:
@@ -112,18 +140,7 @@ class Masking:
         drawn = drawn[unit] if self.kind == "span" else drawn
         drawn_tokens = jax.random.randint(token_key, (length,), 0, len(random_tokens), dtype=input_ids.dtype)
         replacement = jnp.asarray(random_tokens, input_ids.dtype)[drawn_tokens]
-        hidden = jnp.where(
-            drawn < self.keep, input_ids, jnp.where(drawn < self.keep + self.random, replacement, self.mask_id)
-        )
-        positions = jnp.sort(jnp.where(chosen, jnp.arange(length), length))[:slots]
-        used = positions < length
-        positions = jnp.where(used, positions, 0).astype(jnp.int32)
-        return Masked(
-            input_ids=jnp.where(chosen, hidden, input_ids),
-            positions=positions,
-            labels=jnp.where(used, input_ids[positions], 0),
-            weights=used.astype(jnp.float32),
-        )
+        return replace(self, slots, input_ids, chosen, drawn, replacement)
 
     def _choose_units(
         self,
@@ -176,3 +193,45 @@ class Masking:
         unit = unit_of_word[slot]
         chosen = maskable & (unit >= 0)
         return chosen, jnp.where(chosen, unit, 0)
+
+
+class Shares(Protocol):
+    """Fractions of the predicted tokens by what becomes of them; the rest becomes `mask_id`."""
+
+    @property
+    def mask_id(self) -> int: ...
+    @property
+    def keep(self) -> float: ...
+    @property
+    def random(self) -> float: ...
+
+
+def replace(
+    shares: Shares, slots: int, input_ids: jax.Array, chosen: jax.Array, drawn: jax.Array, replacement: jax.Array
+) -> Masked:
+    """Replace the chosen tokens of a row.
+
+    Args:
+        shares: how many are kept, and how many become random tokens.
+        slots: number of prediction slots, P.
+        input_ids: [L] int32.
+        chosen: [L] bool.
+        drawn: [L] float32 in [0, 1), which decides what becomes of each token.
+        replacement: [L] int32, random tokens.
+
+    Returns:
+        the arrays of `Masked` for one row
+    """
+    length = input_ids.shape[0]
+    hidden = jnp.where(
+        drawn < shares.keep, input_ids, jnp.where(drawn < shares.keep + shares.random, replacement, shares.mask_id)
+    )
+    positions = jnp.sort(jnp.where(chosen, jnp.arange(length), length))[:slots]
+    used = positions < length
+    positions = jnp.where(used, positions, 0).astype(jnp.int32)
+    return Masked(
+        input_ids=jnp.where(chosen, hidden, input_ids),
+        positions=positions,
+        labels=jnp.where(used, input_ids[positions], 0),
+        weights=used.astype(jnp.float32),
+    )

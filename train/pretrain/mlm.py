@@ -2,9 +2,11 @@
 
 Rows are BERT's without pairs, or RoBERTa's full sentences and document sentences (Liu et al. 2019, 4.2). The rows
 determine the rules of masking: BERT masks a fixed number of tokens other than special ones; RoBERTa masks any tokens,
-in a number that is right on average, and its random tokens are never special ones.
+in a number that is right on average, and its random tokens are never special ones. ModernBERT (Warner et al. 2024)
+masks each token independently, more of them in training than in evaluation.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,24 +18,27 @@ from ...data import DocumentStore, FullSentenceRows, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.family import Family
-from ...models.heads.losses import PredictionSums, prediction_sums
+from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from .config import PretrainConfig, RowKind
 from .masking import Masking, Rules
-from .objective import Batch
+from .model import asked_family
+from .objective import Batch, Objective, Term
 from .samples import fill_in
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedWords:
+class MaskedWords(Objective):
     """The objective `mlm`, with the loss "mlm"."""
 
     masking: Masking
     tokenizer: Tokenizer
     kind: RowKind
+    evaluation_rate: float
     head = "masked_lm"
     shown = ("mlm_accuracy",)
+    terms = (Term("mlm"),)
 
     @staticmethod
     def default_rows(family: Family) -> RowKind:
@@ -43,13 +48,23 @@ class MaskedWords:
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
         """See `ObjectiveClass.create`."""
-        kind = config.rows or "sentences"
-        return cls(make_masking(config, tokenizer, "bert" if kind == "sentences" else "roberta"), tokenizer, kind)
+        kind, family = config.rows or "sentences", asked_family(config)
+        rules: Rules = "bert" if kind == "sentences" else "roberta"
+        if family.masks == "independent" and config.masking == "token":
+            rules = "independent"
+        masking = make_masking(config, tokenizer, rules)
+        own = family.evaluation_mask_rate
+        return cls(masking, tokenizer, kind, masking.rate if own is None else own)
+
+    def held_out(self) -> Self:
+        """Return the objective with the fraction of tokens to predict in evaluation."""
+        masking = dataclasses.replace(self.masking, rate=self.evaluation_rate)
+        return dataclasses.replace(self, masking=masking)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
         """See `Objective.rows`."""
         if self.kind == "sentences":
-            return SentencePairRows(store, self.tokenizer, split, next_sentence=False, **settings)
+            return SentencePairRows(store, self.tokenizer, split, pairs="none", **settings)
         across = self.kind == "full-sentences"
         return FullSentenceRows(store, self.tokenizer, split, cross_documents=across, **settings)
 
@@ -61,7 +76,7 @@ class MaskedWords:
         """Return the number of predictions."""
         return {"mlm": batch["mlm_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
         """Compute the cross-entropy of the masked tokens."""
         logits = model.apply(
             {"params": params},
@@ -81,8 +96,27 @@ class MaskedWords:
         return fill_in(apply, params, self.tokenizer, rows)
 
 
-def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "bert") -> Masking:
+def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "bert", **shares: float) -> Masking:
     """Return the masking of a run's settings, for a vocabulary.
+
+    Args:
+        config: settings completed by `with_defaults`.
+        tokenizer: has the vocabulary.
+        rules: rules of masking.
+        shares: `keep` and `random` of `Masking`, if they are not BERT's.
+
+    Raises:
+        RunError: see `require_special_tokens`.
+    """
+    assert config.masking is not None
+    assert config.mask_rate is not None
+    require_special_tokens(config, tokenizer)
+    ids = (tokenizer.mask_id, tokenizer.special, tokenizer.continuation)
+    return Masking(config.masking, config.mask_rate, *ids, rules, **shares)
+
+
+def require_special_tokens(config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """Check that a tokenizer has what masked language modelling needs.
 
     Raises:
         RunError: the tokenizer lacks special tokens, so that masked language modelling has no inputs.
@@ -95,9 +129,6 @@ def make_masking(config: PretrainConfig, tokenizer: Tokenizer, rules: Rules = "b
             f"{config.tokenizer_folder}: a tokenizer without a {', a '.join(lacking)}. Masked language modelling needs "
             "all of these, such as [MASK], [PAD], [CLS] and [SEP]."
         )
-    return Masking(
-        config.masking, config.mask_rate, tokenizer.mask_id, tokenizer.special, tokenizer.continuation, rules
-    )
 
 
 def mask(masking: Masking, key: jax.Array, batch: Batch) -> Batch:

@@ -49,6 +49,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
         dtype=compute_dtype(config.dtype),
         scan_layers=config.scan_layers,
         remat=config.remat,
+        **({} if config.generator_size is None else {"generator_fraction": config.generator_size}),
         attention_implementation=config.attention,
     )
     if config.init_from is not None:

@@ -1,36 +1,45 @@
-"""The interface of pretraining objectives.
+"""The base of pretraining objectives.
 
 An objective says what its rows are made of, how they are corrupted on the device, what each of its losses is divided by
 before the model runs, and the losses. The loop knows nothing else of it. A new one is a file beside this one, a line in
 `OBJECTIVES` (objectives.py), and a word in the families that can learn it.
 """
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ...data import DocumentStore
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
-from ...models.heads.losses import PredictionSums
+from ...models.heads.losses import PredictionSums, WeightedSum
+from .config import MaskingKind
 
 Batch = dict[str, jax.Array]
 
 
-class Objective(Protocol):
+class Term(NamedTuple):
+    """A loss's part in the sum to minimise: factor * (sum of the losses) / (weight + added)."""
+
+    name: str
+    factor: float = 1.0
+    added: float = 0.0
+
+
+class Objective:
     """A way of learning from text without labels. Each of its losses has a name, such as `mlm`."""
 
-    @property
-    def head(self) -> str:
-        """Head of the model that it needs."""
-        ...
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        """Metrics to show on the progress line, in addition to the loss."""
-        ...
+    head: ClassVar[str]
+    """head of the model that it needs"""
+    shown: ClassVar[tuple[str, ...]]
+    """metrics to show on the progress line, in addition to the loss"""
+    terms: ClassVar[tuple[Term, ...]]
+    """what to minimise"""
+    units: ClassVar[tuple[MaskingKind, ...]] = get_args(MaskingKind)
+    """units of masking that it can use, the default first"""
 
     def rows(
         self,
@@ -43,7 +52,11 @@ class Objective(Protocol):
         validation_fraction: float,
     ) -> RowSource:
         """Return the rows of a tokenised corpus; the arguments are those of `DocumentRows`."""
-        ...
+        raise NotImplementedError
+
+    def held_out(self) -> Self:
+        """Return the objective by which to evaluate."""
+        return self
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
         """Draw the model's inputs and labels, on the device.
@@ -53,14 +66,14 @@ class Objective(Protocol):
                 not depend on the mesh, accumulation or the number of hosts.
             batch: a batch of `rows`.
         """
-        ...
+        raise NotImplementedError
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Return each loss's weight, its denominator, summed over a corrupted batch; float32 scalars."""
-        ...
+        raise NotImplementedError
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
-        """Compute the sums of each loss over a corrupted batch.
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+        """Compute the sums of each loss over a corrupted batch; others than those of `terms` are only reported.
 
         Args:
             model: a model with `head`.
@@ -68,7 +81,7 @@ class Objective(Protocol):
             batch: a corrupted batch, with row numbers as `rows`.
             mode: `deterministic` and `rngs` for the model.
         """
-        ...
+        raise NotImplementedError
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
         """Yield lines that illustrate what the model has learnt.
@@ -78,4 +91,22 @@ class Objective(Protocol):
             params: its parameters, on the host.
             rows: a batch of held-out rows.
         """
-        ...
+        raise NotImplementedError
+
+    def exports(self, model: Any, params: Any) -> dict[str, tuple[Any, Any]]:
+        """Return what to export: name of a folder -> (model, its parameters); "model" is the one to fine-tune."""
+        return {"model": (model, params)}
+
+
+def total(terms: Iterable[Term], sums: Mapping[str, Any], weights: Mapping[str, jax.Array]) -> jax.Array:
+    """Compute the loss to minimise.
+
+    Args:
+        terms: of an objective.
+        sums: sums of its losses, over a part of a batch or over all of it.
+        weights: their weights, summed over the whole batch.
+    """
+    return sum(
+        (term.factor * sums[term.name].loss / jnp.maximum(weights[term.name] + term.added, 1.0) for term in terms),
+        start=jnp.float32(0),
+    )

@@ -7,14 +7,21 @@ from typing import Protocol
 from ...data import Tokenizer
 from ...models.family import Family
 from ..errors import RunError
-from .config import PretrainConfig, RowKind
+from .config import MaskingKind, PretrainConfig, RowKind
 from .mlm import MaskedWords
-from .mlm_nsp import MaskedWordsAndNextSentence
+from .mlm_pairs import MaskedWordsAndNextSentence, MaskedWordsAndSentenceOrder
 from .objective import Objective
+from .rtd import ReplacedTokens
+from .span_sbo import MaskedSpans
 
 
 class ObjectiveClass(Protocol):
     """Interface of an objective's class."""
+
+    @property
+    def units(self) -> tuple[MaskingKind, ...]:
+        """See `Objective.units`."""
+        ...
 
     def create(self, config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
         """Create the objective for a run's settings; raise RunError if they do not fit it."""
@@ -28,14 +35,17 @@ class ObjectiveClass(Protocol):
 OBJECTIVES: Mapping[str, ObjectiveClass] = {
     "mlm": MaskedWords,
     "mlm+nsp": MaskedWordsAndNextSentence,
+    "mlm+sop": MaskedWordsAndSentenceOrder,
+    "span+sbo": MaskedSpans,
+    "rtd": ReplacedTokens,
 }
 
 
 def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
-    """Return the settings with the family's default objective and rows filled in.
+    """Return the settings with the defaults of the family and its objective filled in.
 
     Raises:
-        RunError: there is no such objective, or the family does not support it.
+        RunError: there is no such objective, the family does not support it, or it cannot mask so.
     """
     known = [name for name in family.objectives if name in OBJECTIVES]
     if not known:
@@ -43,8 +53,19 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     name = config.objective or known[0]
     if name not in known:
         raise RunError(f"--objective {name}: {family.title} can learn {', '.join(known)}.")
-    rows = OBJECTIVES[name].default_rows(family) if config.rows is None else config.rows
-    return dataclasses.replace(config, objective=name, rows=rows)
+    objective = OBJECTIVES[name]
+    masking = config.masking or objective.units[0]
+    if masking not in objective.units:
+        raise RunError(f"--masking {masking}: --objective {name} masks by {', '.join(objective.units)}.")
+    if config.generator_size is not None and name != "rtd":
+        raise RunError(f"--generator-size: --objective {name} has no generator; rtd has one.")
+    return dataclasses.replace(
+        config,
+        objective=name,
+        rows=objective.default_rows(family) if config.rows is None else config.rows,
+        masking=masking,
+        mask_rate=family.mask_rate if config.mask_rate is None else config.mask_rate,
+    )
 
 
 def make_objective(config: PretrainConfig, tokenizer: Tokenizer) -> Objective:

@@ -9,6 +9,7 @@ import pytest
 
 from bestiary.data import DataError, DocumentStore, SentencePairRows, Tokenizer
 from bestiary.data.rows.rows import Batch, Position
+from bestiary.data.rows.sentence_pairs import Pairs
 from bestiary.data.tokenizers.tokenizer import Template
 
 FIELDS = {
@@ -121,7 +122,7 @@ def test_rows(cache: DocumentStore, sequence_length: int, window_tokens: int, to
 
 
 def test_rows_without_next_sentences(cache: DocumentStore, tokenizer: Tokenizer):
-    dataset = SentencePairRows(cache, tokenizer, "all", sequence_length=64, next_sentence=False)
+    dataset = SentencePairRows(cache, tokenizer, "all", sequence_length=64, pairs="none")
     rows = epoch_of(dataset)
     assert not rows["next_sentence_weights"].any()
     assert not rows["token_type_ids"].any()
@@ -134,12 +135,54 @@ def test_rows_without_next_sentences(cache: DocumentStore, tokenizer: Tokenizer)
     assert special.sum() == 2 * dataset.statistics(0).examples
 
 
-@pytest.mark.parametrize("next_sentence", [True, False])
-def test_special_tokens_are_those_of_the_template(cache: DocumentStore, tokenizer: Tokenizer, next_sentence: bool):
+def test_rows_in_order_and_swapped(cache: DocumentStore, tokenizer: Tokenizer):
+    """Each pair is recognised in its document; B follows A, or A follows B and the label says so."""
+    dataset = SentencePairRows(cache, tokenizer, "all", sequence_length=128, seed=2, pairs="order", short_fraction=0.5)
+    rows = epoch_of(dataset)
+    documents = [np.concatenate(cache.document(number)).tolist() for number in range(cache.counts.documents)]
+    labels, lone, recognised = [], 0, 0
+    for row in range(len(rows["input_ids"])):
+        for example in range(rows["segment_ids"][row].max()):
+            places = np.flatnonzero(rows["segment_ids"][row] == example + 1)
+            own = rows["input_ids"][row, places].tolist()
+            middle = own.index(tokenizer.sep_id)
+            first, second = own[1:middle], own[middle + 1 : -1]
+            label, weight = (rows[f"sentence_order_{name}"][row, example] for name in ("labels", "weights"))
+            types = rows["token_type_ids"][row, places]
+            np.testing.assert_array_equal(types, np.arange(len(own)) > middle)
+            if not second:
+                lone += 1
+                assert (label, weight) == (0, 0)
+                continue
+            assert weight == 1
+            labels.append(label)
+            (a, a_start), (b, b_start) = place(documents, first), place(documents, second)
+            if -1 not in (a, b) and len(own) < 128:  # a longer pair was cut
+                recognised += 1
+                assert a == b
+                assert (b_start == a_start + len(first)) == (label == 0)
+                assert (a_start == b_start + len(second)) == (label == 1)
+    assert recognised > 0.5 * len(labels)
+    statistics = dataset.statistics()
+    assert (statistics.swapped_examples, statistics.lone_examples) == (sum(labels), lone)
+    assert statistics.examples == len(labels) + lone
+    assert "swapped" in str(statistics)
+
+
+def test_documents_of_one_sentence_have_no_order(
+    cache: DocumentStore, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cache, "document_sentences", np.arange(cache.counts.documents + 1))
+    with pytest.raises(DataError, match=r"each of the .* documents of the train split has a single sentence"):
+        SentencePairRows(cache, tokenizer, sequence_length=64, pairs="order")
+
+
+@pytest.mark.parametrize("pairs", ["next", "order", "none"])
+def test_special_tokens_are_those_of_the_template(cache: DocumentStore, tokenizer: Tokenizer, pairs: Pairs):
     other = copy.copy(tokenizer)
     cls, sep = tokenizer.cls_id, tokenizer.sep_id
     other.template = Template(before=(cls,), between=(sep, sep), after=(sep,))  # RoBERTa's
-    dataset = SentencePairRows(cache, other, "all", sequence_length=64, next_sentence=next_sentence)
+    dataset = SentencePairRows(cache, other, "all", sequence_length=64, pairs=pairs)
     plan = dataset.plan(0, 0)
     batch = dataset.assemble(plan, dataset.read_tokens(plan), np.arange(plan.rows), 0)
     documents = [np.concatenate(cache.document(number)).tolist() for number in plan.documents]
@@ -149,7 +192,7 @@ def test_special_tokens_are_those_of_the_template(cache: DocumentStore, tokenize
         for segment in range(1, segments.max() + 1):
             first = text[of.first_start[example] :][: of.first_length[example]]
             second = text[of.second_start[example] :][: of.second_length[example]]
-            expected, types = other.join(first, second if next_sentence else None)
+            expected, types = other.join(first, second or None)
             assert ids[segments == segment].tolist() == expected
             assert not any(types)
             example += 1

@@ -16,7 +16,7 @@ from bestiary.train.pretrain import data as pretrain_data
 from bestiary.train.pretrain.config import PretrainConfig, upgrade
 from bestiary.train.pretrain.loop import train_step
 from bestiary.train.pretrain.masking import Masking
-from bestiary.train.pretrain.mlm_nsp import MaskedWordsAndNextSentence
+from bestiary.train.pretrain.mlm_pairs import MaskedWordsAndNextSentence
 from bestiary.train.pretrain.model import make_model
 from bestiary.train.sharding import Replicas
 

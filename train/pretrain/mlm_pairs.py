@@ -1,34 +1,42 @@
-"""Masked language modelling and next sentence prediction: the sum of BERT's two losses (Devlin et al. 2018, 3.1)."""
+"""Masked language modelling and a task on pairs of texts: the sum of two losses.
+
+The task is next sentence prediction, whether B follows A in the text or is from elsewhere (Devlin et al. 2018, 3.1), or
+sentence order prediction, whether A and B are in order or swapped (Lan et al. 2019, 3.1).
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
 
 from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
+from ...data.rows.sentence_pairs import LABELS, Pairs
 from ...data.stream import RowSource
 from ...models.family import Family
-from ...models.heads.losses import PredictionSums, prediction_sums
+from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from .config import PretrainConfig
 from .masking import Masking
 from .mlm import make_masking, mask
-from .objective import Batch
+from .objective import Batch, Objective, Term
 from .samples import fill_in
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedWordsAndNextSentence:
-    """The objective `mlm+nsp`, with the losses "mlm" and "nsp": whether sentence B follows A in the text."""
+class MaskedWordsAndPairs(Objective):
+    """Base of the two objectives. Their losses are "mlm" and `task`."""
+
+    name: ClassVar[str]
+    task: ClassVar[str]
+    pairs: ClassVar[Pairs]
 
     masking: Masking
     tokenizer: Tokenizer
     head = "pretraining"
-    shown = ("mlm_loss", "mlm_accuracy", "nsp_accuracy")
 
     @staticmethod
     def default_rows(family: Family) -> None:
@@ -42,7 +50,7 @@ class MaskedWordsAndNextSentence:
             RunError: the requested rows contain no pairs.
         """
         if config.rows is not None:
-            raise RunError(f"--rows {config.rows}: --objective mlm+nsp has rows of its own, pairs of sentences.")
+            raise RunError(f"--rows {config.rows}: --objective {cls.name} has rows of its own, pairs of sentences.")
         if not tokenizer.template.between:
             folder = config.tokenizer_folder
             raise RunError(f"{folder}: a tokenizer without a token between the texts of a pair, as [SEP] is.")
@@ -50,7 +58,7 @@ class MaskedWordsAndNextSentence:
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
         """See `Objective.rows`."""
-        return SentencePairRows(store, self.tokenizer, split, **settings)
+        return SentencePairRows(store, self.tokenizer, split, pairs=self.pairs, **settings)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
         """Mask tokens."""
@@ -58,9 +66,9 @@ class MaskedWordsAndNextSentence:
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Return the numbers of masked tokens and of pairs."""
-        return {"mlm": batch["mlm_weights"].sum(), "nsp": batch["next_sentence_weights"].sum()}
+        return {"mlm": batch["mlm_weights"].sum(), self.task: batch[f"{LABELS[self.pairs]}_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
         """Compute the cross-entropies of the masked tokens and of the pairs."""
         logits = model.apply(
             {"params": params},
@@ -70,9 +78,12 @@ class MaskedWordsAndNextSentence:
             rows=batch["rows"],
             **mode,
         )
+        label = LABELS[self.pairs]
         return {
             "mlm": prediction_sums(logits.mlm_logits, batch["mlm_labels"], batch["mlm_weights"]),
-            "nsp": prediction_sums(logits.nsp_logits, batch["next_sentence_labels"], batch["next_sentence_weights"]),
+            self.task: prediction_sums(
+                getattr(logits, f"{self.task}_logits"), batch[f"{label}_labels"], batch[f"{label}_weights"]
+            ),
         }
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
@@ -82,3 +93,19 @@ class MaskedWordsAndNextSentence:
             return model.apply({"params": params}, *encoder_inputs(model.config, batch)).mlm_logits
 
         return fill_in(apply, params, self.tokenizer, rows)
+
+
+class MaskedWordsAndNextSentence(MaskedWordsAndPairs):
+    """The objective `mlm+nsp`, with the losses "mlm" and "nsp"."""
+
+    name, task, pairs = "mlm+nsp", "nsp", "next"
+    shown = ("mlm_loss", "mlm_accuracy", "nsp_accuracy")
+    terms = (Term("mlm"), Term("nsp"))
+
+
+class MaskedWordsAndSentenceOrder(MaskedWordsAndPairs):
+    """The objective `mlm+sop`, with the losses "mlm" and "sop"."""
+
+    name, task, pairs = "mlm+sop", "sop", "order"
+    shown = ("mlm_loss", "mlm_accuracy", "sop_accuracy")
+    terms = (Term("mlm"), Term("sop"))

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from bestiary import models
+from bestiary.models.albert import FAMILY as ALBERT
+from bestiary.models.albert import AlbertConfig
 from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.checkpoints.peft import load_lora
 from bestiary.models.checkpoints.tables import flatten
@@ -19,7 +22,8 @@ from bestiary.train.cli import main
 from bestiary.train.config import OptimConfig
 from bestiary.train.errors import RunError
 from bestiary.train.finetune.adapt import AdaptedModel, adaptation
-from bestiary.train.finetune.config import AdaptConfig
+from bestiary.train.finetune.config import AdaptConfig, FinetuneConfig
+from bestiary.train.finetune.model import check_model, layer_rates, parameter_depths
 from bestiary.train.learner import count_parameters, make_learner
 from bestiary.train.optim.schedule import schedule
 
@@ -146,3 +150,26 @@ def test_a_target_that_matches_nothing_ends_the_run_before_it_begins(sentence_en
     assert "the target 'q_proj' is no linear map of this model" in said
     assert "encoder.layers.attention.query" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_share_parameters_have_one_rate_and_are_frozen_together(tmp_path: Path):
+    """ALBERT: four layers in two groups. A group has the rate of its last layer."""
+    sizes = dict(vocab_size=29, width=8, layers=4, heads=2, feed_forward=12, positions=16, embedding_size=4)
+    config = AlbertConfig(**sizes, groups=2)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    depths = parameter_depths(ALBERT.build("classification", config))
+
+    def settings(**changes: Any) -> FinetuneConfig:
+        return FinetuneConfig(model=tmp_path, out=tmp_path / "run", **changes)
+
+    _, scales = layer_rates(settings(layer_decay=0.5), depths)
+    assert scales is not None
+    assert scales(("encoder", "layers", "feed_forward", "inner", "kernel")).ravel().tolist() == [0.5**3, 0.5]
+    assert scales(("encoder", "project", "kernel")) == scales(("encoder", "embeddings", "norm", "scale")) == 0.5**5
+    assert scales(("classifier", "kernel")) == 1
+    task: Any = SimpleNamespace(head="classification", max_length=8)
+    for frozen in (0, 2, 4):
+        check_model(settings(freeze_layers=frozen), task)
+    for frozen in (1, 3):
+        with pytest.raises(RunError, match=f"--freeze-layers is {frozen}, .* share their parameters .* Freeze 2 or 4"):
+            check_model(settings(freeze_layers=frozen), task)

@@ -104,9 +104,10 @@ class _Lora:
 
 class _BitFit:
     def __init__(self, model: nn.Module, params: Params):
-        self._in_layers = family_of_model(model)[0].is_encoder_parameter
+        family, _ = family_of_model(model)
+        self._in_layers = family.is_encoder_parameter
         if not any(path[-1] == "bias" and self._in_layers(path) for path, _ in flatten(params)):
-            raise RunError(f"--bitfit: a {type(model).__name__} has no biases to train. Use --lora-rank.")
+            raise RunError(f"--bitfit: the layers of {family.title} have no biases to train. Use --lora-rank.")
 
     def extend(self, params: Params, key: jax.Array) -> Any:
         del key

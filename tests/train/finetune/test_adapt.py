@@ -101,7 +101,7 @@ def test_settings_that_make_no_sense_are_refused(settings: Any, said: str):
 
 def test_a_model_without_biases_is_named():
     kernels = {"encoder": {"layers": {"query": {"kernel": np.zeros(3)}}}}
-    with pytest.raises(RunError, match="has no biases to train"):
+    with pytest.raises(RunError, match="the layers of BERT have no biases to train"):
         adaptation(AdaptConfig(bitfit=True), MODEL, kernels)
 
 

@@ -122,7 +122,7 @@ def stepper(task: Any, model: Any, features: Features, accumulate: int, how: Par
 
     def run(batch: dict[str, np.ndarray]) -> dict[str, float]:
         sums = train(jax.tree.map(jnp.asarray, state), place(batch))[1]
-        found = jax.device_get({name: sums[name] for name in ("loss", "gradient_norm", "examples")})
+        found = jax.device_get({name: sums[name] for name in ("loss", "gradient_norm", task.unit)})
         return {name: float(total / weight) for name, (total, weight) in found.items()}
 
     return run
@@ -136,7 +136,7 @@ def agree(task: Any, model: Any, features: Features, *hows: ParallelConfig) -> N
     together = batch_of(features, [order], 8 * longest)
     run = stepper(task, model, features, 1)
     expected = run(together)
-    assert expected["examples"] == 8
+    assert expected[task.unit] == 8
     other = run({**together, "feature_ids": together["feature_ids"] + 32})
     assert abs(other["loss"] / expected["loss"] - 1) > 1e-3, "other examples have other masks"
     apart = batch_of(features, [[unit] for unit in range(8)] + [[]] * 8, longest + 3)

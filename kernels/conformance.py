@@ -348,7 +348,8 @@ def case_of(fields: Mapping[str, Any]) -> Case:
     def whole(values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
-    return Case(**whole(fields) | {"options": whole(fields.get("options", {}))})
+    given: Any = whole(fields) | {"options": whole(fields.get("options", {}))}
+    return Case(**given)
 
 
 def main() -> None:

@@ -54,12 +54,12 @@ def reflow_help(options: type) -> None:
 
     for owner in filter(is_dataclass, options.__mro__):
         texts = {field.arg_name: field.description for field in docstring_parser.parse_from_object(owner).params}
-        for name, annotation in inspect.get_annotations(owner).items():
+        for name, annotation in inspect.get_annotations(owner).items():  # pyright: ignore[reportArgumentType]
             nested = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
             if is_dataclass(nested):
                 reflow_help(nested)  # pyright: ignore[reportArgumentType]
-            elif texts.get(name):
-                help = " ".join(texts[name].split())
+            elif text := texts.get(name):
+                help = " ".join(text.split())
                 owner.__annotations__[name] = Annotated[annotation, tyro.conf.arg(help=help)]
 
 

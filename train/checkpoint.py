@@ -190,6 +190,7 @@ def read_params(path: Path) -> Any:
     Raises:
         RunError: the file is missing or damaged.
     """
+    flat: dict[str, np.ndarray] = {}
     try:
         with safe_open(path, framework="np") as file:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

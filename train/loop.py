@@ -144,7 +144,7 @@ class Session(Protocol):
     def stop(self) -> Stop: ...
 
 
-FORMERLY = dict.fromkeys(("windows", "questions", "pieces"), "examples")
+FORMERLY: dict[str, str] = dict.fromkeys(("windows", "questions", "pieces"), "examples")
 """Counted metrics -> their names in checkpoints of earlier versions."""
 
 

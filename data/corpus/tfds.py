@@ -77,7 +77,8 @@ def open_tfds(folder: Path, split: str, name: str) -> Examples:
     examples, files = known[split]
     try:
         source = builder.as_data_source(split=split)
-        found = len(grain.sources.ArrayRecordDataSource(files))
+        records: Any = grain.sources.ArrayRecordDataSource(files)
+        found = len(records)
     except NotImplementedError as error:
         raise CorpusError(
             f"{name}: cannot be read without TensorFlow ({error}). Prepare it with file_format='array_record'."

@@ -339,7 +339,8 @@ class SentencePairRows(DocumentRows[PairPlan]):
         self.examples_per_row = most_examples(sequence_length) if examples_per_row is None else examples_per_row
         if self.examples_per_row < 1:
             raise DataError(f"{examples_per_row} examples a row: expected at least 1.")
-        self.pairs, self.short_fraction = pairs, short_fraction
+        self.pairs: Pairs = pairs
+        self.short_fraction = short_fraction
         super().__init__(
             store,
             tokenizer,

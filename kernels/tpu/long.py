@@ -55,7 +55,7 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
     b, heads = operands.query.shape[:2]
 
     def kernel(s: Any, x: Inputs, out: Any, lse: Any, sums: Any, top: Any, total: Any) -> None:
-        b, _, i, c = (pl.program_id(axis) for axis in range(4))
+        b, i, c = (pl.program_id(axis) for axis in (0, 2, 3))
         query_start = i * tiling.queries
 
         @pl.when(c == 0)
@@ -150,7 +150,7 @@ def query_gradient(
 
     def kernel(s: Any, x: Inputs, gradient: Any, *rest: Any) -> None:
         *row_gradient, sums = rest
-        b, _, i, c = (pl.program_id(axis) for axis in range(4))
+        b, i, c = (pl.program_id(axis) for axis in (0, 2, 3))
         query_start = i * tiling.queries
 
         @pl.when(c == 0)
@@ -243,7 +243,7 @@ def key_value_gradients(
     k_padded = ceil_to(area.keys, tiling.keys)
 
     def kernel(s: Any, x: Inputs, key_gradient: Any, value_gradient: Any, key_sums: Any, value_sums: Any) -> None:
-        b, _, j, g, c = (pl.program_id(axis) for axis in range(5))
+        b, j, g, c = (pl.program_id(axis) for axis in (0, 2, 3, 4))
         key_start = j * tiling.keys
 
         @pl.when((c == 0) & (g == 0))

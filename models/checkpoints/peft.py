@@ -230,7 +230,7 @@ def load_adapted(
     """
     folder, adapter = Path(folder), Path(adapter)
     task = _read_config(adapter).get("task_type")
-    heads = {name: head for head, name in TASKS.items()}
+    heads: dict[Any, str] = {name: head for head, name in TASKS.items()}
     family = family_of_folder(read_config(folder), folder)
     head = heads.get(task) if heads.get(task) in family.heads and not family.one_kind else None
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _read_tensors(adapter).items()}

@@ -53,7 +53,7 @@ def trajectory_errors(
         return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda leaf: leaf is None)
 
     @jax.jit
-    def step(trained: Params, state: Any) -> tuple[Params, Any, Array]:
+    def step(trained: Params, state: Any) -> tuple[Any, Any, Array]:
         value, gradient = jax.value_and_grad(lambda some: loss(whole(some)))(trained)
         updates, state = transform.update(gradient, state, trained)
         return optax.apply_updates(trained, updates), state, value

@@ -141,7 +141,8 @@ class Attention(nn.Module):
     def _dropout(self, queries: Rows, keys: Rows) -> dict[str, Any]:
         """Return the arguments of `kernels.attention` for dropout, from the rows of the queries and of the keys."""
         seed = dropout_seed(self)
-        if isinstance(queries, ByExample) and isinstance(keys, ByExample):
+        if isinstance(queries, ByExample):
+            assert isinstance(keys, ByExample)
             seeds, positions = row_seeds(seed, queries.examples), (queries.positions, keys.positions)
             return {"dropout_rate": self.dropout, "dropout_seed": seeds, "dropout_positions": positions}
         return {"dropout_rate": self.dropout, "dropout_seed": row_seeds(seed, queries)}

@@ -129,7 +129,7 @@ def adam(config: OptimConfig) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         mu = jax.tree.map(lambda m, g: (1 - beta1) * g + beta1 * m, state.mu, updates)
         nu = jax.tree.map(lambda v, g: (1 - beta2) * jnp.square(g) + beta2 * v, state.nu, updates)
         first = second = jnp.float32(1)

@@ -11,7 +11,7 @@ document, without a label of their own, so that both token types are learnt.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class ReplacedTokens(Objective):
     head = "pretraining"
     shown = ("mlm_loss", "rtd_loss", "rtd_accuracy", "replaced")
     terms = (Term("mlm"), Term("rtd", factor=50.0))
-    units = ("token",)
+    units: ClassVar = ("token",)
 
     @staticmethod
     def default_rows(family: Family) -> None:

@@ -7,7 +7,7 @@ has its own denominator, as in the original (spanbert_loss.py), which adds one t
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ class MaskedSpans(Objective):
     head = "pretraining"
     shown = ("mlm_loss", "mlm_accuracy", "sbo_loss")
     terms = (Term("mlm"), Term("sbo", added=1.0))
-    units = ("span",)
+    units: ClassVar = ("span",)
 
     @staticmethod
     def default_rows(family: Family) -> None:

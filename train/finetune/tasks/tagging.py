@@ -196,8 +196,10 @@ class TaggingTask(PlainTask):
         number = {label: index for index, label in enumerate(self.labels)}
         wanted = [list(sentence.tags or ()) for sentence in examples]
         predicted = self.tags(collected, features, examples)
-        flat = (np.array([number[tag] for tags in some for tag in tags], np.int64) for some in (wanted, predicted))
-        return Classified(self.labels, *flat, entity_report(wanted, predicted)[1] if self.name == "ner" else {})
+        true, found = (
+            np.array([number[tag] for tags in some for tag in tags], np.int64) for some in (wanted, predicted)
+        )
+        return Classified(self.labels, true, found, entity_report(wanted, predicted)[1] if self.name == "ner" else {})
 
     def tags(self, collected: Collected, features: Features, examples: Sequence[Sentence]) -> list[list[str]]:
         """Return the predicted tags of each sentence's words."""

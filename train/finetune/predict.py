@@ -1,13 +1,14 @@
-"""Predict new examples with a fine-tuned model.
+"""Predict new examples with a fine-tuned model, or masked words with a pretrained one.
 
 bestiary predict runs/ner < texts.txt
 bestiary predict runs/mrpc --text "The cat sat." --text-pair "A cat was sitting."
 bestiary predict runs/squad --question "Who?" --context "It was him."
 bestiary predict runs/mrpc --input glue/MRPC/test.tsv --out predictions
+bestiary predict runs/pretrain --text "The [MASK] sat on the mat."
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import batched, chain
 from pathlib import Path
@@ -28,13 +29,15 @@ LINES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Print the predictions of a fine-tuned model, one JSON object per example."""
+    """Print the predictions of a fine-tuned model, or of a pretrained one for masked words, one JSON object per
+    example."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a finished fine-tuning run."""
+    """Folder of a finished fine-tuning or pretraining run."""
     text: tuple[str, ...] = ()
-    """Texts to classify, score or tag. Without any texts or --input, they are the lines of standard input. For tagging,
-    words are split as in the training data: punctuation apart, for instance."""
+    """Texts to classify, score or tag, or with masked words, written as the tokenizer's mask token. Without any texts
+    or --input, they are the lines of standard input. For tagging, words are split as in the training data: punctuation
+    apart, for instance."""
     text_pair: tuple[str, ...] = ()
     """Second texts of the pairs, one per --text."""
     question: tuple[str, ...] = ()
@@ -74,12 +77,14 @@ def main(config: PredictConfig) -> int:
     """Run `bestiary predict`; return the exit status."""
     if config.out is not None:
         check_output_folder(config.out)
-    folder = finished_run(config.run)
+    pretrained = (config.run / "model" / "config.json").is_file() and not (config.run / "task.json").is_file()
+    words = config.words()
+    if pretrained and (config.input is not None or set(words) - {"text"}):
+        raise RunError(f"{config.run} was pretrained: it predicts masked words, in --text or on standard input.")
+    folder = config.run if pretrained else finished_run(config.run)
     # Imported here, since they import JAX, which would delay --help.
     from ...data.json_files import json_text
-    from .prediction import open_run, read_examples
 
-    words = config.words()
     lines: Iterator[str] = iter(())
     if config.input is None and not words:
         lines = lines_of(None)
@@ -87,6 +92,16 @@ def main(config: PredictConfig) -> int:
         if first is None:
             raise DataError("standard input: empty. Expected one text per line.")
         lines = chain([first], lines)
+    if pretrained:
+        from .fill_masks import MaskFiller
+
+        filler = MaskFiller(folder / "model")
+        texts: Iterable[Sequence[str]] = [words["text"]] if words else batched(lines, LINES)
+        for number, said in enumerate(chain.from_iterable(map(filler.fill, texts)), 1):
+            print(json_text(said, f"prediction {number}", ensure_ascii=False), flush=not words)
+        return 0
+    from .prediction import open_run, read_examples
+
     run = open_run(folder, config.parallelism)
     if config.input is not None:
         parts: Iterable[list[Any]] = [read_examples(run.task, config.input, config.split, labelled=False)]

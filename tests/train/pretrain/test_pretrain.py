@@ -64,6 +64,21 @@ def test_starting_from_weights(workshop, uninterrupted):
     assert metrics(out)[0]["mlm_loss"] < metrics(uninterrupted)[0]["mlm_loss"] - 0.05
 
 
+def test_a_pretrained_run_fills_masks(uninterrupted, capsys):
+    assert main(["predict", str(uninterrupted), "--text", "Ban [MASK] liko [MASK].", "[MASK]"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [len(first["masks"]), len(second["masks"])] == [2, 1]
+    for best in (*first["masks"], *second["masks"]):
+        chances = [word["probability"] for word in best]
+        assert len(best) == 5
+        assert chances == sorted(chances, reverse=True)
+        assert 0 < sum(chances) <= 1
+    assert main(["predict", str(uninterrupted), "--text", "Ban."]) == 1
+    assert "'Ban.': expected [MASK] in place of a word" in capsys.readouterr().err
+    assert main(["predict", str(uninterrupted), "--question", "Ban?", "--context", "Ban."]) == 1
+    assert "was pretrained: it predicts masked words" in capsys.readouterr().err
+
+
 def test_two_phases(workshop):
     out = workshop.folder / "phases"
     phases = ["--phases", "32:8", "64:6:0.0005", "--evaluation-rows", "16"]

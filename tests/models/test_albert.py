@@ -40,8 +40,8 @@ def test_layers_take_the_sets_of_their_group(layers: int, groups: int, inner: in
     ("changes", "message"),
     [
         ({"num_hidden_groups": 4}, "expected 1 to 3 groups of layers, found 4"),
-        ({"num_hidden_groups": 0}, "expected 1 to 3 groups of layers, found 0"),
-        ({"inner_group_num": 0}, "not a multiple of inner layers 0"),
+        ({"num_hidden_groups": 0}, "num_hidden_groups in config.json.: expected a number at least 1, found 0"),
+        ({"inner_group_num": 0}, "inner_group_num in config.json.: expected a number at least 1, found 0"),
         ({"inner_group_num": "two"}, "inner_group_num: expected"),
     ],
 )

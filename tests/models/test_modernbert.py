@@ -133,7 +133,10 @@ def test_both_generations_of_files_are_read_and_written() -> None:
         ({"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters: only a rope_theta"),
         ({"rope_parameters": [1]}, "rope_parameters: only a rope_theta"),
         ({"local_attention": -1}, "local_attention: expected a number at least 0, found -1"),
-        ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers: expected at least 1, found 0"),
+        (
+            {"global_attn_every_n_layers": 0},
+            "global_attn_every_n_layers in config.json.: expected a number at least 1, found 0",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused(changes: dict[str, Any], message: str) -> None:

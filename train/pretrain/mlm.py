@@ -17,7 +17,6 @@ import numpy as np
 from ...data import DocumentStore, FullSentenceRows, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
-from ...models.family import Family
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
@@ -39,11 +38,6 @@ class MaskedWords(Objective):
     head = "masked_lm"
     shown = ("mlm_accuracy",)
     terms = (Term("mlm"),)
-
-    @staticmethod
-    def default_rows(family: Family) -> RowKind:
-        """Return the rows of the family's paper."""
-        return family.rows
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

@@ -15,7 +15,6 @@ from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.rows.sentence_pairs import LABELS, Pairs
 from ...data.stream import RowSource
-from ...models.family import Family
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
@@ -30,27 +29,21 @@ from .samples import fill_in
 class MaskedWordsAndPairs(Objective):
     """Base of the two objectives. Their losses are "mlm" and `task`."""
 
-    name: ClassVar[str]
     task: ClassVar[str]
     pairs: ClassVar[Pairs]
 
     masking: Masking
     tokenizer: Tokenizer
     head = "pretraining"
-
-    @staticmethod
-    def default_rows(family: Family) -> None:
-        """Return None: there is only one kind of rows."""
+    own_rows: ClassVar = "pairs of sentences"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
         """See `ObjectiveClass.create`.
 
         Raises:
-            RunError: the requested rows contain no pairs.
+            RunError: the tokenizer has no token between the texts of a pair.
         """
-        if config.rows is not None:
-            raise RunError(f"--rows {config.rows}: --objective {cls.name} has rows of its own, pairs of sentences.")
         if not tokenizer.template.between:
             folder = config.tokenizer_folder
             raise RunError(f"{folder}: a tokenizer without a token between the texts of a pair, as [SEP] is.")
@@ -98,7 +91,7 @@ class MaskedWordsAndPairs(Objective):
 class MaskedWordsAndNextSentence(MaskedWordsAndPairs):
     """The objective `mlm+nsp`, with the losses "mlm" and "nsp"."""
 
-    name, task, pairs = "mlm+nsp", "nsp", "next"
+    task, pairs = "nsp", "next"
     shown = ("mlm_loss", "mlm_accuracy", "nsp_accuracy")
     terms = (Term("mlm"), Term("nsp"))
 
@@ -106,6 +99,6 @@ class MaskedWordsAndNextSentence(MaskedWordsAndPairs):
 class MaskedWordsAndSentenceOrder(MaskedWordsAndPairs):
     """The objective `mlm+sop`, with the losses "mlm" and "sop"."""
 
-    name, task, pairs = "mlm+sop", "sop", "order"
+    task, pairs = "sop", "order"
     shown = ("mlm_loss", "mlm_accuracy", "sop_accuracy")
     terms = (Term("mlm"), Term("sop"))

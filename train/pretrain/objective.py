@@ -40,6 +40,8 @@ class Objective:
     """what to minimise"""
     units: ClassVar[tuple[MaskingKind, ...]] = get_args(MaskingKind)
     """units of masking that it can use, the default first"""
+    own_rows: ClassVar[str | None] = None
+    """what its rows are, in words, if there is only one kind; None if --rows chooses"""
 
     def rows(
         self,

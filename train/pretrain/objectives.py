@@ -7,7 +7,7 @@ from typing import Protocol
 from ...data import Tokenizer
 from ...models.family import Family
 from ..errors import RunError
-from .config import MaskingKind, PretrainConfig, RowKind
+from .config import MaskingKind, PretrainConfig
 from .mlm import MaskedWords
 from .mlm_pairs import MaskedWordsAndNextSentence, MaskedWordsAndSentenceOrder
 from .objective import Objective
@@ -23,12 +23,13 @@ class ObjectiveClass(Protocol):
         """See `Objective.units`."""
         ...
 
-    def create(self, config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
-        """Create the objective for a run's settings; raise RunError if they do not fit it."""
+    @property
+    def own_rows(self) -> str | None:
+        """See `Objective.own_rows`."""
         ...
 
-    def default_rows(self, family: Family) -> RowKind | None:
-        """Return the default rows of a family, if the objective leaves a choice."""
+    def create(self, config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
+        """Create the objective for a run's settings; raise RunError if they do not fit it."""
         ...
 
 
@@ -45,7 +46,7 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     """Return the settings with the defaults of the family and its objective filled in.
 
     Raises:
-        RunError: there is no such objective, the family does not support it, or it cannot mask so.
+        RunError: there is no such objective, the family does not support it, or it cannot mask so or has other rows.
     """
     known = [name for name in family.objectives if name in OBJECTIVES]
     if not known:
@@ -54,6 +55,8 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     if name not in known:
         raise RunError(f"--objective {name}: {family.title} can learn {', '.join(known)}.")
     objective = OBJECTIVES[name]
+    if config.rows is not None and objective.own_rows is not None:
+        raise RunError(f"--rows {config.rows}: --objective {name} has rows of its own, {objective.own_rows}.")
     masking = config.masking or objective.units[0]
     if masking not in objective.units:
         raise RunError(f"--masking {masking}: --objective {name} masks by {', '.join(objective.units)}.")
@@ -62,7 +65,7 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     return dataclasses.replace(
         config,
         objective=name,
-        rows=objective.default_rows(family) if config.rows is None else config.rows,
+        rows=config.rows or (family.rows if objective.own_rows is None else None),
         masking=masking,
         mask_rate=family.mask_rate if config.mask_rate is None else config.mask_rate,
     )

@@ -21,11 +21,9 @@ from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.electra import separate
-from ...models.family import Family
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums, sequence_losses
 from ...models.heads.with_head import encoder_inputs
 from ...models.registry import family_of
-from ..errors import RunError
 from .config import PretrainConfig
 from .masking import Masking
 from .mlm import make_masking, mask
@@ -43,20 +41,11 @@ class ReplacedTokens(Objective):
     shown = ("mlm_loss", "rtd_loss", "rtd_accuracy", "replaced")
     terms = (Term("mlm"), Term("rtd", factor=50.0))
     units: ClassVar = ("token",)
-
-    @staticmethod
-    def default_rows(family: Family) -> None:
-        """Return None: there is only one kind of rows."""
+    own_rows: ClassVar = "two consecutive texts each"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
-        """See `ObjectiveClass.create`.
-
-        Raises:
-            RunError: the requested rows are others than its own.
-        """
-        if config.rows is not None:
-            raise RunError(f"--rows {config.rows}: --objective rtd has rows of its own, two consecutive texts each.")
+        """See `ObjectiveClass.create`."""
         return cls(make_masking(config, tokenizer, "electra", keep=0.15, random=0.0), tokenizer)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:

@@ -16,11 +16,9 @@ from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.checkpoints.folder import read_config
-from ...models.family import Family
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ...models.spanbert import SpanBertConfig, SpanTargets
-from ..errors import RunError
 from .config import PretrainConfig
 from .mlm import require_special_tokens
 from .objective import Batch, Objective, Term
@@ -38,20 +36,11 @@ class MaskedSpans(Objective):
     shown = ("mlm_loss", "mlm_accuracy", "sbo_loss")
     terms = (Term("mlm"), Term("sbo", added=1.0))
     units: ClassVar = ("span",)
-
-    @staticmethod
-    def default_rows(family: Family) -> None:
-        """Return None: there is only one kind of rows."""
+    own_rows: ClassVar = "of single texts"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
-        """See `ObjectiveClass.create`.
-
-        Raises:
-            RunError: the requested rows are others than its own.
-        """
-        if config.rows is not None:
-            raise RunError(f"--rows {config.rows}: --objective span+sbo has rows of its own, of single texts.")
+        """See `ObjectiveClass.create`."""
         require_special_tokens(config, tokenizer)
         assert config.mask_rate is not None
         if config.init_from is None:

@@ -100,8 +100,15 @@ class TaggingTask(PlainTask):
             check_tags(sentences, self.labels)
         return sentences
 
-    def read_file(self, path: Path, split: str, *, labelled: bool) -> TaggedFile:
-        """Read like `read`, with any tags; also return how many of them were repaired."""
+    def read_file(self, path: Path, split: str, *, labelled: bool | None, columns: int | None = None) -> TaggedFile:
+        """Read like `read`, with any tags; also return how many of them were repaired.
+
+        Args:
+            path: the file, or the folder of the split's file.
+            split: name of the split.
+            labelled: whether to read tags; None: if the file has any.
+            columns: number of columns of the training file, by which a CoNLL file is seen to have no tags.
+        """
         path = split_file(path, split, SUFFIXES[self.name])
         if self.name == "pos":
             return read_conllu(path, column=self.column, labelled=labelled)
@@ -112,24 +119,13 @@ class TaggingTask(PlainTask):
             word_column=self.word_column,
             tag_column=self.tag_column,
             comment=self.comment,
-            labelled=labelled,
+            labelled=labelled is not False,
+            columns=columns,
         )
 
     def read_test(self, folder: Path, columns: int) -> list[Sentence]:
         """Read the test file of a folder, which may have no tags; the training file has this number of columns."""
-        path = split_file(folder, "test", SUFFIXES[self.name])
-        if self.name == "pos":
-            found = read_conllu(path, column=self.column, labelled=None).sentences
-        else:
-            found = read_conll(
-                path,
-                scheme=self.scheme,
-                repair=self.repair,
-                word_column=self.word_column,
-                tag_column=self.tag_column,
-                comment=self.comment,
-                columns=columns,
-            ).sentences
+        found = self.read_file(folder, "test", labelled=None, columns=columns).sentences
         check_tags(found, self.labels)
         return found
 

@@ -35,12 +35,12 @@ class MaskFiller:
             raise RunError(f"{folder}: this model does not predict masked words (it lacks {report.initialised[0]}).")
         if loaded.tokenizer is None:
             raise RunError(f"{folder}: there is no tokenizer to read text with.")
-        self.tokenizer, self._params, self._config = loaded.tokenizer, loaded.params, loaded.config
-        self._most = loaded.config.max_length
+        self.tokenizer, self._params, self._most = loaded.tokenizer, loaded.params, loaded.config.max_length
 
         @jax.jit
-        def best(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits = loaded.model.apply({"params": params}, *encoder_inputs(loaded.config, batch))
+        def best(params: Any, batch: dict[str, jax.Array], masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+            inputs = encoder_inputs(loaded.config, batch)
+            logits = loaded.model.apply({"params": params}, *inputs, mlm_positions=masks)
             return jax.lax.top_k(jax.nn.softmax(jnp.asarray(logits).astype(jnp.float32)), BEST)
 
         self._best = best
@@ -63,20 +63,30 @@ class MaskFiller:
                     raise RunError(f"{text!r}: expected {mask} in place of a word.")
                 if self._most is not None and segments.sum() > self._most:
                     raise RunError(f"{text!r}: {segments.sum()} tokens, but the model takes {self._most}.")
-            length = -(-places.shape[1] // 32) * 32  # few shapes to compile
-            wide = {name: np.zeros((ROWS, length), np.int32) for name in batch}
+            # Lengths and numbers of masks are rounded up: few shapes to compile.
+            counts = places.sum(1)
+            masks = np.zeros((len(some), _rounded(counts.max(), 4)), np.int32)
+            for row, found in enumerate(places):
+                masks[row, : counts[row]] = np.flatnonzero(found)
+            length = _rounded(places.shape[1], 32)
+            length = length if self._most is None else min(length, self._most)
+            wide = {name: np.zeros((len(some), length), np.int32) for name in batch}
             wide["input_ids"][:] = self.tokenizer.pad_id
             for name, values in batch.items():
-                wide[name][: len(some), : places.shape[1]] = values
-            sure, words = jax.device_get(self._best(self._params, wide))
+                wide[name][:, : places.shape[1]] = values
+            sure, words = jax.device_get(self._best(self._params, wide, masks))
             for row, text in enumerate(some):
                 yield {
                     "text": text,
                     "masks": [
                         [
                             {"word": self.tokenizer.decode([int(word)]).strip(), "probability": round(float(value), 4)}
-                            for word, value in zip(words[row, place], sure[row, place], strict=True)
+                            for word, value in zip(words[row, number], sure[row, number], strict=True)
                         ]
-                        for place in np.flatnonzero(places[row])
+                        for number in range(counts[row])
                     ],
                 }
+
+
+def _rounded(number: int, step: int) -> int:
+    return -(-int(number) // step) * step

@@ -42,8 +42,8 @@ class _Backends(Mapping[str, Backend]):
 # Fastest first: `implementation=None` selects the first that supports the call, unless another was measured as faster.
 BACKENDS: Mapping[str, Backend] = _Backends(hopper=".hopper.backend", tpu=".tpu.backend", cudnn=".cudnn", xla=".xla")
 
-# Compiled for their chips and tested in their interpreters: taken unasked only for calls that are on record as right on
-# this chip, or that agree with plain JAX when compared there (selfcheck.py).
+# Compiled for their chips and tested in their interpreters: chosen by default only for calls that are on record as
+# right on this chip, or that agree with plain JAX when compared there (selfcheck.py).
 NEEDS_PROOF = frozenset({"hopper", "tpu"})
 
 # Written in Pallas. On a CPU, context managers in their modules interpret them or compile them for a chip.

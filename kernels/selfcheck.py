@@ -1,4 +1,4 @@
-"""Proven, not probed: whether a kernel may be taken unasked on this device.
+"""Proven, not probed: whether a kernel may be chosen by default on this device.
 
 A kernel that was tested in an interpreter and compiled for its chip has still not run on the chip. A call whose
 features are on record as right (`chip_table.py`, written by `bench/chip.py`) is taken. One that is not is compared
@@ -36,7 +36,7 @@ SHORT, LONG = {120: 20, 250: 10}, {640: 2, 1100: 1}
 
 
 def trusted(name: str, features: Features) -> bool:
-    """Tell whether backend `name` may be taken unasked for calls of these features; warn, once, if it may not."""
+    """Tell whether backend `name` may be chosen by default for calls of these features; warn, once, if it may not."""
     return proven(name, features) or _agrees(name, features)
 
 

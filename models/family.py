@@ -261,7 +261,7 @@ class Family:
     rows: Literal["sentences", "full-sentences", "doc-sentences"] = "sentences"
     """rows of running text that its paper pretrains on, where an objective leaves a choice"""
     masks: Literal["counted", "independent"] = "counted"
-    """how its paper draws the tokens to mask: so many of a row, or each independently of the others"""
+    """how its paper draws the tokens to mask: a fixed number per row, or each independently of the others"""
     mask_rate: float = 0.15
     """fraction of the tokens to predict in pretraining"""
     evaluation_mask_rate: float | None = None

@@ -1,4 +1,4 @@
-"""A kernel is taken unasked if it is on record as right, or agrees with plain JAX when compared in another process."""
+"""A kernel is chosen by default if it is on record as right, or agrees with plain JAX in another process."""
 
 import dataclasses
 import json

@@ -12,16 +12,16 @@ from .family import Architecture, Family, FamilyConfig
 # Name of a family -> its module, imported on first use, and the family's name in it, if that is not FAMILY. The name is
 # `model_type` of config.json, except for those of VARIANTS.
 FAMILIES = {
-    "albert": ".albert",
-    "bert": ".bert",
-    "distilbert": ".distilbert",
-    "electra": ".electra",
-    "marian": ".marian",
-    "modernbert": ".modernbert",
-    "roberta": ".roberta",
-    "spanbert": ".spanbert",
-    "transformer": ".transformer",
-    "xlm-roberta": ".roberta:XLM",
+    "albert": ".encoders.albert",
+    "bert": ".encoders.bert",
+    "distilbert": ".encoders.distilbert",
+    "electra": ".encoders.electra",
+    "marian": ".encoder_decoders.marian",
+    "modernbert": ".encoders.modernbert",
+    "roberta": ".encoders.roberta",
+    "spanbert": ".encoders.spanbert",
+    "transformer": ".encoder_decoders.transformer",
+    "xlm-roberta": ".encoders.roberta:XLM",
 }
 
 # `model_type` of config.json -> the families whose checkpoints are that family's, with heads of their own.

@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from bestiary import models
 from bestiary.data import DataError
 from bestiary.models import lora
-from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.checkpoints.peft import load_lora, save_lora
 from bestiary.models.checkpoints.tables import CheckpointError, flatten
+from bestiary.models.encoder_decoders.transformer import Transformer, TransformerConfig
+from bestiary.models.encoders.bert import FAMILY, BertConfig
 from bestiary.models.layers.linear import Linear
 from bestiary.models.lora import (
     LoraConfig,
@@ -31,7 +32,6 @@ from bestiary.models.lora import (
     merge_lora,
     unmerge_lora,
 )
-from bestiary.models.transformer import Transformer, TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES: Any = dict(vocab_size=23, width=8, layers=3, heads=2, feed_forward=12, positions=16, num_labels=3)

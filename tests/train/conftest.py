@@ -95,7 +95,7 @@ def sentence_encoder(tmp_path_factory) -> Path:
 
     from bestiary import models
     from bestiary.data import load_tokenizer
-    from bestiary.models.bert import Bert, BertConfig
+    from bestiary.models.encoders.bert import Bert, BertConfig
 
     folder = tmp_path_factory.mktemp("sentences") / "encoder"
     vocabulary = folder.parent / "vocab.txt"

@@ -20,7 +20,7 @@ import numpy as np
 from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
-from ...models.electra import separate
+from ...models.encoders.electra import separate
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums, sequence_losses
 from ...models.heads.with_head import encoder_inputs
 from ...models.registry import family_of

@@ -16,9 +16,9 @@ from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.checkpoints.folder import read_config
+from ...models.encoders.spanbert import SpanBertConfig, SpanTargets
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
 from ...models.heads.with_head import encoder_inputs
-from ...models.spanbert import SpanBertConfig, SpanTargets
 from .config import PretrainConfig
 from .mlm import require_special_tokens
 from .objective import Batch, Objective, Term

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data.files import write_text
+from ...models.encoder_decoders.transformer import TransformerConfig
 from ...models.incremental import cross_attention_maps
-from ...models.transformer import TransformerConfig
 from ..errors import RunError
 from .translator import Translation, Translator
 

@@ -34,9 +34,9 @@ from ...data.stream import evaluation_batches, training_batches
 from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords
 from ...data.tokenizers.pairs_training import train_subwords
 from ...models import load
+from ...models.encoder_decoders.marian import Marian, MarianConfig, from_transformer
+from ...models.encoder_decoders.transformer import Transformer, TransformerConfig
 from ...models.heads.losses import SmoothedSums
-from ...models.marian import Marian, MarianConfig, from_transformer
-from ...models.transformer import Transformer, TransformerConfig
 from ..checkpoint import read_params, write_params
 from ..errors import RunError
 from ..generate.config import DecodeConfig

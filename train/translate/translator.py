@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ...data.corpus.parallel import Findings, clean_line
 from ...data.tokenizers.pairs import PairTokenizer
 from ...models import load
-from ...models.transformer import TransformerConfig
+from ...models.encoder_decoders.transformer import TransformerConfig
 from ..cpu import yield_to_callers
 from ..errors import RunError
 from ..generate.config import DecodeConfig

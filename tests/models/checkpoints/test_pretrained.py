@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary import models
 from bestiary.data import DataError
-from bestiary.models.bert import FAMILY, Bert, BertConfig, BertForPreTraining
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.folder import load_with_report
 from bestiary.models.checkpoints.tables import PROBLEMS_SHOWN, CheckpointError, Reshaped, Transposed, flatten
+from bestiary.models.encoders.bert import FAMILY, Bert, BertConfig, BertForPreTraining
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 HEADS = ["bert_pretraining", "bert_model", "bert_classification", "bert_tokens", "bert_span", "bert_choice"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models.bert import FAMILY, BertConfig
+from bestiary.models.encoders.bert import FAMILY, BertConfig
 from bestiary.models.heads.crf import CrfWeights, constrained, decode, legal_steps, log_likelihood
 
 NAMES = ("O", "B-a", "I-a", "B-b", "I-b")

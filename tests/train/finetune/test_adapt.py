@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models.albert import FAMILY as ALBERT
-from bestiary.models.albert import AlbertConfig
-from bestiary.models.bert import FAMILY, BertConfig
 from bestiary.models.checkpoints.peft import load_lora
 from bestiary.models.checkpoints.tables import flatten
+from bestiary.models.encoders.albert import FAMILY as ALBERT
+from bestiary.models.encoders.albert import AlbertConfig
+from bestiary.models.encoders.bert import FAMILY, BertConfig
 from bestiary.models.lora import LoraError, merge_lora
 from bestiary.train.cli import main
 from bestiary.train.config import OptimConfig

@@ -18,10 +18,10 @@ from bestiary.data.tasks.glue import TextExample
 from bestiary.data.tasks.multiple_choice import Choice
 from bestiary.data.tasks.squad import Answer, Question
 from bestiary.data.tasks.tagging import Sentence
-from bestiary.models.bert import BertConfig
-from bestiary.models.distilbert import DistilBertConfig
+from bestiary.models.encoders.bert import BertConfig
+from bestiary.models.encoders.distilbert import DistilBertConfig
+from bestiary.models.encoders.roberta import RobertaConfig
 from bestiary.models.registry import family_named, init_params
-from bestiary.models.roberta import RobertaConfig
 from bestiary.train.config import ParallelConfig
 from bestiary.train.finetune.adapt import AdaptedModel, adaptation
 from bestiary.train.finetune.config import AdaptConfig

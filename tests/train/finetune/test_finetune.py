@@ -20,8 +20,8 @@ from bestiary.data import load_tokenizer
 from bestiary.data.batches import TrainingBatches, assemble
 from bestiary.data.packing import pack
 from bestiary.data.tasks.glue import GLUE
-from bestiary.models.bert import Bert, BertConfig
 from bestiary.models.checkpoints.tables import flatten
+from bestiary.models.encoders.bert import Bert, BertConfig
 from bestiary.train.cli import main
 from bestiary.train.config import ParallelConfig
 from bestiary.train.finetune.commands.glue import GlueConfig

@@ -20,7 +20,7 @@ from bestiary.data.batches import assemble
 from bestiary.data.errors import DataError
 from bestiary.data.tasks.squad import Answer, Question
 from bestiary.data.tasks.tagging import Sentence
-from bestiary.models.bert import Bert, BertConfig
+from bestiary.models.encoders.bert import Bert, BertConfig
 from bestiary.models.heads.crf import CrfWeights
 from bestiary.train.cli import main
 from bestiary.train.finetune.tasks.squad import SquadTask

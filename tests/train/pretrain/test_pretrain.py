@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary import models
-from bestiary.models.bert import BertConfig
+from bestiary.models.encoders.bert import BertConfig
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
 from bestiary.train.pretrain import data as pretrain_data

@@ -20,7 +20,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from bestiary.data.tokenizers.pairs import TextForm
-from bestiary.models.transformer import TransformerConfig
+from bestiary.models.encoder_decoders.transformer import TransformerConfig
 from bestiary.train.cli import main as cli
 from bestiary.train.config import LoopConfig, OptimConfig
 from bestiary.train.errors import RunError

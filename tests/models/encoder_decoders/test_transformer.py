@@ -14,16 +14,16 @@ import pytest
 from bestiary import models
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.parity import check
+from bestiary.models.encoder_decoders.marian import MarianConfig, from_transformer
+from bestiary.models.encoder_decoders.transformer import EncoderBlock, Transformer, TransformerConfig
 from bestiary.models.heads import losses
 from bestiary.models.incremental import cross_attention_maps
 from bestiary.models.layers.dropout import Dropout
 from bestiary.models.layers.linear import LOGICAL_AXES
 from bestiary.models.layers.positions import sinusoids
-from bestiary.models.marian import MarianConfig, from_transformer
-from bestiary.models.transformer import EncoderBlock, Transformer, TransformerConfig
 from bestiary.train.commands.parity import describe
 
-FIXTURE = Path(__file__).parent / "fixtures" / "marian_translation"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "marian_translation"
 SMALL = TransformerConfig(
     vocab_size=37, width=16, encoder_layers=2, decoder_layers=2, encoder_heads=2, decoder_heads=4,
     encoder_feed_forward=24, decoder_feed_forward=20, positions=16,

@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from bestiary import models
 from bestiary.models.checkpoints.folder import load_with_report
+from bestiary.models.encoders.spanbert import FAMILY, SpanBertConfig, SpanTargets
 from bestiary.models.registry import init_params
-from bestiary.models.spanbert import FAMILY, SpanBertConfig, SpanTargets
 
 CONFIG = SpanBertConfig(
     vocab_size=61, width=16, layers=2, heads=2, feed_forward=24, positions=16, span_targets=4, span_position_size=6,

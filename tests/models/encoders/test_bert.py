@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.models import bert
+from bestiary.models.encoders import bert
 from bestiary.models.heads import losses
 from bestiary.models.layers.dropout import Dropout
 from bestiary.models.layers.linear import LOGICAL_AXES

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from bestiary.models.checkpoints.config import ConfigError
-from bestiary.models.modernbert import FAMILY, ModernBertConfig
+from bestiary.models.encoders.modernbert import FAMILY, ModernBertConfig
 from bestiary.models.registry import init_params
 
 CONFIG = ModernBertConfig(

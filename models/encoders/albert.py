@@ -16,14 +16,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ..checkpoints.tables import Entry, Table, linear_entries, norm_entries
+from ..encoder import Encoder
+from ..family import Architecture, EncoderConfig, Family
+from ..heads.with_head import EncoderParts, Form, architectures, masked_words, masked_words_entries
+from ..layers.dropout import Dropout
+from ..layers.linear import Linear
+from ..layers.segments import Rows, Segments, gather_positions, row_numbers, rows_at
 from .bert import Block, Embeddings, embeddings_entries
-from .checkpoints.tables import Entry, Table, linear_entries, norm_entries
-from .encoder import Encoder
-from .family import Architecture, EncoderConfig, Family
-from .heads.with_head import EncoderParts, Form, architectures, masked_words, masked_words_entries
-from .layers.dropout import Dropout
-from .layers.linear import Linear
-from .layers.segments import Rows, Segments, gather_positions, row_numbers, rows_at
 
 
 def _size(layers: int, width: int, heads: int, dropout: float = 0.0) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from bestiary.models.albert import FAMILY, AlbertConfig
 from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.encoders.albert import FAMILY, AlbertConfig
 
 SIZES: dict[str, Any] = dict(vocab_size=61, width=16, heads=2, feed_forward=24, positions=16, embedding_size=8)
 

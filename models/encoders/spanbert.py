@@ -15,14 +15,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ..checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
+from ..family import Architecture, Family
+from ..heads.with_head import architectures, masked_words, masked_words_entries
+from ..layers.activations import ACTIVATIONS
+from ..layers.linear import Embed, Linear, add_bias, partitioned
+from ..layers.norms import LayerNorm
+from ..layers.segments import Rows, Segments, gather_positions
 from . import bert
-from .checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
-from .family import Architecture, Family
-from .heads.with_head import architectures, masked_words, masked_words_entries
-from .layers.activations import ACTIVATIONS
-from .layers.linear import Embed, Linear, add_bias, partitioned
-from .layers.norms import LayerNorm
-from .layers.segments import Rows, Segments, gather_positions
 
 CASED = 28_996  # tokens of BERT's cased vocabulary
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from bestiary import models
 from bestiary.models.checkpoints.config import ConfigError
-from bestiary.models.electra import FAMILY, ElectraConfig, Logits, separate
+from bestiary.models.encoders.electra import FAMILY, ElectraConfig, Logits, separate
 from bestiary.models.registry import init_params
 
 CONFIG = ElectraConfig(

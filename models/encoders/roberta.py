@@ -18,14 +18,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ..encoder import Encoder, check_length
+from ..family import EncoderConfig, Family
+from ..heads.with_head import EncoderParts, Form, architectures
+from ..layers.dropout import Dropout
+from ..layers.linear import Embed
+from ..layers.norms import LayerNorm
+from ..layers.segments import Rows
 from .bert import Block, encoder_entries
-from .encoder import Encoder, check_length
-from .family import EncoderConfig, Family
-from .heads.with_head import EncoderParts, Form, architectures
-from .layers.dropout import Dropout
-from .layers.linear import Embed
-from .layers.norms import LayerNorm
-from .layers.segments import Rows
 
 
 def _size(layers: int, width: int, vocab_size: int = 50_265) -> dict[str, Any]:

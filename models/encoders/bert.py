@@ -19,16 +19,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from .checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
-from .encoder import Encoder, check_length
-from .family import Architecture, EncoderConfig, Family
-from .heads.with_head import EncoderParts, Form, architectures, masked_words, masked_words_entries
-from .layers.attention import Attention
-from .layers.dropout import Dropout
-from .layers.feed_forward import FeedForward
-from .layers.linear import Embed, Linear
-from .layers.norms import LayerNorm
-from .layers.segments import Rows, Segments, gather_positions
+from ..checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
+from ..encoder import Encoder, check_length
+from ..family import Architecture, EncoderConfig, Family
+from ..heads.with_head import EncoderParts, Form, architectures, masked_words, masked_words_entries
+from ..layers.attention import Attention
+from ..layers.dropout import Dropout
+from ..layers.feed_forward import FeedForward
+from ..layers.linear import Embed, Linear
+from ..layers.norms import LayerNorm
+from ..layers.segments import Rows, Segments, gather_positions
 
 
 def _size(layers: int, width: int, vocab_size: int = 30_522) -> dict[str, int]:

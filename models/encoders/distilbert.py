@@ -15,16 +15,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from .checkpoints.tables import Entry, linear_entries, norm_entries, same
-from .encoder import Encoder, check_length
-from .family import EncoderConfig, Family
-from .heads.with_head import EncoderParts, Form, architectures
-from .layers.attention import Attention
-from .layers.dropout import Dropout
-from .layers.feed_forward import FeedForward
-from .layers.linear import Embed
-from .layers.norms import LayerNorm
-from .layers.segments import Rows, Segments
+from ..checkpoints.tables import Entry, linear_entries, norm_entries, same
+from ..encoder import Encoder, check_length
+from ..family import EncoderConfig, Family
+from ..heads.with_head import EncoderParts, Form, architectures
+from ..layers.attention import Attention
+from ..layers.dropout import Dropout
+from ..layers.feed_forward import FeedForward
+from ..layers.linear import Embed
+from ..layers.norms import LayerNorm
+from ..layers.segments import Rows, Segments
 
 
 def _size(vocab_size: int) -> dict[str, Any]:

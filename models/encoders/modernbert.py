@@ -22,19 +22,19 @@ import flax.linen as nn
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from .checkpoints.config import ConfigError
-from .checkpoints.tables import Entry, fused_entries, linear_entries, norm_entries, same
-from .encoder import Encoder, check_length
-from .family import EncoderConfig, Family
-from .heads.with_head import EncoderParts, Form, architectures
-from .layers.activations import ACTIVATIONS
-from .layers.attention import Attention
-from .layers.dropout import Dropout
-from .layers.feed_forward import FeedForward
-from .layers.linear import Embed
-from .layers.norms import LayerNorm
-from .layers.segments import Rows, Segments
-from .layers.stack import LayerKind
+from ..checkpoints.config import ConfigError
+from ..checkpoints.tables import Entry, fused_entries, linear_entries, norm_entries, same
+from ..encoder import Encoder, check_length
+from ..family import EncoderConfig, Family
+from ..heads.with_head import EncoderParts, Form, architectures
+from ..layers.activations import ACTIVATIONS
+from ..layers.attention import Attention
+from ..layers.dropout import Dropout
+from ..layers.feed_forward import FeedForward
+from ..layers.linear import Embed
+from ..layers.norms import LayerNorm
+from ..layers.segments import Rows, Segments
+from ..layers.stack import LayerKind
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 

@@ -16,12 +16,10 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 from jax import Array
 
-from .bert import Block, Embeddings
-from .bert import encoder_entries as bert_entries
-from .checkpoints.tables import Entry, Table, linear_entries
-from .encoder import Encoder
-from .family import Architecture, EncoderConfig, Family
-from .heads.with_head import (
+from ..checkpoints.tables import Entry, Table, linear_entries
+from ..encoder import Encoder
+from ..family import Architecture, EncoderConfig, Family
+from ..heads.with_head import (
     EncoderParts,
     Form,
     WithHead,
@@ -30,8 +28,10 @@ from .heads.with_head import (
     masked_words,
     masked_words_entries,
 )
-from .layers.linear import Linear
-from .layers.segments import Rows, Segments, gather_positions, row_numbers
+from ..layers.linear import Linear
+from ..layers.segments import Rows, Segments, gather_positions, row_numbers
+from .bert import Block, Embeddings
+from .bert import encoder_entries as bert_entries
 
 
 def _size(layers: int, width: int, embedding_size: int, generator_fraction: float | None = None) -> dict[str, Any]:

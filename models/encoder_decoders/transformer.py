@@ -24,19 +24,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checkpoints.encoder_decoder import encoder_decoder_table
-from .family import Architecture, Family, FamilyConfig
-from .heads.losses import SmoothedSums, projected_sums
-from .incremental import IncrementalEncoderDecoder, Slots
-from .layers.activations import ACTIVATIONS
-from .layers.attention import Attention
-from .layers.dropout import Dropout
-from .layers.feed_forward import FeedForward
-from .layers.linear import Embed, Linear, add_bias, partitioned
-from .layers.norms import LayerNorm
-from .layers.positions import sinusoids
-from .layers.segments import Rows, Segments, row_numbers, split_segments
-from .layers.stack import run_layers
+from ..checkpoints.encoder_decoder import encoder_decoder_table
+from ..family import Architecture, Family, FamilyConfig
+from ..heads.losses import SmoothedSums, projected_sums
+from ..incremental import IncrementalEncoderDecoder, Slots
+from ..layers.activations import ACTIVATIONS
+from ..layers.attention import Attention
+from ..layers.dropout import Dropout
+from ..layers.feed_forward import FeedForward
+from ..layers.linear import Embed, Linear, add_bias, partitioned
+from ..layers.norms import LayerNorm
+from ..layers.positions import sinusoids
+from ..layers.segments import Rows, Segments, row_numbers, split_segments
+from ..layers.stack import run_layers
 
 MOST_POSITIONS = 1 << 15  # beyond those of any translator, and a table of half a gigabyte
 NORM_EPSILON = 1e-5  # not in the paper; this is PyTorch's, and so that of every released checkpoint

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from .checkpoints.config import ConfigError
-from .checkpoints.tables import Params, flatten
+from ..checkpoints.config import ConfigError
+from ..checkpoints.tables import Params, flatten
 from .transformer import SHARED_KEYS, Transformer, TransformerConfig, make_family
 
 TYING_KEYS = ("share_encoder_decoder_embeddings", "tie_word_embeddings")

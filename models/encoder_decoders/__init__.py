@@ -1,0 +1,1 @@
+"""The encoder-decoders, one file a family."""

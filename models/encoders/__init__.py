@@ -1,0 +1,1 @@
+"""The encoders: BERT and its relatives, one file a family."""

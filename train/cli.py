@@ -32,7 +32,7 @@ class Command(NamedTuple):
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("pretrain",): Command(
         ".pretrain.config:PretrainConfig",
-        "pretrain a model on text; without arguments, a small BERT on Python's own documentation",
+        "pretrain a model on text; without arguments, a small ModernBERT on Python's own documentation",
         ".pretrain.loop",
     ),
     ("translate", "train"): Command(

@@ -1,13 +1,15 @@
 """Settings of `bestiary pretrain`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import tyro
 
 from ...models.checkpoints.config import require_checkpoint
+from ..arguments import flags
 from ..config import FREE as EVERY_FREE
 from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
 from ..errors import MOST_SEED, RunError, check_setting
@@ -20,7 +22,7 @@ RowKind = Literal["sentences", "full-sentences", "doc-sentences"]
 class PretrainConfig:
     """Pretrain a model on text, by an objective that needs no labels.
 
-    Without arguments: a small BERT on Python's own documentation, about three minutes on two CPU cores.
+    Without arguments: a small ModernBERT on Python's own documentation, about three minutes on two CPU cores.
     """
 
     corpus: tuple[str, ...] = ()
@@ -51,8 +53,9 @@ class PretrainConfig:
     workers: int = 0
     """Number of tokenising processes; 0: one per core."""
 
-    model: str = "bert-tiny"
-    """Size, one of `bestiary models`: bert-tiny, bert-mini, bert-base, ... The vocabulary is the tokenizer's."""
+    model: str = "modernbert-tiny"
+    """Size, one of `bestiary models`: bert-tiny, bert-mini, bert-base, ... The vocabulary is the tokenizer's. Without
+    --model and --init-from, the optimiser is muon, with a learning rate of 0.01 (else adamw and 0.001)."""
     objective: str | None = None
     """Pretraining objective: mlm (masked words), mlm+nsp (also whether sentence B follows A), mlm+sop (also whether A
     and B are swapped), span+sbo (masked spans, also from the tokens beside them) or rtd (which tokens a generator has
@@ -118,6 +121,18 @@ class PretrainConfig:
     unless --tokenizer is given."""
 
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self:
+        """Return the defaults of a command line: a first run, with no model named, has an optimiser of its own.
+
+        In three minutes on two cores, Muon teaches it to predict a third of the masked words; AdamW stays at the
+        frequencies of the words, as it does with a small BERT.
+        """
+        given = flags(arguments)
+        if {"model", "init_from", "optimizer"} & set(given):
+            return cls()
+        return cls(optim=OptimConfig(optimizer="muon", learning_rate=1e-2, warmup=0.1))
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -1,6 +1,6 @@
 """Pretrain a model on text by an objective, from text to a checkpoint folder.
 
-    bestiary pretrain                               a small BERT on Python's own documentation, minutes on two cores
+    bestiary pretrain                          a small ModernBERT on Python's own documentation, minutes on two cores
     bestiary pretrain --corpus books/ --tokenizer DIR --model bert-mini --sequence-length 512 --batch-tokens 65536 \\
         --steps 20000 --mesh data=8 --out runs/mini
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # thirds of the time; `optimised` is for tests of exact numbers.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# Workers and the processes that tests start share the programs they compile, the smallest too.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 # The tests start dozens of processes, each of which would otherwise compile some 1,500 modules, 4 s, again.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     sys.dont_write_bytecode = False
@@ -29,6 +33,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker for each core that this process may use; none for one core, and for tests that are named one by one."""
     named = all("::" in argument for argument in config.args)
     return 0 if named or usable_cores() == 1 else usable_cores()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of compiled programs, for as long as the tests run; one that is already named is kept."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit it
+        folder = tempfile.TemporaryDirectory(prefix="bestiary-compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture(scope="session")

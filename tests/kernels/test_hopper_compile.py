@@ -1,7 +1,8 @@
 """The Hopper kernels compiled ahead of time for an H200, without one: registers, spills, order, copies, memory.
 
-The compiler runs in a process of its own (this file, run as a script): it writes its reports where the environment
-says. The package promises jax 0.11.2 and later; these are the tests of that for the kernels:
+The compiler runs in a process of its own (this file, run as a script), which is asked for one program after another:
+it writes its reports where the environment says. The package promises jax 0.11.2 and later; these are the tests of
+that for the kernels:
 
     uv run --isolated --no-project --with-editable . --with jax==0.11.2 --with jax-cuda13-plugin==0.11.2 \
         --with jax-cuda13-pjrt==0.11.2 --with nvidia-cuda-nvdisasm --with pytest \
@@ -9,6 +10,7 @@ says. The package promises jax 0.11.2 and later; these are the tests of that for
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -16,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -80,6 +83,29 @@ SPILLS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Order:
+    """What a kernel's loop does in its machine code, in `LETTERS`; of the first group, how many exponentials it has."""
+
+    instructions: str
+    exponentials: range
+
+
+# A group passes its turn on when its products are issued, and takes it back when its exponentials are done: products,
+# the turn passed on before they are awaited; most of 64 exponentials before the wait for the own turn.
+TURNS = Order(r"P+a[^PD]*D([^PD]*)w[^PD]*P", range(60, 10_000))
+# The gradient of values runs beside that of scores: weights are recomputed beside dO V'; dV's product is issued before
+# that is awaited, and dK's comes last.
+BESIDE = Order(r"P{8}D([^PD]*)P{4}D[^PDe]*P{4}", range(32, 33))
+ORDERS = {
+    ("plain 64", "forward"): TURNS,
+    ("causal 128", "forward"): TURNS,
+    ("packed 64", "forward"): TURNS,
+    ("plain 64", "key_gradient"): BESIDE,
+    ("everything 64", "key_gradient"): BESIDE,
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """What the compiler says of one kernel."""
 
@@ -97,20 +123,25 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """Of each case, bytes of temporary memory and its kernels; and the collectives of a program over a mesh."""
+class Program:
+    """What is known of a compiled program; of one that was only lowered, its copies."""
 
-    memory: dict[str, int]
-    kernels: dict[str, list[Kernel]]
-    collectives: list[str]
-    descriptors: dict[str, int]
-    """Of each case, the number of different copies by the copy engine."""
+    descriptors: int
+    """The number of different copies by the copy engine."""
     faults: list[str]
     """Copies whose descriptor the driver would refuse, which is known only when a kernel is launched."""
+    memory: int = 0
+    """Bytes, temporary."""
+    kernels: tuple[Kernel, ...] = ()
+    collectives: tuple[str, ...] = ()
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Program]]:
+    """(case, devices=1) -> what the compiler makes of it, compiled at the first call.
+
+    Each of pytest's workers has a compiler of its own, which is asked for the cases of that worker's tests alone.
+    """
     if not all(importlib.util.find_spec(name) for name in ("jax_plugins", "jax_plugins.xla_cuda13")):
         pytest.skip("needs jax-cuda13-plugin, which compiles for a GPU that is not there")
     try:
@@ -120,75 +151,84 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("dump")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program that is read leaves no reports
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "CUDA_ROOT": str(disassembler.locate_file("nvidia/cu13")),
         "MOSAIC_GPU_DUMP_TO": str(folder),
     }
-    result = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads((folder / "report.json").read_text())
-    kernels = {
-        name: [Kernel(**kernel | {"pools": [tuple(pool) for pool in kernel["pools"]]}) for kernel in kernels]
-        for name, kernels in found["kernels"].items()
-    }
-    return Report(found["memory"], kernels, found["collectives"], found["descriptors"], found["faults"])
+    errors = folder.parent / "stderr"
+    with errors.open("w") as stderr, subprocess.Popen(
+        [sys.executable, __file__, str(folder)],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+    ) as compiler:  # fmt: skip
+
+        @functools.cache
+        def ask(case: str, devices: int = 1) -> Program:
+            print(json.dumps({"case": case, "devices": devices}), file=compiler.stdin, flush=True)
+            answer = compiler.stdout.readline()
+            assert answer, errors.read_text()[-4000:]
+            found = json.loads(answer)
+            kernels = (
+                Kernel(**kernel | {"pools": [tuple(pool) for pool in kernel["pools"]]}) for kernel in found["kernels"]
+            )
+            return Program(**found | {"kernels": tuple(kernels), "collectives": tuple(found["collectives"])})
+
+        yield ask
+
+
+@pytest.mark.parametrize("case", LOWERED)
+def test_descriptors_of_copies_are_what_the_driver_takes(case: str, program: Callable[..., Program]) -> None:
+    check_copies(program(case))
+
+
+def check_copies(found: Program) -> None:
+    assert found.faults == []
+    assert found.descriptors >= 2  # of a shape for queries and one for keys
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_registers_and_tensor_cores(case: str, compiled: Report) -> None:
-    kernels = compiled.kernels[case]
-    names = {kernel.name for kernel in kernels}
+def test_what_the_compiler_makes_of_the_kernels(case: str, program: Callable[..., Program]) -> None:
+    found = program(case)
+    check_copies(found)
+    names = {kernel.name for kernel in found.kernels}
     short = case.startswith("short")
     backward = {"fused"} if short and "256" not in case else {"query_gradient", "key_gradient"}
     assert names == backward | {"one_pass" if short else "forward"} | (
         {"bias_gradient"} if "bias" in CASES[case] else set()
     )
-    for kernel in kernels:
+    for kernel in found.kernels:
         assert kernel.tensor_core > 0, kernel
         assert kernel.atomic == 0, kernel
         assert kernel.spilled <= SPILLS.get((case, kernel.name), 0), kernel
+        check_registers_given_up(kernel)
+        if pattern := ORDERS.get((case, kernel.name)):
+            loop = re.search(pattern.instructions, kernel.order)
+            assert loop, kernel
+            assert loop[1].count("e") in pattern.exponentials, kernel
     listed = {name for name_of_case, name in SPILLS if name_of_case == case}
-    assert listed == {kernel.name for kernel in kernels if kernel.spilled}
+    assert listed == {kernel.name for kernel in found.kernels if kernel.spilled}
     assert not listed & FORWARD
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_no_part_uses_registers_that_it_gave_up(case: str, compiled: Report) -> None:
+def check_registers_given_up(kernel: Kernel) -> None:
     """Beyond its number a thread would have another's registers: no compiler and no interpreter says so."""
-    for kernel in compiled.kernels[case]:
-        for limit, used in kernel.pools:
-            assert 0 < used < limit, kernel
-        # All three warpgroups together: what the launch had.
-        if kernel.pools:
-            given = sum(limit if limit < 168 else (2 if limit == 240 else 3) * limit for limit, _ in kernel.pools)
-            assert given <= 512, kernel
+    for limit, used in kernel.pools:
+        assert 0 < used < limit, kernel
+    # All three warpgroups together: what the launch had.
+    if kernel.pools:
+        given = sum(limit if limit < 168 else (2 if limit == 240 else 3) * limit for limit, _ in kernel.pools)
+        assert given <= 512, kernel
 
 
-@pytest.mark.parametrize("case", ["plain 64", "causal 128", "packed 64"])
-def test_exponentials_run_beside_the_other_groups_products(case: str, compiled: Report) -> None:
-    """A group passes its turn on when its products are issued, and takes it back when its exponentials are done."""
-    (order,) = (kernel.order for kernel in compiled.kernels[case] if kernel.name == "forward")
-    # Products, the turn passed on before they are awaited; most of 64 exponentials before the wait for the own turn.
-    loop = re.search(r"P+a[^PD]*D([^PD]*)w[^PD]*P", order)
-    assert loop, order
-    assert loop[1].count("e") >= 60, order
+def test_memory_is_linear_in_the_length(program: Callable[..., Program]) -> None:
+    short, long = (program(case).memory for case in ("short, everything 64", "everything 64"))
+    assert 0 < long < 20 * short  # for 16 times the length
+    assert long < 2 * 4 * 2048 * 2048 / 2  # Four bits for each score.
 
 
-@pytest.mark.parametrize("case", ["plain 64", "everything 64"])
-def test_the_gradient_of_values_runs_beside_that_of_scores(case: str, compiled: Report) -> None:
-    """Weights are recomputed beside dO V'; dV's product is issued before that is awaited, and dK's comes last."""
-    (order,) = (kernel.order for kernel in compiled.kernels[case] if kernel.name == "key_gradient")
-    loop = re.search(r"P{8}D([^PD]*)P{4}D[^PDe]*P{4}", order)
-    assert loop, order
-    assert loop[1].count("e") == 32, order
-
-
-def test_descriptors_of_copies_are_what_the_driver_takes(compiled: Report) -> None:
-    assert compiled.faults == []
-    assert set(compiled.descriptors) == CASES.keys() | LOWERED.keys()
-    assert min(compiled.descriptors.values()) >= 2  # of a shape for queries and one for keys
+def test_a_mesh_gathers_nothing(program: Callable[..., Program]) -> None:
+    """Rows and heads split two by two: all that is exchanged is the sum of the table's gradient over the rows."""
+    assert program("everything 64", devices=4).collectives == ("all-reduce",)
 
 
 @pytest.mark.parametrize(
@@ -224,17 +264,6 @@ def test_registers_are_counted_where_they_can_be_reached() -> None:
     """
     assert pools_of(code) == [(24, 20), (240, 234)]
     assert order_of(code) == "PP"
-
-
-def test_memory_is_linear_in_the_length(compiled: Report) -> None:
-    short, long = compiled.memory["short, everything 64"], compiled.memory["everything 64"]
-    assert 0 < long < 20 * short  # for 16 times the length
-    assert long < 2 * 4 * 2048 * 2048 / 2  # Four bits for each score.
-
-
-def test_a_mesh_gathers_nothing(compiled: Report) -> None:
-    """Rows and heads split two by two: all that is exchanged is the sum of the table's gradient over the rows."""
-    assert compiled.collectives == ["all-reduce"]
 
 
 def instructions(code: str) -> tuple[list[str], dict[str, int]]:
@@ -312,7 +341,7 @@ def faults_of(box: tuple[int, ...], strides: tuple[int, ...], size: int, swizzle
     return found + ([f"{everything} bytes, no multiple of 128"] if everything % 128 else [])
 
 
-def watch_copies(seen: dict[str, set[Any]], faults: list[str], case: list[str]) -> None:
+def watch_copies(seen: set[Any], faults: list[str]) -> None:
     """Look at every descriptor that lowering asks for. (Compiling ahead of time never makes one.)"""
     from jax.experimental.mosaic.gpu import launch_context
     from jaxlib.mlir import ir
@@ -329,15 +358,19 @@ def watch_copies(seen: dict[str, set[Any]], faults: list[str], case: list[str]) 
         strides = tuple(kind.get_strides_and_offset()[0])
         size = launch_context.utils.bitwidth(kind.element_type) // 8
         copy = (tuple(box), strides, size, None if swizzle is None else int(swizzle))
-        if copy not in seen.setdefault(case[0], set()):
-            seen[case[0]].add(copy)
-            faults.extend(f"{case[0]}: {copy}: {fault}" for fault in faults_of(*copy))
+        if copy not in seen:
+            seen.add(copy)
+            faults.extend(f"{copy}: {fault}" for fault in faults_of(*copy))
         return original(self, ref, transforms, peer, box, swizzle, *rest, **more)
 
     launch_context.LaunchContext._get_tma_desc = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main(folder: Path) -> None:
+    """Answer each line of stdin, a case and a number of devices, with a line of what is known of the program."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -399,42 +432,47 @@ def main(folder: Path) -> None:
             traced = jax.jit(step).trace(query, key, value, biases[bias], ids, seeds, gradient)
         return traced.lower()
 
-    one = Mesh(np.array(devices("1x1x1")).reshape(1, 1), ("rows", "heads"))
-    four = Mesh(np.array(devices("2x2x1")).reshape(2, 2), ("rows", "heads"))
-    seen: dict[str, set[Any]] = {}
-    report: dict[str, Any] = {"memory": {}, "kernels": {}, "faults": []}
-    case = [""]
-    watch_copies(seen, report["faults"], case)
-    for case[0], options in LOWERED.items():
-        lower(one, **options)
-    for name, options in CASES.items():
+    meshes = {
+        1: Mesh(np.array(devices("1x1x1")).reshape(1, 1), ("rows", "heads")),
+        4: Mesh(np.array(devices("2x2x1")).reshape(2, 2), ("rows", "heads")),
+    }
+    seen: set[Any] = set()
+    faults: list[str] = []
+    watch_copies(seen, faults)
+    names = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    for line in sys.stdin:
+        asked = json.loads(line)
+        seen.clear()
+        faults.clear()
+        jax.clear_caches()  # or copies of a kernel that two programs share would be seen once
         for old in folder.glob("*"):
             old.unlink()
-        case[0] = name
-        report["memory"][name] = lower(one, **options).compile().memory_analysis().temp_size_in_bytes
-        kernels = report["kernels"][name] = []
-        for path in sorted(folder.glob("*.ptxas")):
-            text = path.read_text()
-            code = path.with_suffix(".sass_ctrl").read_text()
-            (registers,) = re.findall(r"Used (\d+) registers", text)
-            (kernel,) = set(re.findall(r"function '(?:attention_)?(\w+?)_mosaic_gpu_kernel'", text))
-            kernels.append(
-                {
-                    "name": kernel,
-                    "registers": int(registers),
-                    "spilled": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
-                    "tensor_core": len(re.findall(r"\bHGMMA\.", code)),
-                    "pools": pools_of(code),
-                    "order": order_of(code),
-                    "atomic": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|UTMAREDG)\b", code)),
-                }
-            )
-    # For each device what "everything 64" is: the compiler has those kernels already.
-    text = lower(four, **CASES["everything 64"]).compile().as_text()
-    names = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    report["collectives"] = sorted(set(re.findall(names, text)))
-    report["descriptors"] = {name: len(copies) for name, copies in seen.items()}
-    (folder / "report.json").write_text(json.dumps(report))
+        lowered = lower(meshes[asked["devices"]], **(CASES | LOWERED)[asked["case"]])
+        answer: dict[str, Any] = {"descriptors": len(seen), "faults": faults, "kernels": [], "collectives": []}
+        if asked["case"] in CASES:
+            program = lowered.compile()
+            answer |= {
+                "memory": program.memory_analysis().temp_size_in_bytes,
+                "collectives": sorted(set(re.findall(names, program.as_text()))),
+                "kernels": [kernel_of(path) for path in sorted(folder.glob("*.ptxas"))],
+            }
+        print(json.dumps(answer), file=replies, flush=True)
+
+
+def kernel_of(path: Path) -> dict[str, Any]:
+    """A `Kernel`, from the compiler's report and the disassembly beside it."""
+    text, code = path.read_text(), path.with_suffix(".sass_ctrl").read_text()
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    (name,) = set(re.findall(r"function '(?:attention_)?(\w+?)_mosaic_gpu_kernel'", text))
+    return {
+        "name": name,
+        "registers": int(registers),
+        "spilled": max(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
+        "tensor_core": len(re.findall(r"\bHGMMA\.", code)),
+        "pools": pools_of(code),
+        "order": order_of(code),
+        "atomic": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|UTMAREDG)\b", code)),
+    }
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 STEPS = 24
 WORDS = [a + b for a in ("ba", "ko", "li", "mu", "ter", "san", "vo", "gri") for b in ("n", "rd", "st", "lo", "ma", "x")]
@@ -29,10 +30,9 @@ def write_corpus(folder: Path) -> Path:
 
 @dataclass
 class Workshop:
-    """Runs `bestiary pretrain` on the small corpus, with a compilation cache so that each program is compiled once."""
+    """Runs `bestiary pretrain` on the small corpus."""
 
     folder: Path
-    compiled: Path
 
     def arguments(self, out: Path, *more: str, **settings: str | None) -> list[str]:
         """The command's words; `settings` replace the usual flags, None leaves one out."""
@@ -45,12 +45,7 @@ class Workshop:
         return ["pretrain", *(word for pair in pairs for word in pair), *more]
 
     def start(self, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
         command = [sys.executable, "-c", MAIN, *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -69,18 +64,24 @@ class Workshop:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Workshop:
-    folder = tmp_path_factory.mktemp("workshop")
-    write_corpus(folder / "corpus")
+    """One of all of pytest's workers."""
     base = tmp_path_factory.getbasetemp()
-    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return Workshop(folder, session / "compiled")  # of all workers
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "corpus.lock"):
+        if not (folder / "corpus").exists():
+            write_corpus(folder / "corpus")
+    return Workshop(folder)
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(workshop) -> Path:
-    """The folder of a run that nothing disturbed."""
-    workshop.pretrain(workshop.folder / "uninterrupted")
-    return workshop.folder / "uninterrupted"
+    """The folder of a run that nothing disturbed: to be read and copied, not changed."""
+    out = workshop.folder / "uninterrupted"
+    with FileLock(workshop.folder / "uninterrupted.lock"):
+        if not (out / "results.json").exists():
+            workshop.pretrain(out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -47,9 +47,10 @@ def test_terminated_saves_and_exits_0(workshop, uninterrupted):
 
 
 def test_a_finished_run_started_again_stays_as_it_is(workshop, uninterrupted):
-    before = (uninterrupted / "metrics.jsonl").read_text()
-    workshop.pretrain(uninterrupted)
-    assert (uninterrupted / "metrics.jsonl").read_text() == before
+    out = workshop.folder / "finished"
+    shutil.copytree(uninterrupted, out)
+    workshop.pretrain(out)
+    assert_same_run(out, uninterrupted)
 
 
 @pytest.mark.parametrize("harm", ["cut short", "flipped byte", "no manifest"])

@@ -69,14 +69,20 @@ class Stack(nn.Module):
 
 
 def drawn(stack: Stack) -> Any:
-    return nn.unbox(stack.init(jax.random.key(0), HIDDEN))["params"]
+    """Parameters at random, without a program that draws them."""
+    random = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        return np.float32(random.normal(size=leaf.shape) * 0.4 + (path[-1].key == "scale"))
+
+    shapes = nn.unbox(jax.eval_shape(stack.init, jax.random.key(0), HIDDEN))["params"]
+    return jax.tree.map_with_path(draw, shapes)
 
 
-def by_hand(params: Any, kinds: Any, sets: Any) -> list[jax.Array]:
+def by_hand(params: Any, kinds: Any) -> list[jax.Array]:
     outputs = [HIDDEN]
     for layer, kind in enumerate(kinds):
-        row = layer if sets is None else sets[layer]
-        own = jax.tree.map(lambda leaf, row=row: leaf[row], params["layers"])
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
         given: Any = Block().apply({"params": own}, outputs[-1], SEGMENTS, ROWS, **kind, deterministic=True)
         outputs.append(given)
     return outputs[1:]
@@ -88,13 +94,27 @@ def total(params: Any, run: Any) -> Any:
 
 
 @cache
-def expected_of(*, sets: Any, alike: bool) -> Any:
-    """((total, outputs), gradients) of the layers one by one."""
+def one_by_one(*, alike: bool) -> Any:
+    """From parameters of each layer to ((total, outputs), gradients)."""
 
     def run(params: Any) -> Any:
-        return jnp.stack(by_hand(params, ({},) * N if alike else KINDS, sets))
+        return jnp.stack(by_hand(params, ({},) * N if alike else KINDS))
 
-    return jax.jit(jax.value_and_grad(partial(total, run=run), has_aux=True))(drawn(Stack(sets=sets)))
+    return jax.jit(jax.value_and_grad(partial(total, run=run), has_aux=True))
+
+
+def expected_of(params: Any, sets: Any, *, alike: bool) -> Any:
+    """((total, outputs), gradients) of the layers one by one; a set's gradient is the sum over its layers."""
+    if sets is None:
+        return one_by_one(alike=alike)(params)
+    found, gradients = one_by_one(alike=alike)(jax.tree.map(lambda leaf: leaf[list(sets)], params))
+
+    def summed(gradient: Any, leaf: np.ndarray) -> np.ndarray:
+        sums = np.zeros_like(leaf)
+        np.add.at(sums, list(sets), np.asarray(gradient))
+        return sums
+
+    return found, jax.tree.map(summed, gradients, params)
 
 
 def compared(stack: Stack) -> None:
@@ -108,7 +128,7 @@ def compared(stack: Stack) -> None:
         return every
 
     (_, found), gradients = jax.jit(jax.value_and_grad(partial(total, run=run), has_aux=True))(params)
-    (_, wanted), expected_gradients = expected_of(sets=stack.sets, alike=stack.kinds is None)
+    (_, wanted), expected_gradients = expected_of(params, stack.sets, alike=stack.kinds is None)
     np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), gradients, expected_gradients)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
@@ -137,9 +157,8 @@ def test_layers_share_sets_of_parameters(sets: tuple[int, ...], scan: bool, rema
 
 def test_kinds_change_no_parameter() -> None:
     """They are drawn as of layers that are alike, each carrying the axis of the layers."""
-    plain, kinds = Stack(), Stack(KINDS)
-    jax.tree.map(np.testing.assert_array_equal, drawn(kinds), drawn(plain))
-    boxed: Any = kinds.init(jax.random.key(0), HIDDEN)["params"]
+    plain, boxed = (jax.jit(Stack(kinds).init)(jax.random.key(0), HIDDEN)["params"] for kinds in (None, KINDS))
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(boxed), nn.unbox(plain))
     assert boxed["layers"]["attention"]["query"]["kernel"].names == ("layers", "embed", "heads", "head_dim")
 
 
@@ -147,8 +166,8 @@ def test_the_last_layer_of_another_kind_computes_some_positions_alone() -> None:
     kinds = [*[LOCAL] * (N - 1), GLOBAL]
     stack = Stack(kinds)
     params, positions = drawn(stack), jnp.array([[0, 4], [0, 0]])
-    found, _ = stack.apply({"params": params}, HIDDEN, last_positions=positions)
-    whole, _ = stack.apply({"params": params}, HIDDEN)
+    run = jax.jit(lambda **more: stack.apply({"params": params}, HIDDEN, **more)[0])
+    found, whole = run(last_positions=positions), run()
     np.testing.assert_allclose(found, jnp.take_along_axis(whole, positions[..., None], axis=1), atol=1e-5)
     with pytest.raises(NotImplementedError, match="query_positions with causal, window or bias"):
         Stack([LOCAL] * N).apply({"params": params}, HIDDEN, last_positions=positions)

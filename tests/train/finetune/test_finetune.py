@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental.compilation_cache import compilation_cache
 
 from bestiary import models
 from bestiary.data import load_tokenizer
@@ -36,18 +35,6 @@ from bestiary.train.sharding import start_parallelism
 
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "dull")
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same program is compiled once: runs that are started again and again are what is tested here."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 def sentence(draw: random.Random, label: int) -> str:

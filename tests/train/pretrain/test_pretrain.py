@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary import models
+from bestiary.data import Corpus, train_tokenizer
 from bestiary.models.encoders.bert import BertConfig
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
@@ -18,6 +19,7 @@ from bestiary.train.pretrain.loop import train_step
 from bestiary.train.pretrain.masking import Masking
 from bestiary.train.pretrain.mlm_pairs import MaskedWordsAndNextSentence
 from bestiary.train.pretrain.model import make_model
+from bestiary.train.progress import Progress
 from bestiary.train.sharding import Replicas
 
 
@@ -139,11 +141,20 @@ def test_a_run_with_a_ramp(workshop):
     assert np.abs(tokens / np.repeat([128, 512], 3) - 1).max() < 0.25
 
 
-def test_an_untrained_tokenizer_is_trained_once_for_a_corpus(workshop, uninterrupted):
-    before = set((workshop.folder / "cache" / "tokenizers").iterdir())
-    assert before
-    workshop.pretrain(uninterrupted)
-    assert set((workshop.folder / "cache" / "tokenizers").iterdir()) == before
+def test_a_tokenizer_is_trained_once_for_a_corpus(workshop, tmp_path, monkeypatch):
+    trained = []
+
+    def train(*arguments, **settings):
+        trained.append(settings["vocab_size"])
+        return train_tokenizer(*arguments, **settings)
+
+    monkeypatch.setattr(pretrain_data, "train_tokenizer", train)
+    corpus, sizes = Corpus([workshop.folder / "corpus"]), (120, 120, 150, 120)
+    configs = [PretrainConfig(cache=tmp_path, vocab_size=size) for size in sizes]
+    folders = [pretrain_data.trained_tokenizer(config, corpus, Progress()) for config in configs]
+    assert trained == [120, 150]
+    assert folders[0] == folders[1] == folders[3] != folders[2]
+    assert all((folder / "vocab.txt").exists() for folder in folders)
 
 
 def test_bench_writes_its_figures(workshop, tmp_path, capsys):

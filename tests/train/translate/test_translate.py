@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from bestiary.data.tokenizers.pairs import TextForm
 from bestiary.models.encoder_decoders.transformer import TransformerConfig
@@ -56,24 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.en").write_text("".join(f"{source}\n" for source, _ in pairs))
         (folder / f"{name}.de").write_text("".join(f"{target}\n" for _, target in pairs))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(folder: Path) -> Any:
-    """Runs of the same program share what was compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -364,16 +345,11 @@ def test_a_line_that_is_not_utf8_is_named_after_those_before_it():
 
 
 @pytest.fixture
-def command(folder: Path) -> Callable[..., subprocess.Popen[bytes]]:
-    """Starts `bestiary` with a compilation cache."""
+def command() -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts `bestiary`."""
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
         pipe = subprocess.PIPE
         return subprocess.Popen(
             [sys.executable, "-c", MAIN, *arguments], env=environment, stdin=pipe, stdout=pipe, stderr=pipe

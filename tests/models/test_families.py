@@ -1,7 +1,6 @@
 """What every family of encoders must do, whichever it is; and what marks RoBERTa among them."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -36,19 +35,12 @@ def small(family: Family, **changes: Any) -> EncoderConfig:
     return config
 
 
-def draw(model: Any) -> Any:
-    """Parameters at random, without a program that draws them."""
-    random = np.random.default_rng(0)
-    shapes = nn.unbox(jax.eval_shape(partial(registry.init_params, model), jax.random.key(0)))
-    return jax.tree.map(lambda leaf: np.float32(random.normal(size=leaf.shape) * 0.3), shapes)
-
-
 @families
-def test_an_example_in_a_packed_row_is_as_it_is_alone(family: Family) -> None:
+def test_an_example_in_a_packed_row_is_as_it_is_alone(family: Family, random_params: Any) -> None:
     """Two examples and padding in one row: positions start anew, nothing crosses."""
     config = small(family)
     model = family.build("classification", config)
-    params = draw(model)
+    params = random_params(model)
     ids = jax.random.randint(jax.random.key(1), (1, 9), 5, 61)
     packed = {
         "input_ids": ids.at[0, 8].set(config.pad_token_id or 0),
@@ -147,12 +139,12 @@ def test_a_variant_is_found_by_the_models_that_only_it_has() -> None:
 # --- RoBERTa ----------------------------------------------------------------------------------------------------------
 
 
-def test_roberta_takes_two_tokens_less_than_it_has_positions() -> None:
+def test_roberta_takes_two_tokens_less_than_it_has_positions(random_params: Any) -> None:
     family = registry.family_named("roberta")
     config = family.config.preset("roberta-base")
     assert config.max_length == 512
     model = family.build("encoder", small(family, token_types=1))
-    params = draw(model)
+    params = random_params(model)
     ids = jax.random.randint(jax.random.key(1), (2, 6), 5, 61)
     run = jax.jit(lambda params, *positions: model.apply({"params": params}, ids, None, *positions).hidden)
     np.testing.assert_array_equal(run(params), run(params, jnp.arange(6)[None]))

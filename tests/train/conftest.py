@@ -80,7 +80,7 @@ def uninterrupted(workshop) -> Path:
     out = workshop.folder / "uninterrupted"
     with FileLock(workshop.folder / "uninterrupted.lock"):
         if not (out / "results.json").exists():
-            workshop.pretrain(out)
+            workshop.pretrain(out, "--keep", "4")
     return out
 
 

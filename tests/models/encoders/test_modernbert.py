@@ -1,6 +1,7 @@
 """What marks ModernBERT: windows, two kinds of rotary frequencies, and config files of two generations."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,15 +21,11 @@ CONFIG = ModernBertConfig(
 IDS = jax.random.randint(jax.random.key(1), (1, 9), 5, 61)
 
 
-def draw(model: Any) -> Any:
-    return nn.unbox(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))
-
-
 @pytest.mark.parametrize("window", [0, 2, 4, 5, 18])
-def test_a_local_layer_sees_half_of_the_window_on_each_side(window: int) -> None:
+def test_a_local_layer_sees_half_of_the_window_on_each_side(window: int, random_params: Any) -> None:
     config = dataclasses.replace(CONFIG, layers=1, global_layers=(), local_attention=window)
     model = FAMILY.build("encoder", config)
-    params = draw(model)
+    params = random_params(model)
 
     def seen(params: Any, hidden: jax.Array) -> jax.Array:
         block, stack = model.bind({"params": params}).layers.unbind()
@@ -37,7 +34,7 @@ def test_a_local_layer_sees_half_of_the_window_on_each_side(window: int) -> None
         return block.apply(layer, hidden, None, jnp.zeros(1, jnp.uint32), None, **mode)
 
     hidden = jax.random.normal(jax.random.key(2), (1, 9, 16))
-    reach = np.abs(np.asarray(jax.jacobian(seen, argnums=1)(params, hidden))).sum(axis=(0, 2, 3, 5)) > 0
+    reach = np.abs(np.asarray(jax.jit(jax.jacobian(seen, argnums=1))(params, hidden))).sum(axis=(0, 2, 3, 5)) > 0
     distance = np.abs(np.arange(9)[:, None] - np.arange(9)[None])
     np.testing.assert_array_equal(reach, distance <= window // 2)
 
@@ -57,27 +54,29 @@ def test_only_the_first_layer_lacks_the_norm_before_its_attention() -> None:
     assert not [name for name in names if name.endswith("bias")]
 
 
-def test_a_classifier_of_a_model_that_ends_with_a_window_reads_the_same_first_token() -> None:
+def test_a_classifier_of_a_model_that_ends_with_a_window_reads_the_same_first_token(random_params: Any) -> None:
     """Such a layer computes every token, where others compute [CLS] alone."""
     model = FAMILY.build("encoder", CONFIG)
     assert CONFIG.kinds[-1]["window"] is not None
-    params = draw(model)
-    whole = model.apply({"params": params}, IDS)
-    alone = model.apply({"params": params}, IDS, cls_positions=jnp.array([[0, 5]]), cls_only=True)
+    params = random_params(model)
+    whole = jax.jit(model.apply)({"params": params}, IDS)
+    places = jnp.array([[0, 5]])
+    alone = jax.jit(partial(model.apply, cls_only=True))({"params": params}, IDS, cls_positions=places)
     np.testing.assert_allclose(alone.first, whole.hidden[:, [0, 5]], atol=1e-6)
     assert alone.hidden.shape == (1, 2, 16)
 
 
-def test_the_mean_is_over_an_example_of_a_packed_row() -> None:
+def test_the_mean_is_over_an_example_of_a_packed_row(random_params: Any) -> None:
     config = dataclasses.replace(CONFIG, classifier_pooling="mean", global_every=2)
     model = FAMILY.build("classification", config)
-    params = draw(model)
+    params = random_params(model)
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
     places = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
-    packed = model.apply({"params": params}, IDS, segments, places, cls_positions=jnp.array([[0, 4]]))
-    alone = [model.apply({"params": params}, IDS[:, part]) for part in (slice(0, 4), slice(4, 7))]
+    run = partial(jax.jit(model.apply), {"params": params})
+    packed = run(IDS, segments, places, cls_positions=jnp.array([[0, 4]]))
+    alone = [run(IDS[:, part]) for part in (slice(0, 4), slice(4, 7))]
     np.testing.assert_allclose(packed[0], jnp.concatenate(alone), atol=1e-5)
-    padded = model.apply({"params": params}, IDS, (segments == 1).astype(jnp.int32))
+    padded = run(IDS, (segments == 1).astype(jnp.int32))
     np.testing.assert_allclose(padded, alone[0], atol=1e-5)
 
 

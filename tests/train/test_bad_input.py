@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_names_itself(workshop, tmp_path, capsys, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / f"{step}.json"))
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    assert main(workshop.arguments(tmp_path / "run")) == 1
+    assert main(workshop.arguments(tmp_path / "run", evaluate_every="0", checkpoint_every="1")) == 1
     said = capsys.readouterr().err
     assert "The disk is full: free some space" in said
 

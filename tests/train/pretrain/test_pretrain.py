@@ -89,7 +89,7 @@ def test_two_phases_and_a_ramp(workshop):
     )
     records = [record for record in metrics(out) if "total_tokens" in record]
     assert records[-1]["step"] == 8
-    assert records[-1]["learning_rate"] == pytest.approx(0.0005 / 2, rel=1e-3)  # the last of two steps down
+    assert records[-1]["learning_rate"] == pytest.approx(0.0005 / 3, rel=1e-3)  # the last of three steps down
     tokens = np.diff([0, *(record["total_tokens"] for record in records)])
     assert np.abs(tokens / np.repeat([128, 512], [2, 6]) - 1).max() < 0.25
 

@@ -83,15 +83,15 @@ def test_a_pretrained_run_fills_masks(uninterrupted, capsys):
 
 def test_two_phases_and_a_ramp(workshop):
     out = workshop.folder / "phases"
-    flags = ["--phases", "32:5", "64:3:0.0005", "--batch-ramp", "128:2", "--optimizer", "stable-adamw"]
+    flags = ["--phases", "32:3", "64:3:0.0005", "--batch-ramp", "128:3", "--optimizer", "stable-adamw"]
     workshop.pretrain(
         out, *flags, sequence_length=None, steps=None, evaluate_every="0", evaluation_rows="16", log_every="1"
     )
     records = [record for record in metrics(out) if "total_tokens" in record]
-    assert records[-1]["step"] == 8
+    assert records[-1]["step"] == 6
     assert records[-1]["learning_rate"] == pytest.approx(0.0005 / 3, rel=1e-3)  # the last of three steps down
     tokens = np.diff([0, *(record["total_tokens"] for record in records)])
-    assert np.abs(tokens / np.repeat([128, 512], [2, 6]) - 1).max() < 0.25
+    assert np.abs(tokens / np.repeat([128, 512], 3) - 1).max() < 0.25
 
 
 def test_phases_of_the_configuration():

@@ -44,17 +44,14 @@ def test_losses_of_one_device(workshop, uninterrupted, devices, flags):
 
 
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
-def test_two_processes_of_four_devices(workshop, uninterrupted, parallel):
-    """Stopped by a SIGTERM to one of them, both save and exit 0; one process alone ends the run, to the same losses.
-
-    The batch is divided over eight devices, as it is over those of one process.
-    """
+def test_two_processes_of_two_devices(workshop, uninterrupted, parallel):
+    """Stopped by a SIGTERM to one of them, both save and exit 0; one process alone ends the run, to the same losses."""
     out = workshop.folder / f"processes-{parallel}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--parallel", parallel, "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
-    both = [workshop.start(*workshop.arguments(out, *flags, "--process", str(rank)), devices=4) for rank in (0, 1)]
+    both = [workshop.start(*workshop.arguments(out, *flags, "--process", str(rank)), devices=2) for rank in (0, 1)]
     path = out / "metrics.jsonl"
     while all(one.poll() is None for one in both) and not (path.exists() and '"step": 8,' in path.read_text()):
         time.sleep(0.02)

@@ -193,12 +193,22 @@ def test_work_is_all_that_is_needed(
         assert sum(bool(found.whole(n)) for n in range(len(tiles))) >= len(list(run))
 
 
-def taken(schedule: Schedule) -> tuple[np.ndarray, ...]:
-    """What each block takes in each round, [grid, rounds]: batch row, head, tile, and whether there is such an item."""
-    blocks, rounds = jnp.arange(schedule.grid), jnp.arange(schedule.rounds)
-    counts = schedule.count(blocks, schedule.table)
-    items = schedule.item(schedule.number(blocks[:, None], rounds[None, :], schedule.table))
-    return (*map(np.asarray, items), np.asarray(rounds[None, :] < counts[:, None]))
+def taken(batch: int, heads: int, tiles: int, blocks: int, area: Area, size: int, ids: Any) -> tuple[Any, Any, Any]:
+    """What each block takes in each round, [grid, rounds]: batch row, head, tile, and whether there is such an item.
+
+    With it, the schedule's table and the ranges of the work, each an array or None.
+    """
+
+    @jax.jit
+    def compute(ids: Any) -> tuple[Any, Any, Any]:
+        items = work(area, size, size, ids, ids, axis=1)
+        schedule = Schedule.of(batch, heads, tiles, blocks, items)
+        numbers, rounds = jnp.arange(schedule.grid), jnp.arange(schedule.rounds)
+        counts = schedule.count(numbers, schedule.table)
+        found = schedule.item(schedule.number(numbers[:, None], rounds[None, :], schedule.table))
+        return (*found, rounds[None, :] < counts[:, None]), schedule.table, items.ranges
+
+    return jax.tree.map(np.asarray, compute(ids))
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "wikipedia", "short", "full"])
@@ -208,16 +218,12 @@ def test_blocks_end_at_about_the_same_time(kind: str, shape: tuple[int, int, int
     batch, length, heads = shape
     ids = jnp.asarray(pack(CORPORA[kind], batch, length, seed=0)) if kind in CORPORA else None
     area = Area(length, length, 300 if kind == "window" else None, 0 if kind in ("causal", "window") else None)
-    items = work(area, 128, 128, ids, ids, axis=1)
-    schedule = Schedule.of(batch, heads, length // 128, 132, items)
-    b, head, tile, there = taken(schedule)
-    count = np.zeros((batch, heads, schedule.tiles), int)
+    tiles = length // 128
+    (b, head, tile, there), _, ranges = taken(batch, heads, tiles, 132, area, 128, ids)
+    count = np.zeros((batch, heads, tiles), int)
     np.add.at(count, (b[there], head[there], tile[there]), 1)
     assert (count == 1).all()
-    ranges = np.broadcast_to(
-        [[[0, length // 128]]] if items.ranges is None else np.asarray(items.ranges)[..., :2],
-        (batch, schedule.tiles, 2),
-    )
+    ranges = np.broadcast_to([[[0, tiles]]] if ranges is None else ranges[..., :2], (batch, tiles, 2))
     cost = (ranges[..., 1] - ranges[..., 0] + 1)[b % batch, tile] * there
     busy = cost.sum(axis=1)
     # Items of nearly equal length end with a round that not all blocks have; there is little to arrange.
@@ -232,9 +238,8 @@ def test_every_item_is_taken_once(batch: int, heads: int, blocks: int, segments:
     ids = None
     if segments:
         ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (batch, 40)), axis=1).astype(np.int32))
-    schedule = Schedule.of(batch, heads, 10, blocks, work(Area(40, 40, None, 0), 4, 4, ids, ids, axis=1))
-    b, head, tile, there = taken(schedule)
-    assert (schedule.table is None) == (batch * heads * 10 <= blocks)
+    (b, head, tile, there), table, _ = taken(batch, heads, 10, blocks, Area(40, 40, None, 0), 4, ids)
+    assert (table is None) == (batch * heads * 10 <= blocks)
     found = sorted(zip(b[there].tolist(), head[there].tolist(), tile[there].tolist(), strict=True))
     assert found == list(itertools.product(range(batch), range(heads), range(10)))
 

@@ -51,8 +51,10 @@ class FamilyConfig:
 
     extra: Extra = ()
     """other entries of config.json, written back on saving"""
-    repeated: tuple[str, ...] = ()
-    """tied copies and buffers of the checkpoint, written back on saving"""
+    repeated: tuple[tuple[str, str], ...] = ()
+    """(name, dtype) of tied copies and buffers of the checkpoint, written back on saving"""
+    unprefixed: bool = False
+    """whether the checkpoint's names lack the prefix of models with heads, as do those of released GPT-2s"""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -202,7 +204,7 @@ class EncoderConfig(FamilyConfig):
 
     @property
     def pooling(self) -> str:
-        """What heads over whole examples read: "cls", the first token, or "mean", the mean over an example's tokens."""
+        """What heads over whole examples read: "cls" and "last", the first and last token, or "mean" over all."""
         return "cls"
 
     def head_dropout(self, head: str) -> float:
@@ -214,6 +216,16 @@ class EncoderConfig(FamilyConfig):
     def dropout_fields(self, rate: float) -> dict[str, float]:
         """Return the fields to change for this dropout rate throughout the encoder."""
         return {"dropout": rate, "attention_dropout": rate}
+
+    @classmethod
+    def vocabulary_fields(cls, size: int, ids: Mapping[str, int]) -> dict[str, Any]:
+        """Return the fields of a new model that its tokenizer decides.
+
+        Args:
+            size: number of tokens.
+            ids: ids of special tokens by role, such as "pad" and "eos", as far as there are such.
+        """
+        return {"vocab_size": size, "pad_token_id": ids.get("pad", 0)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
@@ -272,6 +284,8 @@ class Family:
     """parts of an encoder before its layers"""
     above: tuple[str, ...] = ()
     """parts of an encoder after its layers that all of its models have"""
+    delimited: bool = False
+    """whether its paper fine-tunes with new tokens before, between and after texts"""
     one_kind: bool = False
     """whether the family has a single kind of model, all of whose parameters are in every checkpoint"""
 

@@ -1,19 +1,22 @@
-"""Incremental decoding, one token at a time, for `train.generate`: an encoder-decoder with a stack of layers.
+"""Incremental decoding, one token at a time, for `train.generate`: encoder-decoders, and decoders without a source.
 
-The encoder's output becomes keys and values of every decoder layer once. Each step then reads one token of every beam,
-with a cache of the keys and values of earlier tokens.
+What an output is generated from becomes keys and values of every layer once: an encoder's output, or a prompt. Each
+step then reads one token of every beam, with a cache of the keys and values of earlier tokens.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .checkpoints.tables import Params
+from .layers.attention import Attention
 from .layers.linear import add_bias
+from .layers.segments import row_numbers
 
 
 class Slots(NamedTuple):
@@ -62,11 +65,6 @@ class IncrementalEncoderDecoder:
     def positions(self) -> int:
         """Maximum length of a source or an output, in tokens."""
         return self.config.positions
-
-    @property
-    def reads_sources(self) -> bool:
-        """True: there is an encoder."""
-        return True
 
     @property
     def start_id(self) -> int:
@@ -145,6 +143,153 @@ class IncrementalEncoderDecoder:
         if prepared.bias is not None:
             logits = add_bias(logits, prepared.bias)
         return logits, tuple(filled), tuple(attentions)
+
+
+class Written(NamedTuple):
+    """Cache of a decoder: what was read after the prompts."""
+
+    layers: tuple[Slots, ...]
+    positions: Array  # [B, slots] int32, position of the token in each slot
+
+
+@dataclass(frozen=True)
+class IncrementalDecoder:
+    """A decoder without a source as generation uses it (`train.generate.batch.IncrementalModel`): it continues prompts.
+
+    The memory is all of a prompt but its last token, which is the first that a step reads. A family's layer needs no
+    support for this: where its `Attention` is called, the cache takes its place.
+    """
+
+    model: Any  # a `heads.causal_lm.CausalLanguageModel`
+    block: Any  # an unbound layer, with one self-attention
+
+    @property
+    def config(self) -> Any:
+        """Config of the model."""
+        return self.model.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.config.vocab_size
+
+    @property
+    def positions(self) -> int | None:
+        """Maximum length of a prompt and its continuation together, in tokens."""
+        return self.config.max_length
+
+    @property
+    def start_id(self) -> None:
+        """None: outputs continue their prompts."""
+        return
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an output; -1 if there is none."""
+        return -1 if self.config.eos_token_id is None else self.config.eos_token_id
+
+    @property
+    def forced_eos_id(self) -> None:
+        """None: outputs of maximum length end with any token."""
+        return
+
+    @property
+    def _kinds(self) -> Any:
+        c = self.config
+        return [{}] * c.layers if c.kinds is None else c.kinds
+
+    def prepare(self, params: Params) -> Prepared:
+        """Unstack the layers, once instead of in every step."""
+        others = {name: part for name, part in params["encoder"].items() if name != "layers"}
+        layers = unstack(params["encoder"]["layers"], self.config.layers)
+        return Prepared({**params, "encoder": others}, layers, None)
+
+    def start(self, prepared: Prepared, input_ids: Array, segment_ids: Array) -> Memory:
+        """Read prompts without their last tokens: input_ids [B, S] int32; segment_ids [B, S] int32, 0 for padding."""
+        if not input_ids.shape[1]:
+            return Memory(self.cache(*input_ids.shape).layers, segment_ids != 0)
+        hidden: Any = self.model.apply({"params": prepared.params}, input_ids, method="embed")
+        found: list[Slots] = []
+
+        def read(attention: Attention, inputs: Array) -> None:
+            found.append(Slots(*attention.keys_values(inputs)))
+
+        for layer, kind in zip(prepared.layers, self._kinds, strict=True):
+            hidden = self._layer(layer, kind, hidden, segment_ids, read)
+        return Memory(tuple(found), segment_ids != 0)
+
+    def cache(self, rows: int, slots: int) -> Written:
+        """Return empty keys and values for each layer."""
+        c = self.config
+        keys = jnp.zeros((rows, c.heads, c.width // c.heads, slots), c.dtype)
+        layers = (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.layers
+        return Written(layers, jnp.zeros((rows, slots), jnp.int32))
+
+    def step(
+        self,
+        prepared: Prepared,
+        memory: Memory,
+        cache: Written,
+        tokens: Array,
+        positions: Array,
+        places: Array,
+        mask: Array,
+    ) -> tuple[Array, Written, tuple[Array, ...]]:
+        """Read one more token of each beam.
+
+        Args:
+            memory: state of B prompts, by `start`.
+            cache: what was read since.
+            tokens: [B, K] int32.
+            positions: [B] int32, number of tokens of each row read before, without those of the memory.
+            places: [B, K] int32, the slot that each token is written to; the number of slots means none.
+            mask: bool [B, K, slots], the slots in each beam's history, including its own.
+
+        Returns:
+            (logits [B, K, V] float32, the cache, nothing: there is no source to attend to)
+        """
+        at = positions + memory.mask.sum(axis=1, dtype=jnp.int32)
+        rows = jnp.arange(len(tokens))[:, None]
+        written = cache.positions.at[rows, places].set(jnp.broadcast_to(at[:, None], places.shape), mode="drop")
+        variables = {"params": prepared.params}
+        hidden: Any = self.model.apply(variables, tokens, jnp.broadcast_to(at[:, None], tokens.shape), method="embed")
+        filled: list[Slots] = []
+
+        def attend(before: Slots, slots: Slots, attention: Attention, inputs: Array) -> Array:
+            seen, prompt = mask, memory.mask[:, None]
+            if attention.window is not None:
+                first = (at - attention.window[0])[:, None, None]
+                seen = seen & (written[:, None] >= first)
+                prompt = prompt & (jnp.arange(prompt.shape[2])[None, None] >= first)
+            slots = Slots(*attention.write(inputs, *slots, places))
+            filled.append(slots)
+            return attention.step(inputs, *slots, seen, before=(*before, prompt))[0]
+
+        layers = zip(prepared.layers, self._kinds, memory.layers, cache.layers, strict=True)
+        for layer, kind, before, slots in layers:
+            hidden = self._layer(layer, kind, hidden, None, partial(attend, before, slots))
+        logits: Any = self.model.apply(variables, hidden, method="last_scores")
+        return logits, Written(tuple(filled), written), ()
+
+    def _layer(self, params: Params, kind: Any, hidden: Array, segment_ids: Array | None, attend: Any) -> Array:
+        """Apply a layer, with attend(attention, inputs) before its attention, or in its place if it returns something.
+
+        Raises:
+            NotImplementedError: the attention is rotary.
+        """
+
+        def instead(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            attention = context.module
+            if not isinstance(attention, Attention) or context.method_name != "__call__":
+                return next_call(*args, **kwargs)
+            if attention.rotary is not None:
+                raise NotImplementedError("IncrementalDecoder: rotary attention is not implemented")
+            attended = attend(attention, args[0])
+            return next_call(*args, **kwargs) if attended is None else attended
+
+        rows = row_numbers(None, hidden)
+        with nn.intercept_methods(instead):
+            return self.block.apply({"params": params}, hidden, segment_ids, rows, **kind, deterministic=True)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -14,6 +14,8 @@ ROOM_IMPORTS = {"train": {"models", "kernels", "data"}, "models": {"kernels", "d
 JOB_IMPORTS = {
     "translate": {"train.generate"},
     "embed": {"train.finetune.tasks"},
+    "language_model": {"train.generate", "train.finetune.tasks"},
+    "commands": {"train.generate.released"},
     "bench": {"train.pretrain", "train.translate", "train.generate"},
 }
 

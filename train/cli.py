@@ -46,6 +46,14 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("translate", "score"): Command(
         ".translate.score:ScoreConfig", "score translations: BLEU and chrF by sacreBLEU, and tokenised BLEU"
     ),
+    ("generate",): Command(".language_model.generate:GenerateConfig", "continue texts with a language model"),
+    ("perplexity",): Command(
+        ".language_model.perplexity:PerplexityConfig",
+        "measure how well a language model predicts a text: per token, word and character",
+    ),
+    ("ask",): Command(
+        ".language_model.ask:AskConfig", "let a language model do tasks by prompts, with examples in them or without"
+    ),
     ("tokenizer", "train"): Command(".commands.tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
     ("finetune",): Command(
         ".finetune.commands.glue:GlueConfig",

@@ -256,3 +256,8 @@ def _step_of(line: bytes) -> int | None:
         return value_of(expect(parse_line(line.decode(), ""), dict, ""), "step", int, "")
     except (DataError, UnicodeDecodeError):
         return None
+
+
+def model_folder(folder: Path) -> Path:
+    """Return the checkpoint folder inside a run folder, or the folder itself if it is not a run folder."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder

@@ -47,6 +47,7 @@ SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 1 << 20, 64 << 20, 512
 _SMALL_CORPUS = 32 << 20  # bytes on disk; below it, threads finish before processes have started
 
 Split = Literal["all", "train", "validation"]
+Unit = Literal["sentences", "paragraphs"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def build_documents(
     root: str | Path,
     *,
     language: str = "en",
+    unit: Unit = "sentences",
     processes: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> DocumentStore:
@@ -176,6 +178,8 @@ def build_documents(
         tokenizer: the tokenizer; special tokens that occur in a text, such as "[SEP]", are treated as text.
         root: folder of stores; created if needed.
         language: ISO 639-1 code, for the rules of the sentence splitter.
+        unit: what to divide documents into. Paragraphs are stored as if they were sentences, each but the first with
+            the line feed before it, so that the text is whole.
         processes: number of worker processes; by default one per usable core, or 1 for a corpus of less than 32 MB.
             1 tokenises in this process, by threads on all cores.
         progress: called at most once a second with the progress.
@@ -186,7 +190,7 @@ def build_documents(
     root = Path(root)
     with disk_errors(root):
         corpus_key = corpus_fingerprint(corpus, root / "hashes.json")
-    made_of = [TEXT_VERSION, corpus_key, tokenizer.fingerprint, language]
+    made_of = [TEXT_VERSION, corpus_key, tokenizer.fingerprint, unit if unit == "paragraphs" else language]
     total = corpus.bytes_total
     if processes is None:
         processes = 1 if total < _SMALL_CORPUS else usable_cores()
@@ -213,7 +217,7 @@ def build_documents(
             "source": str,
         },
         chunks=lambda: _chunks(corpus, min(max(total // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)),
-        encode=_Encoder(tokenizer, language),
+        encode=_Encoder(tokenizer, language, unit),
         counts=DocumentCounts,
         finish=finish,
         unit="MB",
@@ -252,14 +256,22 @@ class _Encoder:
 
     tokenizer: Tokenizer
     language: str
+    unit: Unit
+
+    def _parts(self, paragraphs: Sequence[str]) -> Iterator[str]:
+        """Yield a document's sentences, or its paragraphs."""
+        for number, paragraph in enumerate(paragraphs):
+            if self.unit == "paragraphs":
+                yield f"\n{paragraph}" if number else paragraph
+            else:
+                yield from _with_spaces(paragraph, split_sentences(paragraph, self.language))
 
     def __call__(self, items: Sequence[Document], first: int) -> Encoded:
         sentences: list[str] = []
         per_document = np.zeros(len(items), np.int64)
         for number, document in enumerate(items):
             before = len(sentences)
-            for paragraph in document.paragraphs():
-                sentences += _with_spaces(paragraph, split_sentences(paragraph, self.language))
+            sentences += self._parts(document.paragraphs())
             per_document[number] = len(sentences) - before
         tokens, lengths = self.tokenizer.encode_literally(sentences, token_dtype(self.tokenizer.vocab_size))
         lengths, per_document, cut_sentences = _sized(lengths, per_document)

@@ -59,12 +59,16 @@ class ByteBpeTokenizer(Tokenizer):
         return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def _save_vocabulary(self, folder: Path) -> None:
-        model = self._state["model"]
-        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-        (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
-        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-        lines = "".join(f"{line}\n" for line in ("#version: 0.2", *merges))
-        (folder / "merges.txt").write_text(lines, encoding="utf-8")
+        save_bpe(self._state["model"], folder)
+
+
+def save_bpe(model: Mapping[str, Any], folder: Path) -> None:
+    """Write vocab.json and merges.txt of the BPE model in a tokenizer.json."""
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    lines = "".join(f"{line}\n" for line in ("#version: 0.2", *merges))
+    (folder / "merges.txt").write_text(lines, encoding="utf-8")
 
 
 def byte_bpe_backend(

@@ -41,15 +41,16 @@ from .sentence_piece import (
 )
 from .template import Template, bert_template, read_template, roberta_template, write_template
 from .tokenizer import ROLES, Tokenizer
+from .word_bpe import END, GPT_TOKENS, WordBpeTokenizer, word_bpe_backend
 from .wordpiece import SPECIAL_TOKENS, WordPieceTokenizer, bert_backend, read_vocabulary
 
 # Names of the reference's classes -> the class here, of which they are aliases in what concerns ids.
+BERTS = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Lxmert")
 CLASSES = {
-    **dict.fromkeys(
-        ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Lxmert"), "bert"
-    ),
+    **dict.fromkeys(BERTS, "bert"),
     **dict.fromkeys(("Roberta", "Bart", "Longformer", "LED"), "roberta"),
     "GPT2": "gpt2",
+    "OpenAIGPT": "openai-gpt",
     "Albert": "albert",
     "T5": "t5",
     "XLMRoberta": "xlm-roberta",
@@ -58,14 +59,12 @@ CLASSES = {
 MODEL_TYPES: dict[str, str | None] = {
     **dict.fromkeys(("bert", "distilbert", "electra", "mobilebert", "convbert", "squeezebert"), "bert"),
     **dict.fromkeys(("roberta", "bart", "longformer", "led"), "roberta"),
-    **dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "gpt2"),
-    "albert": "albert",
-    **dict.fromkeys(("t5", "mt5"), "t5"),
-    "xlm-roberta": "xlm-roberta",
+    **dict.fromkeys(("gpt2", "gpt3", "gpt_neo", "gptj"), "gpt2"),
+    **{name: name for name in ("openai-gpt", "albert", "xlm-roberta")},
     "modernbert": None,
+    **dict.fromkeys(("t5", "mt5"), "t5"),
 }
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
-_MOST_EXTRA_IDS = 10_000
 _KEPT = ("model_max_length",)  # settings that do not affect ids, and are written back
 
 
@@ -192,7 +191,9 @@ class _Folder:
                 number: {"content": token, "normalized": token not in roles} for token, number in self.added.items()
             }
             described |= {entry.get("id"): entry for entry in (self.whole or {}).get("added_tokens", ())}
-        for number, entry in sorted(((_number(n, self.where), entry) for n, entry in described.items()), key=_first):
+        for number, entry in sorted(
+            ((_number(n, self.where), entry) for n, entry in described.items()), key=lambda pair: pair[0]
+        ):
             yield number, self._token(entry, f"added token {number}", special=entry.get("content") in roles)
 
 
@@ -231,11 +232,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise DataError(f"{path}: a {kind} tokenizer; its class {folder.cls} expects {expected}.")
         return _guarded(lambda: build(folder), path)
     if path.suffix == ".json":
-        found = ("roberta", "gpt2")
-    elif path.suffix == ".model":
-        found = ("albert", "t5", "xlm-roberta")
+        found = ("roberta", "gpt2", "openai-gpt")
     else:
-        found = ("bert",)
+        found = ("albert", "t5", "xlm-roberta") if path.suffix == ".model" else ("bert",)
     cls = folder.cls or _class_of_vocabulary(folder, found)
     if cls not in found:
         raise DataError(f"{path}: not a file of its tokenizer class, {cls}.")
@@ -314,21 +313,40 @@ def _gpt2(folder: _Folder) -> Tokenizer:
     return _byte_bpe(folder, backend, template, special, "GPT2Tokenizer", spaced)
 
 
+def _gpt(folder: _Folder) -> Tokenizer:
+    special = folder.special_tokens(GPT_TOKENS)
+    vocabulary, merges = _bpe(folder)
+    try:
+        backend = word_bpe_backend(vocabulary, merges, special["unk"].content)
+    except DataError as error:
+        raise DataError(f"{folder.where}: {error}") from None
+    _add_tokens(backend, folder, special)
+    template = Template() if folder.whole is None else _stated(folder, backend)
+    if template != Template():
+        backend.post_processor = write_template(template, backend)
+    settings = {"tokenizer_class": "OpenAIGPTTokenizer", **_kept(folder)}
+    return WordBpeTokenizer(backend, template, _contents(special), settings=settings, where=str(folder.where))
+
+
 def _bytes(folder: _Folder) -> tuple[tokenizers.Tokenizer, bool]:
     spaced = bool(folder.setting("add_prefix_space", False, bool))
-    if folder.whole is not None:
-        pairs = expect(folder.whole["model"], dict, f"{folder.where}: model").get("merges", ())
-        merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
-        vocabulary = _vocabulary(folder)
-    else:
-        file = folder.where.with_name("merges.txt")
-        if not file.is_file():
-            raise DataError(f"{file}: missing. The vocabulary {folder.where} needs its merges.")
-        vocabulary, merges = _guarded(lambda: models.BPE.read_file(str(folder.where), str(file)), file)
+    vocabulary, merges = _bpe(folder)
     try:
         return byte_bpe_backend(vocabulary, merges, add_prefix_space=spaced), spaced
     except DataError as error:
         raise DataError(f"{folder.where}: {error}") from None
+
+
+def _bpe(folder: _Folder) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary and the merges of a BPE model."""
+    if folder.whole is not None:
+        pairs = expect(folder.whole["model"], dict, f"{folder.where}: model").get("merges", ())
+        merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
+        return _vocabulary(folder), merges
+    file = folder.where.with_name("merges.txt")
+    if not file.is_file():
+        raise DataError(f"{file}: missing. The vocabulary {folder.where} needs its merges.")
+    return _guarded(lambda: models.BPE.read_file(str(folder.where), str(file)), file)
 
 
 def _albert(folder: _Folder) -> Tokenizer:
@@ -362,8 +380,8 @@ def _t5(folder: _Folder) -> Tokenizer:
     special = folder.special_tokens(T5_TOKENS)
     pieces, characters, model = _pieces(folder)
     count = folder.setting("extra_ids", EXTRA_IDS, int)
-    if not 0 <= count <= _MOST_EXTRA_IDS:
-        raise DataError(f"{folder.where.parent}: extra_ids is {count}; expected 0 to {_MOST_EXTRA_IDS}.")
+    if not 0 <= count <= 10_000:
+        raise DataError(f"{folder.where.parent}: extra_ids is {count}; expected 0 to {10_000}.")
     sentinels = extra_ids(count)
     backend = t5_backend([*pieces, *sentinels] if model else pieces, characters)
     names = [piece for piece, _ in sentinels]
@@ -421,13 +439,14 @@ _BUILD = {
     "bert": _bert,
     "roberta": _roberta,
     "gpt2": _gpt2,
+    "openai-gpt": _gpt,
     "albert": _albert,
     "t5": _t5,
     "xlm-roberta": _xlm_roberta,
 }
 _MODEL = {
     "bert": "WordPiece",
-    **dict.fromkeys(("roberta", "gpt2"), "BPE"),
+    **dict.fromkeys(("roberta", "gpt2", "openai-gpt"), "BPE"),
     **dict.fromkeys(("albert", "t5", "xlm-roberta"), "Unigram"),
 }
 
@@ -438,8 +457,10 @@ def _class_of_vocabulary(folder: _Folder, classes: tuple[str, ...]) -> str:
     Raises:
         DataError: the SentencePiece model is neither ALBERT's nor T5's.
     """
-    if classes == ("roberta", "gpt2"):
-        return "roberta" if {"<s>", "</s>", "<mask>"} <= set(read_object(folder.where)) else "gpt2"
+    if "gpt2" in classes:
+        vocabulary = set(read_object(folder.where))
+        roberta = {"<s>", "</s>", "<mask>"} <= vocabulary
+        return "roberta" if roberta else "openai-gpt" if any(piece.endswith(END) for piece in vocabulary) else "gpt2"
     if "albert" in classes:
         first = [piece for piece, _ in _pieces(folder)[0][:5]]
         if first == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]:
@@ -565,10 +586,6 @@ def _number(value: Any, where: Path) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise DataError(f"{where.parent}: an added token has the id {value!r}; expected a number.") from None
-
-
-def _first(pair: tuple[int, Any]) -> int:
-    return pair[0]
 
 
 def _guarded[Made](make: Callable[[], Made], path: Path) -> Made:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tokenizers
@@ -29,7 +29,7 @@ from ..errors import DataError
 from ..json_files import write_json
 from ..progress import Reporter
 from .kinds import Kind
-from .template import Template
+from .template import Template, token_ids, write_template
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _NEEDED_FOR = {
@@ -286,6 +286,16 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, backend=_read_backend(state["backend"]))
+
+    def delimited(self, before: str, between: str, after: str) -> Self:
+        """Return the tokenizer with these special tokens before, between and after texts; new ones get the next ids."""
+        backend = _read_backend(self.backend.to_str())
+        backend.add_special_tokens([before, between, after])
+        first, middle, last = token_ids(backend, (before, between, after), "the tokenizer")
+        template = Template((first,), (middle,), (last,))
+        backend.post_processor = write_template(template, backend)
+        roles = {"cls": after, "sep": between}
+        return type(self)(backend, template, {**self.special_tokens, **roles}, settings=self.settings)
 
     # Files
 

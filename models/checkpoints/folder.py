@@ -57,6 +57,7 @@ TOKENIZER_FILES = (
 )
 WEIGHT_KINDS = ("F32", "F16", "BF16", "F64")
 FEW_LAYERS = 1000  # up to which the tensors that a checkpoint lacks are listed
+BUFFER_DTYPES = {"BOOL": "bool", "U8": "uint8", "I32": "int32", "I64": "int64", "F16": "float16", "F32": "float32"}
 STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -153,7 +154,8 @@ def load_with_report(
             placed, report = _take_encoder(family, config, table, placed, tensors, folder)
         _check_kinds(placed, tensors, folder)
         params = table.load(placed, tensors.shapes, tensors.read, str(folder))
-        config = dataclasses.replace(config, repeated=tuple(placed.repeated.values()))
+        repeated = tuple((name, BUFFER_DTYPES.get(tensors.kinds[at], "")) for at, name in placed.repeated.items())
+        config = dataclasses.replace(config, repeated=repeated, unprefixed=head is None and placed.unprefixed(table))
     model: Any = model.clone(config=config)
     if placed.missing:
         params = merge(params, _initialise(model, table, placed, seed))
@@ -194,9 +196,14 @@ def save(
         raise CheckpointError(f"{folder}: exists and is not a checkpoint folder (no config.json); not replaced")
     _, architecture = family_of_model(model)
     config: Any = model.config  # type: ignore[attr-defined]
+    table = architecture.table(config)
+    prefix = table.prefix if config.unprefixed else ""
     tensors = (
-        (name, np.ascontiguousarray(_narrowed(name, tensor, dtype) if _is_float(tensor) else tensor))
-        for name, tensor in architecture.table(config).save(params, config.repeated)
+        (
+            name.removeprefix(prefix),
+            np.ascontiguousarray(_narrowed(name, tensor, dtype) if _is_float(tensor) else tensor),
+        )
+        for name, tensor in table.save(params, config.repeated)
     )
     stored = config.to_json() | {"architectures": [architecture.name]}
     for key in ("dtype", "torch_dtype"):

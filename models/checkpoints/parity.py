@@ -10,8 +10,9 @@ bias, which adds the same to all scores), so that the reference is rounding nois
 of the largest tensor's is measured relative to the largest. Outputs are compared at padded positions too; there the
 reference lets padding attend to the tokens, which `layers.reference_segments` imitates.
 
-A fixture with a `trajectory.json` is trained on its batch as the reference was, see trajectory.py. Finally, the
-checkpoint is saved again: the names and bytes must be the same.
+A fixture with a `trajectory.json` is trained on its batch as the reference was, see trajectory.py. One with a
+`generate.json`, the settings of the reference's `generate`, generates from its inputs as `generate.sequences` and
+`generate.scores` say. Finally, the checkpoint is saved again: the names and bytes must be the same.
 """
 
 import math
@@ -46,6 +47,8 @@ OUTPUT_TOLERANCE = 1e-5  # largest absolute error of any output, and of the loss
 GRADIENT_TOLERANCE = 1e-4  # largest error of any gradient tensor, relative to the reference's norm
 TRAJECTORY_TOLERANCE = 1e-4  # largest error of the loss of any step of a trajectory, relative to the reference's
 
+Generate = Callable[[Any, Params, Path, list[list[int]]], list[tuple[list[int], float]]]
+"""From a model, its parameters, a generate.json and token ids, to each output's tokens and score."""
 Inputs = dict[str, Array]
 Outputs = dict[str, Array]
 
@@ -65,6 +68,8 @@ class Report:
     gradients: dict[str, float] = field(default_factory=dict)  # relative error of each
     trajectory: float | None = None  # largest relative error of the loss of any training step
     trajectory_step: int | None = None  # which, from 1
+    generated_differently: int | None = None  # number of inputs with other generated tokens
+    scores: float | None = None  # largest absolute error of the scores of what is generated
     saved_differently: list[str] | None = None  # tensors that were not saved as they were read
 
 
@@ -74,6 +79,7 @@ def check(
     gradient_tolerance: float = GRADIENT_TOLERANCE,
     trajectory_tolerance: float = TRAJECTORY_TOLERANCE,
     make_optimiser: MakeOptimiser | None = None,
+    generate: Generate | None = None,
 ) -> Report:
     """Compare one fixture folder; an exception that stops it is stored in the report's `error`.
 
@@ -83,10 +89,11 @@ def check(
         gradient_tolerance: largest error of any gradient tensor, relative to the reference's norm.
         trajectory_tolerance: largest error of the loss of any step of a trajectory, relative to the reference's.
         make_optimiser: makes the optimiser of a trajectory; None: trajectories are not run.
+        generate: generates with the reference's settings; None: nothing is generated.
     """
     report = Report(str(folder))
     try:
-        run(folder, report, make_optimiser)
+        run(folder, report, make_optimiser, generate)
     except (OSError, ValueError, TypeError, NotImplementedError, SafetensorError) as error:
         report.error = str(error)
         return report
@@ -97,11 +104,15 @@ def check(
         within.append(report.gradient <= gradient_tolerance)
     if report.trajectory is not None:
         within.append(report.trajectory <= trajectory_tolerance)
-    report.passed = all(within) and not report.saved_differently
+    if report.scores is not None:
+        within.append(report.scores <= output_tolerance)
+    report.passed = all(within) and not report.generated_differently and not report.saved_differently
     return report
 
 
-def run(folder: Path, report: Report, make_optimiser: MakeOptimiser | None = None) -> None:
+def run(
+    folder: Path, report: Report, make_optimiser: MakeOptimiser | None = None, generate: Generate | None = None
+) -> None:
     """Fill a report with the results of a fixture folder."""
     expected = _tensors(folder / "expected.safetensors")
     loaded = load(folder)
@@ -145,7 +156,34 @@ def run(folder: Path, report: Report, make_optimiser: MakeOptimiser | None = Non
             )
         report.trajectory_step = int(errors.argmax()) + 1  # of NaN, if there is one
         report.trajectory = float(errors[report.trajectory_step - 1])
+    path = folder / "generate.json"
+    if generate is not None and path.is_file():
+        _compare_generated(report, loaded, expected, partial(generate, loaded.model, loaded.params, path))
     report.saved_differently = saved_differently(folder, loaded)
+
+
+def _compare_generated(
+    report: Report,
+    loaded: Loaded,
+    expected: Mapping[str, np.ndarray],
+    generate: Callable[[list[list[int]]], list[tuple[list[int], float]]],
+) -> None:
+    """Compare what is generated from the inputs with the reference's sequences and scores."""
+    ids = expected["input.input_ids"]
+    mask = expected.get("input.attention_mask", np.ones_like(ids))
+    sources = [row[own != 0].tolist() for row, own in zip(ids, mask, strict=True)]
+    c = loaded.config
+    start = getattr(c, "decoder_start_token_id", None)
+    ends = {c.eos_token_id, c.pad_token_id, None}  # what may follow an output
+    generated = generate(sources)
+    report.generated_differently = 0
+    for source, (tokens, _), reference in zip(sources, generated, expected["generate.sequences"].tolist(), strict=True):
+        whole = [*(source if start is None else [start]), *tokens]
+        same = reference[: len(whole)] == whole and set(reference[len(whole) :]) <= ends
+        report.generated_differently += not same
+    if "generate.scores" in expected:
+        scores = np.array([score for _, score in generated], np.float32)
+        report.scores = float(np.abs(scores - expected["generate.scores"]).max())
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -273,7 +311,7 @@ def attention_probabilities(
         kind: its own arguments, see `run_layers`.
         mask: [B, L], 1 for the tokens to attend to.
     """
-    seen: list[tuple[Array, Array, Any]] = []
+    seen: list[tuple[Array, Array, Attention]] = []
 
     def see(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
@@ -283,18 +321,21 @@ def attention_probabilities(
                 positions = kwargs.get("position_ids")
                 positions = jnp.arange(query.shape[1])[None] if positions is None else positions
                 query, key = (rotate(vectors, positions, module.rotary) for vectors in (query, key))
-            seen.append((query, key, module.window))
+            seen.append((query, key, module))
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(see):
         block.apply(variables, hidden, *given, **kind, deterministic=True)
-    ((query, key, window),) = seen
-    scores = jnp.einsum("blhd,bshd->bhls", query, key) / math.sqrt(query.shape[-1])
+    ((query, key, module),) = seen
+    window = (None, 0) if module.causal and module.window is None else module.window
+    scale = 1 / math.sqrt(query.shape[-1]) if module.scale is None else module.scale
+    scores = jnp.einsum("blhd,bshd->bhls", query, key) * scale
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :] != 0, scores, -jnp.inf)
     if window is not None:
         distance = jnp.arange(scores.shape[-1])[None, :] - jnp.arange(scores.shape[-2])[:, None]
-        near = (distance >= -window[0]) & (distance <= window[1])
+        left, right = (scores.shape[-1] if side is None else side for side in window)
+        near = (distance >= -left) & (distance <= right)
         scores = jnp.where(near[None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.where(jnp.isnan(weights), 0.0, weights)  # of a query that sees nothing
@@ -326,6 +367,14 @@ def _classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
     return _finish(inputs, {"logits": logits}, None if labels is None else _mean(losses.class_losses(logits, labels)))
+
+
+def _next_tokens(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    """Compute the outputs of a language model; its labels are the inputs, which predict the token before them."""
+    logits = _call(model, params, inputs)
+    labels = inputs.pop("labels", None)
+    loss = None if labels is None else _mean(losses.class_losses(logits[:, :-1], labels[:, 1:]))
+    return _finish(inputs, {"logits": logits}, loss)
 
 
 def _classification(model: Any, params: Params, inputs: Inputs) -> Outputs:
@@ -389,6 +438,7 @@ ADAPTERS: dict[str, Adapter] = {
     "pretraining": _pretraining,
     "discriminator": _discriminator,
     "masked_lm": _classes,
+    "causal_lm": _next_tokens,
     "tokens": _classes,
     "classification": _classification,
     "span": _span,

@@ -268,6 +268,11 @@ class Placed(NamedTuple):
     unmapped: list[str]  # the checkpoint's names that are not in the table
     missing: list[str]  # the table's names that are not in the checkpoint
 
+    def unprefixed(self, table: "Table") -> bool:
+        """Tell whether the checkpoint's names lack the table's prefix, where the table's have it."""
+        stored = [at for name, at in self.sources.items() if table.prefix and name.startswith(table.prefix)]
+        return bool(stored) and not any(at.startswith(table.prefix) for at in stored)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -278,7 +283,8 @@ class Table:
         prefix: prefix of the encoder's names in task models' checkpoints; names with and without it are read.
         renamed: (old ending, new ending) of names that differ in older checkpoints.
         tied: name -> name of the tensor that it repeats. Such a copy must be equal, and is written if it was read.
-        buffers: name -> required value, for constants of the implementation that used to be stored.
+        buffers: name -> required value, for constants of the implementation that used to be stored. They are written in
+            the dtype in which they were read.
         dropped: names of tensors that are neither read nor written, such as causal masks.
     """
 
@@ -400,12 +406,12 @@ class Table:
                 return f"{stored}: differs from {original}; only tied weights are supported"
         return None
 
-    def save(self, params: Params, repeated: Sequence[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    def save(self, params: Params, repeated: Sequence[tuple[str, str]] = ()) -> Iterator[tuple[str, np.ndarray]]:
         """Yield a parameter tree's tensors with their stored names.
 
         Args:
             params: the parameter tree.
-            repeated: names of tied copies and buffers to write too.
+            repeated: (name, dtype) of tied copies and buffers to write too; a copy's dtype is that of the parameters.
 
         Raises:
             CheckpointError: a parameter is not in the table, is missing, or has another shape.
@@ -422,15 +428,16 @@ class Table:
         if problems:
             raise CheckpointError("\n  ".join(["parameters that do not fit the model:", *shortened(problems)]))
         arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-        originals = {self.tied[name]: np.zeros(0) for name in repeated if name not in self.buffers}
+        originals = {self.tied[name]: np.zeros(0) for name, _ in repeated if name not in self.buffers}
         for name, parts in self._parts.items():
             pieces = [part.entry.transform.save(part.slot(arrays)) for part in parts]
             tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=parts[0].entry.fused)
             if name in originals:
                 originals[name] = tensor
             yield name, tensor
-        for name in repeated:
-            yield name, self.buffers[name] if name in self.buffers else originals[self.tied[name]]
+        for name, dtype in repeated:
+            buffer = self.buffers.get(name)
+            yield name, originals[self.tied[name]] if buffer is None else buffer.astype(dtype)
 
 
 class _Part(NamedTuple):

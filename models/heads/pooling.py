@@ -9,7 +9,7 @@ from jax import Array
 
 from ..layers.segments import gather_positions
 
-POOLINGS = ("cls", "mean", "max", "mean_sqrt_len")
+POOLINGS = ("cls", "mean", "max", "mean_sqrt_len", "last")
 
 
 def combine(hidden: Array, how: str) -> Array:
@@ -37,14 +37,20 @@ def pool(hidden: Array, segment_ids: Array, cls_positions: Array, how: str) -> A
         hidden: [B, L, E].
         segment_ids: [B, L] int32; text x of a row is where it is x + 1.
         cls_positions: [B, X] int32, the first token of each text.
-        how: "cls" takes the first token; "mean" and "max" pool over all tokens of a text, special tokens included, as
-            sentence-transformers does; "mean_sqrt_len" divides their sum by the square root of their number.
+        how: "cls" takes the first token and "last" the last one; "mean" and "max" pool over all tokens of a text,
+            special tokens included, as sentence-transformers does; "mean_sqrt_len" divides their sum by the square root
+            of their number.
 
     Returns:
         [B, X, E]; undefined for slots without a text.
     """
     hidden = hidden.astype(jnp.float32)
     rows, slots = cls_positions.shape
+    if how == "last":
+        texts = jnp.arange(1, slots + 1, dtype=segment_ids.dtype)
+        belongs = segment_ids[:, None, :] == texts[None, :, None]
+        places = jnp.where(belongs, jnp.arange(segment_ids.shape[1])[None, None], 0)
+        return gather_positions(hidden, places.max(axis=-1))
     if how == "cls":
         return gather_positions(hidden, cls_positions)
     if how == "max":

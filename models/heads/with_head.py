@@ -1,5 +1,7 @@
 """Task heads over any encoder: classification, multiple choice, tags (with or without a CRF), spans, masked words.
 
+A decoder is an encoder here, and its head that predicts the next token is in causal_lm.py.
+
 All families share one module per head. They differ only in the head's `Form`, which includes the names of its parts in
 checkpoints.
 """
@@ -22,7 +24,9 @@ from ..layers.dropout import Dropout
 from ..layers.linear import Embed, Linear, add_bias, partitioned
 from ..layers.norms import LayerNorm
 from ..layers.segments import Rows, Segments, gather_positions, row_numbers, rows_at, split_segments
+from .causal_lm import CausalLanguageModel
 from .crf import Crf, crf_entries
+from .losses import SmoothedSums, projected_sums
 from .pooling import pool
 
 
@@ -40,13 +44,21 @@ class Form(NamedTuple):
     """normalise its output"""
     bias: bool = True
     """that layer and the norm have biases"""
+    last_bias: bool = True
+    """the last layer has a bias"""
     names: tuple[str, ...] = ("classifier",)
     """stored names of the transform, the norm and the last layer, as far as they exist; for masked words: of the
-    transform, the norm, the bias, and the decoder, which is tied to the embeddings"""
+    transform, the norm, the bias, and the decoder, which is tied to the embeddings; for next tokens: of the copy of
+    the embeddings"""
 
     def activation(self, config: EncoderConfig) -> str:
         """Return the name of the transform's activation."""
         return config.activation if self.transform in (None, "config") else self.transform
+
+
+def position_ids(config: EncoderConfig, prefix: str) -> dict[str, np.ndarray]:
+    """Return the buffer of older checkpoints of BERT and its relatives: name -> value."""
+    return {f"{prefix}embeddings.position_ids": np.arange(config.positions)[None]}
 
 
 class EncoderParts(NamedTuple):
@@ -58,6 +70,8 @@ class EncoderParts(NamedTuple):
     classes: str  # start of the reference's class names, such as "Bert"
     pooler: bool = True  # whether the family has a pooler
     renamed: tuple[tuple[str, str], ...] = ()  # see `Table.renamed`
+    buffers: Callable[..., dict[str, np.ndarray]] = position_ids  # (config, prefix) -> `Table.buffers`
+    endings: tuple[tuple[str, str], ...] = ()  # (head, end of the class's name), where it is not that of `KINDS`
 
     def encoder(self, config: EncoderConfig, *, pooler: bool) -> Any:
         """Build the encoder."""
@@ -93,7 +107,7 @@ class EncoderParts(NamedTuple):
             prefix=self.prefix,
             renamed=self.renamed,
             tied=tied or {},
-            buffers={f"{prefix}embeddings.position_ids": np.arange(config.positions)[None]},
+            buffers=self.buffers(config, prefix),
         )
 
 
@@ -123,7 +137,9 @@ class WithHead(nn.Module):
         if form.norm:
             self.norm = LayerNorm(c.norm_epsilon, c.dtype, form.bias)
         self.drop = Dropout(c.head_dropout(self.head))
-        self.last = linear((_outputs(c, self.head),), ("embed", "labels"), name=_last(self.head))
+        self.last = linear(
+            (_outputs(c, self.head),), ("embed", "labels"), use_bias=form.last_bias, name=_last(self.head)
+        )
         if self.head == "crf":
             self.chain = Crf(c.num_labels, name="crf")
 
@@ -158,8 +174,10 @@ class WithHead(nn.Module):
             self.chain()  # creates the parameters; models.crf reads them from the tree, params["crf"]
         hidden: Any
         if self.head in ("classification", "choice"):
-            if self.config.pooling == "mean":
-                hidden = _mean(encode().hidden, more[0] if more else None, cls_positions)
+            if self.config.pooling != "cls":
+                states = encode().hidden
+                self.sow("intermediates", "states", states)  # for an auxiliary loss
+                hidden = _pooled(states, more[0] if more else None, cls_positions, self.config.pooling)
             else:
                 encoded: Encoded = encode(cls_positions=cls_positions, cls_only=True)
                 hidden = encoded.pooled if form.pooler else encoded.first
@@ -179,14 +197,18 @@ class WithHead(nn.Module):
             return logits[..., 0]
         return (logits[..., 0], logits[..., 1]) if self.head == "span" else logits
 
+    def next_token_sums(self, states: Array, labels: Array, label_weights: Array) -> SmoothedSums:
+        """Compute the losses of next tokens, see `CausalLanguageModel.loss`; of a decoder, as an auxiliary loss."""
+        return projected_sums((states,), self.encoder.embeddings.word.embedding, labels, label_weights)
 
-def _mean(hidden: Array, segment_ids: Segments, cls_positions: Array | None) -> Array:
+
+def _pooled(hidden: Array, segment_ids: Segments, cls_positions: Array | None, how: str) -> Array:
     """Pool the hidden states of each example: [B, X, E], or [B, E] if each row is one example."""
     segments = split_segments(segment_ids)[1]
     segments = jnp.ones(hidden.shape[:2], jnp.int32) if segments is None else segments
     if cls_positions is not None:
-        return pool(hidden, segments, cls_positions, "mean")
-    return pool(hidden, (segments > 0).astype(jnp.int32), jnp.zeros((len(hidden), 1), jnp.int32), "mean")[:, 0]
+        return pool(hidden, segments, cls_positions, how)
+    return pool(hidden, (segments > 0).astype(jnp.int32), jnp.zeros((len(hidden), 1), jnp.int32), how)[:, 0]
 
 
 def _outputs(config: EncoderConfig, head: str) -> int:
@@ -276,10 +298,13 @@ def is_head_parameter(path: Sequence[str]) -> bool:
 
 # --- a family's models ------------------------------------------------------------------------------------------------
 
+DOUBLE = "DoubleHeadsModel"  # of the reference's models that choose and also predict next tokens
+
 # Head -> end of the reference's class names.
 KINDS = {
     "discriminator": "ForPreTraining",
     "masked_lm": "ForMaskedLM",
+    "causal_lm": "ForCausalLM",
     "classification": "ForSequenceClassification",
     "tokens": "ForTokenClassification",
     "crf": "ForTokenClassification",
@@ -316,15 +341,16 @@ def architectures(
             if form is not None:
                 form = form._replace(pooler=pooler or form.pooler)
                 build = partial(_build, parts, head, form)
-                found.append(
-                    Architecture(f"{parts.classes}{kind}", head, build, partial(head_table, parts, head, form))
-                )
+                name = parts.classes + dict(parts.endings).get(head, kind)
+                found.append(Architecture(name, head, build, partial(head_table, parts, head, form)))
     return tuple(found)
 
 
 def _build(parts: EncoderParts, head: str, form: Form, config: EncoderConfig) -> nn.Module:
     if head == "masked_lm":
         return MaskedLanguageModel(config, form, parts)
+    if head == "causal_lm":
+        return CausalLanguageModel(config, parts)
     return WithHead(config, head, form, parts)
 
 
@@ -332,6 +358,8 @@ def head_table(parts: EncoderParts, head: str, form: Form, config: EncoderConfig
     """Return the table of a model with one of the heads of `KINDS`."""
     if head == "masked_lm":
         return parts.table(config, *masked_words_entries(config, form, parts), pooler=form.pooler)
+    if head == "causal_lm":
+        return parts.table(config, (), next_tokens_tied(config, parts), pooler=False)
     width = (config.width,)
     names = iter(form.names)
     entries: list[Entry] = []
@@ -339,10 +367,16 @@ def head_table(parts: EncoderParts, head: str, form: Form, config: EncoderConfig
         entries += linear_entries(next(names), ("transform",), width, width, bias=form.bias)
     if form.norm:
         entries += norm_entries(next(names), ("norm",), config.width, bias=form.bias)
-    entries += linear_entries(next(names), (_last(head),), width, (_outputs(config, head),))
+    entries += linear_entries(next(names), (_last(head),), width, (_outputs(config, head),), bias=form.last_bias)
     if head == "crf":
         entries += crf_entries(config.num_labels)
-    return parts.table(config, entries, pooler=form.pooler)
+    tied = next_tokens_tied(config, parts) if ("choice", DOUBLE) in parts.endings and head == "choice" else {}
+    return parts.table(config, entries, tied, pooler=form.pooler)
+
+
+def next_tokens_tied(config: EncoderConfig, parts: EncoderParts) -> dict[str, str]:
+    """Return the stored copy of the word embeddings that predict next tokens: its name -> theirs."""
+    return {"lm_head.weight": parts.words(config)}
 
 
 def masked_words_entries(config: EncoderConfig, form: Form, parts: EncoderParts) -> tuple[list[Entry], dict[str, str]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
@@ -178,6 +179,7 @@ class Attention(nn.Module):
         mask: Array,
         position_ids: Array | None = None,
         bias: Array | None = None,
+        before: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Array, Array]:
         """Attend from one token of each of a row's beams, which share the row's keys and values.
 
@@ -189,22 +191,30 @@ class Attention(nn.Module):
                 attends to nothing gets zeros.
             position_ids: int [B, K], position of each token in its text; only rotary attention needs it.
             bias: float32 [1 or B, H, 1 or K, S], bias added to the scores.
+            before: (keys [B, H, D, P], values [B, H, P, D], mask [B, 1 or K, P]) of P tokens before these, such as a
+                prompt's; then S is that of both together in the bias and the probabilities.
 
         Returns:
             ([B, K, E], the probabilities [B, H, K, S] float32)
         """
+        parts = [(keys, values, mask)] if before is None else [before, (keys, values, mask)]
         scale = self._size**-0.5 if self.scale is None else self.scale
         query = self._turned(self.query(hidden), position_ids) * jnp.asarray(scale, self.dtype)
-        scores = jnp.einsum("bkhd,bhds->bhks", query, keys, preferred_element_type=jnp.float32)
+        products = partial(jnp.einsum, "bkhd,bhds->bhks", query, preferred_element_type=jnp.float32)
+        scores = _joined([products(keys) for keys, _, _ in parts])
         if bias is not None:
             scores = scores + bias
-        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        scores = jnp.where(_joined([mask for _, _, mask in parts])[:, None], scores, -jnp.inf)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
         total = weights.sum(axis=-1, keepdims=True)
         weights = weights / jnp.where(total == 0.0, 1.0, total)
         # The axes are swapped separately: as part of the product, XLA's CPU compiler makes it five times slower.
-        attended = jnp.einsum("bhks,bhsd->bhkd", weights.astype(self.dtype), values)
+        ends = np.cumsum([values.shape[2] for _, values, _ in parts])[:-1]
+        shares = jnp.split(weights.astype(self.dtype), ends, axis=-1)
+        attended = sum(
+            jnp.einsum("bhks,bhsd->bhkd", share, values) for share, (_, values, _) in zip(shares, parts, strict=True)
+        )
         return self.out(jnp.swapaxes(attended, 1, 2)), weights
 
     def _turned(self, vectors: Array, position_ids: Array | None) -> Array:
@@ -214,3 +224,11 @@ class Attention(nn.Module):
         if position_ids is None:
             raise ValueError("Attention: position_ids: expected int [B, K] for rotary attention, found None")
         return rotate(vectors, position_ids, self.rotary)
+
+
+def _joined(parts: list[Array]) -> Array:
+    """Concatenate along the last axis; one part stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return jnp.concatenate([jnp.broadcast_to(part, (*rows, part.shape[-1])) for part in parts], axis=-1)

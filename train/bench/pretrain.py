@@ -57,7 +57,7 @@ def main(config: PretrainBenchConfig) -> int:
     tokenizer = prepare_tokenizer(training, progress)
     objective = make_objective(training, tokenizer)
     architecture = model_config(training, tokenizer, objective.head)
-    data = prepare_data(training, tokenizer, progress)
+    data = prepare_data(training, tokenizer, progress, objective.text)
     model, learner = make_model(training, architecture, objective.head)
     evaluate = Evaluation(training, data, objective, model, parallelism)
 

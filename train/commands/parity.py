@@ -19,7 +19,7 @@ class ParityConfig:
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Fixture folders: a checkpoint, expected.safetensors and, if there is a loss, grads.safetensors and
-    trajectory.json."""
+    trajectory.json; generate.json where the reference generated too."""
     json: bool = False
     """Print one JSON object instead of text."""
     output_tolerance: float = 1e-5
@@ -34,6 +34,7 @@ def main(config: ParityConfig) -> int:
     """Run the fixtures and print the errors; return 0 if all are within tolerance, else 1."""
     # Imported here, since they import JAX, which would delay --help.
     from ...models.checkpoints.parity import check
+    from ..generate.released import reference_generate
     from ..optim.optimizer import reference_optimizer
 
     if not config.folders:
@@ -41,7 +42,8 @@ def main(config: ParityConfig) -> int:
         return 2
     names = ("output_tolerance", "gradient_tolerance", "trajectory_tolerance")
     tolerances = {name: getattr(config, name) for name in names}
-    reports = [check(folder, **tolerances, make_optimiser=reference_optimizer) for folder in config.folders]
+    how = {"make_optimiser": reference_optimizer, "generate": reference_generate}
+    reports = [check(folder, **tolerances, **how) for folder in config.folders]
     passed = all(report.passed for report in reports)
     if config.json:
         # Infinity and NaN are not valid JSON, so they are shown as text.
@@ -66,6 +68,11 @@ def describe(report: "Report") -> list[str]:
         lines.append(f"  {'gradients (relative)':32} {report.gradient:.2e}  {report.gradient_tensor}")
     if report.trajectory is not None:
         lines.append(f"  {'trajectory (relative)':32} {report.trajectory:.2e}  step {report.trajectory_step}")
+    if report.generated_differently is not None:
+        differs = f"DIFFERS: {report.generated_differently} of the inputs"
+        lines.append(f"  {'generated tokens':32} {differs if report.generated_differently else 'same'}")
+    if report.scores is not None:
+        lines.append(f"  {'scores of generated tokens':32} {report.scores:.2e}")
     saved = "same bytes" if not report.saved_differently else f"DIFFERS: {', '.join(report.saved_differently)}"
     lines.append(f"  {'saved again':32} {saved}")
     return lines

@@ -105,6 +105,12 @@ class FinetuneConfig:
     electra_layer_decay: bool = False
     """Decay the layers' learning rates once more below the head, as ELECTRA's released code does: the top layer's
     factor is then the square of --layer-decay."""
+    auxiliary_lm: float = 0.0
+    """For a decoder: weight of an additional loss, that of predicting each next token of the examples (0.5 in Radford
+    et al. 2018, 3.2). It is a mean over an example's tokens, then over the examples."""
+    delimiters: bool | None = None
+    """For a decoder: put the new tokens _start_, _delimiter_ and _classify_ before, between and after texts (Radford et
+    al. 2018, 3.3). None: for GPT, as in its paper, unless adapters are trained."""
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)
@@ -139,6 +145,7 @@ class FinetuneConfig:
             check_setting(self, "epochs", above=0)
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "layer_decay", above=0, most=1)
+        check_setting(self, "auxiliary_lm", least=0)
         if self.electra_layer_decay and self.layer_decay == 1:
             raise RunError("--electra-layer-decay goes with --layer-decay, such as 0.8.")
         check_setting(self, "evaluate_epochs", above=0)

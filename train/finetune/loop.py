@@ -35,6 +35,7 @@ from ..progress import Progress
 from ..run import Run, start_run
 from ..sharding import Replicas
 from .adapt import AdaptedModel, adaptation
+from .auxiliary import forward_with_states, next_token_loss
 from .config import FREE, FinetuneConfig, upgrade
 from .model import Depths, check_model, load_model, make_optimiser, parameter_depths, without_frozen_gradients
 from .prediction import Predicted, Predictor, place, row_limit
@@ -56,8 +57,9 @@ def train_step(
     frozen: int,
     accumulate: int,
     unit_size: int,
+    auxiliary: float = 0.0,
 ) -> tuple[TrainState, Sums]:
-    """Do one update: minimise the mean loss over the batch's predictions."""
+    """Do one update: minimise the mean loss of the batch's predictions, plus `auxiliary` times that of next tokens."""
     dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     one = jnp.float32(1)
     counts = {
@@ -66,11 +68,19 @@ def train_step(
     }
     counts = {name: (replicas.sum(total), one) for name, (total, _) in counts.items()}
     weight = jnp.maximum(replicas.sum(task.weight(batch)), 1.0)
+    examples = jnp.maximum(replicas.sum(batch["segment_weights"].sum()), 1.0)
 
     def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
         params = without_frozen_gradients(params, depths, frozen)
-        sums = task.loss(task.forward(model, params, part, deterministic=False, rngs={"dropout": dropout}), part)
-        return sums["loss"][0] / weight, sums
+        mode = {"deterministic": False, "rngs": {"dropout": dropout}}
+        if not auxiliary:
+            sums = task.loss(task.forward(model, params, part, **mode), part)
+            return sums["loss"][0] / weight, sums
+        outputs, states = forward_with_states(task, model, params, part, **mode)
+        sums = task.loss(outputs, part)
+        total = next_token_loss(model, params, states, part)
+        sums["auxiliary_loss"] = (total, part["segment_weights"].sum())
+        return sums["loss"][0] / weight + auxiliary * total / examples, sums
 
     state, sums, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate)
     return state, {**sums, "gradient_norm": (norm, one), **counts}
@@ -202,6 +212,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         frozen=c.freeze_layers,
         accumulate=c.accumulate,
         unit_size=features.unit_size,
+        auxiliary=c.auxiliary_lm,
     )
     predictor = Predictor(task, loaded.model, pad_id, run.parallelism, run.progress)
     first, evaluated = next(iter(encoded.evaluation.items()))

@@ -36,6 +36,13 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
     stored = read_config(config.model)
     family = family_of_folder(stored, config.model)
     check_head(family, task.head, config.model)
+    for flag, given in (("--auxiliary-lm", config.auxiliary_lm), ("--delimiters", config.delimiters)):
+        if given and "causal_lm" not in family.heads:
+            raise RunError(f"{flag}: {family.title} is no decoder, and predicts no next tokens.")
+    if config.auxiliary_lm and task.head not in ("classification", "choice"):
+        raise RunError(f"--auxiliary-lm: it is for tasks over whole examples, not for {task.name}.")
+    if config.delimiters and (config.adapt.lora_rank or config.adapt.bitfit):
+        raise RunError("--delimiters: adapters leave the vectors of new tokens as they are drawn. Leave one out.")
     found: Any = family.config.from_json(stored)
     if found.max_length is not None and task.max_length > found.max_length:
         raise RunError(f"--max-length is {task.max_length}, beyond the model's {found.max_length} positions.")
@@ -78,6 +85,13 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     if names is not None and names != held and head.isdisjoint(new):
         loaded = loaded._replace(params={**loaded.params, **new_head(loaded.model, config.seed)})
         new.append(f"the head, whose classes are {', '.join(held or ['not named'])}")
+    delimited = config.delimiters
+    if delimited is None:
+        adapters = config.adapt.lora_rank or config.adapt.bitfit
+        delimited = family_of_model(loaded.model)[0].delimited and not adapters
+    if delimited and loaded.tokenizer is not None:
+        loaded = with_delimiters(loaded, config.seed)
+        new.append(f"the vectors of {', '.join(DELIMITERS)}")
     if new:
         progress.line(f"newly initialised (not in checkpoint {config.model}): {', '.join(new)}")
     if config.layer_decay != 1.0 and shaped.sets is not None:
@@ -85,6 +99,28 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         layers = ", ".join(map(str, sorted(last.values())))
         progress.line(f"--layer-decay: layers share parameters, which have the rates of layers {layers}")
     return loaded
+
+
+DELIMITERS = ("_start_", "_delimiter_", "_classify_")
+
+
+def with_delimiters(loaded: Loaded, seed: int) -> Loaded:
+    """Return a decoder that reads `_start_ A _delimiter_ B _classify_`: its tokenizer and its word vectors have them.
+
+    New vectors are drawn as in a new model. What has the tokens already stays as it is.
+    """
+    tokenizer = loaded.tokenizer.delimited(*DELIMITERS)
+    config: Any = loaded.config
+    lacking = tokenizer.vocab_size - config.vocab_size
+    if lacking <= 0:
+        return loaded._replace(tokenizer=tokenizer)
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    new = config.initializer(jax.random.key(seed), (lacking, config.table_width), jnp.float32)
+    encoder = loaded.params["encoder"]
+    words = np.concatenate([encoder["embeddings"]["word"]["embedding"], np.asarray(new)])
+    embeddings = {**encoder["embeddings"], "word": {"embedding": words}}
+    params = {**loaded.params, "encoder": {**encoder, "embeddings": embeddings}}
+    return Loaded(loaded.model.clone(config=config), params, config, tokenizer)
 
 
 WRITTEN_OUT = 8  # maximum number of layers to unroll by default

@@ -38,17 +38,15 @@ class IncrementalModel(Protocol):
 
     @property
     def positions(self) -> int | None:
-        """Maximum length of a source or an output, in tokens; None for no limit."""
-        ...
-
-    @property
-    def reads_sources(self) -> bool:
-        """Whether outputs are generated from a source (encoder-decoder), or from a prompt alone (decoder)."""
+        """Maximum length in tokens of a source or an output, or of both together if outputs continue; None for any."""
         ...
 
     @property
     def start_id(self) -> int | None:
-        """The token that every output starts from; None: it starts from the first token of its prompt."""
+        """The token that every output starts from (encoder-decoder); None: an output continues its source (decoder).
+
+        Then the last token of the source is the start token, and the rest is what `start` reads.
+        """
         ...
 
     @property
@@ -68,7 +66,7 @@ class IncrementalModel(Protocol):
     def start(self, prepared: Any, input_ids: Array, segment_ids: Array) -> Any:
         """Read sources [B, S], with segment 1, or 0 for padding, and return their memory.
 
-        Without sources, S is 0, and the memory may be empty.
+        S may be 0 if outputs continue their sources.
         """
         ...
 
@@ -135,7 +133,7 @@ class Programs:
         self.model = model
         self.config = config
         self.compilations = 0
-        self._search = Search(config, model.eos_id, model.forced_eos_id)
+        self.search = Search(config, model.eos_id, model.forced_eos_id)
         self._shapes: dict[tuple[int, ...], tuple[Sources, BatchState]] = {}
         self._compiling = threading.Lock()  # or two threads would compile the same program
         self._compiled: set[Any] = set()  # programs with the shapes of their arguments
@@ -155,7 +153,7 @@ class Programs:
             )
             record = jnp.zeros((max_tokens, rows, self.config.width), jnp.int32)
             history = jnp.zeros((rows, self.config.width, slots), bool)
-            admitted = Rows(start, self._search.begin(start, active, source_length, max_tokens))
+            admitted = Rows(start, self.search.begin(start, active, source_length, max_tokens, self._continued(ids)))
             return sources, BatchState(jnp.int32(0), self.model.cache(rows, slots), record, record, history, admitted)
 
         if sizes not in self._shapes:
@@ -192,8 +190,10 @@ class Programs:
         sources, rows = self._run(self._admit_program, *arguments)
         return sources, state._replace(rows=rows)
 
-    def advance(self, prepared: Any, sources: Sources, state: BatchState, numbers: Any, enough: Any) -> BatchState:
-        """Search until at most `enough` sentences are active, or until the host has to make room.
+    def advance(
+        self, prepared: Any, sources: Sources, state: BatchState, numbers: Any, enough: Any, until: Any
+    ) -> BatchState:
+        """Search until at most `enough` sentences are active, or step `until`, or until the host has to make room.
 
         Args:
             prepared: the model's parameters.
@@ -201,8 +201,9 @@ class Programs:
             state: state of the batch; not to be used afterwards.
             numbers: [R] int32, the number of the sentence in each row; -1 for a free row.
             enough: [] int32, number of active sentences at which to stop.
+            until: [] int32, the batch's step at which to stop.
         """
-        return self._run(self._advance_program, prepared, sources, state, numbers, enough)
+        return self._run(self._advance_program, prepared, sources, state, numbers, enough, until)
 
     def widen(self, state: BatchState, slots: int) -> BatchState:
         """Increase the number of slots per row to `slots`."""
@@ -236,12 +237,15 @@ class Programs:
         mask = ids >= 0
         memory = self.model.start(prepared, jnp.maximum(ids, 0), mask.astype(jnp.int32))
         looks_back = rows.hypotheses.history
-        max_tokens = 0 if looks_back is None else looks_back.shape[2]
-        fresh = self._search.begin(jnp.maximum(start, 0), start >= 0, ids.shape[1], max_tokens)
+        continued = self._continued(ids)
+        max_tokens = 0 if looks_back is None else looks_back.shape[2] - (0 if continued is None else ids.shape[1])
+        fresh = self.search.begin(jnp.maximum(start, 0), start >= 0, ids.shape[1], max_tokens, continued)
         new = Sources(memory, mask, prefix), Rows(jnp.broadcast_to(step, start.shape), fresh)
         return jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), (sources, rows), new)
 
-    def _advance(self, prepared: Any, sources: Sources, state: BatchState, numbers: Array, enough: Array) -> BatchState:
+    def _advance(
+        self, prepared: Any, sources: Sources, state: BatchState, numbers: Array, enough: Array, until: Array
+    ) -> BatchState:
         self.compilations += 1
 
         def goes_on(state: BatchState) -> Array:
@@ -249,7 +253,8 @@ class Programs:
             active = state.rows.hypotheses.active.any(axis=1)
             full = _free(state.history).sum(axis=1) < self.config.width
             oldest = jnp.where(numbers >= 0, state.step - state.rows.started, 0).max()
-            return (active.sum() > enough) & ~(active & full).any() & (oldest < len(state.tokens))
+            room = ~(active & full).any() & (oldest < len(state.tokens))
+            return (active.sum() > enough) & room & (state.step < until)
 
         # A sentence that was just admitted has no history; the slots hold that of the sentence before it.
         begun = state.step > state.rows.started
@@ -268,8 +273,9 @@ class Programs:
         logits, cache, attention = self.model.step(
             prepared, sources.memory, state.cache, hypotheses.tokens, age, places, history
         )
-        step = _where(sources.prefix, age)
-        hypotheses, parents = self._search.advance(hypotheses, step, logits, attention, sources.mask, numbers)
+        read = age if self.model.start_id is not None else age + sources.mask.sum(axis=1, dtype=jnp.int32)
+        step = _where(sources.prefix, age, read)
+        hypotheses, parents = self.search.advance(hypotheses, step, logits, attention, sources.mask, numbers)
         if self.config.searches:
             history = jnp.take_along_axis(history, parents[..., None], axis=1)
         record = (state.step % len(state.tokens), 0, 0)
@@ -281,6 +287,10 @@ class Programs:
             history=history,
             rows=Rows(state.rows.started, hypotheses),
         )
+
+    def _continued(self, ids: Array) -> Array | None:
+        """Return the sources [N, S] if outputs continue them."""
+        return ids if self.model.start_id is None else None
 
     def _widen(self, state: BatchState, slots: int) -> BatchState:
         self.compilations += 1
@@ -299,10 +309,10 @@ def _free(history: Array) -> Array:
     return ~history.any(axis=1)
 
 
-def _where(prefix: Array, age: Array) -> Step:
-    """Return the position of sentences of these ages [R], whose outputs begin with `prefix` [R, P]."""
+def _where(prefix: Array, age: Array, read: Array) -> Step:
+    """Return the position of sentences of these ages [R], after `read` [R] tokens, that begin with `prefix` [R, P]."""
     length = age + 1 - (prefix >= 0).sum(axis=1, dtype=jnp.int32)
     if not prefix.shape[1]:
-        return Step(age, jnp.full(length.shape, -1, jnp.int32), length)
+        return Step(age, read, jnp.full(length.shape, -1, jnp.int32), length)
     token = jnp.take_along_axis(prefix, jnp.minimum(age, prefix.shape[1] - 1)[:, None], axis=1)[:, 0]
-    return Step(age, jnp.where(age < prefix.shape[1], token, -1), length)
+    return Step(age, read, jnp.where(age < prefix.shape[1], token, -1), length)

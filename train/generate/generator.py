@@ -1,8 +1,7 @@
 """Generate text by greedy search, beam search or sampling, with any model that reads tokens one at a time.
 
     generate = Generator(model, params, DecodeConfig(beam=5))
-    hypotheses = generate([[4, 8, 2], [15, 16, 23, 42, 2]])  # sources of an encoder-decoder, as token ids
-    hypotheses = generate(prefixes=[[4, 8], [15, 16, 23]])  # prompts of a decoder
+    hypotheses = generate([[4, 8, 2], [15, 16, 23, 42, 2]])  # sources of an encoder-decoder, or prompts of a decoder
 
 `search` chooses the next tokens, `batch` runs a search on the device, `scheduler` forms the batches. On a CPU with few
 cores, each core searches its own sentences: matrix products this small are faster on one core than spread over several.
@@ -21,9 +20,9 @@ from ...data.cores import usable_cores
 from ..errors import RunError
 from .batch import Programs
 from .config import DecodeConfig
-from .scheduler import Hypothesis, Request, Sizes, search_sentences
+from .scheduler import Hypothesis, Request, Sizes, Watch, search_sentences
 
-__all__ = ["Generator", "Hypothesis"]
+__all__ = ["Generator", "Hypothesis", "Watch"]
 
 
 class Generator:
@@ -59,8 +58,8 @@ class Generator:
             raise RunError(f"suppressed: expected tokens from 0 to {words - 1}, found {config.suppressed}")
         if self._model.forced_eos_id in config.suppressed:
             raise RunError(f"suppressed: {self._model.forced_eos_id} ends this model's longest outputs")
-        if config.coverage_penalty and not self._model.reads_sources:
-            raise RunError("coverage_penalty: this model has no source that could be covered")
+        if config.coverage_penalty and self._model.start_id is None:
+            raise RunError("coverage_penalty: this model continues prompts; it has no source that could be covered")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1
         self._threads = max(1, min(cores, rows // self.ROWS_PER_THREAD))
         self.sizes = Sizes.up_to(rows // self._threads, positions)
@@ -81,65 +80,63 @@ class Generator:
 
     def __call__(
         self,
-        sources: Sequence[Sequence[int]] | None = None,
+        sources: Sequence[Sequence[int]],
         prefixes: Sequence[Sequence[int]] | None = None,
         *,
         first: int = 0,
+        watch: Watch | None = None,
     ) -> list[list[Hypothesis]]:
-        """Generate an output for each source, or for each prompt.
+        """Generate an output for each source.
 
         Args:
-            sources: token ids for the encoder, including the end token; None for a model without an encoder.
-            prefixes: the first token ids of each output, possibly empty; None for none. For a model without an encoder
-                these are the prompts.
+            sources: token ids for the encoder, including the end token; for a model without an encoder, the prompts,
+                which are not part of the outputs.
+            prefixes: the first token ids of each output, possibly empty; None for none.
             first: number of the first sentence, if these are a part of many: random draws depend on the number.
+            watch: follows the outputs as they are made and may end them; only for a single hypothesis of each source.
 
         Returns:
             up to `n_best` hypotheses for each, best first; samples in the order of drawing.
 
         Raises:
-            RunError: a source or a prompt is empty, or longer than the model has positions; with its number.
+            RunError: a source is empty, or the model has too few positions for it; with its number.
         """
-        count = len(prefixes or ()) if sources is None else len(sources)
-        if (sources is not None) != self._model.reads_sources:
-            expected = "sources" if self._model.reads_sources else "prefixes alone: it has no encoder"
-            raise RunError(f"this model generates from {expected}")
-        none: list[list[int]] = [[] for _ in range(count)]
-        sources, prefixes = none if sources is None else sources, none if prefixes is None else prefixes
+        if watch is not None and self.config.width > 1:
+            raise RunError("watch: beams and several samples cannot be followed; it needs beam 1 and n_best 1")
+        count = len(sources)
+        prefixes = [[] for _ in range(count)] if prefixes is None else prefixes
         self._check(sources, prefixes)
         start = self._model.start_id
-        starts = [prefix[0] if start is None else start for prefix in prefixes]
-        rest = [prefix[1:] if start is None else prefix for prefix in prefixes]
-        longest = max(map(len, rest), default=0)
+        starts = [source[-1] if start is None else start for source in sources]
+        sources = [source[:-1] for source in sources] if start is None else sources
+        longest = max(map(len, prefixes), default=0)
         tokens = self.sizes.tokens
         request = Request(
             sources,
             starts,
-            rest,
+            prefixes,
             first,
             tokens(longest),
             tokens(longest + self.config.max_length),
             {},
             threading.Event(),
+            watch,
         )
-        order = sorted(range(count), key=lambda i: (-len(sources[i]), -len(rest[i]) if start is None else 0))
-        self._search(request, order)
-        if start is not None:
-            return [request.found[i] for i in range(count)]
-        return [[found._replace(tokens=[starts[i], *found.tokens]) for found in request.found[i]] for i in range(count)]
+        self._search(request, sorted(range(count), key=lambda i: -len(sources[i])))
+        return [request.found[i] for i in range(count)]
 
     def _check(self, sources: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]) -> None:
         if len(prefixes) != len(sources):
             raise RunError(f"{len(sources)} sources, but {len(prefixes)} prefixes")
         positions, longest = self._model.positions, self.config.max_length
         for number, (source, prefix) in enumerate(zip(sources, prefixes, strict=True)):
-            if self._model.reads_sources and not 0 < len(source) <= (positions or len(source)):
+            if not 0 < len(source) <= (positions or len(source)):
                 raise RunError(f"source {number}: expected 1 to {positions} tokens, found {len(source)}")
-            if self._model.start_id is None and not prefix:
-                raise RunError(f"prefix {number}: expected at least 1 token, found none")
-            if positions is not None and len(prefix) + longest > positions:
+            before = len(prefix) + (len(source) if self._model.start_id is None else 0)
+            if positions is not None and before + longest > positions:
+                what = "prefix" if self._model.start_id is not None else "prompt"
                 raise RunError(
-                    f"prefix {number}: {len(prefix)} tokens and max_length {longest} more do not fit the model's "
+                    f"{what} {number}: {before} tokens and max_length {longest} more do not fit the model's "
                     f"{positions} positions"
                 )
 

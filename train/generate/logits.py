@@ -69,12 +69,12 @@ def counts(tokens: Array, words: int) -> Array:
     return jnp.zeros((len(tokens), words), jnp.float32).at[rows, tokens].add(1.0)
 
 
-def completions(history: Array, age: Array, size: int) -> Array:
+def completions(history: Array, newest: Array, size: int) -> Array:
     """Find the tokens that would complete an n-gram that has occurred.
 
     Args:
         history: [R, K, T] int32, the tokens so far, -1 after them.
-        age: [R] int32, index of the newest token.
+        newest: [R] int32, index of the newest token.
         size: length of the n-grams, n.
 
     Returns:
@@ -84,9 +84,9 @@ def completions(history: Array, age: Array, size: int) -> Array:
     if length < size:
         return jnp.full_like(history, -1)
     starts = length - size + 1
-    follows = jnp.broadcast_to((age + 2 >= size)[:, None, None], (*history.shape[:2], starts))
+    follows = jnp.broadcast_to((newest + 2 >= size)[:, None, None], (*history.shape[:2], starts))
     for i in range(size - 1):
-        place = jnp.maximum(age - size + 2 + i, 0)[:, None, None]
+        place = jnp.maximum(newest - size + 2 + i, 0)[:, None, None]
         follows &= history[..., i : i + starts] == jnp.take_along_axis(history, place, axis=2)
     return jnp.where(follows, history[..., size - 1 :], -1)
 

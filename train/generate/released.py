@@ -5,12 +5,14 @@ including the start token.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ...data.json_files import read_object, value_of
 from ..errors import RunError
 from .config import DecodeConfig
+from .generator import Generator
 
 FILE = "generation_config.json"
 TOKENS = ("decoder_start_token_id", "eos_token_id", "forced_eos_token_id")
@@ -87,3 +89,21 @@ def _decode_config(given: dict[str, Any]) -> DecodeConfig:
         renormalise=given.get("renormalize_logits", False) and searches,
         **same,
     )
+
+
+def reference_generate(
+    model: Any, params: Any, settings: Path, sources: Sequence[Sequence[int]]
+) -> list[tuple[list[int], float]]:
+    """Generate with the settings of a file, under the reference's names, for `models.checkpoints.parity`.
+
+    Args:
+        model: a model with a method `incremental()`.
+        params: its parameters.
+        settings: arguments of the reference's `generate`, as JSON.
+        sources: token ids.
+
+    Returns:
+        The tokens and the score of the best output of each source.
+    """
+    generate = Generator(model, params, _decode_config(read_object(settings)), rows=max(1, len(sources)))
+    return [(best.tokens, best.score) for best, *_ in generate(sources)]

@@ -7,7 +7,7 @@ depend only on a few sizes, to which lengths and counts are rounded up.
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +16,9 @@ import numpy as np
 
 from .batch import BatchState, Programs, Sources
 from .search import NOTHING, Finished
+
+NEVER = (1 << 31) - 1
+"""A step that no batch reaches."""
 
 
 class Hypothesis(NamedTuple):
@@ -70,10 +73,20 @@ class Sizes:
         return slots
 
 
+class Watch(NamedTuple):
+    """Someone who follows outputs as they are made, of one independent hypothesis each."""
+
+    seen: Callable[[int, list[int], bool], bool]
+    """called with a sentence's index, its new tokens without the end token, and whether it is finished; returns whether
+    to end it"""
+    every: int
+    """number of steps between calls"""
+
+
 class Request(NamedTuple):
     """A request for outputs, and the outputs found so far."""
 
-    sources: Sequence[Sequence[int]]  # all empty for a model without sources
+    sources: Sequence[Sequence[int]]  # without their last tokens if outputs continue them
     starts: Sequence[int]  # the token that each output starts from
     prefixes: Sequence[Sequence[int]]  # the tokens that follow it
     first: int  # number of the first sentence
@@ -81,6 +94,7 @@ class Request(NamedTuple):
     max_tokens: int  # of the longest output, including its prefix, rounded up
     found: dict[int, list[Hypothesis]]
     cancelled: threading.Event
+    watch: Watch | None
 
 
 def search_sentences(programs: Programs, prepared: Any, sizes: Sizes, request: Request, order: Sequence[int]) -> None:
@@ -138,9 +152,11 @@ class Batch:
         self._programs, self._prepared, self._request, self._waiting = programs, prepared, request, waiting
         self._length = length
         self._slots = sizes.slots(programs.config.width, length, request.max_tokens, more=more_slots)
-        self._may_postpone = rows > sizes.rows[-1]
+        # Whoever watches an output sees its tokens once.
+        self._may_postpone = rows > sizes.rows[-1] and request.watch is None
         self._numbers = np.full(rows, -1, np.int32)  # index of the sentence in each row
         self._started = np.zeros(rows, np.int32)  # the step at which each was admitted
+        self._seen = np.zeros(rows, np.int32)  # number of tokens of each that were shown to the request's watch
         self._step = 0
 
     @staticmethod
@@ -167,12 +183,16 @@ class Batch:
             # While others wait, rows are refilled some at a time; the last sentences finish in their rows.
             enough = np.int32(rows - refill if self._waiting else 0)
             numbers = np.where(self._numbers < 0, -1, self._numbers + request.first)
-            state = programs.advance(self._prepared, sources, state, numbers, enough)
+            until = np.int32(NEVER if request.watch is None else self._step + request.watch.every)
+            state = programs.advance(self._prepared, sources, state, numbers, enough, until)
             hypotheses = state.rows.hypotheses
             step, history, active, *found = jax.device_get(
                 (state.step, state.history, hypotheses.active, hypotheses.finished, state.tokens, state.parents)
             )
             self._step = int(step)
+            if request.watch is not None:
+                state = self._show(request.watch, state, active, *found)
+                active = active & (self._numbers >= 0)[:, None]
             self._collect(np.flatnonzero(~active.any(axis=1) & (self._numbers >= 0)), *found)
             needed = np.where(self._numbers < 0, 0, history.any(axis=1).sum(axis=1) + programs.config.width)
             short = np.flatnonzero(needed > history.shape[2])
@@ -189,12 +209,33 @@ class Batch:
         admitted, self._waiting = self._waiting[:count], self._waiting[count:]
         self._numbers[places[: len(admitted)]] = admitted
         self._started[places[: len(admitted)]] = self._step
+        self._seen[places[: len(admitted)]] = 0
         request = self._request
         ids = _padded([request.sources[i] for i in admitted], count, self._length)
         start = _padded([[request.starts[i]] for i in admitted], count, 1)[:, 0]
         prefix = _padded([request.prefixes[i] for i in admitted], count, request.prefix_length)
         rows = np.where(np.arange(count) < len(admitted), places, len(self._numbers)).astype(np.int32)
         return self._programs.admit(self._prepared, sources, state, np.int32(self._step), ids, start, prefix, rows)
+
+    def _show(
+        self, watch: Watch, state: BatchState, active: np.ndarray, best: Finished, tokens: np.ndarray, _: np.ndarray
+    ) -> BatchState:
+        """Show new tokens to the watch, and end the outputs that it has seen enough of."""
+        eos_id, ended = self._programs.model.eos_id, list[int]()
+        for row in np.flatnonzero(self._numbers >= 0):
+            goes_on = bool(active[row].any())
+            count = self._step - self._started[row] if goes_on else int(best.steps[row, 0]) + 1
+            output = [int(tokens[(self._started[row] + age) % len(tokens), row, 0]) for age in range(count)]
+            if not goes_on and output[-1:] == [eos_id]:
+                output = output[:-1]
+            sentence = int(self._numbers[row])
+            if watch.seen(sentence, output[self._seen[row] :], not goes_on) and goes_on:
+                total = float(state.rows.hypotheses.scores[row, 0])
+                score = total / float(self._programs.search.normaliser(np.int32(count)))
+                self._request.found[sentence] = [Hypothesis(output, score)]
+                ended.append(row)
+            self._seen[row] = len(output)
+        return self._abandon(state, active, np.array(ended, np.int32)) if ended else state
 
     def _abandon(self, state: BatchState, active: np.ndarray, rows: np.ndarray) -> BatchState:
         """Free rows whose sentences are not finished."""

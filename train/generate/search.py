@@ -43,7 +43,8 @@ class Hypotheses(NamedTuple):
 
     tokens: Array  # [R, K] int32, the newest token of each live hypothesis
     scores: Array  # [R, K] float32, their log probabilities
-    history: Array | None  # [R, K, T] int32, the tokens read so far, -1 after them; None unless a rule needs them
+    history: Array | None  # [R, K, T] int32, the tokens read so far, -1 after them; None unless a rule needs them;
+    # [R, K, S + T] if outputs continue their sources, which they begin with
     coverage: Array | None  # [R, K, S] float32, attention that each source token has received; None likewise
     finished: Finished
     active: Array  # [R, G] bool, whether each group of beams is still searched
@@ -52,7 +53,8 @@ class Hypotheses(NamedTuple):
 class Step(NamedTuple):
     """Position of each sentence."""
 
-    age: Array  # [R] int32, tokens read before this step
+    age: Array  # [R] int32, steps before this one
+    read: Array  # [R] int32, tokens read before this step: as many, and those of a source that the output continues
     forced: Array  # [R] int32, the prefix's token at this step, -1 after the prefix
     length: Array  # [R] int32, tokens generated, including this step's; 0 or less within the prefix
 
@@ -81,7 +83,9 @@ class Search:
     eos_id: int
     forced_eos_id: int | None = None
 
-    def begin(self, start: Array, active: Array, source_length: int, max_tokens: int) -> Hypotheses:
+    def begin(
+        self, start: Array, active: Array, source_length: int, max_tokens: int, continued: Array | None = None
+    ) -> Hypotheses:
         """Return the hypotheses before the first step.
 
         Args:
@@ -89,17 +93,23 @@ class Search:
             active: [R] bool, whether there is a sentence.
             source_length: maximum number of source tokens, S.
             max_tokens: maximum number of output tokens, T.
+            continued: [R, S] int32, the sources, -1 after them, if outputs continue them.
         """
         c = self.config
         shape = (len(start), c.width)
         none = jnp.full(shape, -1, jnp.int32)
         # The hypotheses of a group are equal at first: only one must count.
         duplicate = c.searches & (jnp.arange(c.width) % (c.width // c.diverse_groups) > 0)
-        looks_back = c.repetition_penalty != 1.0 or c.no_repeat_ngram
+        history = None
+        if c.repetition_penalty != 1.0 or c.no_repeat_ngram:
+            history = jnp.full((*shape, max_tokens), -1, jnp.int32)
+            if continued is not None:
+                before = jnp.broadcast_to(continued[:, None], (*shape, continued.shape[1]))
+                history = jnp.concatenate([before, history], axis=2)
         return Hypotheses(
             tokens=jnp.broadcast_to(start[:, None], shape),
             scores=jnp.broadcast_to(jnp.where(duplicate, jnp.float32(LOW), jnp.float32(0.0))[None], shape),
-            history=jnp.full((*shape, max_tokens), -1, jnp.int32) if looks_back else None,
+            history=history,
             coverage=jnp.zeros((*shape, source_length), jnp.float32) if c.coverage_penalty else None,
             finished=Finished(jnp.full(shape, LOW, jnp.float32), none, none, none, jnp.zeros(shape, bool)),
             active=jnp.broadcast_to(active[:, None], (len(start), c.diverse_groups)),
@@ -129,7 +139,7 @@ class Search:
         """
         history, coverage = hypotheses.history, hypotheses.coverage
         if history is not None:
-            read_now = jnp.arange(history.shape[2])[None, None] == step.age[:, None, None]
+            read_now = jnp.arange(history.shape[2])[None, None] == step.read[:, None, None]
             history = jnp.where(read_now, hypotheses.tokens[..., None], history)
         if coverage is not None:
             coverage = coverage + attention[-1].mean(axis=1)
@@ -155,7 +165,7 @@ class Search:
             penalised = jnp.where(scores < 0, scores * c.repetition_penalty, scores / c.repetition_penalty)
             scores = jnp.where(marked(history, words), penalised, scores)
         if history is not None and c.no_repeat_ngram:
-            again = completions(history, step.age, c.no_repeat_ngram)
+            again = completions(history, step.read, c.no_repeat_ngram)
             scores = jnp.where(marked(again, words), -jnp.inf, scores)
         word = jnp.arange(words)[None, None]
         length = step.length[:, None, None]
@@ -168,7 +178,7 @@ class Search:
             scores = scores.at[..., np.array(c.suppressed)].set(-jnp.inf)
         return scores
 
-    def _normaliser(self, length: Array) -> Array:
+    def normaliser(self, length: Array) -> Array:
         """Return the length normaliser of `length` tokens, by which the log probability is divided."""
         c = self.config
         length = jnp.maximum(length, 1).astype(jnp.float32)
@@ -195,7 +205,7 @@ class Search:
         last = ((tokens == self.eos_id) | (step.length == c.max_length)[:, None]) & ~forced
         own = jnp.broadcast_to(jnp.arange(c.width, dtype=jnp.int32)[None], tokens.shape)
         age = jnp.broadcast_to(step.age[:, None], tokens.shape)
-        ending = Finished(totals / self._normaliser(step.length)[:, None], age, own, tokens, last)
+        ending = Finished(totals / self.normaliser(step.length)[:, None], age, own, tokens, last)
         first = last & ~hypotheses.finished.valid
         finished = Finished(*(jnp.where(first, a, b) for a, b in zip(ending, hypotheses.finished, strict=True)))
         active = hypotheses.active & ~finished.valid.all(axis=1, keepdims=True)
@@ -270,7 +280,7 @@ class Search:
         tokens, sources = (jnp.take_along_axis(x, order, axis=1) for x in (words, parents))
 
         # A candidate that ends counts if it is among the best k, and the group is still active.
-        scored = values / self._normaliser(step.length)[:, None] + jnp.take_along_axis(bonus, parents, axis=1)
+        scored = values / self.normaliser(step.length)[:, None] + jnp.take_along_axis(bonus, parents, axis=1)
         counted = last & (jnp.arange(values.shape[1]) < size)[None] & active[:, None]
         age = jnp.broadcast_to(step.age[:, None], values.shape)
         ending = Finished(jnp.where(counted, scored, LOW), age, parents, words, counted)
@@ -281,7 +291,7 @@ class Search:
         # Can a live hypothesis still beat the worst finished one?
         exhaustive = c.early_stopping == "exhaustive" and c.length_penalty > 0
         reached = jnp.int32(c.max_length) if exhaustive else step.length
-        attainable = live[:, :1] / jnp.broadcast_to(self._normaliser(reached), step.length.shape)[:, None]
+        attainable = live[:, :1] / jnp.broadcast_to(self.normaliser(reached), step.length.shape)[:, None]
         worst = jnp.where(merged.valid, merged.scores.min(axis=1, keepdims=True), LOW)
         goes_on = active & (attainable > worst).any(axis=1) & ~longest[:, 0]
         if c.early_stopping == "first":

@@ -58,14 +58,17 @@ class PretrainConfig:
     --model and --init-from, the optimiser is muon, with a learning rate of 0.01 (else adamw and 0.001)."""
     objective: str | None = None
     """Pretraining objective: mlm (masked words), mlm+nsp (also whether sentence B follows A), mlm+sop (also whether A
-    and B are swapped), span+sbo (masked spans, also from the tokens beside them) or rtd (which tokens a generator has
-    replaced). None: that of the family's paper."""
+    and B are swapped), span+sbo (masked spans, also from the tokens beside them), rtd (which tokens a generator has
+    replaced) or causal (the next token, of GPT). None: that of the family's paper."""
     generator_size: float | None = None
     """Width of the generator of --objective rtd, as a fraction of the model's. None: that of the model's size."""
     rows: RowKind | None = None
     """Content of a row, for --objective mlm: sentences (examples of consecutive sentences of one document; several
     short examples share a row), full-sentences (RoBERTa's: the text runs on across documents, and <s> and </s> may be
     masked too) or doc-sentences (the same, but each row is from one document). None: the rows of the family's paper."""
+    across_documents: bool = True
+    """For --objective causal: let attention cross the boundaries of documents in a row, as in GPT-3. Off: each document
+    of a row sees only itself, and its positions start anew."""
     dropout: float = 0.1
     """Dropout rate of hidden states and attention probabilities."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

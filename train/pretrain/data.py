@@ -18,7 +18,7 @@ from ...data import (
     train_tokenizer,
     training_batches,
 )
-from ...data.corpus.document_store import Split
+from ...data.corpus.document_store import Split, Unit
 from ...data.corpus.fingerprint import corpus_fingerprint
 from ...data.files import build_once, user_cache_folder
 from ...data.tokenizers.kinds import TITLES, TextKind
@@ -46,7 +46,7 @@ def prepare_tokenizer(config: PretrainConfig, progress: Progress) -> Tokenizer:
         return load_tokenizer(trained_tokenizer(config, _corpora(config)[0], progress))
 
 
-def prepare_data(config: PretrainConfig, tokenizer: Tokenizer, progress: Progress) -> Data:
+def prepare_data(config: PretrainConfig, tokenizer: Tokenizer, progress: Progress, unit: Unit) -> Data:
     """Open the cache of the tokenised text; process 0 builds it if it is missing, before the others open it."""
     with first_process_first("data_prepared"):
         build = partial(
@@ -54,6 +54,7 @@ def prepare_data(config: PretrainConfig, tokenizer: Tokenizer, progress: Progres
             tokenizer=tokenizer,
             root=(config.cache or user_cache_folder()) / "tokenised",
             language=config.language,
+            unit=unit,
             processes=config.workers or None,
             progress=lambda report: progress.update(str(report)),
         )
@@ -76,25 +77,29 @@ def trained_tokenizer(config: PretrainConfig, corpus: Corpus, progress: Progress
     Raises:
         RunError: tokenizers of this kind cannot be trained here.
     """
-    kind: Any = asked_family(config).tokenizers[0]
+    family = asked_family(config)
+    kind: Any = family.tokenizers[0]
     if kind not in get_args(TextKind):
         raise RunError(
             f"--model {config.model}: its kind of tokenizer, {TITLES[kind]}, is not trained here. "
             "Give one with --tokenizer."
         )
 
+    own = "gpt2" if kind == "byte-bpe" and "causal_lm" in family.heads else None
+
     def build(unfinished: Path) -> None:
         tokenizer = train_tokenizer(
             kind,
             corpus,
             vocab_size=config.vocab_size,
+            family=own,
             lowercase=config.lowercase,
             progress=lambda report: progress.update(str(report)),
         )
         tokenizer.save(unfinished)
 
     lowercase = "" if kind == "byte-bpe" else f" {config.lowercase}"  # byte-level BPE keeps the text as it is
-    key = f"{kind} {config.vocab_size}{lowercase} {corpus_fingerprint(corpus)}"
+    key = f"{kind}{own or ''} {config.vocab_size}{lowercase} {corpus_fingerprint(corpus)}"
     root = (config.cache or user_cache_folder()) / "tokenizers"
     return build_once(root / hashlib.sha256(key.encode()).hexdigest()[:16], build)
 

@@ -147,7 +147,7 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
     objective = make_objective(config, tokenizer)
     architecture = model_config(config, tokenizer, objective.head)
     run.progress.line(describe_tokenizer(tokenizer, asked_family(config), architecture))
-    data = prepare_data(config, tokenizer, run.progress)
+    data = prepare_data(config, tokenizer, run.progress, objective.text)
     model, learner = make_model(config, architecture, objective.head)
     describe(run, config, data, objective, architecture, learner)
     evaluate = Evaluation(config, data, objective, model, run.parallelism)

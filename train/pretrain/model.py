@@ -65,8 +65,9 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
                 f"{tokenizer.vocab_size}. Give the checkpoint's own with --tokenizer {config.init_from}."
             )
     else:
-        vocabulary = dict(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
-        found = asked_family(config).config.preset(config.model, **vocabulary)
+        sizes: Any = asked_family(config).config
+        vocabulary = sizes.vocabulary_fields(tokenizer.vocab_size, tokenizer.special_ids)
+        found = sizes.preset(config.model, **vocabulary)
     model = dataclasses.replace(found, **run, **found.dropout_fields(config.dropout))
     longest = max(phase.length for phase in config.plan)
     if model.max_length is not None and longest > model.max_length:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data import DocumentStore
-from ...data.corpus.document_store import Split
+from ...data.corpus.document_store import Split, Unit
 from ...data.stream import RowSource
 from ...models.heads.losses import PredictionSums, WeightedSum
 from .config import MaskingKind
@@ -40,6 +40,8 @@ class Objective:
     """what to minimise"""
     units: ClassVar[tuple[MaskingKind, ...]] = get_args(MaskingKind)
     """units of masking that it can use, the default first"""
+    text: ClassVar[Unit] = "sentences"
+    """what documents are divided into"""
     own_rows: ClassVar[str | None] = None
     """what its rows are, in words, if there is only one kind; None if --rows chooses"""
 

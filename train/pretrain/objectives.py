@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ...data import Tokenizer
+from ...data.corpus.document_store import Unit
 from ...models.family import Family
 from ..errors import RunError
+from .causal import NextTokens
 from .config import MaskingKind, PretrainConfig
 from .mlm import MaskedWords
 from .mlm_pairs import MaskedWordsAndNextSentence, MaskedWordsAndSentenceOrder
@@ -28,6 +30,11 @@ class ObjectiveClass(Protocol):
         """See `Objective.own_rows`."""
         ...
 
+    @property
+    def text(self) -> Unit:
+        """See `Objective.text`."""
+        ...
+
     def create(self, config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
         """Create the objective for a run's settings; raise RunError if they do not fit it."""
         ...
@@ -39,6 +46,7 @@ OBJECTIVES: Mapping[str, ObjectiveClass] = {
     "mlm+sop": MaskedWordsAndSentenceOrder,
     "span+sbo": MaskedSpans,
     "rtd": ReplacedTokens,
+    "causal": NextTokens,
 }
 
 
@@ -57,9 +65,14 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     objective = OBJECTIVES[name]
     if config.rows is not None and objective.own_rows is not None:
         raise RunError(f"--rows {config.rows}: --objective {name} has rows of its own, {objective.own_rows}.")
-    masking = config.masking or objective.units[0]
-    if masking not in objective.units:
-        raise RunError(f"--masking {masking}: --objective {name} masks by {', '.join(objective.units)}.")
+    masking = config.masking or next(iter(objective.units), None)
+    if masking is not None and masking not in objective.units:
+        how = f"masks by {', '.join(objective.units)}" if objective.units else "masks nothing"
+        raise RunError(f"--masking {masking}: --objective {name} {how}.")
+    if config.mask_rate is not None and not objective.units:
+        raise RunError(f"--mask-rate: --objective {name} masks nothing.")
+    if not config.across_documents and name != "causal":
+        raise RunError(f"--no-across-documents: it is for --objective causal; for {name}, see --rows.")
     if config.generator_size is not None and name != "rtd":
         raise RunError(f"--generator-size: --objective {name} has no generator; rtd has one.")
     return dataclasses.replace(
@@ -67,7 +80,7 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
         objective=name,
         rows=config.rows or (family.rows if objective.own_rows is None else None),
         masking=masking,
-        mask_rate=family.mask_rate if config.mask_rate is None else config.mask_rate,
+        mask_rate=family.mask_rate if config.mask_rate is None and objective.units else config.mask_rate,
     )
 
 

@@ -7,13 +7,11 @@ Input is read and translated a window of lines at a time, and nothing is kept: a
 the first thousand, if these include long lines too.
 """
 
-import queue
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -22,13 +20,12 @@ from ..arguments import flags
 from ..cpu import return_freed_memory
 from ..errors import RunError
 from ..generate.config import DecodeConfig, refuse_decoding_flags
+from ..lines import Lines
 from ..progress import Progress
 from .config import DECODE, TooLong
 
 if TYPE_CHECKING:
     from .translator import Translation
-
-WAIT_SECONDS = 0.05  # time to wait for more lines, once there is one
 
 
 @dataclass(frozen=True)
@@ -78,51 +75,6 @@ class RunConfig:
         given = flags(arguments)
         if "generation_config" in given:
             refuse_decoding_flags(given, "--generation-config replaces the flags of decoding")
-
-
-class Lines:
-    """Lines of a stream, read by a thread as they arrive; at most `window` lines are buffered."""
-
-    def __init__(self, stream: BinaryIO, window: int):
-        self._window = window
-        self._waiting: queue.Queue[str | Exception | None] = queue.Queue(window)
-        self._stream = stream
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        try:
-            for number, line in enumerate(self._stream, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise RunError(
-                        f"standard input, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at column "
-                        f"{error.start + 1}). Convert the text first."
-                    ) from None
-                self._waiting.put(text.removesuffix("\n").removesuffix("\r"))
-            self._waiting.put(None)
-        except Exception as error:  # re-raised in the thread that takes the lines
-            self._waiting.put(error)
-
-    def __iter__(self) -> Iterator[list[str]]:
-        """Yield up to `window` lines at a time: those available, as soon as there is one."""
-        some: list[str] = []
-        while True:
-            try:
-                line = self._waiting.get(timeout=WAIT_SECONDS if some else None)
-            except queue.Empty:
-                yield some
-                some = []
-                continue
-            if isinstance(line, str):
-                some.append(line)
-            if some and (len(some) == self._window or not isinstance(line, str)):
-                yield some
-                some = []
-            if isinstance(line, Exception):
-                raise line
-            if line is None:
-                return
 
 
 def main(config: RunConfig) -> int:

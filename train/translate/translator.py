@@ -24,6 +24,7 @@ from ..generate.config import DecodeConfig
 from ..generate.generator import Generator, Hypothesis
 from ..generate.released import FILE as GENERATION_FILE
 from ..generate.released import read_generation_config
+from ..run_folder import model_folder
 from .config import TooLong
 
 BREAKS = (".!?;:", ",", " ")  # characters after which to split a long line, preferred ones first
@@ -61,11 +62,6 @@ def check_vocabulary(model: TransformerConfig, tokenizer: PairTokenizer, where: 
                 f"{where}: the model has a {side} vocabulary of {expected:,}, the tokenizer one of {size:,}. Give the "
                 "tokenizer that the model was trained with."
             )
-
-
-def model_folder(folder: Path) -> Path:
-    """Return the checkpoint folder inside a run folder, or the folder itself if it is not a run folder."""
-    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 def open_translator(

@@ -50,10 +50,20 @@ NAMES = (
     "modernbert_span",
     "modernbert_choice",
     "xlm_roberta_mlm",
+    "gpt1_lm",
+    "gpt1_classification",
+    "gpt2_model",
+    "gpt2_lm",
+    "gpt2_classification",
+    "gpt2_tokens",
+    "gpt2_span",
+    "gpt2_choice",
+    "gptneo_lm",
+    "gptneo_classification",
 )
 
 
-TRAJECTORIES = ("bert_pretraining", "roberta_mlm", "distilbert_classification")
+TRAJECTORIES = ("bert_pretraining", "roberta_mlm", "distilbert_classification", "gpt2_lm", "gpt1_classification")
 
 
 def assert_passes(folder: Path) -> Report:

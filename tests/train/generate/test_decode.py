@@ -20,7 +20,7 @@ from bestiary.train.errors import RunError
 from bestiary.train.generate import generator as generator_module
 from bestiary.train.generate import scheduler
 from bestiary.train.generate.config import DecodeConfig
-from bestiary.train.generate.generator import Generator
+from bestiary.train.generate.generator import Generator, Watch
 from bestiary.train.generate.logits import continuations
 from bestiary.train.generate.released import read_generation_config
 from bestiary.train.generate.scheduler import Sizes
@@ -135,7 +135,6 @@ class Chain:
 
     vocabulary: int = WORDS
     positions: int | None = 32
-    reads_sources: bool = True
     start_id: int | None = 0
     eos_id: int = END
     forced_eos_id: int | None = None
@@ -268,8 +267,21 @@ class Decoder(Unconditional):
     """The same without an encoder: it starts from the first token of its prompt, and has no limit."""
 
     positions: int | None = None
-    reads_sources: bool = False
     start_id: int | None = None
+
+    def start(self, prepared: Any, input_ids: Any, segment_ids: Any) -> Any:
+        places = prepared["places"][: input_ids.shape[1]]
+        read = (prepared["words"][input_ids] * places[None] * segment_ids[..., None].astype(jnp.float32)).sum(axis=1)
+        return read, segment_ids.sum(axis=1)
+
+    def step(self, prepared: Any, memory: Any, cache: Any, tokens: Any, positions: Any, places: Any, mask: Any) -> Any:
+        read, count = memory
+        new = prepared["words"][tokens] * prepared["places"][positions + count][:, None]
+        cache = cache.at[jnp.arange(len(tokens))[:, None], places].set(new, mode="drop")
+        seen = mask.astype(jnp.float32)
+        past = jnp.einsum("rks,rsd->rkd", seen, cache) + read[:, None]
+        hidden = jnp.tanh(new + 3 * past / (seen.sum(axis=-1) + count[:, None].astype(jnp.float32))[..., None])
+        return hidden @ prepared["words"].T + prepared["often"], cache, ()
 
 
 def rememberer_params() -> dict[str, np.ndarray]:
@@ -279,40 +291,41 @@ def rememberer_params() -> dict[str, np.ndarray]:
 
 
 def continued(prompt: list[int], count: int) -> list[int]:
-    """A prompt and the most probable tokens after it, from all tokens at a time."""
+    """The most probable tokens after a prompt, from all tokens at a time."""
     params, tokens = rememberer_params(), list(prompt)
     while len(tokens) < len(prompt) + count:
         cache = params["words"][tokens] * params["places"][: len(tokens)]
         hidden = np.tanh(cache[-1] + 3 * cache.mean(axis=0))
         tokens.append(int((hidden @ params["words"].T).argmax()))
         if tokens[-1] == END:
-            return tokens[:-1]
-    return tokens
+            return tokens[len(prompt) : -1]
+    return tokens[len(prompt) :]
 
 
 def test_a_decoder_continues_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without sources: as an encoder-decoder whose memory says nothing, given the prompt as start token and prefix."""
+    """As an encoder-decoder whose memory says nothing, given the prompt as start token and prefix."""
     small_sizes(monkeypatch, FEWEST_ROWS=1)
     draw = np.random.default_rng(4)
     prompts = [[0, *draw.integers(2, WORDS, n).tolist()] for n in draw.integers(0, 12, 12)]
     greedy = Generator(Decoder(), rememberer_params(), DecodeConfig(max_length=9), rows=4)
-    assert [h.tokens for (h,) in greedy(prefixes=prompts)] == [continued(prompt, 9) for prompt in prompts]
-    for named in ({"beam": 4, "n_best": 2, "no_repeat_ngram": 3}, {"sample": True, "n_best": 3, "seed": 1}):
+    assert [h.tokens for (h,) in greedy(prompts)] == [continued(prompt, 9) for prompt in prompts]
+    config = DecodeConfig(max_length=9, sample=True, n_best=3, seed=1)
+    sample = Generator(Decoder(), rememberer_params(), config, rows=4)
+    alone = [sample([prompt], first=number)[0] for number, prompt in enumerate(prompts)]
+    assert [[h.tokens for h in row] for row in sample(prompts)] == [[h.tokens for h in row] for row in alone]
+    for named in ({"beam": 4, "n_best": 2, "no_repeat_ngram": 3}, {"beam": 2, "repetition_penalty": 1.2}):
         config = DecodeConfig(max_length=9, **named)
-        found = Generator(Decoder(), rememberer_params(), config, rows=4)(prefixes=prompts)
+        found = Generator(Decoder(), rememberer_params(), config, rows=4)(prompts)
         expected = Generator(Unconditional(), rememberer_params(), config, rows=4)(
             [[2]] * len(prompts), [prompt[1:] for prompt in prompts]
         )
-        for row, other in zip(found, expected, strict=True):
-            assert [h.tokens for h in row] == [[0, *h.tokens] for h in other]
+        for number, (row, other) in enumerate(zip(found, expected, strict=True)):
+            prefix = prompts[number][1:]
+            assert [[*prefix, *h.tokens] for h in row] == [h.tokens for h in other]
             np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
-    assert greedy(prefixes=[]) == []
-    with pytest.raises(RunError, match="prefix 1: expected at least 1 token"):
-        greedy(prefixes=[[2], []])
-    with pytest.raises(RunError, match="prefixes alone"):
-        greedy([[2]])
-    with pytest.raises(RunError, match="generates from sources"):
-        Generator(Chain(), chain(), DecodeConfig(max_length=9), rows=4)(prefixes=[[2]])
+    assert greedy([]) == []
+    with pytest.raises(RunError, match="source 1: expected 1 to None tokens"):
+        greedy([[2], []])
     with pytest.raises(RunError, match="no source"):
         Generator(Decoder(), chain(), DecodeConfig(beam=2, max_length=9, coverage_penalty=0.1), rows=4)
 
@@ -506,3 +519,35 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         generate([[2]], [[2, 2, 2]])
     with pytest.raises(ValueError, match="1 sources, but 2 prefixes"):
         generate([[2]], [[], []])
+
+
+def test_who_watches_sees_every_token_once_and_can_end_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_sizes(monkeypatch, FEWEST_ROWS=1)
+    draw = np.random.default_rng(4)
+    prompts = [[0, *draw.integers(2, WORDS, n).tolist()] for n in draw.integers(0, 12, 9)]
+    generate = Generator(Decoder(), rememberer_params(), DecodeConfig(max_length=9), rows=4)
+    whole = generate(prompts)
+    for every in (1, 4):
+        seen: dict[int, list[int]] = {number: [] for number in range(9)}
+        finished: list[int] = []
+
+        def watch(number: int, tokens: list[int], ended: bool, seen=seen, finished=finished) -> bool:
+            assert number not in finished
+            seen[number] += tokens
+            if ended:
+                finished.append(number)
+            return False
+
+        assert generate(prompts, watch=Watch(watch, every)) == whole
+        assert [seen[number] for number in range(9)] == [row[0].tokens for row in whole]
+        assert sorted(finished) == list(range(9))
+    ended = generate(prompts, watch=Watch(lambda number, tokens, _: number % 2 == 0, 3))
+    for number, (row, other) in enumerate(zip(ended, whole, strict=True)):
+        if number % 2 or len(other[0].tokens) < 3:
+            assert row == other
+        else:
+            assert row[0].tokens == other[0].tokens[:3]
+    with pytest.raises(RunError, match="cannot be followed"):
+        Generator(Decoder(), rememberer_params(), DecodeConfig(beam=2, max_length=9))(
+            prompts, watch=Watch(lambda *_: False, 1)
+        )

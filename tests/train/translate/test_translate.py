@@ -25,12 +25,13 @@ from bestiary.train.config import LoopConfig, OptimConfig
 from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.learner import TrainState, ema_or_params
+from bestiary.train.lines import Lines
 from bestiary.train.loop import Stop
 from bestiary.train.optim.optimizer import running_mean
 from bestiary.train.optim.schedule import schedule
 from bestiary.train.run import start_run
 from bestiary.train.translate.config import FREE, TranslateConfig, upgrade
-from bestiary.train.translate.run import Lines, RunConfig
+from bestiary.train.translate.run import RunConfig
 from bestiary.train.translate.score import bleu_language, corpus_scores
 from bestiary.train.translate.train import Means, translate
 from bestiary.train.translate.translator import Translator, open_translator

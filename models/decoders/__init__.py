@@ -1,0 +1,1 @@
+"""Families of decoders without a source: language models."""

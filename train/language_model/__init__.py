@@ -1,0 +1,1 @@
+"""Use of language models: generate text, measure perplexity, do tasks by prompts."""

@@ -1,0 +1,301 @@
+"""Let a language model do a task by prompts: with examples in them ("few-shot") or without.
+
+bestiary ask --model gpt2 --task sst2 --data glue/SST-2 --shots 4
+bestiary ask --model gpt2 --task codah --data codah/full_data.tsv --by per-token
+bestiary ask --model gpt2 --task squad --data dev-v1.1.json --train train-v1.1.json --shots 1
+
+Brown et al. 2020, 2.4: each example is asked after K examples with their answers, drawn from the training set. The
+answer is the candidate that the model finds most likely, or what it generates.
+"""
+
+import dataclasses
+import json as json_text
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ...data.files import write_text
+from ...data.progress import counted
+from ...data.random import RandomStream
+from ..errors import RunError, check_setting
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    from .asked_tasks import AskedTask, Item
+    from .model import LanguageModel
+
+TASKS = Literal[
+    "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "swag", "codah", "squad", "classification"
+]
+By = Literal["likelihood", "per-token", "calibrated", "generation"]
+LONGEST_ANSWER = 24  # tokens of an answer that is generated
+BETWEEN = "\n\n"  # after each example that is shown
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Let a language model do a task by prompts, and compute the official metrics."""
+
+    model: Path
+    """Checkpoint folder of a language model (GPT-2, ...) with its tokenizer, or run folder."""
+    task: TASKS
+    """The task: one of GLUE, swag, codah, squad, or classification, for a table of your own."""
+    data: Path
+    """Data of the task, as for `bestiary finetune`: GLUE's folder, the folder or file of SWAG or CODAH, SQuAD's file to
+    answer, or a table (.tsv, .csv, .jsonl)."""
+    train: Path | None = None
+    """Examples to show: SQuAD's training file, or a table. None: the training split in --data; of CODAH's single file,
+    all folds but the first, which is answered."""
+    split: str = "dev"
+    """Split to answer, if --data is a folder."""
+    shots: int = 0
+    """Number of examples to show before each question, drawn anew for each."""
+    by: By | None = None
+    """How answers are found. likelihood: the candidate of the highest probability; per-token: its logarithm divided by
+    the candidate's number of tokens; calibrated: divided by its probability without the question (Brown et al. 2020,
+    2.4); generation: what the model generates up to the end of the line. None: generation for squad, else likelihood.
+    """
+    prompt: str | None = None
+    """Prompt instead of the task's own, with {first} and {second} for an example's texts."""
+    answers: tuple[str, ...] = ()
+    """Words of the answers instead of the task's own, in the order of the classes."""
+    text: str = "sentence"
+    """Of a table: column of the text, or of the first text of a pair."""
+    text_pair: str | None = None
+    """Of a table: column of the second text of a pair."""
+    label: str = "label"
+    """Of a table: column of the label."""
+    seed: int = 0
+    """Seed of the examples that are shown."""
+    limit: int = 0
+    """Answer only the first N examples; 0: all."""
+    batch: int = 16
+    """Prompts computed together."""
+    out: Path | None = None
+    """JSON file for the results, with every answer."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the computation."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("shots", 0), ("seed", 0), ("limit", 0), ("batch", 1)):
+            check_setting(self, name, least=least)
+        if self.task == "squad" and self.by not in (None, "generation"):
+            raise RunError(f"--by {self.by}: answers of squad are generated; it has no candidates.")
+        if self.prompt is not None and "{first}" not in self.prompt:
+            raise RunError("--prompt: expected {first}, where an example's text goes.")
+        if self.out is not None and not self.out.absolute().parent.is_dir():
+            raise RunError(f"--out {self.out}: there is no folder {self.out.absolute().parent}.")
+
+
+def with_shots(task: "AskedTask", number: int, shots: int, seed: int) -> str:
+    """Return the prompt of an item after examples, which depend only on the seed and the item's number.
+
+    Raises:
+        RunError: there are not as many examples.
+    """
+    item = task.items[number]
+    usable = len(task.shown)
+    if shots > usable:
+        raise RunError(f"--shots {shots}: there are {counted(usable, 'example')} to show. Give more with --train.")
+    chosen = RandomStream(seed, number).permutation(usable)[:shots] if shots else []
+    examples = [task.shown[i] for i in chosen]
+    parts = [f"{shot.prompt}{shot.answers[shot.right or 0]}{BETWEEN}" for shot in examples]
+    return "".join(parts) + item.prompt
+
+
+def encode(language_model: "LanguageModel", prompts: Sequence[str], shots: int, longest: int) -> list[list[int]]:
+    """Return the prompts' tokens.
+
+    Args:
+        language_model: the model.
+        prompts: the prompts.
+        shots: number of examples in each, for messages.
+        longest: number of tokens to leave room for after each.
+
+    Raises:
+        RunError: a prompt does not fit.
+    """
+    positions, found = language_model.positions, language_model.encode(prompts)
+    first = language_model.first_id
+    found = [ids or ([] if first is None else [first]) for ids in found]
+    for number, ids in enumerate(found):
+        if positions is not None and len(ids) + longest > positions:
+            raise RunError(
+                f"example {number + 1}: its prompt with {counted(shots, 'shot')} takes {len(ids):,} tokens, and "
+                f"{longest} more are needed for an answer; the model has {positions:,} positions. Give fewer --shots."
+            )
+    return found
+
+
+def encode_answers(language_model: "LanguageModel", answers: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of an example's candidates.
+
+    Raises:
+        RunError: one has no tokens, or two have the same.
+    """
+    found = language_model.tokenizer.encode_batch(answers)
+    for number, ids in enumerate(found):
+        if not ids:
+            raise RunError(f"the answer {answers[number]!r} has no tokens; give other --answers.")
+        if ids in found[:number]:
+            other = answers[found.index(ids)]
+            raise RunError(f"the answers {other!r} and {answers[number]!r} have the same tokens; give other --answers.")
+    return found
+
+
+def by_likelihood(
+    language_model: "LanguageModel", task: "AskedTask", prompts: Sequence[str], config: AskConfig, progress: Progress
+) -> list[np.ndarray]:
+    """Return each item's log probabilities of its candidates, as `config.by` compares them."""
+    cache: dict[tuple[str, ...], list[list[int]]] = {}
+    candidates = []
+    for item in task.items:
+        if item.answers not in cache:
+            cache[item.answers] = encode_answers(language_model, item.answers)
+        candidates.append(cache[item.answers])
+    longest = max(len(answer) for answers in candidates for answer in answers)
+    encoded = encode(language_model, prompts, config.shots, longest)
+    found = _log_probabilities(language_model, encoded, candidates, config.batch, progress)
+    if config.by == "per-token":
+        return [some / [len(a) for a in answers] for some, answers in zip(found, candidates, strict=True)]
+    if config.by == "calibrated":
+        (context,) = encode(language_model, [task.template.context], 0, longest)
+        if not context:
+            raise RunError("--by calibrated: the model has no token that begins a text, and the prompt no last line.")
+        alone = _log_probabilities(language_model, [context] * len(candidates), candidates, config.batch, progress)
+        return [some - other for some, other in zip(found, alone, strict=True)]
+    return found
+
+
+def _log_probabilities(
+    language_model: "LanguageModel",
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[Sequence[int]]],
+    batch: int,
+    progress: Progress,
+) -> list[np.ndarray]:
+    """Return log p of each prompt's candidates; the same text is computed once."""
+    texts: dict[tuple[tuple[int, ...], int], int] = {}
+    for prompt, answers in zip(prompts, candidates, strict=True):
+        for answer in answers:
+            texts.setdefault(((*prompt, *answer), len(answer)), len(texts))
+    found = np.zeros(len(texts))
+    keys = list(texts)
+    computed = language_model.losses([text for text, _ in keys], [count for _, count in keys], batch)
+    for done, (i, losses) in enumerate(computed, 1):
+        found[i] = -losses.sum(dtype=np.float64)
+        progress.update(f"{done:,} of {len(keys):,} answers")
+    return [
+        np.array([found[texts[(*prompt, *answer), len(answer)]] for answer in answers])
+        for prompt, answers in zip(prompts, candidates, strict=True)
+    ]
+
+
+def by_generation(
+    language_model: "LanguageModel", prompts: Sequence[str], config: AskConfig, progress: Progress
+) -> list[str]:
+    """Return what the model generates after each prompt, up to the end of the line."""
+    from ...data.tokenizers.text_stream import TextStream
+    from ..generate.config import DecodeConfig
+    from ..generate.generator import Generator, Watch
+
+    encoded = encode(language_model, prompts, config.shots, LONGEST_ANSWER)
+    streams = [TextStream(language_model.tokenizer, ids, ("\n",)) for ids in encoded]
+    finished = 0
+
+    def seen(number: int, tokens: list[int], ended: bool) -> bool:
+        nonlocal finished
+        streams[number].push(tokens)
+        if ended:
+            streams[number].finish()
+        if ended or streams[number].stopped:
+            finished += 1
+            progress.update(f"{finished:,} of {len(encoded):,} answers")
+        return streams[number].stopped
+
+    decode = DecodeConfig(max_length=LONGEST_ANSWER)
+    Generator(language_model.model, language_model.params, decode, rows=config.batch)(encoded, watch=Watch(seen, 8))
+    return [stream.text.strip() for stream in streams]
+
+
+def matched(text: str, item: "Item") -> int | None:
+    """Return the number of the longest candidate that a generated text begins with; None if there is none."""
+    told = text.strip().lower()
+    fits = [i for i, answer in enumerate(item.answers) if told.startswith(answer.strip().lower())]
+    return max(fits, key=lambda i: len(item.answers[i]), default=None)
+
+
+def answer(
+    language_model: "LanguageModel", task: "AskedTask", config: AskConfig, progress: Progress
+) -> tuple[list[Any], dict[str, int]]:
+    """Return the predictions of all items, and counts of what was unusual."""
+    prompts = [with_shots(task, number, config.shots, config.seed) for number in range(len(task.items))]
+    if config.by != "generation":
+        scores = by_likelihood(language_model, task, prompts, config, progress)
+        if task.values:  # the candidates' numbers are values: their mean
+            shares = [np.exp(some - some.max()) for some in scores]
+            return [float(share @ np.arange(len(share)) / share.sum()) for share in shares], {}
+        return [int(some.argmax()) for some in scores], {}
+    texts = by_generation(language_model, prompts, config, progress)
+    if task.free:
+        return texts, {}
+    found = [matched(text, item) for text, item in zip(texts, task.items, strict=True)]
+    # An answer that is none of the candidates is wrong, whichever is right.
+    wrong = [((item.right or 0) + 1) % len(item.answers) for item in task.items]
+    counts = {"answers_outside": sum(choice is None for choice in found)}
+    return [other if choice is None else choice for choice, other in zip(found, wrong, strict=True)], counts
+
+
+def main(config: AskConfig) -> int:
+    """Run `bestiary ask`; return the exit status."""
+    from .asked_tasks import asked_task, default_template
+    from .model import open_language_model
+
+    config = dataclasses.replace(config, by=config.by or ("generation" if config.task == "squad" else "likelihood"))
+    template = default_template(config.task, config.text_pair is not None)
+    if config.prompt is not None:
+        template = template._replace(prompt=config.prompt)
+    if config.answers:
+        count = None if template.answers is None else len(template.answers)
+        if config.task in ("swag", "codah", "squad") or count not in (None, len(config.answers)):
+            expected = "its answers are in the data" if count is None else f"expected {count}"
+            raise RunError(f"--answers: {config.task}: {expected}, found {len(config.answers)}.")
+        template = template._replace(answers=tuple(f" {word.strip()}" for word in config.answers))
+    columns = {"text": config.text, "text_pair": config.text_pair, "label": config.label}
+    task = asked_task(config.task, config.data, config.train, config.split, config.limit or None, template, columns)
+    language_model, progress = open_language_model(config.model, config.dtype), Progress()
+    predictions, counts = answer(language_model, task, config, progress)
+    results = {
+        "task": config.task,
+        "by": config.by,
+        "shots": config.shots,
+        "examples": len(task.items),
+        **counts,
+        "metrics": task.metrics(predictions),
+        "baseline": task.metrics(task.baseline),
+    }
+    if config.out is not None:
+        answers = {item.key: prediction for item, prediction in zip(task.items, predictions, strict=True)}
+        write_text(config.out, json_text.dumps({**results, "answers": answers}, indent=2, ensure_ascii=False) + "\n")
+    print(json_text.dumps(results, indent=2) if config.json else "\n".join(described(results)))
+    return 0
+
+
+def described(results: Mapping[str, Any]) -> list[str]:
+    """Return the lines that show results, with the baseline beside them."""
+    lines = [
+        f"{results['task']}: {counted(results['examples'], 'example')}, {counted(results['shots'], 'shot')}, "
+        f"by {results['by']}"
+    ]
+    if results.get("answers_outside"):
+        lines.append(f"{results['answers_outside']:,} answers were none of the candidates, which counts as wrong")
+    width = max(map(len, results["metrics"]))
+    lines.append(f"{'':<{width}}  {'model':>8}  {'baseline':>8}")
+    for name, value in results["metrics"].items():
+        lines.append(f"{name:<{width}}  {value:8.4f}  {results['baseline'].get(name, 0):8.4f}")
+    return lines

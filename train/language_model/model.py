@@ -1,0 +1,115 @@
+"""A language model from a folder, with what all commands of this folder do with it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...data.tokenizers.tokenizer import Tokenizer
+from ...models import load
+from ...models.checkpoints.folder import family_of_folder, read_config
+from ...models.layers.segments import gather_positions
+from ..errors import RunError
+from ..run_folder import model_folder
+
+SHORTEST = 16  # rows are padded to a power of two, this or more, so that few lengths are compiled
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        model: the model.
+        params: its parameters, on the devices.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    params: Any
+    tokenizer: Tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        """Maximum length of a text, in tokens; None for no limit."""
+        return self.model.config.max_length
+
+    @property
+    def first_id(self) -> int | None:
+        """The token that begins a text, or ends the one before it; None if the tokenizer has none."""
+        c, known = self.model.config, self.tokenizer.special_ids
+        candidates = (c.bos_token_id, c.eos_token_id, known.get("bos"), known.get("eos"))
+        return next((token for token in candidates if token is not None), None)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts to continue, after the tokenizer's special tokens before a text."""
+        before = self.tokenizer.template.before
+        return [[*before, *ids] for ids in self.tokenizer.encode_batch(texts)]
+
+    def losses(
+        self, texts: Sequence[Sequence[int]], counts: Sequence[int], rows: int = 16
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Compute -log p of the last tokens of each text, in batches of texts of about the same length.
+
+        Args:
+            texts: token ids, each at most as long as the model has positions.
+            counts: for each text, the number of its last tokens to predict, less than its length.
+            rows: maximum number of texts at a time.
+
+        Yields:
+            (index of the text, [its count] float32), in an order of lengths.
+        """
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), counts[i]))
+        for first in range(0, len(order), rows):
+            chosen = order[first : first + rows]
+            length = _rounded(max(len(texts[i]) for i in chosen) - 1, self.positions)
+            most = _rounded(max(counts[i] for i in chosen), self.positions)
+            shape = (1 << (len(chosen) - 1).bit_length(), length)
+            ids, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            places, labels = (np.zeros((shape[0], most), np.int32) for _ in range(2))
+            for row, i in enumerate(chosen):
+                text, count = np.asarray(texts[i], np.int32), counts[i]
+                ids[row, : len(text) - 1], segments[row, : len(text) - 1] = text[:-1], 1
+                places[row, :count] = np.arange(len(text) - 1 - count, len(text) - 1)
+                labels[row, :count] = text[len(text) - count :]
+            found = np.asarray(_token_losses(self.model, self.params, ids, segments, places, labels))
+            for row, i in enumerate(chosen):
+                yield i, found[row, : counts[i]]
+
+
+def _rounded(length: int, positions: int | None) -> int:
+    rounded = max(SHORTEST, 1 << max(0, length - 1).bit_length())
+    return rounded if positions is None else min(rounded, positions)
+
+
+@partial(jax.jit, static_argnums=0)
+def _token_losses(
+    model: Any, params: Any, ids: jax.Array, segments: jax.Array, places: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Compute -log p of `labels` [B, P] after the tokens at `places` [B, P] of rows [B, L]."""
+
+    def run(model: Any) -> jax.Array:
+        states = model.output_states(ids, segments)
+        return model.token_losses(gather_positions(states, places), labels)
+
+    return model.apply({"params": params}, method=run)
+
+
+def open_language_model(folder: Path, dtype: str = "float32") -> LanguageModel:
+    """Load the language model of a run folder or a checkpoint folder.
+
+    Raises:
+        RunError: it is no language model, or has no tokenizer.
+    """
+    folder = model_folder(folder)
+    family = family_of_folder(read_config(folder), folder)
+    if "causal_lm" not in family.heads:
+        raise RunError(f"{folder}: holds a {family.title}, which is no language model that predicts the next token.")
+    loaded = load(folder, head="causal_lm", dtype=dtype)
+    if loaded.tokenizer is None:
+        raise RunError(f"{folder}: no tokenizer files. Put those of the model's tokenizer there.")
+    return LanguageModel(loaded.model, jax.device_put(loaded.params), loaded.tokenizer)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends import BACKENDS
-    from .bias import AlibiBias, Bias, DenseBias, RelativeBias, relative_position_bucket, toeplitz_row
+    from .bias import AlibiBias, Bias, DenseBias, DistanceKeys, RelativeBias, relative_position_bucket, toeplitz_row
     from .dispatch import attention
     from .hash import hash_dropout, row_seeds
     from .split import splitting
@@ -19,6 +19,7 @@ _MODULES = {
     "AlibiBias": ".bias",
     "Bias": ".bias",
     "DenseBias": ".bias",
+    "DistanceKeys": ".bias",
     "RelativeBias": ".bias",
     "attention": ".dispatch",
     "attention_weights": ".weights",
@@ -34,6 +35,7 @@ __all__ = [
     "AlibiBias",
     "Bias",
     "DenseBias",
+    "DistanceKeys",
     "RelativeBias",
     "attention",
     "attention_weights",

@@ -1,8 +1,10 @@
-"""Biases added to attention scores: a dense array, a learned relative bias (T5), or linear slopes (ALiBi).
+"""Biases added to attention scores: a dense array, a learned relative bias (T5), linear slopes (ALiBi), or products of
+queries with keys of distances (Transformer-XL).
 
-The last two depend on `key - query` only. They are expressed as one *Toeplitz row* per head, [H, L+S-1], which holds
-the bias of every distance once: `row[h, j - i + L - 1]` is added to the score of query i and key j. The row is built by
-ordinary differentiable code, so a backend that returns the row's gradient provides that of the table or slopes too.
+T5's and ALiBi's depend on `key - query` only. They are expressed as one *Toeplitz row* per head, [H, L+S-1], which
+holds the bias of every distance once: `row[h, j - i + L - 1]` is added to the score of query i and key j. The row is
+built by ordinary differentiable code, so a backend that returns the row's gradient provides that of the table or slopes
+too.
 
 Distances are counted in the packed row. Every example in it is contiguous and attention stays within it, so they equal
 the distances within the example.
@@ -61,7 +63,24 @@ class AlibiBias:
     slopes: Array
 
 
-Bias = DenseBias | RelativeBias | AlibiBias
+@partial(jax.tree_util.register_dataclass, data_fields=["query", "keys"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class DistanceKeys:
+    """Products of queries with a key for each distance, scaled as the scores are (Dai et al. 2019, 3.3, terms b and d).
+
+    `scale * query[b, i, h] . keys[j - i + L - 1, h]` is added to the score of query i and key j. Distances that have no
+    key get nothing: those of later tokens, which causal attention or a window hides, may be left out.
+
+    Attributes:
+      query: [B, L, H, F], of the dtype of attention's queries, but of any size F.
+      keys: [R, H, F] of the same dtype, R <= L + S - 1: those of the distances 1 - L, 2 - L, ...
+    """
+
+    query: Array
+    keys: Array
+
+
+Bias = DenseBias | RelativeBias | AlibiBias | DistanceKeys
 
 
 def bucket_edges(*, bidirectional: bool, buckets: int, max_distance: int) -> np.ndarray:
@@ -147,12 +166,23 @@ def dense_from_toeplitz(row: Array, queries: int, keys: int) -> Array:
     return skewed[:, :, queries - 1 :]
 
 
+def dense_from_products(products: Array, queries: int) -> Array:
+    """Arrange products with the keys of distances by keys: [B, H, L, L+S-1] -> [B, H, L, S].
+
+    Entry j of query i's row is its entry `j - i + L - 1`. Padded by one element, the rows of all queries are reshaped
+    as in `dense_from_toeplitz`.
+    """
+    *lead, _, length = products.shape
+    padded = jnp.pad(products, ((0, 0), (0, 0), (0, 0), (0, 1))).reshape(*lead, queries * (length + 1))
+    return padded[..., : queries * length].reshape(*lead, queries, length)[..., queries - 1 :]
+
+
 def _wide(x: Array) -> Array:
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 
-def dense_bias(bias: Bias, queries: int, keys: int) -> Array:
-    """Expand any bias to an array [1 or B, 1 or H, queries, keys]."""
+def dense_bias(bias: DenseBias | RelativeBias | AlibiBias, queries: int, keys: int) -> Array:
+    """Expand a bias that does not depend on queries to an array [1 or B, 1 or H, queries, keys]."""
     if isinstance(bias, DenseBias):
         return bias.value
     return dense_from_toeplitz(toeplitz_row(bias, queries, keys), queries, keys)[None]

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from .bias import AlibiBias, Bias, DenseBias, RelativeBias, bucket_edges
+from .bias import AlibiBias, Bias, DenseBias, DistanceKeys, RelativeBias, bucket_edges
 from .hash import Words, check_rate, key_words, query_words, row_seeds
 
 _DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64"))
@@ -115,7 +115,7 @@ class Call:
             query=query,
             key=key,
             value=value,
-            bias=_check_bias(bias, (b, heads, q_len, k_len)),
+            bias=_check_bias(bias, (b, heads, q_len, k_len), query.dtype),
             query_segment_ids=query_segment_ids,
             key_segment_ids=key_segment_ids,
             dropout_seeds=seeds,
@@ -143,7 +143,7 @@ class Call:
         return left, 0 if self.causal else right
 
 
-def _check_bias(bias: Bias | None, scores: tuple[int, int, int, int]) -> Bias | None:
+def _check_bias(bias: Bias | None, scores: tuple[int, int, int, int], dtype: jnp.dtype) -> Bias | None:
     b, heads, q_len, k_len = scores
     match bias:
         case None:
@@ -164,8 +164,16 @@ def _check_bias(bias: Bias | None, scores: tuple[int, int, int, int]) -> Bias | 
             if slopes.shape != (heads,):
                 raise argument_error("bias.slopes", slopes, f"[{heads}]")
             array = slopes
+        case DistanceKeys(array, keys):
+            if array.shape[:3] != (b, q_len, heads) or array.ndim != 4 or array.dtype != dtype:
+                raise argument_error("bias.query", array, f"{dtype} [{b}, {q_len}, {heads}, F]")
+            most = q_len + k_len - 1
+            if keys.shape[1:] != array.shape[2:] or not 1 <= keys.shape[0] <= most or keys.dtype != dtype:
+                expected = f"{dtype} [1 to {most}, {heads}, {array.shape[3]}]"
+                raise argument_error("bias.keys", keys, expected)
         case _:
-            raise ValueError(f"bias: expected DenseBias, RelativeBias or AlibiBias, found {type(bias).__name__}")
+            known = "DenseBias, RelativeBias, AlibiBias or DistanceKeys"
+            raise ValueError(f"bias: expected {known}, found {type(bias).__name__}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise argument_error("bias", array, "floating-point values")
     return bias

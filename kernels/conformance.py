@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from .backends import BACKENDS
-from .bias import AlibiBias, DenseBias, RelativeBias, bucket_edges
+from .bias import AlibiBias, DenseBias, DistanceKeys, RelativeBias, bucket_edges
 from .call import Call
 from .hash import keep, key_words, query_words, row_seeds
 from .tuning import Features
@@ -77,13 +77,24 @@ CASES = [
          options={"window": (13, 17), "softcap": 3.0, "scale": 0.7}),
 ]  # fmt: skip
 
+PLAIN = [
+    Case("keys of distances, causal with a memory", (2, 9, 14, 2, 2, 8, 8), bias="distance",
+         options={"window": (None, 5)}),
+    Case("keys of distances, one for each", (2, 11, 13, 4, 2, 8, 12), bias="distance", segments="any", rate=0.2,
+         options={"softcap": 3.0, "scale": 0.7}),
+]  # fmt: skip
+"""Cases that plain JAX alone computes."""
+
 BIASES = {
+    "distance": DistanceKeys,
     "dense": DenseBias,
     "relative": functools.partial(RelativeBias, bidirectional=True, max_distance=20),
     "relative causal": functools.partial(RelativeBias, bidirectional=False, max_distance=20),
     "alibi": AlibiBias,
 }
 BUCKETS = 8
+SIZE = 6
+"""Size of the keys of distances."""
 
 
 def draw_segments(kind: str, generator: np.random.Generator, rows: int, length: int) -> np.ndarray:
@@ -126,7 +137,11 @@ def draw(case: Case, dtype: str = "float32") -> Drawn:
         "alibi": (heads,),
     }
     primals = [normal(b, q_len, heads, size), normal(b, k_len, k_heads, size), normal(b, k_len, k_heads, v_size)]
-    if case.bias is not None:
+    if case.bias == "distance":
+        # Those of later tokens have no key where a window hides them.
+        later = q_len - 1 if "window" in case.options else 0
+        primals += [normal(b, q_len, heads, SIZE), normal(q_len + k_len - 1 - later, heads, SIZE)]
+    elif case.bias is not None:
         primals.append(normal(*shapes[case.bias]).astype("float64" if dtype == "float64" else "float32"))
     ids: list[Any] = [None, None]
     if case.segments is not None:
@@ -230,11 +245,17 @@ def reference(case: Case, drawn: Drawn) -> tuple[np.ndarray, ...]:
 
     scores = scale * np.einsum("blhd,bshd->bhls", q, k)
     distance = np.arange(k_len)[None, :] - np.arange(q_len)[:, None]
-    bucket = np.zeros((0,))
+    bucket = places = of_pairs = np.zeros((0,))
     if case.bias == "dense":
         scores = scores + bias[0]
     elif case.bias == "alibi":
         scores = scores - bias[0][:, None, None] * np.abs(distance)
+    elif case.bias == "distance":
+        # As a batch of products, each query with the keys of its own distances.
+        places = distance + q_len - 1
+        keyed = (places < len(bias[1]))[:, :, None, None]
+        of_pairs = np.where(keyed, bias[1][np.minimum(places, len(bias[1]) - 1)], 0)  # [L, S, H, F]
+        scores = scores + scale * np.einsum("blhf,lshf->bhls", bias[0], of_pairs)
     elif case.bias is not None:
         both = case.bias == "relative"
         edges = bucket_edges(bidirectional=both, buckets=BUCKETS, max_distance=20)
@@ -273,6 +294,10 @@ def reference(case: Case, drawn: Drawn) -> tuple[np.ndarray, ...]:
     if case.bias == "dense":
         shared = tuple(axis for axis in (0, 1) if bias[0].shape[axis] == 1)
         gradients.append(d_scores.sum(shared, keepdims=True))
+    elif case.bias == "distance":
+        gradients.append(scale * np.einsum("bhls,lshf->blhf", d_scores, of_pairs))
+        pairs = scale * np.einsum("bhls,blhf->lshf", d_scores, bias[0])
+        gradients.append(np.stack([pairs[places == n].sum(0) for n in range(len(bias[1]))]))
     elif case.bias == "alibi":
         gradients.append(-(d_scores * np.abs(distance)).sum((0, 2, 3)))
     elif case.bias is not None:
@@ -288,7 +313,7 @@ def error(found: Any, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-30))
 
 
-LABELS = ("output", "lse", "query", "key", "value", "bias")
+LABELS = ("output", "lse", "query", "key", "value", "bias", "bias, second array")
 """What `with_gradients` returns: the output, lse, and the gradients of the rest."""
 
 

@@ -92,7 +92,7 @@ def attention(
       query: [B, L, H, D], bfloat16, float16, float32 or float64.
       key: [B, S, K, D] of the same dtype; K divides H, and query head h reads key head h // (H // K).
       value: [B, S, K, Dv] of the same dtype.
-      bias: `DenseBias`, `RelativeBias` or `AlibiBias`. Differentiable.
+      bias: `DenseBias`, `RelativeBias`, `AlibiBias` or `DistanceKeys`. Differentiable.
       causal: whether to mask later keys.
       window: (left, right), the numbers of keys visible before and after the query; None on a side for no limit.
       query_segment_ids: int32 [B, L], which packed example a token belongs to, in any order; 0 is padding. A 0/1

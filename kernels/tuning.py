@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import jax
 
-from .bias import DenseBias
+from .bias import DenseBias, DistanceKeys
 from .call import Call
 from .chip_table import FASTEST, PROVEN
 from .tuning_table import ROWS
@@ -35,7 +35,7 @@ class Key:
       size: larger of the head sizes, rounded up to 32, 64, 96, 128, 192 or 256.
       length: larger of the two lengths, rounded up to a power of two.
       mask: "full", or those of "causal", "window" and "segments" that apply, joined by "+".
-      bias: "none", "row" (relative, ALiBi) or "dense".
+      bias: "none", "row" (relative, ALiBi), "dense" or "distance" (keys of distances).
       dropout: whether there is dropout.
     """
 
@@ -116,7 +116,9 @@ def mask_of(call: Call) -> str:
 
 
 def bias_of(call: Call) -> str:
-    """Return "none", "row" (relative, ALiBi) or "dense"."""
+    """Return the kind of bias, as in `Key`."""
+    if isinstance(call.bias, DistanceKeys):
+        return "distance"
     return "none" if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
 
 

@@ -7,6 +7,7 @@ head: weight = exp(score - lse).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .bias import AlibiBias, Bias, DenseBias, RelativeBias, toeplitz_row
+from .bias import AlibiBias, Bias, DenseBias, DistanceKeys, RelativeBias, toeplitz_row
 from .call import Call, argument_error
 
 
@@ -88,14 +89,12 @@ def attention_weights(
 
     chosen = call.query[:, queries][:, :, heads]
     facing = call.key[:, :, heads // (every_head // key_heads)]
-    scores = jnp.einsum(
-        "bqhd,bshd->bhqs",
-        chosen,
-        facing,
+    product = partial(
+        jnp.einsum,
         precision=jax.lax.Precision.HIGHEST if call.query.dtype == dtype else None,
         preferred_element_type=dtype,
     )
-    scores = scores * call.scale
+    scores = product("bqhd,bshd->bhqs", chosen, facing) * call.scale
     distance = jnp.arange(keys)[None, :] - queries[:, None]
     match call.bias:
         case None:
@@ -106,6 +105,10 @@ def attention_weights(
         case RelativeBias() | AlibiBias():
             part = toeplitz_row(call.bias, length, keys)[heads][:, distance + length - 1]
             scores = scores + jnp.broadcast_to(part[None].astype(dtype), scores.shape)
+        case DistanceKeys(own, of_distances):
+            part = product("bqhd,rhd->bhqr", own[:, queries][:, :, heads], of_distances[:, heads]) * call.scale
+            places = jnp.broadcast_to((distance + length - 1)[None, None], scores.shape)
+            scores = scores + jnp.take_along_axis(part, places, axis=3, mode="fill", fill_value=0)
     if call.softcap is not None:
         scores = call.softcap * jnp.tanh(scores / call.softcap)
 

@@ -2,7 +2,8 @@
 
 The backward pass recomputes the weights from the scores instead of storing them, so that a layer's residuals grow with
 L, not with L x S. Scores are materialised for one block of queries at a time, at most `BLOCK_SCORES` per head; rows of
-up to 1024 tokens are one block. A bias is materialised once for all rows of the batch that share it.
+up to 1024 tokens are one block. A bias is materialised once for all rows of the batch that share it; products with keys
+of distances, block by block like the scores.
 
 Since the backward pass is written by hand, only first-order reverse-mode derivatives exist: `jax.jvp`, `jax.hessian`
 and the gradient of a gradient raise.
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .bias import DenseBias, dense_bias
+from .bias import DenseBias, DistanceKeys, dense_bias, dense_from_products
 from .call import Call
 from .hash import keep
 
@@ -47,16 +48,18 @@ def run(call: Call) -> tuple[Array, Array]:
     """See `Backend`."""
     q_len, heads = call.query.shape[1:3]
     k_len, k_heads = call.key.shape[1:3]
-    bias = None
-    if call.bias is not None:
+    bias = placed = distances = None
+    if isinstance(call.bias, DistanceKeys):
+        placed, distances = call.bias.query, _for_blocks(call.bias.keys, q_len, k_len)
+    elif call.bias is not None:
         bias = dense_bias(call.bias, q_len, k_len).astype(_accumulator(call.query))
     # Grouped heads are repeated: the copies are small compared with the scores, and autodiff sums the gradient over
     # them.
     key, value = (x if heads == k_heads else jnp.repeat(x, heads // k_heads, axis=2) for x in (call.key, call.value))
     rule = _Rule(call.sides, call.scale, call.softcap, call.dropout_rate, isinstance(call.bias, DenseBias))
     words = call.dropout_words()
-    queries = _Queries(call.query, call.query_segment_ids, bias, None if words is None else (words.a, words.b))
-    keys = _Keys(key, value, call.key_segment_ids, None if words is None else words.g)
+    queries = _Queries(call.query, call.query_segment_ids, bias, None if words is None else (words.a, words.b), placed)
+    keys = _Keys(key, value, call.key_segment_ids, None if words is None else words.g, distances)
     out, lse = _attention(rule, queries, keys)
     return out, jnp.swapaxes(lse, 1, 2)
 
@@ -84,6 +87,8 @@ class _Queries(NamedTuple):
     """[1 or B, 1 or H, L, S]."""
     words: tuple[Array, Array] | None
     """`Words.a` and `Words.b`, [B, H, L]."""
+    placed: Array | None
+    """`DistanceKeys.query`, [B, L, H, F]."""
 
 
 class _Keys(NamedTuple):
@@ -97,6 +102,27 @@ class _Keys(NamedTuple):
     """[B, S]."""
     words: Array | None
     """`Words.g`, [1 or B, S]."""
+    distances: Array | None
+    """[L + S - 1, H, F], keys of the distances from 1 - L on, where L is the number of queries in all blocks, padding
+    included; or those of a block's own queries."""
+
+    def of_block(self, first: Array, size: int, blocks: int) -> _Keys:
+        """Return the keys as the block of `size` queries needs them that begins at query `first`."""
+        if self.distances is None:
+            return self
+        own = jax.lax.dynamic_slice_in_dim(self.distances, *self._span(first, size, blocks))
+        return self._replace(distances=own)
+
+    def add_of_block(self, gradient: Array, first: Array, size: int, blocks: int) -> Array:
+        """Add a block's gradient of its `distances` to that of all, this."""
+        assert self.distances is not None
+        start, length = self._span(first, size, blocks)
+        sums = jax.lax.dynamic_slice_in_dim(self.distances, start, length) + gradient
+        return jax.lax.dynamic_update_slice_in_dim(self.distances, sums, start, 0)
+
+    def _span(self, first: Array, size: int, blocks: int) -> tuple[Array, int]:
+        """Return the first and the number of the distances of a block."""
+        return (blocks - 1) * size - first, size + self.key.shape[1] - 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -112,15 +138,15 @@ def _fuses(queries: _Queries, keys: _Keys) -> bool:
 
 def _over_blocks(compute: Callable[..., tuple[Array, Array]], rule: _Rule, queries: _Queries, keys: _Keys):
     """Call `compute` on every block of queries; return its output and lse of all of them."""
-    blocks, size = _blocks(queries, keys)
+    q_len, k_len = queries.query.shape[1], keys.key.shape[1]
+    blocks, size = _blocks(q_len, k_len)
     if blocks == 1:
         return compute(rule, jnp.int32(0), queries, keys)
 
     def step(_, xs):
         first, some = xs
-        return None, compute(rule, first, some, keys)
+        return None, compute(rule, first, some, keys.of_block(first, size, blocks))
 
-    q_len = queries.query.shape[1]
     _, (out, lse) = jax.lax.scan(step, None, (jnp.arange(blocks) * size, _split_queries(queries, blocks, size)))
     return _join(out, 1, q_len), _join(lse, 2, q_len)
 
@@ -145,21 +171,25 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
         # exp(score - inf) is 0: an empty row has weights of 0. (A query that pads the last block has cotangents of 0.)
         lse = jnp.where(empty, jnp.inf, lse)
 
-    blocks, size = _blocks(queries, keys)
+    q_len, k_len = queries.query.shape[1], keys.key.shape[1]
+    blocks, size = _blocks(q_len, k_len)
     if blocks == 1:
-        d_query, d_bias, d_key, d_value = _backward_block(rule, jnp.int32(0), queries, d_out, lse, delta, keys)
+        of_queries, of_keys = _backward_block(rule, jnp.int32(0), queries, d_out, lse, delta, keys)
     else:
 
-        def step(carry, xs):
+        def step(total: _Keys, xs):
             first, some, d_out, lse, delta = xs
-            d_query, d_bias, d_key, d_value = _backward_block(rule, first, some, d_out, lse, delta, keys)
-            return (carry[0] + d_key, carry[1] + d_value), (d_query, d_bias)
+            own = keys.of_block(first, size, blocks)
+            of_queries, of_keys = _backward_block(rule, first, some, d_out, lse, delta, own)
+            distances = of_keys.distances
+            if distances is not None:
+                distances = total.add_of_block(distances, first, size, blocks)
+            return _Keys(total.key + of_keys.key, total.value + of_keys.value, None, None, distances), of_queries
 
-        q_len = queries.query.shape[1]
-        start = tuple(jnp.zeros(x.shape, delta.dtype) for x in (keys.key, keys.value))
-        (d_key, d_value), (d_query, d_bias) = jax.lax.scan(
+        gradients = _Keys(keys.key, keys.value, None, None, keys.distances)
+        of_keys, of_queries = jax.lax.scan(
             step,
-            start,
+            jax.tree.map(lambda x: jnp.zeros(x.shape, delta.dtype), gradients),
             (
                 jnp.arange(blocks) * size,
                 _split_queries(queries, blocks, size),
@@ -168,12 +198,11 @@ def _attention_backward(rule: _Rule, residuals, cotangents) -> tuple[_Queries, _
                 _split(delta, 2, blocks, size),
             ),
         )
-        d_query = _join(d_query, 1, q_len)
+        d_query, _, d_bias, _, d_placed = of_queries
         d_bias = None if d_bias is None else _join(d_bias, 2, q_len)
-    dtype = queries.query.dtype
-    return _Queries(d_query.astype(dtype), None, d_bias, None), _Keys(
-        d_key.astype(dtype), d_value.astype(dtype), None, None
-    )
+        d_placed = None if d_placed is None else _join(d_placed, 1, q_len)
+        of_queries = _Queries(_join(d_query, 1, q_len), None, d_bias, None, d_placed)
+    return of_queries, jax.tree.map(lambda x: x.astype(queries.query.dtype), of_keys)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -222,8 +251,8 @@ def _forward_block(rule: _Rule, start: Array, queries: _Queries, keys: _Keys) ->
 
 def _backward_block(
     rule: _Rule, start: Array, queries: _Queries, d_out: Array, lse: Array | None, delta: Array, keys: _Keys
-) -> tuple[Array, Array | None, Array, Array]:
-    """Compute the gradients of a block's query and bias, and its contribution to those of key and value.
+) -> tuple[_Queries, _Keys]:
+    """Compute the gradients of a block's queries and bias, and its contribution to those of the keys, unrounded.
 
     Args:
       rule: static facts of the call.
@@ -266,9 +295,19 @@ def _backward_block(
         shared = tuple(axis for axis in range(2) if queries.bias.shape[axis] == 1)
         d_bias = jnp.sum(d_scores, axis=shared, keepdims=True)
     d_scores = d_scores.astype(dtype)
+    d_placed = d_distances = None
+    if queries.placed is not None and keys.distances is not None:
+        length = queries.placed.shape[1]
+        like = jax.ShapeDtypeStruct((*d_scores.shape[:3], keys.distances.shape[0]), dtype)
+        (d_products,) = jax.linear_transpose(lambda x: dense_from_products(x, length), like)(d_scores)
+        d_placed = (_product("bhlr,rhd->blhd", d_products, keys.distances) * rule.scale).astype(dtype)
+        d_distances = _product("bhlr,blhd->rhd", d_products, queries.placed) * rule.scale
     d_query = _product("bhls,bshd->blhd", d_scores, keys.key) * rule.scale
     d_key = _product("bhls,blhd->bshd", d_scores, queries.query) * rule.scale
-    return d_query.astype(dtype), d_bias, d_key, d_value
+    return (
+        _Queries(d_query.astype(dtype), None, d_bias, None, d_placed),
+        _Keys(d_key, d_value, None, None, d_distances),
+    )
 
 
 def _masked_scores(rule: _Rule, mask: Array | None, queries: _Queries, keys: _Keys) -> tuple[Array, Array | None]:
@@ -307,6 +346,9 @@ def _scores(rule: _Rule, queries: _Queries, keys: _Keys, unit: float = 1.0) -> A
     scores = _product("blhd,bshd->bhls", queries.query, keys.key) * (rule.scale * unit)
     if queries.bias is not None:
         scores = scores + jnp.broadcast_to(queries.bias, scores.shape)
+    if queries.placed is not None and keys.distances is not None:
+        products = _product("blhd,rhd->bhlr", queries.placed, keys.distances) * rule.scale
+        scores = scores + dense_from_products(products, queries.placed.shape[1])
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     return scores
@@ -344,12 +386,18 @@ def _product(dimensions: str, x: Array, y: Array) -> Array:
     return jnp.einsum(dimensions, x, y, preferred_element_type=_accumulator(x))
 
 
-def _blocks(queries: _Queries, keys: _Keys) -> tuple[int, int]:
+def _blocks(q_len: int, k_len: int) -> tuple[int, int]:
     """Return the number of blocks and the number of queries per block; the last block may contain padding."""
-    q_len, k_len = queries.query.shape[1], keys.key.shape[1]
     blocks = min(-(-q_len * k_len // BLOCK_SCORES), q_len)
     size = -(-q_len // blocks)
     return -(-q_len // size), size
+
+
+def _for_blocks(keys: Array, q_len: int, k_len: int) -> Array:
+    """Pad `DistanceKeys.keys` to those of all distances of the queries in all blocks, see `_Keys.distances`."""
+    blocks, size = _blocks(q_len, k_len)
+    before = blocks * size - q_len
+    return jnp.pad(keys, ((before, q_len + k_len - 1 - keys.shape[0]), (0, 0), (0, 0)))
 
 
 def _split(x: Array, axis: int, blocks: int, size: int) -> Array:
@@ -368,10 +416,11 @@ def _join(x: Array, axis: int, length: int) -> Array:
 
 
 def _split_queries(queries: _Queries, blocks: int, size: int) -> _Queries:
-    query, ids, bias, words = queries
+    query, ids, bias, words, placed = queries
     return _Queries(
         _split(query, 1, blocks, size),
         None if ids is None else _split(ids, 1, blocks, size),
         None if bias is None else _split(bias, 2, blocks, size),
         None if words is None else (_split(words[0], 2, blocks, size), _split(words[1], 2, blocks, size)),
+        None if placed is None else _split(placed, 1, blocks, size),
     )

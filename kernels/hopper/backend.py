@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..bias import DenseBias, toeplitz_row
+from ..bias import DenseBias, DistanceKeys, toeplitz_row
 from ..call import Call
 from ..split import Split, misfit, split_of, undeclared
 from ..tuning import tuned
@@ -101,6 +101,8 @@ def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments
 
 def supports(call: Call) -> str | None:
     """See `Backend`."""
+    if isinstance(call.bias, DistanceKeys):
+        return "no keys of distances; plain JAX has them"
     if call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"expected bfloat16 or float16, found {call.query.dtype}"
     size, value_size = call.query.shape[3], call.value.shape[3]

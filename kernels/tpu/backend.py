@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..bias import DenseBias, toeplitz_row
+from ..bias import DenseBias, DistanceKeys, toeplitz_row
 from ..blocks import Area
 from ..call import Call
 from ..split import Split, misfit, split_of, undeclared
@@ -130,6 +130,8 @@ def compiling() -> Iterator[None]:
 
 def supports(call: Call) -> str | None:
     """See `Backend`."""
+    if isinstance(call.bias, DistanceKeys):
+        return "no keys of distances; plain JAX has them"
     if call.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"expected float32, bfloat16 or float16, found {call.query.dtype}"
     if max(call.query.shape[3], call.value.shape[3]) > LARGEST_HEAD:

@@ -26,6 +26,7 @@ from bestiary.kernels import DenseBias, attention, row_seeds, xla
 from bestiary.kernels.conformance import (
     CASES,
     LABELS,
+    PLAIN,
     SEED,
     Case,
     Drawn,
@@ -151,7 +152,7 @@ PACKED = CASES[6]
 @functools.cache
 def compiled(backend: Backend, name: str, dtype: str) -> tuple[Drawn, Callable]:
     """A case's arrays for a backend, and (primals, cotangents) -> (output, lse, *gradients)."""
-    (case,) = (case.stretched(backend.stretch) for case in CASES if case.name == name)
+    (case,) = (case.stretched(backend.stretch) for case in (*CASES, *PLAIN) if case.name == name)
     drawn = draw(case, dtype)
     return drawn, with_gradients(call(case, drawn, backend.name))
 
@@ -174,10 +175,10 @@ def plain_error(name: str, dtype: str, stretch: int) -> tuple[float, ...]:
 def limits(backend: Backend, case: Case, dtype: str) -> tuple[float, ...]:
     """In float32 nothing but rounding is lost; in 16 bits no more than twice what plain jax.numpy loses."""
     if dtype == "float32":
-        return (2e-6,) * 6
+        return (2e-6,) * 7
     if not backend.interpreted:
         # It rounds by up to 2**-9; weights, score gradients and the result are rounded once each.
-        return (2**-7,) * 6
+        return (2**-7,) * 7
     return tuple(2 * x + 1e-5 for x in plain_error(case.name, dtype, backend.stretch))
 
 
@@ -193,6 +194,24 @@ def check(backend: Backend, case: Case, dtype: str) -> tuple[np.ndarray, ...]:
 @on(BACKENDS, *CASES)
 def test_outputs_and_gradients(backend, case):
     check(backend, case, backend.dtype)
+
+
+@on([BACKENDS[0], dataclasses.replace(BACKENDS[-1], cases=None)], *PLAIN)
+def test_outputs_and_gradients_of_plain_jax(backend, case):
+    check(backend, case, "float32")
+
+
+@on([BACKENDS[0]], PLAIN[-1])
+def test_bfloat16_of_plain_jax(backend, case):
+    check(backend, case, "bfloat16")
+
+
+@on([backend for backend in BACKENDS if backend.name != "xla"])
+@pytest.mark.parametrize("case", PLAIN[:1], ids=lambda case: case.name)
+def test_the_others_refuse_keys_of_distances(backend, case):
+    drawn = draw(case, backend.dtype)
+    with pytest.raises(NotImplementedError, match=f"{backend.name}.*no keys of distances"):
+        jax.eval_shape(call(case, drawn, backend.name), *drawn.primals)
 
 
 @on([backend for backend in BACKENDS if backend.dtype == "float32"], EVERYTHING)
@@ -322,8 +341,8 @@ def test_split_over_a_mesh_gathers_nothing(backend):
         assert error(ours, expected) < 2e-6
 
 
-def test_reference_gradients_against_finite_differences():
-    case = EVERYTHING
+@pytest.mark.parametrize("case", [EVERYTHING, PLAIN[-1]], ids=lambda case: case.name)
+def test_reference_gradients_against_finite_differences(case):
     drawn = draw(case, "float32")
     drawn = dataclasses.replace(drawn, primals=tuple(x.astype(np.float64) for x in drawn.primals))
     gradients = reference(case, drawn)[2:]
@@ -352,7 +371,17 @@ def test_xla_in_float64_is_exact():
         assert error(ours, expected) < 1e-12
 
 
-@pytest.mark.parametrize("case", [CASES[9], EVERYTHING], ids=lambda case: case.name)
+def test_keys_of_distances_store_no_scores_of_all_pairs(monkeypatch):
+    case = dataclasses.replace(PLAIN[0], sizes=(1, 64, 96, 1, 1, 4, 4))
+    monkeypatch.setattr(xla, "BLOCK_SCORES", 8 * 96)
+    drawn = draw(case)
+    program = str(jax.make_jaxpr(with_gradients(call(case, drawn, "xla")))(drawn.primals, drawn.cotangents))
+    assert "f32[1,1,8,96]" in program
+    assert "64,96" not in program
+    assert "64,159" not in program
+
+
+@pytest.mark.parametrize("case", [CASES[9], EVERYTHING, *PLAIN], ids=lambda case: case.name)
 def test_xlas_blocks_of_queries_change_nothing(monkeypatch, case):
     drawn = draw(case)
     monkeypatch.setattr(xla, "BLOCK_SCORES", case.sizes[1] * case.sizes[2] // 3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.kernels import AlibiBias, DenseBias, RelativeBias, attention, attention_weights
+from bestiary.kernels import AlibiBias, DenseBias, DistanceKeys, RelativeBias, attention, attention_weights
 
 B, L, S, H, K, D = 2, 13, 17, 4, 2, 8
 HEADS, QUERIES = [3, 0], [12, 5, 5]
@@ -93,6 +93,16 @@ def test_weights_times_value_are_the_output(arrays):
     expected = jax.jit(jax.grad(lambda *x: jnp.sum(fast(*x)[0] ** 2), (0, 1)))(query, table)
     for found, reference in zip(grads, expected, strict=True):
         np.testing.assert_allclose(found, reference, atol=2e-5)
+
+
+def test_weights_with_keys_of_distances(arrays):
+    query, key, *ids = arrays
+    generator = np.random.default_rng(3)
+    own, keys = (jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in ((B, L, H, 6), (L + 2, H, 6)))
+    options = {"bias": DistanceKeys(own, keys), "query_segment_ids": ids[0], "key_segment_ids": ids[1]}
+    out, lse = attention(query, key, key, return_lse=True, **options)
+    weights = attention_weights(query, key, heads=range(H), queries=range(L), lse=lse, **options)
+    np.testing.assert_allclose(jnp.einsum("bhls,bshd->blhd", weights, jnp.repeat(key, H // K, axis=2)), out, atol=2e-6)
 
 
 def test_empty_rows_are_zeros_and_nothing_is_as_large_as_the_scores(arrays):

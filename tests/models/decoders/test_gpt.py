@@ -15,13 +15,16 @@ from safetensors.numpy import load_file, save_file
 from bestiary import models
 from bestiary.models import registry
 from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.checkpoints.parity import check
 from bestiary.models.checkpoints.tables import CheckpointError, flatten
 from bestiary.models.decoders.gpt1 import GPT1Config
 from bestiary.models.decoders.gpt2 import GPT2Config
 from bestiary.models.decoders.gptneo import GPTNeoConfig
+from bestiary.train.commands.parity import describe
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.generate.generator import Generator
-from bestiary.train.generate.released import _decode_config
+from bestiary.train.generate.released import _decode_config, reference_generate
+from bestiary.train.optim.optimizer import reference_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -150,6 +153,13 @@ def test_residual_maps_are_drawn_smaller() -> None:
     }
     expected = {"word": 0.02, "position": 0.01, "query": 0.02, "out": 0.005, "outer": 0.005}
     assert {name: float(x.std()) for name, x in found.items()} == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["gpt1_lm", "gpt2_lm", "gptneo_local_lm"])
+def test_shared_fixtures(shared: Path, name: str) -> None:
+    report = check(shared / "parity" / name, make_optimiser=reference_optimizer, generate=reference_generate)
+    assert report.passed, "\n".join(describe(report))
+    assert report.generated_differently == (0 if name == "gpt2_lm" else None)
 
 
 # Generation

@@ -93,7 +93,7 @@ def test_adapters_train_without_new_tokens(decoder: Path, sst2: Path, tmp_path: 
     assert results["metrics"]["dev"]["accuracy"] > 0.8
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["fan_in_fan_out"] is True
-    assert adapter["target_modules"] == ["c_attn"]
+    assert adapter["target_modules"] == ["attn.c_attn"]
     assert models.load(tmp_path / "run" / "model").config.vocab_size == models.load(decoder).config.vocab_size
 
 
@@ -136,8 +136,8 @@ def test_only_decoders_have_these(
     bert = Path(__file__).parents[2] / "models" / "fixtures" / "bert_model"
     for folder, more, said in (
         (bert, ("--auxiliary-lm", "0.5", "--max-length", "12"), "--auxiliary-lm: BERT is no decoder"),
-        (bert, ("--delimiters", "--max-length", "12"), "--delimiters: BERT is no decoder"),
-        (decoder, ("--delimiters", "--lora-rank", "2"), "adapters leave the vectors of new tokens"),
+        (bert, ("--delimiters", "True", "--max-length", "12"), "--delimiters: BERT is no decoder"),
+        (decoder, ("--delimiters", "True", "--lora-rank", "2"), "adapters leave the vectors of new tokens"),
     ):
         assert finetune(folder, sst2, tmp_path / "run", *more) == 1
         assert said in capsys.readouterr().err

@@ -257,13 +257,13 @@ class IncrementalDecoder:
 
         def attend(before: Slots, slots: Slots, attention: Attention, inputs: Array) -> Array:
             seen, prompt = mask, memory.mask[:, None]
-            if attention.window is not None:
+            if attention.window is not None and attention.window[0] is not None:
                 first = (at - attention.window[0])[:, None, None]
                 seen = seen & (written[:, None] >= first)
                 prompt = prompt & (jnp.arange(prompt.shape[2])[None, None] >= first)
             slots = Slots(*attention.write(inputs, *slots, places))
             filled.append(slots)
-            return attention.step(inputs, *slots, seen, before=(*before, prompt))[0]
+            return attention.step(inputs, *slots, seen, before=(before.keys, before.values, prompt))[0]
 
         layers = zip(prepared.layers, self._kinds, memory.layers, cache.layers, strict=True)
         for layer, kind, before, slots in layers:

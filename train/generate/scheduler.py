@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .batch import BatchState, Programs, Sources
@@ -231,9 +232,9 @@ class Batch:
             sentence = int(self._numbers[row])
             if watch.seen(sentence, output[self._seen[row] :], not goes_on) and goes_on:
                 total = float(state.rows.hypotheses.scores[row, 0])
-                score = total / float(self._programs.search.normaliser(np.int32(count)))
+                score = total / float(self._programs.search.normaliser(jnp.int32(count)))
                 self._request.found[sentence] = [Hypothesis(output, score)]
-                ended.append(row)
+                ended.append(int(row))
             self._seen[row] = len(output)
         return self._abandon(state, active, np.array(ended, np.int32)) if ended else state
 

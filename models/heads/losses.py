@@ -194,8 +194,10 @@ def _over_chunks(
             log_sum = jnp.log(total)
             chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
             own = log_sum + (top - chosen)
-            mean = log_sum + (top - logits.mean(axis=-1))
-            loss += (((1 - smoothing) * own + smoothing * mean) * weights).sum()
+            smoothed = own
+            if smoothing:
+                smoothed = (1 - smoothing) * own + smoothing * (log_sum + (top - logits.mean(axis=-1)))
+            loss += (smoothed * weights).sum()
             nll += (own * weights).sum()
             correct += jnp.where(chosen >= top, weights, 0.0).sum()
             predictions.append((exponentials / total[..., None], logits - (top + log_sum)[..., None]))

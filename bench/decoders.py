@@ -20,10 +20,10 @@ from flax import linen as nn
 from bestiary.models.decoders.gpt2 import FAMILY, GPT2Config
 from bestiary.models.registry import init_params
 from bestiary.train.config import OptimConfig, ParallelConfig
-from bestiary.train.cpu import prepare_cpu
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.generate.generator import Generator
 from bestiary.train.learner import make_learner
+from bestiary.train.machine.cpu import prepare_cpu
 from bestiary.train.optim.schedule import schedule
 from bestiary.train.pretrain.causal import NextTokens
 from bestiary.train.pretrain.loop import train_step

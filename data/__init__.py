@@ -1,9 +1,10 @@
-"""Text in, batches of NumPy arrays out; this package never imports JAX.
+"""Text and images in, batches of NumPy arrays out; this package never imports JAX.
 
     corpus/      documents, sentences and pairs from text, and stores of these, tokenised
     tokenizers/  text to ids
     tasks/       the labelled data of fine-tuning: GLUE, SQuAD, tagging, multiple choice, tables
     rows/        rows by number, planned from lengths alone: one file per objective's rows
+    images/      images in the usual formats, preprocessing, augmentation, and their batches
     store        tokenised text on disk: written once (store_build), read at random
     stream       the stream of batches of such rows (Grain)
     batches      fine-tuning's features: batches of a fixed number of them in packed rows of few shapes

@@ -1,4 +1,4 @@
-"""The base of all token encoders: embeddings, layers, pooler."""
+"""The bases of encoders, of tokens and of anything else: embeddings, layers, pooler."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from .family import EncoderConfig
+from .family import EncoderConfig, StackConfig
 from .layers.linear import Linear
 from .layers.segments import Rows, Segments, gather_positions, row_numbers
 from .layers.stack import run_layers
@@ -27,14 +27,14 @@ def check_length(config: EncoderConfig, length: int) -> None:
         raise ValueError(f"a row has {length} tokens, but the model has {config.max_length} positions")
 
 
-class Encoder(nn.Module):
-    """An encoder of tokens, with its pooler if `pooler` is on.
+class StackEncoder(nn.Module):
+    """An encoder of embedded tokens, patches or the like, with its pooler if `pooler` is on.
 
     A family's subclass creates `embeddings` and `layers` in its `setup`, and `pool` by `make_pooler`; it overrides
     `enter`, `leave` and `layer_inputs` if it has something between the embeddings, the layers and the output.
     """
 
-    config: EncoderConfig
+    config: StackConfig
     pooler: bool = True
 
     def make_pooler(self) -> Linear:
@@ -54,6 +54,54 @@ class Encoder(nn.Module):
         """Return what every layer gets in addition to the hidden states, the segments and the row numbers."""
         del position_ids
         return ()
+
+    def encode(
+        self,
+        embedded: Array,
+        segment_ids: Segments,
+        position_ids: Array | None,
+        *,
+        cls_positions: Array | None,
+        rows: Rows,
+        deterministic: bool,
+        every_layer: bool = False,
+        cls_only: bool = False,
+    ) -> Encoded:
+        """Encode rows of embedded tokens [B, L, table width]; the other arguments are those of `Encoder`."""
+        c = self.config
+        at = jnp.zeros((len(embedded), 1), jnp.int32) if cls_positions is None else cls_positions
+        entered = self.enter(embedded)
+        # A window depends on a query's place in the row, so that a layer that has one computes every token.
+        alone = cls_only and (c.kinds is None or c.kinds[-1].get("window") is None)
+        hidden, outputs = run_layers(
+            self.layers,
+            entered,
+            segment_ids,
+            rows,
+            *self.layer_inputs(position_ids),
+            count=c.layers,
+            scan=c.scan_layers,
+            remat=c.remat,
+            deterministic=deterministic,
+            kinds=c.kinds,
+            sets=c.sets,
+            every_layer=every_layer,
+            last_positions=at if alone else None,
+        )
+        if cls_only and not (alone and not self.is_initializing()):
+            hidden = gather_positions(hidden, at)
+        hidden = self.leave(hidden)
+        first = hidden if cls_only else gather_positions(hidden, at)
+        first = first[:, 0] if cls_positions is None else first
+        pooled = jnp.tanh(self.pool(first)) if self.pooler else None
+        every_hidden = None if outputs is None else jnp.concatenate([entered[None], outputs[:-1], hidden[None]])
+        return Encoded(hidden, first, pooled, every_hidden)
+
+
+class Encoder(StackEncoder):
+    """An encoder of tokens."""
+
+    config: EncoderConfig  # pyright: ignore[reportIncompatibleVariableOverride] (modules are frozen)
 
     def __call__(
         self,
@@ -97,45 +145,3 @@ class Encoder(nn.Module):
             every_layer=every_layer,
             cls_only=cls_only,
         )
-
-    def encode(
-        self,
-        embedded: Array,
-        segment_ids: Segments,
-        position_ids: Array | None,
-        *,
-        cls_positions: Array | None,
-        rows: Rows,
-        deterministic: bool,
-        every_layer: bool = False,
-        cls_only: bool = False,
-    ) -> Encoded:
-        """Encode rows of embedded tokens [B, L, table width]; the other arguments are those of the call."""
-        c = self.config
-        at = jnp.zeros((len(embedded), 1), jnp.int32) if cls_positions is None else cls_positions
-        entered = self.enter(embedded)
-        # A window depends on a query's place in the row, so that a layer that has one computes every token.
-        alone = cls_only and (c.kinds is None or c.kinds[-1].get("window") is None)
-        hidden, outputs = run_layers(
-            self.layers,
-            entered,
-            segment_ids,
-            rows,
-            *self.layer_inputs(position_ids),
-            count=c.layers,
-            scan=c.scan_layers,
-            remat=c.remat,
-            deterministic=deterministic,
-            kinds=c.kinds,
-            sets=c.sets,
-            every_layer=every_layer,
-            last_positions=at if alone else None,
-        )
-        if cls_only and not (alone and not self.is_initializing()):
-            hidden = gather_positions(hidden, at)
-        hidden = self.leave(hidden)
-        first = hidden if cls_only else gather_positions(hidden, at)
-        first = first[:, 0] if cls_positions is None else first
-        pooled = jnp.tanh(self.pool(first)) if self.pooler else None
-        every_hidden = None if outputs is None else jnp.concatenate([entered[None], outputs[:-1], hidden[None]])
-        return Encoded(hidden, first, pooled, every_hidden)

@@ -98,42 +98,33 @@ class FamilyConfig:
 
 
 @dataclass(frozen=True)
-class EncoderConfig(FamilyConfig):
-    """Base of the encoders' configs. The keys are those of BERT and most of its successors."""
+class StackConfig(FamilyConfig):
+    """Base of the configs of models that are one stack of layers, of whatever inputs. The keys are those of BERT."""
 
     KEYS: ClassVar[Mapping[str, str]] = {
-        "vocab_size": "vocab_size",
         "width": "hidden_size",
         "layers": "num_hidden_layers",
         "heads": "num_attention_heads",
         "feed_forward": "intermediate_size",
-        "positions": "max_position_embeddings",
-        "token_types": "type_vocab_size",
         "activation": "hidden_act",
         "dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
-        "classifier_dropout": "classifier_dropout",
         "norm_epsilon": "layer_norm_eps",
         "initializer_range": "initializer_range",
-        "pad_token_id": "pad_token_id",
         "problem_type": "problem_type",
     }
     REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),
         "activation": tuple(ACTIVATIONS),
-        "position_embedding_type": ("absolute",),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
         "is_encoder_decoder": (False,),
-        "tie_word_embeddings": (True,),
         "pruned_heads": ({}, None),
         "quantization_config": (None,),
         "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
     }
     WRITTEN_ANEW: ClassVar[tuple[str, ...]] = ("model_type", "architectures", "id2label", "label2id", "num_labels")
 
-    vocab_size: int = 30_522
-    """number of tokens, V"""
     width: int = 768
     """size of the hidden states, E"""
     layers: int = 12
@@ -142,26 +133,18 @@ class EncoderConfig(FamilyConfig):
     """number of attention heads, H; must divide the width"""
     feed_forward: int = 3072
     """inner width of the feed-forward sub-layer, F"""
-    positions: int = 512
-    """number of position embeddings"""
-    token_types: int = 0
-    """number of token types (sentence A, B); with fewer than two, the model takes no `token_type_ids`"""
     activation: str = "gelu"
     """activation function, a name in layers.ACTIVATIONS"""
     dropout: float = 0.1
     """dropout rate of hidden states"""
     attention_dropout: float = 0.1
     """dropout rate of attention probabilities"""
-    classifier_dropout: float | None = None
-    """dropout rate of a classifier's inputs; None: `dropout`"""
     norm_epsilon: float = 1e-12
     """epsilon of layer normalisation, added to the variance"""
     initializer_range: float = 0.02
     """standard deviation of new weights (normal distribution, truncated at two standard deviations)"""
-    pad_token_id: int | None = 0
-    """token whose embedding gets no gradient from lookups; None: none"""
     problem_type: str | None = None
-    """type of a sequence classifier: regression, single_label_classification or multi_label_classification"""
+    """type of a classifier of examples: regression, single_label_classification or multi_label_classification"""
     num_labels: int = 2
     """number of classes of a classifier"""
     label_names: tuple[str, ...] | None = None
@@ -176,16 +159,6 @@ class EncoderConfig(FamilyConfig):
             raise ValueError(f"{name}: unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise ValueError(f"{name}: {self.num_labels} labels, but {len(self.label_names)} label names")
-
-    @property
-    def max_length(self) -> int | None:
-        """Maximum length of an example, in tokens."""
-        return self.positions
-
-    @property
-    def table_width(self) -> int:
-        """Size of the vectors of words, positions and token types."""
-        return self.width
 
     @property
     def kinds(self) -> tuple[LayerKind, ...] | None:
@@ -203,29 +176,22 @@ class EncoderConfig(FamilyConfig):
         return nn.initializers.truncated_normal(self.initializer_range)
 
     @property
+    def head_initializer(self) -> Initializer:
+        """Initialiser of the kernel of a head's last linear map."""
+        return self.initializer
+
+    @property
     def pooling(self) -> str:
         """What heads over whole examples read: "cls" and "last", the first and last token, or "mean" over all."""
         return "cls"
 
     def head_dropout(self, head: str) -> float:
         """Return the dropout rate of the inputs of a head's last linear map."""
-        if head == "span":
-            return 0.0
-        return self.dropout if self.classifier_dropout is None else self.classifier_dropout
+        return 0.0 if head == "span" else self.dropout
 
     def dropout_fields(self, rate: float) -> dict[str, float]:
         """Return the fields to change for this dropout rate throughout the encoder."""
         return {"dropout": rate, "attention_dropout": rate}
-
-    @classmethod
-    def vocabulary_fields(cls, size: int, ids: Mapping[str, int]) -> dict[str, Any]:
-        """Return the fields of a new model that its tokenizer decides.
-
-        Args:
-            size: number of tokens.
-            ids: ids of special tokens by role, such as "pad" and "eos", as far as there are such.
-        """
-        return {"vocab_size": size, "pad_token_id": ids.get("pad", 0)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
@@ -239,6 +205,62 @@ class EncoderConfig(FamilyConfig):
         if self.problem_type is None:
             del stored["problem_type"]
         return stored
+
+
+@dataclass(frozen=True)
+class EncoderConfig(StackConfig):
+    """Base of the configs of encoders of tokens. The keys are those of BERT and most of its successors."""
+
+    KEYS: ClassVar[Mapping[str, str]] = {
+        **StackConfig.KEYS,
+        "vocab_size": "vocab_size",
+        "positions": "max_position_embeddings",
+        "token_types": "type_vocab_size",
+        "classifier_dropout": "classifier_dropout",
+        "pad_token_id": "pad_token_id",
+    }
+    REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **StackConfig.REQUIRED,
+        "position_embedding_type": ("absolute",),
+        "tie_word_embeddings": (True,),
+    }
+
+    vocab_size: int = 30_522
+    """number of tokens, V"""
+    positions: int = 512
+    """number of position embeddings"""
+    token_types: int = 0
+    """number of token types (sentence A, B); with fewer than two, the model takes no `token_type_ids`"""
+    classifier_dropout: float | None = None
+    """dropout rate of a classifier's inputs; None: `dropout`"""
+    pad_token_id: int | None = 0
+    """token whose embedding gets no gradient from lookups; None: none"""
+
+    @property
+    def max_length(self) -> int | None:
+        """Maximum length of an example, in tokens."""
+        return self.positions
+
+    @property
+    def table_width(self) -> int:
+        """Size of the vectors of words, positions and token types."""
+        return self.width
+
+    def head_dropout(self, head: str) -> float:
+        """See `StackConfig.head_dropout`."""
+        if head == "span" or self.classifier_dropout is None:
+            return super().head_dropout(head)
+        return self.classifier_dropout
+
+    @classmethod
+    def vocabulary_fields(cls, size: int, ids: Mapping[str, int]) -> dict[str, Any]:
+        """Return the fields of a new model that its tokenizer decides.
+
+        Args:
+            size: number of tokens.
+            ids: ids of special tokens by role, such as "pad" and "eos", as far as there are such.
+        """
+        return {"vocab_size": size, "pad_token_id": ids.get("pad", 0)}
 
 
 class Architecture(NamedTuple):
@@ -264,10 +286,10 @@ class Family:
     title: str
     """name to display"""
     paper: str
-    tokenizers: tuple[Kind, ...]
-    """kinds of tokenizers of the released checkpoints; pretraining trains the first"""
     architectures: tuple[Architecture, ...]
     """in the order to try for a checkpoint that names none of them; `bestiary models` counts the first"""
+    tokenizers: tuple[Kind, ...] = ()
+    """kinds of tokenizers of the released checkpoints; pretraining trains the first"""
     objectives: tuple[str, ...] = ()
     """pretraining objectives, the default first"""
     rows: Literal["sentences", "full-sentences", "doc-sentences"] = "sentences"
@@ -278,6 +300,8 @@ class Family:
     """fraction of the tokens to predict in pretraining"""
     evaluation_mask_rate: float | None = None
     """the same in evaluation, for masked words; None: that of the training"""
+    reads: Literal["text", "images"] = "text"
+    """what its models take; those of images have no tokenizers"""
     example: Callable[[Any], tuple[Any, ...]] = token_ids
     """config -> shapes and dtypes of inputs for initialising a model"""
     below: tuple[str, ...] = ("embeddings",)

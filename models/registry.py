@@ -22,9 +22,11 @@ FAMILIES = {
     "marian": ".encoder_decoders.marian",
     "modernbert": ".encoders.modernbert",
     "openai-gpt": ".decoders.gpt1",
+    "plain-vit": ".images.plain_vit",
     "roberta": ".encoders.roberta",
     "spanbert": ".encoders.spanbert",
     "transformer": ".encoder_decoders.transformer",
+    "vit": ".images.vit",
     "xlm-roberta": ".encoders.roberta:XLM",
 }
 

@@ -20,7 +20,7 @@ JOB_IMPORTS = {
 }
 
 MOST_LINES, MOST_MODULES = 600, 16
-SHARED = {"optim"}  # folders of train/ that are no job
+SHARED = {"adapt", "machine", "optim"}  # folders of train/ that are no job
 
 NAMED_MODULE = re.compile(r"(\.+[a-z_][a-z0-9_.]*)(:\w+)?")  # as import_module takes it: ".hopper.backend", ".a:Name"
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from .arguments import did_you_mean, reflow_help, refuse_renamed
-from .compiled import keep_compiled_programs
-from .cpu import prepare_cpu
+from .machine.compiled import keep_compiled_programs
+from .machine.cpu import prepare_cpu
 from .progress import end_line
 
 
@@ -76,6 +76,15 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".finetune.commands.tagging:NerConfig", "fine-tune on named entities in CoNLL columns; --crf adds a CRF"
     ),
     ("finetune", "pos"): Command(".finetune.commands.tagging:PosConfig", "fine-tune on parts of speech in CoNLL-U"),
+    ("images", "train"): Command(
+        ".images.config:TrainConfig",
+        "train an image classifier from scratch: MNIST, CIFAR, your own folders",
+        ".images.loop",
+    ),
+    ("images", "finetune"): Command(
+        ".images.config:FinetuneConfig", "fine-tune an image classifier from a checkpoint", ".images.loop"
+    ),
+    ("images", "predict"): Command(".images.config:PredictConfig", "predict the classes of images", ".images.predict"),
     ("evaluate",): Command(".finetune.evaluate:EvaluateConfig", "evaluate a fine-tuned model on labelled examples"),
     ("predict",): Command(".finetune.predict:PredictConfig", "predict new examples with a fine-tuned model"),
     ("embed",): Command(
@@ -202,7 +211,7 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
 
 TRACEBACK = "BESTIARY_TRACEBACK"
 """Environment variable: if set, errors show where they were raised."""
-RESUMING = ("pretrain", "finetune", "translate train")
+RESUMING = ("pretrain", "finetune", "translate train", "images train", "images finetune")
 """Commands that resume if they are given again."""
 
 

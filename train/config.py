@@ -1,9 +1,12 @@
 """Settings shared by several commands: loop, optimiser and devices. Does not import JAX, so that --help is fast."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RunError, check_setting
+
+if TYPE_CHECKING:
+    from ..models.lora import LoraConfig
 
 Attention = Literal["hopper", "tpu", "cudnn", "xla"]
 """Names of attention backends, those of `kernels.BACKENDS`; here, since that module imports JAX."""
@@ -33,6 +36,11 @@ class OptimConfig:
     is linear, on top of the schedule, or the decay of wsd. 0: none, or 0.1 for wsd."""
     weight_decay: float = 0.01
     """Decoupled weight decay on kernels and embeddings, not on biases and normalisation scales."""
+    independent_decay: bool = False
+    """Weight decay independent of the learning rate's peak: a step takes --weight-decay times the schedule's fraction
+    of its peak from a weight, as in the code of ViT's baselines. Off: that times the learning rate."""
+    decay_embeddings: bool = True
+    """Apply weight decay to embeddings too. Off: to kernels alone."""
     beta1: float = 0.9
     """Decay rate of Adam's first moment."""
     beta2: float = 0.999
@@ -97,6 +105,38 @@ class ParallelConfig:
     """Number of processes, with --coordinator."""
     process: int | None = None
     """Index of this process, from 0, with --coordinator."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Options for training only some parameters of a model."""
+
+    lora_rank: int = 0
+    """LoRA: rank of the adapters; the model's own weights are frozen. 0: no adapters."""
+    lora_alpha: float = 16.0
+    """LoRA: an adapter's output is scaled by alpha / rank."""
+    rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones."""
+    lora_dropout: float = 0.0
+    """LoRA: dropout rate of an adapter's inputs."""
+    lora_targets: tuple[str, ...] = ("query", "value")
+    """LoRA: linear layers to adapt: query, key, value, output, attention, feed-forward, all-linear, the end of a name
+    in the checkpoint (as in peft's target_modules), or a regular expression for such a name."""
+    bitfit: bool = False
+    """BitFit: train only the biases and the head."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "lora_rank", least=0)
+        if self.lora_rank and self.bitfit:
+            raise RunError("--lora-rank and --bitfit are mutually exclusive.")
+        if self.lora_rank:
+            self.lora()
+
+    def lora(self) -> "LoraConfig":
+        """Return the settings of the adapters; raise LoraError if they are invalid."""
+        from ..models.lora import LoraConfig
+
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.rslora)
 
 
 # Settings of every run that change neither its numbers nor what it exports: they may change when it is resumed.

@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from .config import OptimConfig
-from .cpu import lacks_bfloat16
 from .errors import RunError
+from .machine.cpu import lacks_bfloat16
 from .optim.optimizer import optimizer
 from .sharding import Replicas, logical_specs
 
@@ -198,6 +198,11 @@ def ema_or_params(state: TrainState) -> Any:
     return state.params if mean is None else _join(mean, state.params)
 
 
+def place(like: Any, host: np.ndarray) -> jax.Array:
+    """Put an array of the host on the devices, sharded like `like`."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(host)[index])
+
+
 def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
     """Return a new state with other initial parameters.
 
@@ -206,9 +211,6 @@ def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
         learner: the learner.
         params: parameters on the host; they are sharded over the devices like those of `state`.
     """
-
-    def place(leaf: jax.Array, host: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(host)[index])
 
     placed = jax.tree.map(place, state.params, params)
     opt_state = state.opt_state
@@ -223,6 +225,14 @@ def compute_dtype(asked: str) -> str:
     if asked != "auto":
         return asked
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+UNROLLED = 8  # maximum number of layers to unroll by default
+
+
+def scans(asked: bool | None, layers: int) -> bool:
+    """Resolve --scan-layers: None scans models of more than 8 layers."""
+    return layers > UNROLLED if asked is None else asked
 
 
 def describe_dtype(dtype: str) -> str:

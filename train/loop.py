@@ -329,7 +329,7 @@ class Loop:
         found = call()
         seconds = time.perf_counter() - clock
         self._counters.compiling += seconds
-        self._session.progress.line(f"compiled the training step for {rows} tokens in {seconds:.1f} s; {left}")
+        self._session.progress.line(f"compiled the training step for rows of {rows} in {seconds:.1f} s; {left}")
         return found
 
     def _flush_metrics(self) -> None:

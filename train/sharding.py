@@ -39,6 +39,7 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "layers": None,
+    "pixels": None,
     "positions": None,
     "types": None,
     "labels": None,

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ...data.files import replacing, temporary
+from ...data.images.processor import FILE as PROCESSOR_FILE
+from ...data.images.processor import Processor
 from ...data.json_files import read_object, value_of, write_json
 from ..family import Architecture, Family, FamilyConfig
 from ..registry import FAMILIES, families, family_of_model, init_params, stored_family
@@ -54,6 +56,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    PROCESSOR_FILE,
 )
 WEIGHT_KINDS = ("F32", "F16", "BF16", "F64")
 FEW_LAYERS = 1000  # up to which the tensors that a checkpoint lacks are listed
@@ -75,7 +78,7 @@ class Loaded(NamedTuple):
     model: Any  # the family's flax.linen module
     params: dict[str, Any]  # float32 NumPy arrays on the host; `jax.device_put` places them, with any sharding
     config: Any  # the family's config dataclass, also `model.config`
-    tokenizer: Any  # of data.tokenizers; None if the folder has no tokenizer files
+    tokenizer: Any  # of data.tokenizers; of images, data.images.processor.Processor; None if the folder has no files
 
 
 class Report(NamedTuple):
@@ -527,7 +530,7 @@ def _sync(path: Path) -> None:
 
 def _load_tokenizer(folder: Path, config: Any) -> Any:
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        return None
+        return Processor.read(folder)
     if any((folder / name).is_file() for name in ("subwords.json", "source.spm")):
         from ...data.tokenizers.pairs import load_subwords
 

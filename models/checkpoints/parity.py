@@ -128,6 +128,8 @@ def run(
         for name, value in expected.items()
         if name.startswith("input.")
     }
+    if "pixel_values" in inputs:  # the reference has channels first
+        inputs["pixel_values"] = jnp.moveaxis(inputs["pixel_values"], 1, -1)
     types = inputs.get("token_type_ids")
     if types is not None and loaded.config.token_types < 2 and types.any():
         raise CheckpointError(f"{folder}: token_type_ids, but the model has only one token type")
@@ -141,8 +143,9 @@ def run(
         table = architecture.table(loaded.config)
         found = dict(table.save(jax.tree.map(np.asarray, gradient)))
         stored = _tensors(folder / "grads.safetensors")
-        # The reference may name a parameter by its tied copy.
-        report.gradients = gradient_errors(found, {table.tied.get(name, name): g for name, g in stored.items()})
+        # The reference may name a parameter by its tied copy, or otherwise than its checkpoints do.
+        names = {theirs: name for name, theirs in table.place(stored).sources.items()}
+        report.gradients = gradient_errors(found, {names.get(name, name): g for name, g in stored.items()})
         report.gradient_tensor, report.gradient = max(report.gradients.items(), key=_nan_first)
     path = folder / "trajectory.json"
     if make_optimiser is not None and gradient is not None and path.is_file():
@@ -256,7 +259,8 @@ def _difference(name: str, outputs: Outputs, expected: np.ndarray) -> float:
 
 def _call(model: Any, params: Params, inputs: Inputs, **arguments: Any) -> Any:
     """Run an encoder, with a head or without, removing the inputs that all of them share from `inputs`."""
-    batch: dict[str, Any] = {name: inputs.pop(name, None) for name in ("input_ids", "position_ids", "token_type_ids")}
+    names = ("pixel_values", "input_ids", "position_ids", "token_type_ids")
+    batch: dict[str, Any] = {name: inputs.pop(name) for name in names if name in inputs}
     batch["segment_ids"] = _segments(inputs)
     return model.apply({"params": params}, *encoder_inputs(model.config, batch), **arguments)
 

@@ -18,6 +18,7 @@ How a table describes what released checkpoints contain:
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -281,7 +282,7 @@ class Table:
     Attributes:
         entries: one per parameter.
         prefix: prefix of the encoder's names in task models' checkpoints; names with and without it are read.
-        renamed: (old ending, new ending) of names that differ in older checkpoints.
+        renamed: (regular expression, replacement) of names that differ in other versions' checkpoints.
         tied: name -> name of the tensor that it repeats. Such a copy must be equal, and is written if it was read.
         buffers: name -> required value, for constants of the implementation that used to be stored. They are written in
             the dtype in which they were read.
@@ -335,8 +336,7 @@ class Table:
 
     def _canonical(self, stored: str, known: set[str]) -> str | None:
         for old, new in self.renamed:
-            if stored.endswith(old):
-                stored = stored.removesuffix(old) + new
+            stored = re.sub(old, new, stored)
         forms = (stored, self.prefix + stored, stored.removeprefix(self.prefix))
         return next((form for form in forms if form in known), None)
 

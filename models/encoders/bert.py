@@ -224,7 +224,7 @@ PARTS = EncoderParts(
     encoder_entries,
     prefix="bert.",
     classes="Bert",
-    renamed=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
+    renamed=((r"\.LayerNorm\.gamma$", ".LayerNorm.weight"), (r"\.LayerNorm\.beta$", ".LayerNorm.bias")),
 )
 FORMS = {
     "masked_lm": Form(

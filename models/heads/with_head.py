@@ -18,7 +18,7 @@ from jax.nn.initializers import Initializer
 
 from ..checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
 from ..encoder import Encoded
-from ..family import Architecture, EncoderConfig
+from ..family import Architecture, EncoderConfig, StackConfig
 from ..layers.activations import ACTIVATIONS
 from ..layers.dropout import Dropout
 from ..layers.linear import Embed, Linear, add_bias, partitioned
@@ -51,7 +51,7 @@ class Form(NamedTuple):
     transform, the norm, the bias, and the decoder, which is tied to the embeddings; for next tokens: of the copy of
     the embeddings"""
 
-    def activation(self, config: EncoderConfig) -> str:
+    def activation(self, config: StackConfig) -> str:
         """Return the name of the transform's activation."""
         return config.activation if self.transform in (None, "config") else self.transform
 
@@ -73,7 +73,7 @@ class EncoderParts(NamedTuple):
     buffers: Callable[..., dict[str, np.ndarray]] = position_ids  # (config, prefix) -> `Table.buffers`
     endings: tuple[tuple[str, str], ...] = ()  # (head, end of the class's name), where it is not that of `KINDS`
 
-    def encoder(self, config: EncoderConfig, *, pooler: bool) -> Any:
+    def encoder(self, config: StackConfig, *, pooler: bool) -> Any:
         """Build the encoder."""
         return self.build(config, pooler=pooler) if self.pooler else self.build(config)
 
@@ -84,7 +84,7 @@ class EncoderParts(NamedTuple):
 
     def table(
         self,
-        config: EncoderConfig,
+        config: StackConfig,
         head: Sequence[Entry] = (),
         tied: Mapping[str, str] | None = None,
         *,
@@ -123,7 +123,7 @@ class WithHead(nn.Module):
         discriminator   a score of each token to have been replaced (Clark et al. 2020, 2)
     """
 
-    config: EncoderConfig
+    config: StackConfig
     head: str
     form: Form
     parts: EncoderParts
@@ -138,7 +138,11 @@ class WithHead(nn.Module):
             self.norm = LayerNorm(c.norm_epsilon, c.dtype, form.bias)
         self.drop = Dropout(c.head_dropout(self.head))
         self.last = linear(
-            (_outputs(c, self.head),), ("embed", "labels"), use_bias=form.last_bias, name=_last(self.head)
+            (_outputs(c, self.head),),
+            ("embed", "labels"),
+            kernel_init=c.head_initializer,
+            use_bias=form.last_bias,
+            name=_last(self.head),
         )
         if self.head == "crf":
             self.chain = Crf(c.num_labels, name="crf")
@@ -211,7 +215,7 @@ def _pooled(hidden: Array, segment_ids: Segments, cls_positions: Array | None, h
     return pool(hidden, (segments > 0).astype(jnp.int32), jnp.zeros((len(hidden), 1), jnp.int32), how)[:, 0]
 
 
-def _outputs(config: EncoderConfig, head: str) -> int:
+def _outputs(config: StackConfig, head: str) -> int:
     return {"choice": 1, "discriminator": 1, "span": 2}.get(head, config.num_labels)
 
 
@@ -282,11 +286,13 @@ class MaskedLanguageModel(nn.Module):
         return self.mlm(hidden, self.encoder.embeddings.word)
 
 
-def encoder_inputs(config: EncoderConfig, batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the positional arguments of a model that reads tokens, from a batch of named arrays [B, L].
+def encoder_inputs(config: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the positional arguments of a model, from a batch of named arrays: images, or rows of tokens [B, L].
 
     Inputs that the family does not use are left out: token types, if it has fewer than two.
     """
+    if "pixel_values" in batch:
+        return (batch["pixel_values"],)
     inputs = (batch["input_ids"], batch.get("segment_ids"), batch.get("position_ids"))
     return (*inputs, batch.get("token_type_ids")) if config.token_types > 1 else inputs
 

@@ -14,7 +14,19 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 # Every logical axis name that a parameter of this package carries. `train/sharding.py` maps each of them to mesh axes.
-LOGICAL_AXES = ("layers", "vocab", "positions", "types", "embed", "embed_out", "heads", "head_dim", "mlp", "labels")
+LOGICAL_AXES = (
+    "layers",
+    "vocab",
+    "pixels",
+    "positions",
+    "types",
+    "embed",
+    "embed_out",
+    "heads",
+    "head_dim",
+    "mlp",
+    "labels",
+)
 
 
 def partitioned(initializer: Initializer, *axes: str) -> Callable[..., Any]:

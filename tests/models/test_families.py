@@ -15,7 +15,7 @@ from bestiary.models.family import EncoderConfig, Family
 from bestiary.models.heads.with_head import encoder_inputs, is_head_parameter
 from bestiary.models.lora import linear_maps
 
-ENCODERS = [family for family in registry.families() if "encoder" in family.heads]
+ENCODERS = [family for family in registry.families() if "encoder" in family.heads and family.reads == "text"]
 SIZES = dict(vocab_size=61, width=16, layers=3, heads=2, feed_forward=24, positions=16, num_labels=3)
 
 # What is a family's own, in sizes that show it.

@@ -8,8 +8,8 @@ import pytest
 
 from bestiary.train import compiled
 from bestiary.train.cli import main
-from bestiary.train.compiled import keep_compiled_programs
 from bestiary.train.errors import RunError
+from bestiary.train.machine.compiled import keep_compiled_programs
 
 
 class PanicException(BaseException):

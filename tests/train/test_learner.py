@@ -195,7 +195,7 @@ def test_no_step_that_compiles_counts_towards_the_rates(tmp_path, capsys):
     assert 0 < fitted.compiling < 60
     said = capsys.readouterr().err
     assert said.count("compiled the training step for ") == 2
-    assert "compiled the training step for 16x3 tokens in " in said
+    assert "compiled the training step for rows of 16x3 in " in said
     lines = read_object_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["total_tokens"] for line in lines if "total_tokens" in line] == [80.0]
 

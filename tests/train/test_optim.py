@@ -55,9 +55,10 @@ def reference(config: OptimConfig, params, gradients, rates):
             if config.bias_correction:
                 mean, spread = mean / (1 - config.beta1**number), spread / (1 - config.beta2**number)
             update = mean / (np.sqrt(spread) + config.epsilon)
-            decays = name.endswith(("kernel", "embedding"))
+            decays = name.endswith(("kernel", "embedding") if config.decay_embeddings else "kernel")
+            strength = config.weight_decay / (config.learning_rate if config.independent_decay else 1)
             if decays:
-                update = update + config.weight_decay * weight
+                update = update + strength * weight
             for one in range(len(weight)) if name.startswith("layers") else [slice(None)]:
                 if config.optimizer == "stable-adamw":
                     rms = np.sqrt(np.mean(gradient_[one] ** 2 / np.maximum(spread[one], config.epsilon**2)))
@@ -73,6 +74,8 @@ def reference(config: OptimConfig, params, gradients, rates):
     [
         dict(optimizer="adamw", clip_norm=0.0),
         dict(optimizer="adamw", clip_norm=0.5),
+        dict(optimizer="adamw", independent_decay=True, decay_embeddings=False),
+        dict(optimizer="stable-adamw", clip_norm=0.0, independent_decay=True, decay_embeddings=False),
         dict(optimizer="adamw", bias_correction=False),
         dict(optimizer="lamb", clip_norm=0.5),
         dict(optimizer="lamb", bias_correction=False),

@@ -27,6 +27,7 @@ def describe_family(family: Family) -> dict[str, Any]:
         "family": family.name,
         "title": family.title,
         "paper": family.paper,
+        "reads": family.reads,
         "tokenizers": list(family.tokenizers),
         "heads": list(family.heads),
         "objectives": list(family.objectives),

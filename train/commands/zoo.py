@@ -44,8 +44,8 @@ def main(config: ModelsConfig | ShowConfig) -> int:
 
 
 def _block(family: dict[str, Any]) -> str:
-    tokenizers = ", ".join(TITLES[kind] for kind in family["tokenizers"])
-    lines = [f"{family['title']} ({family['family']}): {family['paper']}; {tokenizers}"]
+    reads = ", ".join(TITLES[kind] for kind in family["tokenizers"]) or family["reads"]
+    lines = [f"{family['title']} ({family['family']}): {family['paper']}; {reads}"]
     lines.append(f"  heads       {', '.join(family['heads'])}")
     if family["objectives"]:
         lines.append(f"  objectives  {', '.join(family['objectives'])}")

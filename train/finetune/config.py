@@ -2,48 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..errors import MOST_SEED, RunError, check_setting
-
-if TYPE_CHECKING:
-    from ...models.lora import LoraConfig
 from ..config import FREE as EVERY_FREE
-from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
-
-
-@dataclass(frozen=True)
-class AdaptConfig:
-    """Options for training only some parameters of a model."""
-
-    lora_rank: int = 0
-    """LoRA: rank of the adapters; the model's own weights are frozen. 0: no adapters."""
-    lora_alpha: float = 16.0
-    """LoRA: an adapter's output is scaled by alpha / rank."""
-    rslora: bool = False
-    """rsLoRA: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones."""
-    lora_dropout: float = 0.0
-    """LoRA: dropout rate of an adapter's inputs."""
-    lora_targets: tuple[str, ...] = ("query", "value")
-    """LoRA: linear layers to adapt: query, key, value, output, attention, feed-forward, all-linear, the end of a name
-    in the checkpoint (as in peft's target_modules), or a regular expression for such a name."""
-    bitfit: bool = False
-    """BitFit: train only the biases and the head."""
-
-    def __post_init__(self) -> None:
-        check_setting(self, "lora_rank", least=0)
-        if self.lora_rank and self.bitfit:
-            raise RunError("--lora-rank and --bitfit are mutually exclusive.")
-        if self.lora_rank:
-            self.lora()
-
-    def lora(self) -> "LoraConfig":
-        """Return the settings of the adapters; raise LoraError if they are invalid."""
-        from ...models.lora import LoraConfig
-
-        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.rslora)
+from ..config import AdaptConfig, Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
+from ..errors import MOST_SEED, RunError, check_setting
 
 
 @dataclass(frozen=True)

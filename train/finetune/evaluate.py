@@ -36,8 +36,8 @@ def main(config: EvaluateConfig) -> int:
     folder = finished_run(config.run)
     # Imported here, since they import JAX, which would delay --help.
     from ...data.json_files import json_text, write_json
+    from ..report import write_report
     from .prediction import open_run, read_examples
-    from .report import write_report
 
     run = open_run(folder, config.parallelism)
     examples = read_examples(run.task, config.data, config.split, labelled=True)

@@ -19,6 +19,8 @@ from ...data.json_files import write_json
 from ...data.progress import counted
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models.checkpoints.folder import Loaded
+from ..adapt.adapters import AdaptedModel, adaptation
+from ..adapt.layer_rates import Depths, parameter_depths, without_frozen_gradients
 from ..errors import RunError
 from ..learner import (
     Learner,
@@ -28,18 +30,18 @@ from ..learner import (
     ema_or_params,
     gradient_step,
     on_host,
+    place,
 )
 from ..loop import Best, Fitted, InitialWeights, Stop, Training
 from ..metrics import Sums
 from ..progress import Progress
+from ..report import write_report
 from ..run import Run, start_run
 from ..sharding import Replicas
-from .adapt import AdaptedModel, adaptation
 from .auxiliary import forward_with_states, next_token_loss
 from .config import FREE, FinetuneConfig, upgrade
-from .model import Depths, check_model, load_model, make_optimiser, parameter_depths, without_frozen_gradients
-from .prediction import Predicted, Predictor, place, row_limit
-from .report import write_report
+from .model import check_model, load_model, make_optimiser
+from .prediction import Predicted, Predictor, row_limit
 from .tasks.task import Task, TaskData, hold_out, settings
 
 # --- step -------------------------------------------------------------------------------------------------------------

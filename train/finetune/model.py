@@ -1,8 +1,8 @@
 """The model to fine-tune: a checkpoint with the task's head, and the learning rates of its parts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from ...models.checkpoints.folder import Loaded, check_head, family_of_folder, l
 from ...models.family import EncoderConfig
 from ...models.heads.with_head import is_head_parameter
 from ...models.registry import family_of_model, init_params
+from ..adapt.layer_rates import both, boxed_shapes, layer_rates, parameter_depths
 from ..errors import RunError
-from ..learner import Learner, Names, compute_dtype, make_learner
+from ..learner import Learner, Names, compute_dtype, make_learner, scans
 from ..optim.schedule import schedule
 from ..progress import Progress
-from .adapt import AdaptedModel
 from .config import FinetuneConfig
 from .tasks.task import Task
 
@@ -35,6 +35,8 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
     """
     stored = read_config(config.model)
     family = family_of_folder(stored, config.model)
+    if family.reads != "text":
+        raise RunError(f"{config.model}: {family.title} reads {family.reads}, not text. `bestiary images` trains it.")
     check_head(family, task.head, config.model)
     for flag, given in (("--auxiliary-lm", config.auxiliary_lm), ("--delimiters", config.delimiters)):
         if given and "causal_lm" not in family.heads:
@@ -73,7 +75,7 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
     )
     loaded, report = load_with_report(config.model, head=task.head, seed=config.seed, **run, **changes)
     found: EncoderConfig = loaded.config
-    scan = found.layers > WRITTEN_OUT if config.scan_layers is None else config.scan_layers
+    scan = scans(config.scan_layers, found.layers)
     drop = {} if config.dropout is None else found.dropout_fields(config.dropout)
     shaped: EncoderConfig = dataclasses.replace(found, scan_layers=scan, **drop)
     loaded = loaded._replace(config=shaped, model=loaded.model.clone(config=shaped))
@@ -123,9 +125,6 @@ def with_delimiters(loaded: Loaded, seed: int) -> Loaded:
     return Loaded(loaded.model.clone(config=config), params, config, tokenizer)
 
 
-WRITTEN_OUT = 8  # maximum number of layers to unroll by default
-
-
 def new_head(model: Any, seed: int) -> dict[str, Any]:
     """Initialise everything but a model's encoder."""
 
@@ -149,24 +148,16 @@ def make_optimiser(
         chosen: path of a parameter -> whether it may be trained; None: all may.
     """
     boxed = boxed_shapes(loaded.model)
-    trains, scales = layer_rates(config, parameter_depths(loaded.model))
+    trains, scales = layer_rates(config, parameter_depths(loaded.model), electra=config.electra_layer_decay)
     return make_learner(
         # The weights come from the checkpoint: initialising others first would only take time to compile.
         lambda _: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed),
         optim=config.optim,
         rate=schedule(config.optim, [(steps, None)]),
         seed=config.seed,
-        trains=_both(trains, chosen),
+        trains=both(trains, chosen),
         scales=task_rates(task, scales),
     )
-
-
-def _both(
-    first: Callable[[Names], bool] | None, second: Callable[[Names], bool] | None
-) -> Callable[[Names], bool] | None:
-    if first is None or second is None:
-        return first or second
-    return lambda names: first(names) and second(names)
 
 
 def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[Names], Any] | None:
@@ -174,68 +165,3 @@ def task_rates(task: Task, scales: Callable[[Names], Any] | None) -> Callable[[N
     if not task.rates:
         return scales
     return lambda names: jnp.float32(task.rates.get(names[0], 1.0)) * (1.0 if scales is None else scales(names))
-
-
-def boxed_shapes(model: Any) -> Any:
-    """Return the shapes of a model's parameters, boxed with their logical axis names."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-
-
-class Depths(NamedTuple):
-    """Depths of a model's parameters."""
-
-    of: Mapping[Names, np.ndarray]
-    """path of a parameter -> its depth: 0 below the layers, i in layer i (from 1), `layers` + 1 above them; for layers
-    stacked in one array, one depth per layer, shaped [n, 1, 1, ...] to broadcast with it"""
-    layers: int
-
-
-def parameter_depths(model: Any) -> Depths:
-    """Return the depths of a model's parameters, including adapters."""
-    plain = model.plain if isinstance(model, AdaptedModel) else model
-    modules = family_of_model(plain)[0].depths(plain)
-    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed_shapes(model)))
-    found = {tuple(str(part.key) for part in path): leaf.ndim for path, leaf in leaves}
-    depths = {names: modules[names[:-1]] for names in found}
-    shaped = {n: d.reshape(-1, *[1] * (found[n] - 1)) if d.ndim else d for n, d in depths.items()}
-    return Depths(shaped, plain.config.layers)
-
-
-def layer_rates(
-    config: FinetuneConfig, depths: Depths
-) -> tuple[Callable[[Names], bool] | None, Callable[[Names], Any] | None]:
-    """Determine which parameters are trained, and the factors of their learning rates.
-
-    The factor of a parameter at depth d of N layers is --layer-decay to the power N + 1 - d, or N + 2 - d for d <= N
-    with --electra-layer-decay (`_get_layer_lrs` in the released code of Clark et al. 2020); parameters that layers
-    share have the factor of the last of them. If only some layers of a stacked array are frozen, they stay in the
-    optimiser, with a rate of zero.
-    """
-    frozen = config.freeze_layers
-    if not frozen and config.layer_decay == 1.0:
-        return None, None
-
-    def trains(names: Names) -> bool:
-        return not frozen or bool((depths.of[names] > frozen).any())
-
-    def scales(names: Names) -> Any:
-        depth = depths.of[names]
-        kept = ~((depth > 0) & (depth <= frozen))
-        below = depths.layers + 1 - depth
-        below = below + (config.electra_layer_decay & (below > 0))
-        return jnp.asarray(np.where(kept, config.layer_decay**below, 0.0), jnp.float32)
-
-    return trains, scales
-
-
-def without_frozen_gradients(params: Any, depths: Depths, frozen: int) -> Any:
-    """Stop gradients to the lowest `frozen` layers, so that they do not contribute to the gradient norm."""
-    if not frozen:
-        return params
-
-    def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        depth = depths.of[tuple(str(part.key) for part in path)]
-        lowest = int((depth <= frozen).sum()) if depth.ndim else 0
-        return jnp.concatenate([jax.lax.stop_gradient(leaf[:lowest]), leaf[lowest:]]) if lowest else leaf
-
-    return jax.tree_util.tree_map_with_path(cut, params)

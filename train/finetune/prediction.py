@@ -16,6 +16,7 @@ from ...models import load
 from ...models.registry import init_params
 from ..config import ParallelConfig
 from ..errors import RunError
+from ..learner import place
 from ..loop import Stop
 from ..metrics import Meter, Sums
 from ..progress import Progress, Work
@@ -119,11 +120,6 @@ def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedR
     shapes = parallelism.abstract(lambda: nn.unbox(initial()), specs)
     params = jax.tree.map(place, shapes, loaded.params)
     return FinetunedRun(task, loaded.tokenizer, predictor, params)
-
-
-def place(like: Any, host: np.ndarray) -> jax.Array:
-    """Put an array of the host on the devices, sharded like `like`."""
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(host)[index])
 
 
 def read_examples(task: Task, path: Path, split: str, *, labelled: bool) -> list[Any]:

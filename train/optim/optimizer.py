@@ -7,6 +7,7 @@ list is an error, so that a new kind of parameter cannot be decayed by accident.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +24,11 @@ DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
 NOT_DECAYED = frozenset({"bias", "scale", "start", "transitions", "end"})  # the last three are a CRF's scores
 
 
-def decay_mask(params: Any) -> Any:
-    """Return True for every parameter that weight decay and the trust ratio apply to.
+EMBEDDINGS = frozenset({"embedding"})
+
+
+def decay_mask(params: Any, embeddings: bool = True) -> Any:
+    """Return True for every parameter that weight decay and the trust ratio apply to; embeddings are optional.
 
     Raises:
         ValueError: the last part of a parameter's name is in neither DECAYED nor NOT_DECAYED.
@@ -37,9 +41,19 @@ def decay_mask(params: Any) -> Any:
                 f"Parameter {jax.tree_util.keystr(path)}: no rule says whether {name!r} is decayed "
                 "(train/optim/optimizer.py)."
             )
-        return name in DECAYED
+        return name in DECAYED and (embeddings or name not in EMBEDDINGS)
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def decayed_by(config: OptimConfig) -> Callable[[Any], Any]:
+    """Return the function from parameters to whether weight decay applies to each."""
+    return partial(decay_mask, embeddings=config.decay_embeddings)
+
+
+def decay_strength(config: OptimConfig) -> float:
+    """Return the factor of the weights that is added to the step, before the learning rate."""
+    return config.weight_decay / config.learning_rate if config.independent_decay else config.weight_decay
 
 
 def optimizer(
@@ -55,7 +69,7 @@ def optimizer(
         scales: tree like the parameters, of factors of the learning rate, or None.
     """
     shapes = layouts(specs)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    decay = optax.add_decayed_weights(decay_strength(config), mask=decayed_by(config))
     rules: dict[str, Callable[[], list[optax.GradientTransformation]]] = {
         "adamw": lambda: [adam(config), decay],
         "lamb": lambda: [adam(config), decay, scale_by_layer_trust_ratio(shapes)],
@@ -158,10 +172,10 @@ def stable_adam(config: OptimConfig, shapes: Any) -> optax.GradientTransformatio
         ) -> jax.Array:
             spread = jnp.maximum(jnp.sqrt(second / correction), config.epsilon)
             rms = jnp.sqrt(mean_square(gradient / spread, layout))
-            step = step + config.weight_decay * param if decays else step
+            step = step + decay_strength(config) * param if decays else step
             return step / jnp.maximum(rms, 1.0)
 
-        mask = decay_mask(params)
+        mask = decayed_by(config)(params)
         return jax.tree.map(one, steps, updates, state.nu, params, shapes, mask), state
 
     return optax.GradientTransformation(moments.init, update)

@@ -17,10 +17,10 @@ import tyro
 
 from ...data.progress import counted
 from ..arguments import flags
-from ..cpu import return_freed_memory
 from ..errors import RunError
 from ..generate.config import DecodeConfig, refuse_decoding_flags
 from ..lines import Lines
+from ..machine.cpu import return_freed_memory
 from ..progress import Progress
 from .config import DECODE, TooLong
 

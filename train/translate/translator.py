@@ -18,12 +18,12 @@ from ...data.corpus.parallel import Findings, clean_line
 from ...data.tokenizers.pairs import PairTokenizer
 from ...models import load
 from ...models.encoder_decoders.transformer import TransformerConfig
-from ..cpu import yield_to_callers
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..generate.generator import Generator, Hypothesis
 from ..generate.released import FILE as GENERATION_FILE
 from ..generate.released import read_generation_config
+from ..machine.cpu import yield_to_callers
 from ..run_folder import model_folder
 from .config import TooLong
 

@@ -149,8 +149,9 @@ def test_buffers_are_dropped_tied_copies_and_constants_are_kept() -> None:
         [],
         {"head": "head", "position_ids": "position_ids"},
     )
-    written = dict(table.save(load(table, stored), list(placed.repeated.values())))
+    written = dict(table.save(load(table, stored), [("head", "float32"), ("position_ids", "int32")]))
     assert list(written) == ["model.words", "head", "position_ids"]
+    assert written["position_ids"].dtype == np.int32
     np.testing.assert_array_equal(written["head"], words)
     stored["head"] = 2 * words
     with pytest.raises(CheckpointError, match="head: differs from words"):

@@ -36,9 +36,13 @@ COUNTS = {
     "ettin-encoder-150m": 149_014_272,
     "ettin-encoder-400m": 394_781_696,
     "ettin-encoder-1b": 1_028_050_688,
+    # Dosovitskiy et al. 2021, table 1: 86 M; Steiner et al. 2021: 5.8 M with the classes; Beyer et al. 2022: 22 M.
     # Joshi et al. 2020 have BERT's sizes, cased; Conneau et al. 2020: 270 M, 550 M.
+    "plain-vit-small": 21_589_632,
     "spanbert-base": 108_310_272,
     "spanbert-large": 333_579_264,
+    "vit-base": 86_389_248,
+    "vit-tiny": 5_561_472,
     "xlm-roberta-base": 278_043_648,
     "xlm-roberta-large": 559_890_432,
 }

@@ -18,12 +18,13 @@ from bestiary.models.encoders.albert import FAMILY as ALBERT
 from bestiary.models.encoders.albert import AlbertConfig
 from bestiary.models.encoders.bert import FAMILY, BertConfig
 from bestiary.models.lora import LoraError, merge_lora
+from bestiary.train.adapt.adapters import AdaptedModel, adaptation
+from bestiary.train.adapt.layer_rates import layer_rates, parameter_depths
 from bestiary.train.cli import main
-from bestiary.train.config import OptimConfig
+from bestiary.train.config import AdaptConfig, OptimConfig
 from bestiary.train.errors import RunError
-from bestiary.train.finetune.adapt import AdaptedModel, adaptation
-from bestiary.train.finetune.config import AdaptConfig, FinetuneConfig
-from bestiary.train.finetune.model import check_model, layer_rates, parameter_depths
+from bestiary.train.finetune.config import FinetuneConfig
+from bestiary.train.finetune.model import check_model
 from bestiary.train.learner import count_parameters, make_learner
 from bestiary.train.optim.schedule import schedule
 

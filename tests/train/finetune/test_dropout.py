@@ -22,11 +22,10 @@ from bestiary.models.encoders.bert import BertConfig
 from bestiary.models.encoders.distilbert import DistilBertConfig
 from bestiary.models.encoders.roberta import RobertaConfig
 from bestiary.models.registry import family_named, init_params
-from bestiary.train.config import ParallelConfig
-from bestiary.train.finetune.adapt import AdaptedModel, adaptation
-from bestiary.train.finetune.config import AdaptConfig
+from bestiary.train.adapt.adapters import AdaptedModel, adaptation
+from bestiary.train.adapt.layer_rates import Depths
+from bestiary.train.config import AdaptConfig, ParallelConfig
 from bestiary.train.finetune.loop import train_step
-from bestiary.train.finetune.model import Depths
 from bestiary.train.finetune.tasks.choice import ChoiceTask
 from bestiary.train.finetune.tasks.glue import glue_task
 from bestiary.train.finetune.tasks.squad import SquadTask

@@ -21,12 +21,13 @@ from bestiary.data.packing import pack
 from bestiary.data.tasks.glue import GLUE
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.encoders.bert import Bert, BertConfig
+from bestiary.train.adapt.layer_rates import Depths, layer_rates
 from bestiary.train.cli import main
 from bestiary.train.config import ParallelConfig
 from bestiary.train.finetune.commands.glue import GlueConfig
 from bestiary.train.finetune.commands.glue_suite import GlueSuiteConfig, planned, task_score
 from bestiary.train.finetune.config import FinetuneConfig
-from bestiary.train.finetune.model import Depths, layer_rates, load_model
+from bestiary.train.finetune.model import load_model
 from bestiary.train.finetune.prediction import Predictor
 from bestiary.train.finetune.tasks.glue import glue_task
 from bestiary.train.finetune.tasks.scores import metric, scored
@@ -325,7 +326,7 @@ def test_rates_fall_by_one_factor_a_layer(encoder):
     assert trains(("encoder", "layers", "a", "kernel"))
     assert layer_rates(FinetuneConfig(model=encoder, out=Path("runs/x")), depths) == (None, None)
     electra = FinetuneConfig(model=encoder, out=Path("runs/x"), layer_decay=0.5, electra_layer_decay=True)
-    _, scales = layer_rates(electra, depths)
+    _, scales = layer_rates(electra, depths, electra=True)
     assert scales is not None
     assert scales(("encoder", "layers", "a", "kernel")).ravel().tolist() == [0.5**4, 0.5**3, 0.5**2]
     assert (scales(word), scales(head)) == (0.5**5, 1)

@@ -35,7 +35,8 @@ from ....models.heads.crf import CrfWeights, constrained, decode, log_likelihood
 from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from .task import Arrays, Classified, Collected, PlainTask, apply_tokens
+from ...report import Classified
+from .task import Arrays, Collected, PlainTask, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}

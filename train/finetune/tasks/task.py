@@ -20,6 +20,7 @@ from ....models.heads.with_head import encoder_inputs
 from ....models.layers.segments import ByExample
 from ...errors import RunError
 from ...metrics import Sums
+from ...report import Classified
 
 Arrays = dict[str, jax.Array]
 
@@ -33,15 +34,6 @@ class Collected(NamedTuple):
 
     segment: Mapping[str, Any] = {}
     token: Mapping[str, Any] = {}
-
-
-class Classified(NamedTuple):
-    """Labels and predictions of n examples, or words."""
-
-    names: tuple[str, ...]  # of the classes
-    wanted: np.ndarray  # [n] int, the classes in the data
-    predicted: np.ndarray  # [n] int
-    entities: Mapping[str, Mapping[str, float]] = {}  # type -> precision, recall, f1 and support of whole entities
 
 
 class Task(Protocol):

@@ -17,8 +17,9 @@ from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.losses import sequence_losses
 from ...errors import RunError
 from ...metrics import Sums
+from ...report import Classified
 from .scores import scored
-from .task import Arrays, Classified, Collected, PlainTask, apply_segments
+from .task import Arrays, Collected, PlainTask, apply_segments
 
 
 @dataclass(frozen=True)

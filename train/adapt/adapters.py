@@ -14,8 +14,8 @@ from ...models.checkpoints.peft import save_lora
 from ...models.checkpoints.tables import Params, flatten
 from ...models.lora import LORA_SCALE, LoraConfig, Target, adapted, add_lora, is_lora, lora_targets, merge_lora
 from ...models.registry import family_of_model
+from ..config import AdaptConfig
 from ..errors import RunError
-from .config import AdaptConfig
 
 Names = tuple[str, ...]  # along the way to a parameter
 

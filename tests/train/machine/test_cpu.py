@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from bestiary.train.cpu import HELPERS, yield_to_callers
+from bestiary.train.machine.cpu import HELPERS, yield_to_callers
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux's threads have a policy to change")
@@ -30,7 +30,7 @@ def test_helper_threads_of_xla_are_found_and_made_to_wait() -> None:
 KEEP_AND_RETURN = """
 import resource
 from pathlib import Path
-from bestiary.train.cpu import keep_freed_memory, return_freed_memory
+from bestiary.train.machine.cpu import keep_freed_memory, return_freed_memory
 
 keep_freed_memory()
 import numpy as np

@@ -14,7 +14,7 @@ import platform
 import warnings
 from pathlib import Path
 
-from ..data.files import user_cache_folder
+from ...data.files import user_cache_folder
 
 SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",  # seconds; reading a program takes some milliseconds

@@ -7,16 +7,24 @@ report/SPLIT.png     the confusion matrix
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...data.files import replacing, write_text
-from ...data.json_files import write_json
-from .tasks.task import Classified
+from ..data.files import replacing, write_text
+from ..data.json_files import write_json
 
 MOST_NUMBERS = 25
 """Largest number of classes for which the picture shows the counts too."""
+
+
+class Classified(NamedTuple):
+    """Labels and predictions of n examples, words or images."""
+
+    names: tuple[str, ...]  # of the classes
+    wanted: np.ndarray  # [n] int, the classes in the data
+    predicted: np.ndarray  # [n] int
+    entities: Mapping[str, Mapping[str, float]] = {}  # type -> precision, recall, f1 and support of whole entities
 
 
 def write_report(folder: Path, split: str, classified: Classified) -> Path:

@@ -1,0 +1,1 @@
+"""Images: reading them in the usual formats, preprocessing, augmentation, and batches by number."""

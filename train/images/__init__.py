@@ -1,0 +1,1 @@
+"""Training of image classifiers, and their predictions."""

@@ -1,9 +1,10 @@
 """Train a ViT beside the reference implementation, on identical batches from identical weights, and compare the losses.
 
-    uv run python bench/vit_beside.py ours DATA OUT        writes the batches, the weights and our losses to OUT
-    PEER/bin/python bench/vit_beside.py reference OUT      trains the same in PyTorch with transformers; prints both
+    uv run python bench/vit_beside.py ours DATA OUT [START]    writes the batches, the weights and our losses to OUT
+    PEER/bin/python bench/vit_beside.py reference OUT          trains the same in PyTorch with transformers; prints both
 
-DATA is a folder as `bestiary images train` reads it. Everything is as that command does it: AdamW with a decay of the
+DATA is a folder as `bestiary images train` reads it, START the folder of a run's model to start from, else new weights.
+Everything is as that command does it: AdamW with a decay of the
 kernels that is independent of the learning rate, warm-up and cosine, clipping at a norm of 1, random shifts.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 STEPS, BATCH, PEAK, DECAY = 100, 64, 1e-3, 1e-4
 
 
-def ours(data: Path, out: Path) -> None:
+def ours(data: Path, out: Path, begin: Path | None = None) -> None:
     """Train with this package."""
     from functools import partial
 
@@ -43,6 +44,8 @@ def ours(data: Path, out: Path) -> None:
     learner = make_learner(partial(init_params, start.model), optim=config.optim, rate=rate, seed=0)
     with jax.default_matmul_precision("highest"):
         state = jax.jit(learner.make)()
+        if begin is not None:
+            state = state.replace(params=jax.device_put(models.load(begin).params))
         models.save(out / "model", start.model, jax.device_get(state.params), start.processor)
         rows = Rows(images, start.processor, Augmentation("shift", 2), 0)
         step = jax.jit(partial(train_step, replicas=Replicas(), model=start.model, learner=learner, config=config))
@@ -91,6 +94,7 @@ def reference(out: Path) -> None:
                 "last": [losses[-1], float(stored["losses"][-1])],
                 "largest_relative_error": float(errors.max()),
                 "step": int(errors.argmax()) + 1,
+                "of_the_first_50": float(errors[:50].max()),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             }

@@ -48,13 +48,14 @@ def is_tfds(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
 
 
-def open_tfds(folder: Path, split: str, name: str) -> Examples:
+def open_tfds(folder: Path, split: str, name: str, raw: Sequence[str] = ()) -> Examples:
     """Open a split of a prepared data set.
 
     Args:
         folder: the data set.
         split: name of the split.
         name: the data set as the user named it, for messages.
+        raw: features to leave encoded, such as images.
 
     Raises:
         CorpusError: there is no such split, a file is damaged or missing, features.json names a class that is none of
@@ -76,7 +77,8 @@ def open_tfds(folder: Path, split: str, name: str) -> Examples:
         raise CorpusError(f"{name}: no split {split!r} (found: {', '.join(known)}).")
     examples, files = known[split]
     try:
-        source = builder.as_data_source(split=split)
+        decoders = {feature: tfds.decode.SkipDecoding() for feature in raw}
+        source = builder.as_data_source(split=split, decoders=decoders or None)
         records: Any = grain.sources.ArrayRecordDataSource(files)
         found = len(records)
     except NotImplementedError as error:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..corpus.tfds import TFDS_PREFIX, is_tfds, prepared_folder
 from ..errors import DataError
 from .binary import cifar_files, idx_files, read_cifar, read_idx_pair
 from .files import class_folders, folder_tree, table_files, table_images, zip_tree
+from .prepared import prepared_images
 from .sets import ImageSet
 
 FORMATS = (
     "IDX files (train-images-idx3-ubyte, plain or .gz, as MNIST's), CIFAR's binary version, a folder or .zip with a "
-    "folder for each class (or SPLIT/CLASS/IMAGE), or a table of paths and labels"
+    "folder for each class (or SPLIT/CLASS/IMAGE), a table of paths and labels, or a folder that tensorflow-datasets "
+    "prepared"
 )
 
 
@@ -22,14 +25,16 @@ def read_images(
     """Read the splits of a data set: "train", and "dev" and "test" if it has them.
 
     Args:
-        path: a folder, a zip archive or a table; see `FORMATS`.
+        path: a folder, a zip archive, a table, or tfds:NAME; see `FORMATS`.
         evaluation: a second table, of "dev".
-        path_column: column of a table that holds the images' paths.
-        label_column: column of a table that holds the classes' names.
+        path_column: column of a table that holds the images' paths, or feature of a data set that is the image.
+        label_column: column of a table that holds the classes' names, or feature of a data set that is the class.
 
     Raises:
         DataError: it is none of these, or damaged.
     """
+    if str(path).startswith(TFDS_PREFIX):
+        path = prepared_folder(str(path).removeprefix(TFDS_PREFIX))
     archive = path.suffix.lower() == ".zip"
     if evaluation is not None and (archive or not path.is_file()):
         raise DataError(f"{path}: not a table, so that {evaluation} cannot be its evaluation set.")
@@ -40,6 +45,8 @@ def read_images(
         return table_images(tables, path_column, label_column)
     if not path.is_dir():
         raise DataError(f"{path}: there is no such folder or file. Expected {FORMATS}.")
+    if is_tfds(path):
+        return _with_train(prepared_images(path, path_column, label_column), path)
     idx = idx_files(path)
     if idx:
         return _with_train({split: read_idx_pair(*files) for split, files in idx.items()}, path)

@@ -43,13 +43,14 @@ class ImagesConfig:
 
     data: Path
     """Labelled images: a folder of IDX files (MNIST), of CIFAR's binary files, or with a folder for each class, also
-    within folders train, val and test; a .zip of such folders; or a table (.csv, .tsv, .jsonl) of paths and labels."""
+    within folders train, val and test; a .zip of such folders; a table (.csv, .tsv, .jsonl) of paths and labels; or a
+    prepared tensorflow-datasets folder, or tfds:NAME."""
     eval_data: Path | None = None
     """A second table, to evaluate on."""
     path_column: str = "image"
-    """Column of a table that holds the images' paths, relative to the table's folder."""
+    """Column of a table that holds the images' paths, relative to the table's folder; or feature of a data set."""
     label_column: str = "label"
-    """Column of a table that holds the classes."""
+    """Column of a table, or feature of a data set, that holds the classes."""
     held_out: float = 0.1
     """Fraction of the training images to hold out for evaluation, if the data has neither a dev nor a test split."""
     train_examples: int = 0

@@ -162,6 +162,34 @@ def test_tables(tmp_path: Path, encoded, picture):
         np.testing.assert_array_equal(found["dev"].pixels(0), picture(7, 5, seed=1))
 
 
+def test_prepared_data_sets(tmp_path: Path, encoded, picture):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+    )
+    splits, place = [], dict(data_dir=tfds.core.Path(tmp_path), dataset_name="pets", filetype_suffix="array_record")
+    for split, count in (("train", 3), ("validation", 1)):
+        template = tfds.core.ShardedFileTemplate(split=split, **place)
+        writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
+        for number in range(count):
+            example = {"image": encoded(picture(5 + number, seed=number)), "label": number % 2}
+            writer.write(features.serialize_example(example))
+        writer.close()
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=tmp_path, features=features, split_infos=splits, filename_template=template, check_data=False
+    )
+    found = read_images(tmp_path)
+    assert {split: images.labels.tolist() for split, images in found.items()} == {"train": [0, 1, 0], "dev": [0]}
+    assert found["dev"].classes == ("cat", "dog")
+    np.testing.assert_array_equal(found["train"].pixels(2), picture(7, seed=2))
+    for column in ("path_column", "label_column"):
+        with pytest.raises(DataError, match="photo"):
+            read_images(tmp_path, **{column: "photo"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

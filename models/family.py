@@ -310,6 +310,8 @@ class Family:
     """parts of an encoder after its layers that all of its models have"""
     delimited: bool = False
     """whether its paper fine-tunes with new tokens before, between and after texts"""
+    like: tuple[str, ...] = ()
+    """other families whose layers and embeddings a model of this one may start from, in distillation"""
     one_kind: bool = False
     """whether the family has a single kind of model, all of whose parameters are in every checkpoint"""
 

@@ -35,6 +35,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "pretrain a model on text; without arguments, a small ModernBERT on Python's own documentation",
         ".pretrain.loop",
     ),
+    ("distill",): Command(
+        ".pretrain.config:DistillConfig",
+        "distil a masked language model into a smaller one, on text",
+        ".pretrain.loop",
+    ),
     ("translate", "train"): Command(
         ".translate.config:TranslateConfig",
         "train a translator; without arguments, on built-in English-German phrases",
@@ -211,7 +216,7 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
 
 TRACEBACK = "BESTIARY_TRACEBACK"
 """Environment variable: if set, errors show where they were raised."""
-RESUMING = ("pretrain", "finetune", "translate train", "images train", "images finetune")
+RESUMING = ("pretrain", "distill", "finetune", "translate train", "images train", "images finetune")
 """Commands that resume if they are given again."""
 
 
@@ -257,6 +262,6 @@ def _parse(options: Any, arguments: list[str], name: str) -> Any:
 
     config.__annotations__ = {"config": Annotated[options, tyro.conf.arg(name="")]}
     config.__doc__ = options.__doc__
-    if hasattr(options, "defaults"):  # which depend on the flags that are given
+    if "defaults" in vars(options):  # which depend on the flags that are given; a subclass has others
         config.__defaults__ = (options.defaults(arguments),)
     return tyro.cli(config, args=arguments, prog=name)

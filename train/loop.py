@@ -1,7 +1,7 @@
 """The training loop of all jobs: draw a batch, step, log, evaluate, checkpoint; stop cleanly, resume exactly.
 
-A step is a pure function `(state, batch, replicas) -> (state, sums)`. Its sums are read on the host one step late,
-after the next step was dispatched, so that the device does not wait for the host.
+A step is a pure function `(state, batch, replicas) -> (state, sums)`, which may read fixed arrays besides. Its sums are
+read on the host one step late, after the next step was dispatched, so that the device does not wait for the host.
 """
 
 import signal
@@ -21,7 +21,7 @@ from .learner import Learner, TrainState
 from .metrics import Meter, Sums, finite
 from .progress import Progress, duration
 from .run_folder import RunFolder
-from .sharding import Parallelism, Replicas
+from .sharding import Parallelism
 
 
 class Stop:
@@ -96,7 +96,7 @@ class Training(NamedTuple):
     """The learner, data and evaluation of a run."""
 
     learner: Learner
-    step: Callable[[TrainState, Any, Replicas], tuple[TrainState, Sums]]
+    step: Callable[..., tuple[TrainState, Sums]]  # (state, batch, replicas, *fixed) -> (state, sums)
     steps: int  # total number of updates
     batches: Batches
     evaluate: Callable[[TrainState, Stop], dict[str, float] | None]  # held-out means; None if stopped
@@ -105,6 +105,7 @@ class Training(NamedTuple):
     evaluate_every: int | None = None  # steps between evaluations; None: as in the run's settings
     initial: InitialWeights | None = None  # None: those of the learner
     best: Best | None = None
+    fixed: tuple[Any, ...] = ()  # see `Parallelism.compile_train`
 
 
 class Fitted(NamedTuple):
@@ -282,7 +283,7 @@ class Loop:
         if self._early_stopping.should_stop:
             return self._fitted(self._start, None)
         evaluate_every = intervals.evaluate_every if training.evaluate_every is None else training.evaluate_every
-        train = self._session.parallelism.compile_train(training.step, training.learner.specs)
+        train = self._session.parallelism.compile_train(training.step, training.learner.specs, *training.fixed)
         for step in range(self._start + 1, training.steps + 1):
             batch = next(training.batches)
             placed = self._session.parallelism.shard_batch(batch)

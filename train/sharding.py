@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..kernels import splitting
+from ..models.registry import init_params
 from .config import ParallelConfig
 from .errors import RunError
 
@@ -179,27 +181,52 @@ class Parallelism:
         shardings = self._shardings(shapes, specs)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-    def compile_train(
-        self, step: Callable[[Any, Any, Replicas], tuple[Any, Any]], specs: Any
-    ) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Compile (state, batch) -> (state, sums); the old state's memory is reused."""
+    def place(self, params: Any, specs: Any) -> Any:
+        """Put a tree of arrays of the host on the devices, sharded by its logical `specs`."""
 
-        def sharded(state: Any, batch: Any) -> tuple[Any, Any]:
+        def one(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(one, params, self._shardings(params, specs))
+
+    def place_model(self, model: Any, params: Any) -> Any:
+        """Put a model's parameters on the devices, sharded as if it were trained."""
+        return self.place(params, logical_specs(jax.eval_shape(partial(init_params, model), jax.random.key(0))))
+
+    def compile_train(
+        self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any
+    ) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """Compile (state, batch) -> (state, sums); the old state's memory is reused.
+
+        Args:
+            step: (state, batch, replicas, *fixed) -> (state, sums).
+            specs: logical specs of the state.
+            fixed: trees of arrays on the devices that the step reads and nothing changes: a teacher's parameters.
+        """
+
+        def sharded(state: Any, batch: Any, *fixed: Any) -> tuple[Any, Any]:
             with self._attention():
-                state, sums = step(state, batch, Replicas())
+                state, sums = step(state, batch, Replicas(), *fixed)
             # The output state is sharded like the input, so that steps never move parameters.
             return jax.lax.with_sharding_constraint(state, self._shardings(state, specs)), sums
 
-        return jax.jit(sharded, donate_argnums=0)
+        run = jax.jit(sharded, donate_argnums=0)
+        return lambda state, batch: run(state, batch, *fixed)
 
-    def compile_evaluate(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
-        """Compile (params, batch) -> sums, or anything else that is the same on all devices in the end."""
+    def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
+        """Compile (params, batch) -> sums, or anything else that is the same on all devices in the end.
 
-        def sharded(params: Any, batch: Any) -> Any:
+        Args:
+            step: (params, batch, replicas, *fixed) -> sums.
+            fixed: see `compile_train`.
+        """
+
+        def sharded(params: Any, batch: Any, *fixed: Any) -> Any:
             with self._attention():
-                return step(params, batch, Replicas())
+                return step(params, batch, Replicas(), *fixed)
 
-        return jax.jit(sharded, out_shardings=self._everywhere)
+        run = jax.jit(sharded, out_shardings=self._everywhere)
+        return lambda params, batch: run(params, batch, *fixed)
 
     def _attention(self) -> AbstractContextManager[None]:
         """Tell attention's Pallas kernels how they are sharded; the compiler shards everything else."""
@@ -223,24 +250,32 @@ class PmapParallelism(Parallelism):
     # between steps the state is one array on the devices of all processes, which is what checkpoints are written of.
 
     def compile_train(
-        self, step: Callable[[Any, Any, Replicas], tuple[Any, Any]], specs: Any
+        self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
-        replica = self._replica(step)
-        run = jax.pmap(replica, axis_name=self.axis, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+        run = jax.pmap(
+            self._replica(step),
+            axis_name=self.axis,
+            in_axes=(None, 0, *(None for _ in fixed)),
+            out_axes=None,
+            donate_argnums=0,
+        )
         if jax.process_count() == 1:
-            return run
+            return lambda state, batch: run(state, batch, *fixed)
+        here = [self._placed(tree, jax.local_devices()) for tree in fixed]
 
         def over_processes(state: Any, batch: Any) -> tuple[Any, Any]:
-            state, sums = run(self._placed(state, jax.local_devices()), batch)
+            state, sums = run(self._placed(state, jax.local_devices()), batch, *here)
             return self._placed(state, jax.devices()), sums
 
         return over_processes
 
-    def compile_evaluate(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
-        run = jax.pmap(self._replica(step), axis_name=self.axis, in_axes=(None, 0), out_axes=None)
+    def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
+        axes = (None, 0, *(None for _ in fixed))
+        run = jax.pmap(self._replica(step), axis_name=self.axis, in_axes=axes, out_axes=None)
         if jax.process_count() == 1:
-            return run
-        return lambda params, batch: run(self._placed(params, jax.local_devices()), batch)
+            return lambda params, batch: run(params, batch, *fixed)
+        here = [self._placed(tree, jax.local_devices()) for tree in fixed]
+        return lambda params, batch: run(self._placed(params, jax.local_devices()), batch, *here)
 
     def _placed(self, tree: Any, devices: Sequence[Any]) -> Any:
         """Turn replicated arrays into arrays on these devices, without copying."""
@@ -252,9 +287,9 @@ class PmapParallelism(Parallelism):
             tree,
         )
 
-    def _replica(self, step: Callable[[Any, Any, Replicas], Any]) -> Callable[[Any, Any], Any]:
+    def _replica(self, step: Callable[..., Any]) -> Callable[..., Any]:
         replicas = Replicas(self.axis)
-        return lambda state, batch: step(state, batch, replicas)
+        return lambda state, batch, *fixed: step(state, batch, replicas, *fixed)
 
 
 def start_parallelism(config: ParallelConfig) -> Parallelism:

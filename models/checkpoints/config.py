@@ -5,10 +5,13 @@ implemented value, any other being refused; or something irrelevant here, which 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ def require_folder(folder: Path) -> None:
     """Raise FileNotFoundError if there is no such checkpoint folder."""
     if folder.is_dir():
         return
-    size = "" if len(folder.parts) > 1 else " Only `bestiary pretrain` takes the name of a size."
+    size = ""
+    if len(folder.parts) == 1:
+        size = " Only `bestiary pretrain` and `bestiary distill` take the name of a size, by --model."
     raise FileNotFoundError(
         f"{folder}: no such folder. Expected a checkpoint folder (config.json, model.safetensors, tokenizer files): "
         f"model/ in a run's folder, or a released checkpoint, already downloaded.{size}"
@@ -156,3 +161,24 @@ def write_labels(count: int, names: tuple[str, ...] | None) -> dict[str, Any]:
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of a checkpoint folder's configuration, weights and tokenizer, in hexadecimal.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            stat = path.stat()
+            found.update(f"{path.name} {_hash(os.fspath(path), stat.st_mtime_ns, stat.st_size)}\n".encode())
+    return found.hexdigest()[:32]
+
+
+@cache
+def _hash(path: str, modified: int, size: int) -> str:
+    del modified, size  # a file that has changed is hashed again
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

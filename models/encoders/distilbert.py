@@ -27,9 +27,16 @@ from ..layers.norms import LayerNorm
 from ..layers.segments import Rows, Segments
 
 
-def _size(vocab_size: int) -> dict[str, Any]:
-    """Return the fields of a size. The released models have BERT-base's width and half of its layers."""
-    return {"layers": 6, "width": 768, "heads": 12, "feed_forward": 3072, "vocab_size": vocab_size, "positions": 512}
+def _size(layers: int, width: int, vocab_size: int = 30_522) -> dict[str, Any]:
+    """Return the fields of a size. All have heads of 64 and a feed-forward width of four times their own."""
+    return {
+        "layers": layers,
+        "width": width,
+        "heads": width // 64,
+        "feed_forward": 4 * width,
+        "vocab_size": vocab_size,
+        "positions": 512,
+    }
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,12 @@ class DistilBertConfig(EncoderConfig):
         "tie_weights_": (True,),
     }
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "distilbert-base": _size(30_522),
-        "distilbert-base-cased": _size(28_996),
-        "distilbert-base-multilingual-cased": _size(119_547),
+        # The two smallest sizes are half of BERT's (Turc et al. 2019): the paper has the base size.
+        "distilbert-tiny": _size(1, 128),
+        "distilbert-mini": _size(2, 256),
+        "distilbert-base": _size(6, 768),
+        "distilbert-base-cased": _size(6, 768, 28_996),
+        "distilbert-base-multilingual-cased": _size(6, 768, 119_547),
     }
 
     layers: int = 6
@@ -184,4 +194,5 @@ FAMILY = Family(
     tokenizers=("wordpiece",),
     architectures=architectures(PARTS, FORMS),
     objectives=("mlm",),
+    like=("bert", "spanbert"),
 )

@@ -231,6 +231,17 @@ def separate(params: Mapping[str, Any]) -> tuple[Any, Any]:
     return params["discriminator"], {"encoder": {**generator, "embeddings": embeddings}, "mlm": words}
 
 
+def together(discriminator: Mapping[str, Any], generator: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the parameters of two networks together for `Pretraining`; the embeddings are the discriminator's.
+
+    Args:
+        discriminator: parameters of a model with head "discriminator".
+        generator: parameters of a model with head "masked_lm".
+    """
+    encoder = {name: part for name, part in generator["encoder"].items() if name != "embeddings"}
+    return {"discriminator": discriminator, "generator": {**encoder, "mlm": generator["mlm"]}}
+
+
 def encoder_entries(c: ElectraConfig, prefix: str, path: tuple[str, ...], *, pooler: bool) -> list[Entry]:
     """Return the encoder's entries, with stored names under `prefix` and parameters at `path`; there is no pooler."""
     del pooler

@@ -68,6 +68,13 @@ class PredictionSums(NamedTuple):
     weight: Array
 
 
+class LossSum(NamedTuple):
+    """Float32 sums over weighted predictions that are neither right nor wrong: of the losses, and of the weights."""
+
+    loss: Array
+    weight: Array
+
+
 def prediction_sums(logits: Array, labels: Array, weights: Array | None = None) -> PredictionSums:
     """Compute cross-entropy and accuracy of classifications, as sums.
 

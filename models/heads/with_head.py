@@ -281,9 +281,24 @@ class MaskedLanguageModel(nn.Module):
         Returns:
             logits [B, P, V] or [B, L, V], in the compute dtype.
         """
-        hidden = self.encoder(inputs, *more, rows=rows, deterministic=deterministic).hidden
-        hidden = hidden if mlm_positions is None else gather_positions(hidden, mlm_positions)
+        hidden = self.hidden(inputs, *more, rows=rows, deterministic=deterministic)
+        return self.words(hidden if mlm_positions is None else gather_positions(hidden, mlm_positions))
+
+    def hidden(self, *inputs: Any, rows: Rows | None = None, deterministic: bool = True) -> Array:
+        """Compute the encoder's hidden states [B, L, E]. Arguments as for the call."""
+        return self.encoder(*inputs, rows=rows, deterministic=deterministic).hidden
+
+    def words(self, hidden: Array) -> Array:
+        """Compute logits [..., V] from hidden states [..., E], in the compute dtype.
+
+        Of the parameters, only those of `words_parameters` are used.
+        """
         return self.mlm(hidden, self.encoder.embeddings.word)
+
+
+def words_parameters(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `MaskedLanguageModel` that its `words` uses."""
+    return {"mlm": params["mlm"], "encoder": {"embeddings": {"word": params["encoder"]["embeddings"]["word"]}}}
 
 
 def encoder_inputs(config: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:

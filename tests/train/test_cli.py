@@ -44,7 +44,7 @@ def test_a_size_is_not_a_checkpoint_folder(capsys: pytest.CaptureFixture[str]):
     assert main([*FINETUNE, "bert-base"]) == 1
     error = capsys.readouterr().err
     assert "bert-base: no such folder. Expected a checkpoint folder (config.json, model.safetensors" in error
-    assert "Only `bestiary pretrain` takes the name of a size." in error
+    assert "Only `bestiary pretrain` and `bestiary distill` take the name of a size" in error
 
 
 def test_the_folder_of_a_run_and_that_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from bestiary.models.layers.linear import LOGICAL_AXES
+from bestiary.train.config import ParallelConfig
 from bestiary.train.errors import RunError
-from bestiary.train.sharding import MESH_AXES, RULES, mesh_sharding, parse_mesh
+from bestiary.train.sharding import MESH_AXES, RULES, mesh_sharding, parse_mesh, start_parallelism
 
 
 def metrics(run: Path) -> list[dict]:
@@ -62,6 +65,24 @@ def test_two_processes_of_two_devices(workshop, uninterrupted, parallel):
     assert "step" not in said[1]  # only process 0 speaks
     assert "resuming from step" in workshop.pretrain(out)
     assert_same_losses(out, uninterrupted)
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_fixed_arrays_reach_the_steps(parallel):
+    """A teacher's parameters: sharded as others are over a mesh, whole in each replica."""
+    mesh = {"mesh": "data=4,fsdp=2", "pmap": "data=8"}[parallel]
+    spread = start_parallelism(ParallelConfig(parallel=parallel, mesh=mesh))
+    fixed = spread.place({"w": np.arange(6.0, dtype=np.float32)}, {"w": PartitionSpec("embed")})
+
+    def step(state, batch, replicas, fixed):
+        found = replicas.sum((batch["x"] @ fixed["w"]).sum())
+        return state + found, {"sum": found}
+
+    batch = np.arange(48.0, dtype=np.float32).reshape(8, 6)
+    placed, expected = spread.shard_batch({"x": batch}), float((batch @ np.arange(6)).sum())
+    assert spread.compile_evaluate(lambda *given: step(*given)[1], fixed)(np.float32(0), placed)["sum"] == expected
+    state, sums = spread.compile_train(step, PartitionSpec(), fixed)(jax.numpy.float32(1), placed)
+    assert (float(state), float(sums["sum"])) == (1 + expected, expected)
 
 
 def test_every_axis_of_the_models_has_a_rule():

@@ -24,6 +24,10 @@ class PretrainBenchConfig:
     """As for `bestiary pretrain`."""
     model: str = "bert-mini"
     """Size of the model."""
+    objective: str | None = None
+    """As for `bestiary pretrain`."""
+    teacher: Path | None = None
+    """Measure `bestiary distill` with this teacher."""
     sequence_length: int = 512
     """Length of a packed row, in tokens."""
     rows: int = 8

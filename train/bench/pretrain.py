@@ -3,14 +3,15 @@
     bestiary bench pretrain --corpus books/ --tokenizer DIR --model bert-mini --sequence-length 512 --out FILE
 
 The fraction counts only necessary operations: matrix products on real tokens, attention within each example, logits at
-predicted positions; times three for forward and backward. Padding, dropout, norms and the optimiser do not count.
+predicted positions; times three for forward and backward, or once for a teacher. Padding, dropout, norms and the
+optimiser do not count.
 """
 
 import dataclasses
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -24,10 +25,11 @@ from ...data.json_files import json_text, write_json
 from ..config import OptimConfig
 from ..learner import count_parameters
 from ..loop import Stop
-from ..pretrain.config import PretrainConfig
+from ..pretrain.config import DistillConfig, PretrainConfig
 from ..pretrain.data import PhasedBatches, prepare_data, prepare_tokenizer
 from ..pretrain.loop import Evaluation, train_step
 from ..pretrain.model import asked_family, make_model, model_config
+from ..pretrain.objective import Network
 from ..pretrain.objectives import make_objective, with_defaults
 from ..progress import Progress
 from ..sharding import start_parallelism
@@ -37,7 +39,7 @@ from .config import PretrainBenchConfig
 def main(config: PretrainBenchConfig) -> int:
     """Run `bestiary bench pretrain`; return the exit status."""
     progress = Progress()
-    training = PretrainConfig(
+    settings: dict[str, Any] = dict(
         corpus=config.corpus,
         tokenizer=config.tokenizer,
         cache=config.cache,
@@ -52,21 +54,27 @@ def main(config: PretrainBenchConfig) -> int:
         optim=OptimConfig(learning_rate=config.learning_rate, warmup=config.warmup, schedule="constant"),
         evaluation_rows=16 * config.rows,
     )
+    if config.teacher is None:
+        training = PretrainConfig(objective=config.objective, **settings)
+    else:
+        training = DistillConfig(teacher=config.teacher, **settings)
     training = with_defaults(training, asked_family(training))
     parallelism = start_parallelism(config.parallelism)
     tokenizer = prepare_tokenizer(training, progress)
     objective = make_objective(training, tokenizer)
-    architecture = model_config(training, tokenizer, objective.head)
+    architecture = objective.fitted(model_config(training, tokenizer, objective.head))
     data = prepare_data(training, tokenizer, progress, objective.text)
     model, learner = make_model(training, architecture, objective.head)
-    evaluate = Evaluation(training, data, objective, model, parallelism)
+    fixed = objective.fixed(parallelism)
+    evaluate = Evaluation(training, data, objective, model, parallelism, *fixed)
 
     matmul = matmul_rate(architecture.dtype)
     pipeline = pipeline_rate(PhasedBatches(training, data, objective, parallelism.share), config.steps)
     stream = PhasedBatches(training, data, objective, parallelism.share)
     state = parallelism.initialise(learner.make, learner.specs)
     update = partial(train_step, objective=objective, model=model, learner=learner, accumulate=1)
-    step = parallelism.compile_train(update, learner.specs)
+    step = parallelism.compile_train(update, learner.specs, *fixed)
+    networks = objective.networks(architecture)
     seconds, tokens, needed, losses = [], [], [], []
     for number in range(config.steps):
         batch = next(stream)
@@ -75,7 +83,7 @@ def main(config: PretrainBenchConfig) -> int:
         sums = jax.device_get(sums)
         seconds.append(time.perf_counter() - clock)
         tokens.append(int((batch["segment_ids"] > 0).sum()))
-        needed.append(needed_operations(architecture, batch, predictions=float(sums["mlm_loss"][1])))
+        needed.append(needed_operations(networks, batch, masked=float(sums.get("mlm_loss", (0, 0))[1])))
         losses.append(float(sums["loss"][0]))
         progress.update(
             f"step {number + 1}/{config.steps}  loss {losses[-1]:.3f}  {tokens[-1] / seconds[-1]:,.0f} tokens/s"
@@ -141,18 +149,22 @@ def pipeline_rate(stream: PhasedBatches, count: int) -> float:
     return tokens / (time.perf_counter() - clock)
 
 
-def needed_operations(config: Any, batch: dict[str, np.ndarray], predictions: float) -> float:
-    """Return the floating-point operations of an encoder's training step that any implementation needs.
+def needed_operations(networks: Sequence[Network], batch: dict[str, np.ndarray], masked: float) -> float:
+    """Return the floating-point operations of a training step that any implementation needs.
 
     Args:
-        config: the encoder's: `layers`, `width`, `feed_forward` and `vocab_size`.
+        networks: what the step runs: encoders with `layers`, `width`, `feed_forward` and `vocab_size`.
         batch: of the step.
-        predictions: number of predicted tokens.
+        masked: number of masked tokens.
     """
     segments = batch["segment_ids"]
-    tokens = (segments > 0).sum()
+    tokens = float((segments > 0).sum())
     area = sum(float((np.bincount(row)[1:] ** 2).sum()) for row in segments)
-    width, inner = config.width, config.feed_forward
-    layer = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * width * area
-    head = 2 * predictions * (width**2 + width * config.vocab_size)
-    return 3.0 * (config.layers * layer + head)
+    found = 0.0
+    for c, predicts, trained in networks:
+        layer = 2 * tokens * (4 * c.width**2 + 2 * c.width * c.feed_forward) + 4 * c.width * area
+        table = getattr(c, "table_width", c.width)  # a decoder's word vectors are as wide as its hidden states
+        word = table * (c.width + c.vocab_size)
+        outputs = {"masked": masked * word, "all": tokens * word, "flags": tokens * c.width * (c.width + 1)}
+        found += (3 if trained else 1) * (c.layers * layer + 2 * outputs.get(predicts, 0.0))
+    return found

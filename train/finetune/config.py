@@ -6,9 +6,45 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ...models.checkpoints.config import fingerprint, require_checkpoint
 from ..config import FREE as EVERY_FREE
 from ..config import AdaptConfig, Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
 from ..errors import MOST_SEED, RunError, check_setting
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Options for learning from a larger model that was fine-tuned on the same task."""
+
+    teacher: Path | None = None
+    """Distillation: folder of a run that fine-tuned another, larger model on the same task, or its model/. The model
+    then learns to predict as this teacher does, too. It needs the same vocabulary and classes; any family will do."""
+    temperature: float = 2.0
+    """Distillation: temperature of both models' predictions."""
+    teacher_weight: float = 0.5
+    """Distillation: weight w of the teacher's predictions: the loss is (1 - w) times the task's plus w times the
+    divergence from the teacher's, times the square of --temperature (for values, the squared difference)."""
+    teacher_fingerprint: tyro.conf.Suppress[str | None] = None  # by which a resumed run knows its teacher
+
+    def __post_init__(self) -> None:
+        check_setting(self, "temperature", above=0)
+        check_setting(self, "teacher_weight", above=0, most=1)
+        if self.teacher is None and (self.temperature, self.teacher_weight) != (2.0, 0.5):
+            raise RunError("--temperature and --teacher-weight go with --teacher.")
+        found = None if self.teacher is None else fingerprint(self.folder)
+        object.__setattr__(self, "teacher_fingerprint", found)
+
+    @property
+    def folder(self) -> Path:
+        """Checkpoint folder of the teacher.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        assert self.teacher is not None
+        folder = self.teacher / "model" if (self.teacher / "task.json").is_file() else self.teacher
+        require_checkpoint(folder)
+        return folder
 
 
 @dataclass(frozen=True)
@@ -77,6 +113,7 @@ class FinetuneConfig:
     """For a decoder: put the new tokens _start_, _delimiter_ and _classify_ before, between and after texts (Radford et
     al. 2018, 3.3). None: for GPT, as in its paper, unless adapters are trained."""
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
+    distil: Annotated[TeacherConfig, tyro.conf.arg(name="")] = field(default_factory=TeacherConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(learning_rate=5e-5, warmup=0.1, weight_decay=0.0, epsilon=1e-8)
     )

@@ -19,6 +19,7 @@ from ...data.json_files import write_json
 from ...data.progress import counted
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models.checkpoints.folder import Loaded
+from ...models.checkpoints.teacher import Teacher
 from ..adapt.adapters import AdaptedModel, adaptation
 from ..adapt.layer_rates import Depths, parameter_depths, without_frozen_gradients
 from ..errors import RunError
@@ -39,10 +40,11 @@ from ..report import write_report
 from ..run import Run, start_run
 from ..sharding import Replicas
 from .auxiliary import forward_with_states, next_token_loss
-from .config import FREE, FinetuneConfig, upgrade
+from .config import FREE, FinetuneConfig, TeacherConfig, upgrade
 from .model import check_model, load_model, make_optimiser
 from .prediction import Predicted, Predictor, row_limit
 from .tasks.task import Task, TaskData, hold_out, settings
+from .teacher import imitation, task_teacher
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
@@ -51,7 +53,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     replicas: Replicas,
-    *,
+    *teacher_params: Any,
     task: Task,
     model: Any,
     learner: Learner,
@@ -60,8 +62,14 @@ def train_step(
     accumulate: int,
     unit_size: int,
     auxiliary: float = 0.0,
+    teacher: Teacher | None = None,
+    distil: TeacherConfig | None = None,
 ) -> tuple[TrainState, Sums]:
-    """Do one update: minimise the mean loss of the batch's predictions, plus `auxiliary` times that of next tokens."""
+    """Do one update: minimise the mean loss of the batch's predictions.
+
+    It is the mean of the task's loss and of the divergence from a teacher's predictions, weighted by `distil`, if there
+    is a teacher; `auxiliary` times the loss of next tokens is added.
+    """
     dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     one = jnp.float32(1)
     counts = {
@@ -75,14 +83,23 @@ def train_step(
     def loss(params: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
         params = without_frozen_gradients(params, depths, frozen)
         mode = {"deterministic": False, "rngs": {"dropout": dropout}}
-        if not auxiliary:
-            sums = task.loss(task.forward(model, params, part, **mode), part)
-            return sums["loss"][0] / weight, sums
-        outputs, states = forward_with_states(task, model, params, part, **mode)
+        states: Any = None
+        if auxiliary:
+            outputs, states = forward_with_states(task, model, params, part, **mode)
+        else:
+            outputs = task.forward(model, params, part, **mode)
         sums = task.loss(outputs, part)
-        total = next_token_loss(model, params, states, part)
-        sums["auxiliary_loss"] = (total, part["segment_weights"].sum())
-        return sums["loss"][0] / weight + auxiliary * total / examples, sums
+        total = sums["loss"][0]
+        if teacher is not None and distil is not None:
+            taught = task.forward(teacher.model, teacher_params[0], part, deterministic=True)
+            apart = imitation(task, outputs, taught, part, distil.temperature)
+            sums["teacher_loss"] = (apart, sums["loss"][1])
+            total = (1 - distil.teacher_weight) * total + distil.teacher_weight * apart
+        if not auxiliary:
+            return total / weight, sums
+        words = next_token_loss(model, params, states, part)
+        sums["auxiliary_loss"] = (words, part["segment_weights"].sum())
+        return total / weight + auxiliary * words / examples, sums
 
     state, sums, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate)
     return state, {**sums, "gradient_norm": (norm, one), **counts}
@@ -184,6 +201,9 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
     if plan is not None:
         extended = plan.extend(loaded.params, jax.random.key(c.seed))
         loaded = loaded._replace(model=AdaptedModel(plain, plan), params=extended)
+    teacher = task_teacher(c, task, loaded.tokenizer)
+    if teacher is not None:
+        run.progress.line(f"teacher: {count_parameters(teacher.params):,} parameters, from {teacher.folder}")
     encoded = encode_data(c, task, data, loaded.tokenizer, run.progress)
     features = encoded.train
     per_epoch = batches_in_epoch(features.units, c.batch_size)
@@ -196,7 +216,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         batch=c.batch_size,
         seed=c.seed,
         epochs=-(-steps // per_epoch),
-        positions=row_limit(loaded.config),
+        positions=min(row_limit(found.config) for found in (loaded, teacher) if found is not None),
         divisor=divisor,
         multiple=8 if jax.default_backend() == "cpu" else 128,  # of the attention kernels' blocks
     )
@@ -215,6 +235,8 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         accumulate=c.accumulate,
         unit_size=features.unit_size,
         auxiliary=c.auxiliary_lm,
+        teacher=teacher,
+        distil=c.distil,
     )
     predictor = Predictor(task, loaded.model, pad_id, run.parallelism, run.progress)
     first, evaluated = next(iter(encoded.evaluation.items()))
@@ -227,10 +249,11 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         batches=batches,
         evaluate=evaluate,
         evaluate_every=c.loop.evaluate_every or max(1, round(c.evaluate_epochs * per_epoch)),
-        shown=("loss",),
+        shown=("loss",) if teacher is None else ("loss", "teacher_loss"),
         counted={"tokens": "real tokens/s", task.unit: f"{task.unit}/s"},
         initial=InitialWeights(lambda: loaded.params, f"the weights of {c.model}"),
         best=Best(task.best, c.patience, run.keep_best) if export_best else None,
+        fixed=() if teacher is None else (run.parallelism.place_model(teacher.model, teacher.params),),
     )
     fitted = run.fit(training)
     if fitted.stopped is not None:

@@ -1,26 +1,22 @@
 """Predict features with a fine-tuned model: shared by evaluation during training, `evaluate` and `predict`."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from ...data.batches import Features, prediction_batches
 from ...data.errors import DataError
 from ...data.json_files import read_object
 from ...models import load
-from ...models.registry import init_params
 from ..config import ParallelConfig
 from ..errors import RunError
-from ..learner import place
 from ..loop import Stop
 from ..metrics import Meter, Sums
 from ..progress import Progress, Work
-from ..sharding import Parallelism, Replicas, logical_specs, start_parallelism
+from ..sharding import Parallelism, Replicas, start_parallelism
 from .tasks.registry import make_task
 from .tasks.task import Collected, Task, collect
 
@@ -114,12 +110,8 @@ def open_run(folder: Path, config: ParallelConfig, **changes: Any) -> FinetunedR
     task = make_task(read_object(path), str(path))
     parallelism = start_parallelism(config)
     loaded = load(folder / "model", **changes)
-    initial = partial(init_params, loaded.model, jax.random.key(0))
-    specs = logical_specs(jax.eval_shape(initial))
     predictor = Predictor(task, loaded.model, loaded.tokenizer.pad_id, parallelism, Progress())
-    shapes = parallelism.abstract(lambda: nn.unbox(initial()), specs)
-    params = jax.tree.map(place, shapes, loaded.params)
-    return FinetunedRun(task, loaded.tokenizer, predictor, params)
+    return FinetunedRun(task, loaded.tokenizer, predictor, parallelism.place_model(loaded.model, loaded.params))
 
 
 def read_examples(task: Task, path: Path, split: str, *, labelled: bool) -> list[Any]:

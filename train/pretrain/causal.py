@@ -16,11 +16,11 @@ from ...data import DocumentStore, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.rows.running_text import RunningTextRows
 from ...data.stream import RowSource
-from ...models.heads.losses import PredictionSums, WeightedSum
+from ...models.heads.losses import PredictionSums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from .config import PretrainConfig
-from .objective import Batch, Objective, Term
+from .objective import Batch, LossSums, Network, Objective, Term
 
 SHOWN = 4  # held-out texts
 BEFORE = 24  # tokens shown before the model's own
@@ -53,6 +53,10 @@ class NextTokens(Objective):
         """See `Objective.rows`."""
         return RunningTextRows(store, self.tokenizer, split, cross_documents=self.across, **settings)
 
+    def networks(self, architecture: Any) -> tuple[Network, ...]:
+        """Return the decoder, which predicts every token."""
+        return (Network(architecture, "all"),)
+
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
         """Return the batch as it is."""
         del key
@@ -62,7 +66,7 @@ class NextTokens(Objective):
         """Return the number of predictions."""
         return {"causal": batch["label_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the cross-entropy of the next tokens."""
 
         def loss(model: Any) -> Any:

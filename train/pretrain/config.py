@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import tyro
 
-from ...models.checkpoints.config import require_checkpoint
+from ...models.checkpoints.config import fingerprint, require_checkpoint
 from ..arguments import flags
 from ..config import FREE as EVERY_FREE
 from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
@@ -62,6 +62,9 @@ class PretrainConfig:
     replaced) or causal (the next token, of GPT). None: that of the family's paper."""
     generator_size: float | None = None
     """Width of the generator of --objective rtd, as a fraction of the model's. None: that of the model's size."""
+    generator: Path | None = None
+    """Checkpoint folder of the generator of --objective rtd, for going on from both networks: generator/ of a run, or a
+    released generator. --init-from is the discriminator, whose embeddings both use. None: a new generator."""
     rows: RowKind | None = None
     """Content of a row, for --objective mlm: sentences (examples of consecutive sentences of one document; several
     short examples share a row), full-sentences (RoBERTa's: the text runs on across documents, and <s> and </s> may be
@@ -144,6 +147,10 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_setting(self, "seed", least=0, most=MOST_SEED)
+        if self.generator is not None:
+            require_checkpoint(self.generator)
+            if self.init_from is None:
+                raise RunError("--generator goes with --init-from, the folder of its discriminator.")
         if self.init_from is not None:
             require_checkpoint(self.init_from)
             if self.generator_size is not None:
@@ -189,6 +196,66 @@ class PretrainConfig:
         if len(stages) > 1:
             raise RunError("--batch-ramp has more steps than the run.")
         return tuple(plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(PretrainConfig):
+    """Distil a masked language model into a smaller one, on text (DistilBERT; Sanh et al. 2019).
+
+    The student learns to predict every token as its teacher does, to predict masked words, and to have hidden states of
+    the same direction. The other options are those of `bestiary pretrain`, with the original's optimiser. A teacher
+    that was fine-tuned on a task is distilled by `bestiary finetune TASK --teacher FOLDER`.
+    """
+
+    teacher: Path
+    """Checkpoint folder of the teacher, a model with a masked language model head; its tokenizer is the student's."""
+    temperature: float = 2.0
+    """Temperature of both models' predictions in the first loss."""
+    kl_weight: float = 5.0
+    """Weight of the loss "kl": the divergence of the student's predictions from the teacher's, over all tokens, times
+    the square of --temperature."""
+    mlm_weight: float = 2.0
+    """Weight of the loss "mlm": the cross-entropy of the masked words."""
+    cosine_weight: float = 1.0
+    """Weight of the loss "cosine": 1 - cosine of the two models' last hidden states, over all tokens. Not 0 only for
+    models of the same width."""
+    copy_layers: bool | None = None
+    """Start from the teacher's embeddings, head and, evenly spaced from the first to the last, as many of its layers as
+    the student has: 0, 2, 4, 7, 9 and 11 of 12 for 6. None: if they fit."""
+    model: str = "half"
+    """Size of the student, one of `bestiary models`, such as distilbert-base; half: the teacher's, with half of its
+    layers."""
+    objective: tyro.conf.Suppress[str | None] = "distill"
+    generator_size: tyro.conf.Suppress[float | None] = None
+    generator: tyro.conf.Suppress[Path | None] = None
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: OptimConfig(
+            learning_rate=5e-4, warmup=0.05, weight_decay=0.0, beta2=0.98, clip_norm=5.0
+        )
+    )
+    tokenizer: Path | None = None
+    """Folder of the student's tokenizer, or a vocab.txt, which must have the teacher's vocabulary. None: that of
+    --init-from or, without it, the teacher's."""
+    out: Path = Path("runs/distill")
+    """Run folder. To resume a run that was stopped, give the same command again; the teacher must be the same."""
+    teacher_fingerprint: tyro.conf.Suppress[str] = ""  # by which a resumed run knows its teacher
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.tokenizer or self.init_from or self.teacher
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_checkpoint(self.teacher)
+        check_setting(self, "temperature", above=0)
+        for name in ("kl_weight", "mlm_weight", "cosine_weight"):
+            check_setting(self, name, least=0)
+        if not self.kl_weight and not self.cosine_weight:
+            raise RunError("Nothing is learnt from the teacher: --kl-weight or --cosine-weight must be above 0.")
+        if self.copy_layers and self.init_from is not None:
+            raise RunError("--copy-layers and --init-from are mutually exclusive: both give the first weights.")
+        object.__setattr__(self, "teacher_fingerprint", fingerprint(self.teacher))
 
 
 class Phase(NamedTuple):

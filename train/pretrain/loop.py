@@ -25,8 +25,8 @@ from ..run import Run, start_run
 from ..sharding import Parallelism, Replicas
 from .config import FREE, PretrainConfig, upgrade
 from .data import Data, PhasedBatches, make_rows, prepare_data, prepare_tokenizer
-from .model import asked_family, describe_tokenizer, initial_weights, make_model, model_config
-from .objective import Batch, Objective, total
+from .model import asked_family, describe_tokenizer, make_model, model_config
+from .objective import Batch, LossSums, Objective, total
 from .objectives import make_objective, with_defaults
 
 MUCH = 0.2
@@ -39,20 +39,21 @@ def train_step(
     state: TrainState,
     batch: Batch,
     replicas: Replicas,
-    *,
+    *fixed: Any,
     objective: Objective,
     model: Any,
     learner: Learner,
     accumulate: int,
 ) -> tuple[TrainState, Sums]:
     """Do one update: minimise the sum of the objective's mean losses over the whole batch."""
+    objective = objective.reading(*fixed)
     corrupt_key, dropout_key = jax.random.split(jax.random.wrap_key_data(state.key))
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
     batch = corrupt(objective, corrupt_key, batch, replicas)
     weights = replicas.sum(objective.weights(batch))
 
-    def loss(params: Any, part: Batch) -> tuple[jax.Array, dict[str, PredictionSums | WeightedSum]]:
+    def loss(params: Any, part: Batch) -> tuple[jax.Array, LossSums]:
         sums = objective.losses(model, params, part, deterministic=False, rngs={"dropout": dropout_key})
         return total(objective.terms, sums, weights), sums
 
@@ -63,9 +64,10 @@ def train_step(
 
 
 def evaluation_step(
-    params: Any, batch: Batch, replicas: Replicas, *, objective: Objective, model: Any, key: jax.Array
+    params: Any, batch: Batch, replicas: Replicas, *fixed: Any, objective: Objective, model: Any, key: jax.Array
 ) -> Sums:
     """Compute sums over held-out rows, corrupted in the same way every time."""
+    objective = objective.reading(*fixed)
     batch = corrupt(objective, key, batch, replicas)
     return prediction_metrics(replicas.sum(objective.losses(model, params, batch, deterministic=True)))
 
@@ -76,15 +78,16 @@ def corrupt(objective: Objective, key: jax.Array, batch: Batch, replicas: Replic
     return {**objective.corrupt(key, batch), "rows": rows}
 
 
-def prediction_metrics(sums: dict[str, PredictionSums | WeightedSum]) -> Sums:
-    """Return loss and accuracy of each of an objective's losses, and its other means."""
+def prediction_metrics(sums: LossSums) -> Sums:
+    """Return each of an objective's losses, with its accuracy if it has one, and its other means."""
     metrics: Sums = {}
     for name, found in sums.items():
         if isinstance(found, WeightedSum):
             metrics[name] = found
             continue
         metrics[f"{name}_loss"] = (found.loss, found.weight)
-        metrics[f"{name}_accuracy"] = (found.correct, found.weight)
+        if isinstance(found, PredictionSums):
+            metrics[f"{name}_accuracy"] = (found.correct, found.weight)
     return metrics
 
 
@@ -101,6 +104,7 @@ class Evaluation:
         objective: Objective,
         model: Any,
         parallelism: Parallelism,
+        *fixed: Any,
     ):
         last = config.plan[-1]
         index, count = parallelism.share(last.rows)
@@ -114,7 +118,7 @@ class Evaluation:
         )
         self.terms = objective.terms
         step = partial(evaluation_step, objective=objective.held_out(), model=model, key=jax.random.key(0))
-        self._step, self._parallelism = parallelism.compile_evaluate(step), parallelism
+        self._step, self._parallelism = parallelism.compile_evaluate(step, *fixed), parallelism
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         meter = Meter()
@@ -145,12 +149,15 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         run.parallelism.share(phase.rows // config.accumulate)
     tokenizer = prepare_tokenizer(config, run.progress)
     objective = make_objective(config, tokenizer)
-    architecture = model_config(config, tokenizer, objective.head)
+    architecture = objective.fitted(model_config(config, tokenizer, objective.head))
     run.progress.line(describe_tokenizer(tokenizer, asked_family(config), architecture))
     data = prepare_data(config, tokenizer, run.progress, objective.text)
     model, learner = make_model(config, architecture, objective.head)
     describe(run, config, data, objective, architecture, learner)
-    evaluate = Evaluation(config, data, objective, model, run.parallelism)
+    for remark in objective.remarks(model):
+        run.progress.line(remark)
+    fixed = objective.fixed(run.parallelism)
+    evaluate = Evaluation(config, data, objective, model, run.parallelism, *fixed)
     training = Training(
         learner=learner,
         step=partial(train_step, objective=objective, model=model, learner=learner, accumulate=config.accumulate),
@@ -159,7 +166,8 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         evaluate=evaluate,
         shown=("loss", *objective.shown),
         counted={"tokens": "real tokens/s"},
-        initial=initial_weights(config, objective.head),
+        initial=objective.initial(config, model),
+        fixed=fixed,
     )
     fitted = run.fit(training)
     if fitted.stopped is None:
@@ -216,7 +224,7 @@ def figures(run: Run, config: PretrainConfig, data: Data, fitted: Fitted, parame
 
 
 def main(config: PretrainConfig) -> int:
-    """Run `bestiary pretrain`; return the exit status."""
+    """Run `bestiary pretrain` or `bestiary distill`; return the exit status."""
     config = with_defaults(config, asked_family(config))
     with start_run(config, FREE, upgrade=upgrade) as run:
         return pretrain(run, config)

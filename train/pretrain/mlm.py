@@ -17,13 +17,13 @@ import numpy as np
 from ...data import DocumentStore, FullSentenceRows, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
-from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
+from ...models.heads.losses import prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from .config import PretrainConfig, RowKind
 from .masking import Masking, Rules
 from .model import asked_family
-from .objective import Batch, Objective, Term
+from .objective import Batch, LossSums, Objective, Term
 from .samples import fill_in
 
 
@@ -70,7 +70,7 @@ class MaskedWords(Objective):
         """Return the number of predictions."""
         return {"mlm": batch["mlm_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the cross-entropy of the masked tokens."""
         logits = model.apply(
             {"params": params},

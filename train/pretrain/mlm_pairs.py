@@ -15,13 +15,13 @@ from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.rows.sentence_pairs import LABELS, Pairs
 from ...data.stream import RowSource
-from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
+from ...models.heads.losses import prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from ..errors import RunError
 from .config import PretrainConfig
 from .masking import Masking
 from .mlm import make_masking, mask
-from .objective import Batch, Objective, Term
+from .objective import Batch, LossSums, Objective, Term
 from .samples import fill_in
 
 
@@ -61,7 +61,7 @@ class MaskedWordsAndPairs(Objective):
         """Return the numbers of masked tokens and of pairs."""
         return {"mlm": batch["mlm_weights"].sum(), self.task: batch[f"{LABELS[self.pairs]}_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the cross-entropies of the masked tokens and of the pairs."""
         logits = model.apply(
             {"params": params},

@@ -6,7 +6,7 @@ before the model runs, and the losses. The loop knows nothing else of it. A new 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,15 @@ import numpy as np
 from ...data import DocumentStore
 from ...data.corpus.document_store import Split, Unit
 from ...data.stream import RowSource
-from ...models.heads.losses import PredictionSums, WeightedSum
-from .config import MaskingKind
+from ...models.family import EncoderConfig
+from ...models.heads.losses import LossSum, PredictionSums, WeightedSum
+from ..loop import InitialWeights
+from ..sharding import Parallelism
+from .config import MaskingKind, PretrainConfig
+from .model import initial_weights
 
 Batch = dict[str, jax.Array]
+LossSums = dict[str, PredictionSums | LossSum | WeightedSum]
 
 
 class Term(NamedTuple):
@@ -29,6 +34,15 @@ class Term(NamedTuple):
     added: float = 0.0
 
 
+class Network(NamedTuple):
+    """A network that a step runs on every token, for counting operations."""
+
+    config: EncoderConfig
+    predicts: Literal["masked", "all", "flags", "nothing"] = "masked"
+    """words at the masked positions, words at all positions, one number for each token, or nothing"""
+    trained: bool = True
+
+
 class Objective:
     """A way of learning from text without labels. Each of its losses has a name, such as `mlm`."""
 
@@ -36,7 +50,7 @@ class Objective:
     """head of the model that it needs"""
     shown: ClassVar[tuple[str, ...]]
     """metrics to show on the progress line, in addition to the loss"""
-    terms: ClassVar[tuple[Term, ...]]
+    terms: tuple[Term, ...]
     """what to minimise"""
     units: ClassVar[tuple[MaskingKind, ...]] = get_args(MaskingKind)
     """units of masking that it can use, the default first"""
@@ -44,6 +58,9 @@ class Objective:
     """what documents are divided into"""
     own_rows: ClassVar[str | None] = None
     """what its rows are, in words, if there is only one kind; None if --rows chooses"""
+
+    learns: ClassVar[str | None] = None
+    """the objective that a family must have for this one, which no family names; None if families name this one"""
 
     def rows(
         self,
@@ -57,6 +74,43 @@ class Objective:
     ) -> RowSource:
         """Return the rows of a tokenised corpus; the arguments are those of `DocumentRows`."""
         raise NotImplementedError
+
+    def networks(self, architecture: EncoderConfig) -> tuple[Network, ...]:
+        """Return the networks that a step runs for a model of this configuration."""
+        return (Network(architecture),)
+
+    def fitted(self, architecture: EncoderConfig) -> EncoderConfig:
+        """Return the model's configuration, adapted to the objective.
+
+        Raises:
+            RunError: the objective cannot train such a model.
+        """
+        return architecture
+
+    def initial(self, config: PretrainConfig, model: Any) -> InitialWeights | None:
+        """Return the weights that a new run starts from, those of --init-from; None for new ones.
+
+        Args:
+            config: settings of the run.
+            model: a model with `head`.
+        """
+        del model
+        return initial_weights(config, self.head)
+
+    def remarks(self, model: Any) -> Iterable[str]:
+        """Yield lines about what it learns from, to show before the training."""
+        del model
+        return ()
+
+    def fixed(self, parallelism: Parallelism) -> tuple[Any, ...]:
+        """Return arrays on the devices that the losses read and nothing changes, such as a teacher's parameters."""
+        del parallelism
+        return ()
+
+    def reading(self, *fixed: Any) -> Self:
+        """Return the objective with these arrays, or their tracers, in place of its own."""
+        del fixed
+        return self
 
     def held_out(self) -> Self:
         """Return the objective by which to evaluate."""
@@ -76,7 +130,7 @@ class Objective:
         """Return each loss's weight, its denominator, summed over a corrupted batch; float32 scalars."""
         raise NotImplementedError
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the sums of each loss over a corrupted batch; others than those of `terms` are only reported.
 
         Args:

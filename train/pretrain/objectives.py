@@ -9,7 +9,8 @@ from ...data.corpus.document_store import Unit
 from ...models.family import Family
 from ..errors import RunError
 from .causal import NextTokens
-from .config import MaskingKind, PretrainConfig
+from .config import DistillConfig, MaskingKind, PretrainConfig
+from .distill import Distillation
 from .mlm import MaskedWords
 from .mlm_pairs import MaskedWordsAndNextSentence, MaskedWordsAndSentenceOrder
 from .objective import Objective
@@ -35,6 +36,11 @@ class ObjectiveClass(Protocol):
         """See `Objective.text`."""
         ...
 
+    @property
+    def learns(self) -> str | None:
+        """See `Objective.learns`."""
+        ...
+
     def create(self, config: PretrainConfig, tokenizer: Tokenizer) -> Objective:
         """Create the objective for a run's settings; raise RunError if they do not fit it."""
         ...
@@ -46,6 +52,7 @@ OBJECTIVES: Mapping[str, ObjectiveClass] = {
     "mlm+sop": MaskedWordsAndSentenceOrder,
     "span+sbo": MaskedSpans,
     "rtd": ReplacedTokens,
+    "distill": Distillation,
     "causal": NextTokens,
 }
 
@@ -57,12 +64,14 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
         RunError: there is no such objective, the family does not support it, or it cannot mask so or has other rows.
     """
     known = [name for name in family.objectives if name in OBJECTIVES]
+    taught = isinstance(config, DistillConfig)
     if not known:
-        raise RunError(f"{family.title} cannot be pretrained here: it has no objective.")
+        raise RunError(f"{family.title} cannot be {'distilled' if taught else 'pretrained'} here: it has no objective.")
     name = config.objective or known[0]
-    if name not in known:
-        raise RunError(f"--objective {name}: {family.title} can learn {', '.join(known)}.")
-    objective = OBJECTIVES[name]
+    objective = OBJECTIVES[name] if name in known or taught else None
+    if objective is None or (objective.learns or name) not in known:
+        asked = f"bestiary distill needs {OBJECTIVES[name].learns}" if taught else f"--objective {name}"
+        raise RunError(f"{asked}: {family.title} can learn {', '.join(known)}.")
     if config.rows is not None and objective.own_rows is not None:
         raise RunError(f"--rows {config.rows}: --objective {name} has rows of its own, {objective.own_rows}.")
     masking = config.masking or next(iter(objective.units), None)
@@ -73,8 +82,9 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
         raise RunError(f"--mask-rate: --objective {name} masks nothing.")
     if not config.across_documents and name != "causal":
         raise RunError(f"--no-across-documents: it is for --objective causal; for {name}, see --rows.")
-    if config.generator_size is not None and name != "rtd":
-        raise RunError(f"--generator-size: --objective {name} has no generator; rtd has one.")
+    for flag in ("generator_size", "generator"):
+        if getattr(config, flag) is not None and name != "rtd":
+            raise RunError(f"--{flag.replace('_', '-')}: --objective {name} has no generator; rtd has one.")
     return dataclasses.replace(
         config,
         objective=name,

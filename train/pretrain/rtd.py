@@ -20,14 +20,17 @@ import numpy as np
 from ...data import DocumentStore, SentencePairRows, Tokenizer
 from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
-from ...models.encoders.electra import separate
+from ...models.encoders.electra import ElectraConfig, separate
+from ...models.family import EncoderConfig
 from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums, sequence_losses
 from ...models.heads.with_head import encoder_inputs
 from ...models.registry import family_of
+from ..loop import InitialWeights
 from .config import PretrainConfig
 from .masking import Masking
 from .mlm import make_masking, mask
-from .objective import Batch, Objective, Term
+from .model import Folders, fitted_generator, pair_weights
+from .objective import Batch, LossSums, Network, Objective, Term
 from .samples import fill_in
 
 
@@ -37,6 +40,7 @@ class ReplacedTokens(Objective):
 
     masking: Masking
     tokenizer: Tokenizer
+    folders: Folders  # to start from
     head = "pretraining"
     shown = ("mlm_loss", "rtd_loss", "rtd_accuracy", "replaced")
     terms = (Term("mlm"), Term("rtd", factor=50.0))
@@ -46,11 +50,26 @@ class ReplacedTokens(Objective):
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
         """See `ObjectiveClass.create`."""
-        return cls(make_masking(config, tokenizer, "electra", keep=0.15, random=0.0), tokenizer)
+        masking = make_masking(config, tokenizer, "electra", keep=0.15, random=0.0)
+        return cls(masking, tokenizer, Folders(config.init_from, config.generator))
+
+    def fitted(self, architecture: EncoderConfig) -> EncoderConfig:
+        """See `Objective.fitted`. Gives the generator the size that its folder says."""
+        assert isinstance(architecture, ElectraConfig)
+        return fitted_generator(architecture, self.folders)
+
+    def initial(self, config: PretrainConfig, model: Any) -> InitialWeights | None:
+        """See `Objective.initial`."""
+        return pair_weights(self.folders, config.seed) or super().initial(config, model)
 
     def rows(self, store: DocumentStore, split: Split, **settings: Any) -> RowSource:
         """See `Objective.rows`."""
         return SentencePairRows(store, self.tokenizer, split, pairs="consecutive", **settings)
+
+    def networks(self, architecture: EncoderConfig) -> tuple[Network, ...]:
+        """Return both networks."""
+        assert isinstance(architecture, ElectraConfig)
+        return Network(architecture.generator), Network(architecture, "flags")
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Batch:
         """Mask tokens for the generator; adds `drawing_keys` [B, 2] uint32, for what it draws."""
@@ -65,27 +84,20 @@ class ReplacedTokens(Objective):
         """Return the numbers of masked tokens and of all tokens."""
         return {"mlm": batch["mlm_weights"].sum(), "rtd": (batch["segment_ids"] > 0).sum().astype(jnp.float32)}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the generator's cross-entropy, and the discriminator's after drawing from it."""
         mode["rows"] = batch["rows"]
-        words = model.apply(
-            {"params": params},
-            *encoder_inputs(model.config, batch),
-            mlm_positions=batch["mlm_positions"],
-            method="generate",
-            **mode,
-        )
+        inputs, places = encoder_inputs(model.config, batch), batch["mlm_positions"]
+        words = model.apply({"params": params}, *inputs, mlm_positions=places, method="generate", **mode)
         corrupted, replaced = replace_tokens(batch, draw_tokens(batch["drawing_keys"], words))
         inputs = encoder_inputs(model.config, {**batch, "input_ids": corrupted})
         logits = model.apply({"params": params}, *inputs, method="discriminate", **mode)
         real = (batch["segment_ids"] > 0).astype(jnp.float32)
         found = sequence_losses("multi_label_classification", logits[..., None], replaced, real)["loss"]
         right = jnp.where((logits > 0) == replaced, real, 0.0).sum()
-        return {
-            "mlm": prediction_sums(words, batch["mlm_labels"], batch["mlm_weights"]),
-            "rtd": PredictionSums(found.total, right, found.weight),
-            "replaced": WeightedSum(replaced.sum().astype(jnp.float32), real.sum()),
-        }
+        guessed = prediction_sums(words, batch["mlm_labels"], batch["mlm_weights"])
+        share = WeightedSum(replaced.sum().astype(jnp.float32), real.sum())
+        return {"mlm": guessed, "rtd": PredictionSums(found.total, right, found.weight), "replaced": share}
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
         """Show texts with masked words and the generator's predictions."""
@@ -97,11 +109,10 @@ class ReplacedTokens(Objective):
 
     def exports(self, model: Any, params: Any) -> dict[str, tuple[Any, Any]]:
         """Return both networks: the discriminator is the model to fine-tune."""
-        config, family = model.config, family_of(model.config)
-        discriminator, generator = separate(params)
+        build, (discriminator, generator) = family_of(model.config).build, separate(params)
         return {
-            "model": (family.build("discriminator", config), discriminator),
-            "generator": (family.build("masked_lm", config.generator), generator),
+            "model": (build("discriminator", model.config), discriminator),
+            "generator": (build("masked_lm", model.config.generator), generator),
         }
 
 

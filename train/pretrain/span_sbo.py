@@ -17,11 +17,11 @@ from ...data.corpus.document_store import Split
 from ...data.stream import RowSource
 from ...models.checkpoints.folder import read_config
 from ...models.encoders.spanbert import SpanBertConfig, SpanTargets
-from ...models.heads.losses import PredictionSums, WeightedSum, prediction_sums
+from ...models.heads.losses import prediction_sums
 from ...models.heads.with_head import encoder_inputs
 from .config import PretrainConfig
 from .mlm import require_special_tokens
-from .objective import Batch, Objective, Term
+from .objective import Batch, LossSums, Objective, Term
 from .samples import fill_in
 from .spans import SpanMasking
 
@@ -76,7 +76,7 @@ class MaskedSpans(Objective):
         """Return the numbers of masked tokens, and of those that are predicted from boundaries."""
         return {"mlm": batch["mlm_weights"].sum(), "sbo": batch["sbo_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the cross-entropies of both predictions."""
         logits = model.apply(
             {"params": params},

@@ -295,6 +295,32 @@ def test_a_run_by_its_own_objective_goes_on_from_a_checkpoint_as_if_never_stoppe
         assert "swapped" in said
 
 
+def test_electra_goes_on_from_both_of_its_networks(workshop, tmp_path, capsys):
+    """Without --generator, the generator is a new one."""
+    run, out = workshop.folder / "electra-tiny", tmp_path / "run"
+    if not (run / "generator").is_dir():
+        workshop.pretrain(run, model="electra-tiny", vocab_size="120", steps="4", evaluate_every="0")
+    settings = dict(model=None, vocab_size=None, steps="1", warmup="0", learning_rate="1e-9", evaluate_every="0",
+                    log_every="1")  # fmt: skip
+    both = ["--init-from", str(run / "model"), "--generator", str(run / "generator")]
+    assert main(workshop.arguments(out, *both, **settings)) == 0
+    assert "of the generator" in capsys.readouterr().err
+    for name in ("model", "generator"):
+        kept, before = (models.load(folder / name).params for folder in (out, run))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, before)
+    for flags, message in (
+        (["--init-from", str(run / "generator")], "a generator (ElectraForMaskedLM). Give the discriminator's folder"),
+        (
+            ["--init-from", str(run / "model"), "--generator", str(run / "model")],
+            "expected a generator (ElectraForM",
+        ),
+        (["--generator", str(run / "generator")], "--generator goes with --init-from"),
+        ([*both, "--objective", "mlm"], "--generator: --objective mlm has no generator"),
+    ):
+        assert main(workshop.arguments(tmp_path / "refused", *flags, **settings)) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -11,6 +11,8 @@ import pytest
 from bestiary import models
 from bestiary.data import Corpus, train_tokenizer
 from bestiary.models.encoders.bert import BertConfig
+from bestiary.models.encoders.electra import ElectraConfig
+from bestiary.train.bench.pretrain import needed_operations
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
 from bestiary.train.pretrain import data as pretrain_data
@@ -18,7 +20,9 @@ from bestiary.train.pretrain.config import PretrainConfig, upgrade
 from bestiary.train.pretrain.loop import train_step
 from bestiary.train.pretrain.masking import Masking
 from bestiary.train.pretrain.mlm_pairs import MaskedWordsAndNextSentence
-from bestiary.train.pretrain.model import make_model
+from bestiary.train.pretrain.model import Folders, make_model
+from bestiary.train.pretrain.objective import Network
+from bestiary.train.pretrain.rtd import ReplacedTokens
 from bestiary.train.progress import Progress
 from bestiary.train.sharding import Replicas
 
@@ -165,6 +169,26 @@ def test_bench_writes_its_figures(workshop, tmp_path, capsys):
     assert printed["real_tokens_per_second"] > 0
     assert printed["pipeline_tokens_per_second"] > 0
     assert printed["held_out"]["loss"] > 0
+
+
+def test_operations_of_several_networks():
+    """A generator's and a teacher's count too: three passes of what is trained, one of what is not."""
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
+    tokens, area = 11, 9 + 4 + 36
+
+    def by_hand(layers, width, inner, head):
+        layer = tokens * (4 * width * width + 2 * width * inner) + 2 * width * area  # products of two numbers
+        return 2 * (layers * layer + head)
+
+    config = ElectraConfig(vocab_size=50, width=64, layers=2, heads=1, feed_forward=128, embedding_size=24,
+                           generator_fraction=0.5)  # fmt: skip
+    student = BertConfig(vocab_size=50, width=32, layers=1, heads=2, feed_forward=64)
+    rtd = ReplacedTokens(MASKING, None, Folders()).networks(config)  # pyright: ignore[reportArgumentType]
+    expected = 3 * (by_hand(2, 32, 128, 3 * 24 * (32 + 50)) + by_hand(2, 64, 128, tokens * 64 * 65))
+    assert needed_operations(rtd, {"segment_ids": segments}, masked=3) == expected
+    taught = (Network(student, "all"), Network(config, "nothing", trained=False))
+    expected = 3 * by_hand(1, 32, 64, tokens * 32 * (32 + 50)) + by_hand(2, 64, 128, 0)
+    assert needed_operations(taught, {"segment_ids": segments}, masked=3) == expected
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,8 @@ class GlueSuiteConfig:
     def __post_init__(self) -> None:
         if self.from_mnli and self.mnli_model is not None:
             raise RunError("--from-mnli and --mnli-model are mutually exclusive.")
+        if self.run.distil.teacher is not None:
+            raise RunError("--teacher is of one task: give it to `bestiary finetune TASK`.")
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
-from .task import Arrays, Collected, PlainTask, apply_segments
+from .task import Arrays, Collected, Imitated, PlainTask, apply_segments
 
 # Files of each split in a folder, under the distributors' names.
 SWAG_FILES = {"train": ("train.csv",), "dev": ("val.csv",), "test": ("test.csv",)}
@@ -73,8 +73,12 @@ class ChoiceTask(PlainTask):
         return batch["segment_weights"].sum() / CHOICES
 
     def loss(self, outputs: jax.Array, batch: Arrays) -> Sums:
+        (chosen,) = self.imitated(outputs, batch)
+        return {**class_losses(chosen.logits, batch["labels"][:, ::CHOICES], chosen.weights)}
+
+    def imitated(self, outputs: jax.Array, batch: Arrays) -> Sequence[Imitated]:
         scores = outputs.reshape(outputs.shape[0], -1, CHOICES)
-        return {**class_losses(scores, batch["labels"][:, ::CHOICES], batch["segment_weights"][:, ::CHOICES])}
+        return [Imitated(scores, batch["segment_weights"][:, ::CHOICES])]
 
     def select(self, outputs: jax.Array, batch: Arrays) -> Collected:
         return Collected(segment={"scores": outputs.astype(jnp.float32)})

@@ -20,12 +20,12 @@ from ....data.files import write_text
 from ....data.json_files import json_text
 from ....data.tasks.squad import Question, Windows, make_windows, read_squad
 from ....data.tokenizers.tokenizer import Tokenizer
-from ....models.heads.losses import span_sums
+from ....models.heads.losses import NOWHERE, span_sums
 from ...errors import RunError
 from ...metrics import Sums
 from .squad_answers import Answers, find_answers
 from .squad_metrics import choose_threshold, metrics_v1, metrics_v2
-from .task import Arrays, Collected, PlainTask, apply_tokens
+from .task import Arrays, Collected, Imitated, PlainTask, apply_tokens
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,18 @@ class SquadTask(PlainTask):
 
     def loss(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Sums:
         """Return the mean of the cross-entropies of the first and last token, each over the tokens of its window."""
-        slots = jnp.arange(1, batch["cls_positions"].shape[1] + 1)
-        own = batch["segment_ids"][:, None, :] == slots[None, :, None]
+        own = own_tokens(batch)
         starts, ends = (batch["cls_positions"] + batch[f"{side}_positions"] for side in ("start", "end"))
         start, end = span_sums(*outputs, starts, ends, batch["segment_weights"], own)
         return {
             "loss": ((start.loss + end.loss) / 2, start.weight),
             "position_accuracy": ((start.correct + end.correct) / 2, start.weight),
         }
+
+    def imitated(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Sequence[Imitated]:
+        own = own_tokens(batch)
+        logits = [jnp.where(own, side.astype(jnp.float32)[:, None, :], NOWHERE) for side in outputs]
+        return [Imitated(side, batch["segment_weights"] / 2) for side in logits]
 
     def select(self, outputs: tuple[jax.Array, jax.Array], batch: Arrays) -> Collected:
         return Collected(token={"start": outputs[0].astype(jnp.float32), "end": outputs[1].astype(jnp.float32)})
@@ -213,6 +217,12 @@ class SquadTask(PlainTask):
                 "id": question.key, "question": question.question, "answer": text, "probability": share, "start": start
             })  # fmt: skip
         return shown
+
+
+def own_tokens(batch: Arrays) -> jax.Array:
+    """Return which tokens each slot's window consists of: [B, X, L] bool."""
+    slots = jnp.arange(1, batch["cls_positions"].shape[1] + 1)
+    return batch["segment_ids"][:, None, :] == slots[None, :, None]
 
 
 def final_text(found: Answers, threshold: float | None) -> str:

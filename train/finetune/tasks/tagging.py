@@ -36,7 +36,7 @@ from ....models.heads.losses import class_losses
 from ...errors import RunError
 from ...metrics import Sums
 from ...report import Classified
-from .task import Arrays, Collected, PlainTask, apply_tokens
+from .task import Arrays, Collected, Imitated, PlainTask, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}
@@ -168,6 +168,13 @@ class TaggingTask(PlainTask):
         tagged = batch["label_weights"] > 0
         chains = log_likelihood(outputs.crf, outputs.logits, batch["labels"], batch["segment_ids"], tagged)
         return {"loss": (-chains.sum(), batch["label_weights"].sum())}
+
+    @property
+    def inimitable(self) -> str | None:
+        return "a CRF predicts whole sequences of tags; leave out --crf" if self.crf else None
+
+    def imitated(self, outputs: Tagged, batch: Arrays) -> Sequence[Imitated]:
+        return [Imitated(outputs.logits, batch["label_weights"])]
 
     def select(self, outputs: Tagged, batch: Arrays) -> Collected:
         """Keep each word's tag and the probability that it has it; with a CRF, given the whole sentence."""

@@ -36,6 +36,14 @@ class Collected(NamedTuple):
     token: Mapping[str, Any] = {}
 
 
+class Imitated(NamedTuple):
+    """Predictions by which a student imitates its teacher."""
+
+    logits: Any  # [..., C]
+    weights: Any  # [...] float32
+    values: bool = False  # whether they are values rather than logits of classes
+
+
 class Task(Protocol):
     """One task, with its settings. B rows, L tokens, X slots of features in a row; see `data.batches.assemble`."""
 
@@ -104,6 +112,15 @@ class Task(Protocol):
         """See `PlainTask`."""
         ...
 
+    @property
+    def inimitable(self) -> str | None:
+        """See `PlainTask`."""
+        ...
+
+    def imitated(self, outputs: Any, batch: Arrays) -> Sequence[Imitated]:
+        """Return what a student learns from the outputs of its teacher, in groups that share `weight` of the batch."""
+        ...
+
     def classified(self, collected: Collected, features: Features, examples: Sequence[Any]) -> Classified | None:
         """See `PlainTask`."""
         ...
@@ -156,6 +173,11 @@ class PlainTask:
     def explained(self) -> Mapping[str, str]:
         """What metrics mean whose names do not say it; for results.json."""
         return {}
+
+    @property
+    def inimitable(self) -> str | None:
+        """Why no teacher can be imitated in this task; None if one can."""
+        return None
 
     def classified(self, collected: Collected, features: Features, examples: Sequence[Any]) -> Classified | None:
         """Return the labels and predictions of labelled examples, for a report; None if the task has no classes."""

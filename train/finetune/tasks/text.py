@@ -19,7 +19,7 @@ from ...errors import RunError
 from ...metrics import Sums
 from ...report import Classified
 from .scores import scored
-from .task import Arrays, Collected, PlainTask, apply_segments
+from .task import Arrays, Collected, Imitated, PlainTask, apply_segments
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class TextTask(PlainTask):
     def loss(self, outputs: jax.Array, batch: Arrays) -> Sums:
         problem_type = "regression" if self.labels is None else "single_label_classification"
         return {**sequence_losses(problem_type, outputs, batch["labels"], batch["segment_weights"])}
+
+    def imitated(self, outputs: jax.Array, batch: Arrays) -> Sequence[Imitated]:
+        return [Imitated(outputs, batch["segment_weights"], values=self.labels is None)]
 
     def select(self, outputs: jax.Array, batch: Arrays) -> Collected:
         return Collected(segment={"logits": outputs.astype(jnp.float32)})

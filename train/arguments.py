@@ -1,4 +1,4 @@
-"""Inspect a command line before it is parsed: which flags it gives."""
+"""Inspect a command line before it is parsed: which flags it gives; and parse values that several commands have."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -68,3 +68,24 @@ def refuse_renamed(arguments: Sequence[str]) -> None:
     for name in flags(arguments):
         if name in RENAMED:
             raise RunError(f"--{name.replace('_', '-')} is now {RENAMED[name]}.")
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """Parse `--layers`, such as `-1,-2`, for a model with `count` layers; 0 is the embeddings.
+
+    Raises:
+        RunError: not numbers, or not layers of this model.
+    """
+    if text == "all":
+        return tuple(range(count + 1))
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RunError(f"--layers {text}: expected numbers separated by commas, such as -1,-2, or all.") from None
+    wrong = [number for number in numbers if not -count - 1 <= number <= count]
+    if wrong:
+        raise RunError(
+            f"--layers {text}: there is no layer {wrong[0]}. This model has 0 (the embeddings) to {count}, which are "
+            f"also {-count - 1} to -1."
+        )
+    return tuple(number % (count + 1) for number in numbers)

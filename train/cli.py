@@ -89,6 +89,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("images", "finetune"): Command(
         ".images.config:FinetuneConfig", "fine-tune an image classifier from a checkpoint", ".images.loop"
     ),
+    ("images", "embed"): Command(
+        ".images.config:EmbedConfig", "compute vectors of images from any layers of an encoder", ".images.embed"
+    ),
     ("images", "predict"): Command(".images.config:PredictConfig", "predict the classes of images", ".images.predict"),
     ("evaluate",): Command(".finetune.evaluate:EvaluateConfig", "evaluate a fine-tuned model on labelled examples"),
     ("predict",): Command(".finetune.predict:PredictConfig", "predict new examples with a fine-tuned model"),

@@ -25,6 +25,7 @@ from ...models.checkpoints.folder import TOKENIZER_FILES, family_of_folder, read
 from ...models.checkpoints.sentence_folder import SentenceFolder, read_sentence_folder
 from ...models.heads.pooling import POOLINGS, combine, normalize, pool
 from ...models.heads.with_head import encoder_inputs
+from ..arguments import parse_layers
 from ..errors import RunError
 from ..finetune.tasks.task import Collected, collect
 from ..sharding import Parallelism, Replicas, make_mesh
@@ -249,27 +250,6 @@ def _prompt_tokens(tokenizer: Any, prompt: str, length: int) -> int:
     if count >= length - 1:
         raise RunError(f"--prompt takes all of the {length} tokens of a text (--max-length).")
     return count
-
-
-def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """Parse `--layers`, such as `-1,-2`, for a model with `count` layers; 0 is the embeddings.
-
-    Raises:
-        RunError: not numbers, or not layers of this model.
-    """
-    if text == "all":
-        return tuple(range(count + 1))
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RunError(f"--layers {text}: expected numbers separated by commas, such as -1,-2, or all.") from None
-    wrong = [number for number in numbers if not -count - 1 <= number <= count]
-    if wrong:
-        raise RunError(
-            f"--layers {text}: there is no layer {wrong[0]}. This model has 0 (the embeddings) to {count}, which are "
-            f"also {-count - 1} to -1."
-        )
-    return tuple(number % (count + 1) for number in numbers)
 
 
 def parse_pooling(text: str) -> tuple[str, ...]:

@@ -212,6 +212,37 @@ class PredictConfig:
             raise RunError("--attention draws one image; give one.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Turn images into vectors: a float32 array [images, width] in NumPy's format, in the order of the images."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a finished run, or a checkpoint folder of an encoder of images."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Images, or folders of images."""
+    layers: str = "-1"
+    """Layers to take hidden states from, as numbers separated by commas: 0 is the embeddings, 1 the first layer, -1 the
+    last; `all` for every layer."""
+    combine: Literal["sum", "mean", "concat"] = "mean"
+    """How to combine several layers."""
+    pooling: Literal["cls", "mean"] | None = None
+    """How to make one vector per image: cls, the first token, or the mean over the patches. None: cls if the model has
+    it, else mean."""
+    normalize: bool = False
+    """Scale each vector to length 1."""
+    batch_size: int = 32
+    """Images that are computed together."""
+    out: Path
+    """File to write, .npy."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "batch_size", least=1)
+        if not self.images:
+            raise RunError("Give images to embed, or folders of them.")
+        if self.out.suffix != ".npy":
+            raise RunError(f"--out {self.out}: expected a name that ends in .npy.")
+
+
 def stored_settings(config: Any) -> dict[str, Any]:
     """Return the settings of augmentation as those of `data.images.augment.Augmentation`."""
     augment: AugmentConfig = config.augment

@@ -1,6 +1,6 @@
 """Compute the logits of images, in batches of one shape."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from ...data.images.decode import decode
 from ...data.images.processor import Processor
 from ...data.images.stream import Batch
 from ...models import load
@@ -78,13 +79,49 @@ class Opened(NamedTuple):
     divisor: int  # of which the rows of a batch must be a multiple
 
 
+def model_folder(folder: Path) -> Path:
+    """Return the checkpoint folder of a finished run, or the folder itself if it is one."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+class ImageFiles:
+    """Image files, preprocessed.
+
+    Args:
+        paths: the files.
+        processor: preprocessing; its output must have one size.
+        where: the checkpoint folder, for messages.
+
+    Raises:
+        RunError: preprocessing gives images of several sizes.
+    """
+
+    def __init__(self, paths: Sequence[Path], processor: Processor, where: Path):
+        if processor.output is None:
+            raise RunError(f"{where}: its preprocessing gives images of several sizes; expected do_resize or a crop.")
+        self.paths, self._processor = paths, processor
+
+    def fitted(self, number: int) -> np.ndarray:
+        """Return an image [height, width, channels] uint8, of the model's size."""
+        path = self.paths[number]
+        return self._processor.fit(decode(path.read_bytes(), str(path), self._processor.channels))
+
+    def batches(self, size: int) -> Iterator[tuple[range, Batch]]:
+        """Yield all images once: their numbers, and pixel_values [size, H, W, C] and weights [size], 0 for none."""
+        for first in range(0, len(self.paths), size):
+            numbers = range(first, min(first + size, len(self.paths)))
+            pixels = self._processor.normalise(np.stack([self.fitted(number) for number in numbers]))
+            filled = np.concatenate([pixels, np.repeat(pixels[-1:], size - len(pixels), axis=0)])
+            yield numbers, {"pixel_values": filled, "weights": (np.arange(size) < len(pixels)).astype(np.float32)}
+
+
 def open_classifier(folder: Path, config: ParallelConfig) -> Opened:
     """Open the model of a finished run, or of a checkpoint folder.
 
     Raises:
         RunError: it is no classifier of images.
     """
-    path = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    path = model_folder(folder)
     loaded = load(path)
     image_family(family_of(loaded.config), str(path))
     if "classifier" not in loaded.params:

@@ -18,10 +18,11 @@ from bestiary.data.errors import DataError
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.sentence_folder import read_sentence_folder
 from bestiary.models.heads.pooling import combine, mix, normalize
+from bestiary.train.arguments import parse_layers
 from bestiary.train.cli import main
 from bestiary.train.embed.config import FeatureConfig
 from bestiary.train.embed.embed import ArrayFile
-from bestiary.train.embed.extract import Extractor, parse_layers, parse_pooling, windows
+from bestiary.train.embed.extract import Extractor, parse_pooling, windows
 from bestiary.train.errors import RunError
 
 FIXTURES = Path(__file__).parents[2] / "models" / "fixtures"

@@ -142,6 +142,33 @@ def test_prediction(run: Path, data: Path, tmp_path: Path, capsys):
     assert "text.png: not an image that can be read" in capsys.readouterr().err
 
 
+def test_vectors_of_images(run: Path, data: Path, tmp_path: Path, capsys):
+    out = tmp_path / "vectors.npy"
+    words = [
+        "images",
+        "embed",
+        str(run),
+        str(data / "val"),
+        "--layers",
+        "1,-1",
+        "--combine",
+        "concat",
+        "--out",
+        str(out),
+    ]
+    assert main([*words, "--batch-size", "5"]) == 0
+    found = np.load(out)
+    assert found.shape == (21, 32)
+    model, params, _, processor = models.load(run / "model")
+    with Image.open(data / "val" / "cross" / "0.png") as image:
+        pixels = processor(np.asarray(image)[..., None])
+    encoder = model.parts.encoder(model.config, pooler=False)
+    hidden = encoder.apply({"params": params["encoder"]}, pixels[None], every_layer=True).every_hidden
+    np.testing.assert_allclose(found[0], jnp.concatenate([hidden[1, 0, 0], hidden[2, 0, 0]]), atol=1e-5)
+    assert main([*words, "--layers", "3"]) == 1
+    assert "there is no layer 3" in capsys.readouterr().err
+
+
 def test_attention_is_a_distribution_over_patches():
     """Of a plain ViT too, which has no [CLS]."""
     sizes = dict(width=16, layers=2, heads=2, feed_forward=24, image_size=8, patch_size=4, channels=1)

@@ -72,12 +72,13 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
         raise RunError(f'{path}: early_stopping: expected true, false or "never", found {given["early_stopping"]!r}')
     tokens = {key: given[key] for key in TOKENS if key in given}
     try:
-        return _decode_config(given), tokens
+        return decode_config(given), tokens
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
 
 
-def _decode_config(given: dict[str, Any]) -> DecodeConfig:
+def decode_config(given: dict[str, Any]) -> DecodeConfig:
+    """Return decoding options from settings under the reference's names; those that are not known are left out."""
     most, least = given.get("max_length", REFERENCE_LENGTH) - 1, max(0, given.get("min_length", 0) - 1)
     same: dict[str, Any] = {name: given[key] for key, name in SAME.items() if key in given}
     searches = given.get("num_beams", 1) > 1
@@ -105,5 +106,5 @@ def reference_generate(
     Returns:
         The tokens and the score of the best output of each source.
     """
-    generate = Generator(model, params, _decode_config(read_object(settings)), rows=max(1, len(sources)))
+    generate = Generator(model, params, decode_config(read_object(settings)), rows=max(1, len(sources)))
     return [(best.tokens, best.score) for best, *_ in generate(sources)]

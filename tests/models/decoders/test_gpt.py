@@ -23,7 +23,7 @@ from bestiary.models.decoders.gptneo import GPTNeoConfig
 from bestiary.train.commands.parity import describe
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.generate.generator import Generator
-from bestiary.train.generate.released import _decode_config, reference_generate
+from bestiary.train.generate.released import decode_config, reference_generate
 from bestiary.train.optim.optimizer import reference_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -178,7 +178,7 @@ def test_what_the_reference_generates(name: str) -> None:
         sequences, scores = settings.pop("sequences"), settings.pop("scores", None)
         end = settings.pop("eos_token_id", loaded.config.eos_token_id)
         model = loaded.model.clone(config=dataclasses.replace(loaded.config, eos_token_id=end))
-        found = Generator(model, loaded.params, _decode_config(settings), rows=3)(prompts(name))
+        found = Generator(model, loaded.params, decode_config(settings), rows=3)(prompts(name))
         for row, expected in zip(found, sequences, strict=True):
             for hypothesis, sequence in zip(row, expected, strict=True):
                 ended = sequence[: sequence.index(end)] if end in sequence else sequence

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from .config import DecodeConfig
-from .logits import completions, continuations, counts, marked, narrowed
+from .logits import completions, continuations, counts, likeliest, marked, narrowed
 
 LOW = -1.0e9
 """A score lower than any real one; finite, so that sums with it are never NaN. As in the reference."""
@@ -197,7 +197,7 @@ class Search:
             draw = jax.vmap(jax.vmap(jax.random.categorical))
             tokens = draw(_keys(c.seed, numbers, c.width, step.age), scores)
         else:
-            tokens = scores.argmax(axis=-1)
+            tokens = likeliest(scores)
         forced = step.forced[:, None] >= 0
         tokens = jnp.where(forced, step.forced[:, None], tokens).astype(jnp.int32)
         gained = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)

@@ -28,9 +28,26 @@ def _gelu_exact_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
     return value, tangents[0] * slope
 
 
+@jax.custom_jvp
 def gelu_tanh(x: Array) -> Array:
-    """Compute GELU by the tanh approximation (Hendrycks and Gimpel 2016, 2), as in GPT-2."""
-    return jax.nn.gelu(x, approximate=True)
+    """Compute GELU by the tanh approximation (Hendrycks and Gimpel 2016, 2), as in GPT-2, in float32."""
+    return _gelu_tanh_with_slope(x)[0]
+
+
+def _gelu_tanh_with_slope(x: Array) -> tuple[Array, Array]:
+    wide = x.astype(jnp.float32)
+    square = wide * wide
+    tanh = jnp.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * (square * wide)))
+    below = 0.5 * (1.0 + tanh)
+    steepness = math.sqrt(2 / math.pi) * (1.0 + 3 * 0.044715 * square)
+    slope = below + 0.5 * wide * (1.0 - tanh * tanh) * steepness
+    return (wide * below).astype(x.dtype), slope.astype(x.dtype)
+
+
+@gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    value, slope = _gelu_tanh_with_slope(*primals)  # of which, as above, the backward pass keeps the slope alone
+    return value, tangents[0] * slope
 
 
 def gelu_sigmoid(x: Array) -> Array:

@@ -1,7 +1,8 @@
-"""Compile a GPT-3's training step for a TPU topology that this machine does not have, and print the memory it needs.
+"""Compile a GPT's or T5's training step for a TPU topology that is not here, and print the memory it needs.
 
     uv pip install libtpu
     python bench/decoders_ahead.py --model gpt3-2.7b --topology v5p:4x4x4 --rows 256 --length 2048
+    python bench/decoders_ahead.py --model t5-base --topology v5e:2x2 --rows 8 --length 2048
 
 Parameters, gradients and Adam's moments are sharded over all chips (--mesh fsdp=-1); layers are recomputed.
 """
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from bestiary.train.config import OptimConfig
 from bestiary.train.learner import count_parameters, make_learner
 from bestiary.train.optim.schedule import schedule
 from bestiary.train.pretrain.causal import NextTokens
+from bestiary.train.pretrain.denoising.span_corruption import SpanCorruption, raw_length
 from bestiary.train.pretrain.loop import train_step
 from bestiary.train.sharding import BATCH_AXES, MESH_AXES, Parallelism
 
@@ -40,7 +43,8 @@ def main() -> None:
     config = dataclasses.replace(
         family.config.preset(a.model), dtype="bfloat16", remat=True, attention_implementation=a.attention
     )
-    model = family.build("causal_lm", config)
+    denoises = "generation" in family.heads
+    model = family.build("generation" if denoises else "causal_lm", config)
     target = topologies.get_topology_desc(platform="tpu", topology_name=a.topology)
     devices = np.array(target.devices)
     mesh = Mesh(devices.reshape(1, -1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -57,6 +61,13 @@ def main() -> None:
     batch = {name: array(jnp.int32, a.length) for name in names}
     batch |= {"label_weights": array(jnp.float32, a.length), "row_ids": array(jnp.uint32, 2)}
     objective = NextTokens(None, True)  # pyright: ignore[reportArgumentType] (it needs no tokenizer here)
+    if denoises:
+        words = SimpleNamespace(special_ids={"eos": 1})
+        sentinels = np.arange(32_099, 31_999, -1, dtype=np.int32)
+        objective = SpanCorruption(words, 1e-4, 0, 0.15, sentinels)  # pyright: ignore[reportArgumentType]
+        raw = raw_length(a.length, 0.15)
+        batch = {name: array(jnp.int32, raw) for name in ("input_ids", "segment_ids")}
+        batch |= {"row_ids": array(jnp.uint32, 2)}
     step = parallelism.compile_train(
         partial(train_step, objective=objective, model=model, learner=learner, accumulate=1), learner.specs
     )

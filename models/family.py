@@ -3,7 +3,7 @@
 `registry` finds it by the name in a config.json, by a config, or by a model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -193,6 +193,11 @@ class StackConfig(FamilyConfig):
         """Return the fields to change for this dropout rate throughout the encoder."""
         return {"dropout": rate, "attention_dropout": rate}
 
+    @property
+    def size_in_words(self) -> str:
+        """Number of layers, to display."""
+        return f"{self.layers} layers"
+
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], **more: Any) -> Self:
         """See `FamilyConfig.from_json`."""
@@ -290,6 +295,9 @@ class Family:
     """in the order to try for a checkpoint that names none of them; `bestiary models` counts the first"""
     tokenizers: tuple[Kind, ...] = ()
     """kinds of tokenizers of the released checkpoints; pretraining trains the first"""
+    tokenizer_like: str | None = None
+    """model family in `data.tokenizers.kinds.FAMILIES` whose special tokens a newly trained tokenizer has; None: the
+    kind's first"""
     objectives: tuple[str, ...] = ()
     """pretraining objectives, the default first"""
     rows: Literal["sentences", "full-sentences", "doc-sentences"] = "sentences"
@@ -312,6 +320,9 @@ class Family:
     """whether its paper fine-tunes with new tokens before, between and after texts"""
     like: tuple[str, ...] = ()
     """other families whose layers and embeddings a model of this one may start from, in distillation"""
+    settled: Callable[[Any, Collection[str]], Any] | None = None
+    """(config of a config.json, names of the checkpoint's tensors) -> the config, where only these tell; None: the
+    config as it is"""
     one_kind: bool = False
     """whether the family has a single kind of model, all of whose parameters are in every checkpoint"""
 

@@ -26,6 +26,13 @@ class Slots(NamedTuple):
     values: Array  # [B, H, slots, D]
 
 
+class Written(NamedTuple):
+    """Cache of a decoder: what was read after its prompt, or after the start of an output."""
+
+    layers: tuple[Slots, ...]
+    positions: Array  # [B, slots] int32, position of the token in each slot
+
+
 class Memory(NamedTuple):
     """State that is computed once per source."""
 
@@ -48,7 +55,7 @@ class IncrementalEncoderDecoder:
     The beams of a sentence share a row of the cache. All methods are pure functions; all but `prepare` can be traced.
     """
 
-    model: Any  # with the methods encode, embed_step and last_scores
+    model: Any  # an encoder_decoder.EncoderDecoder
     block: Any  # an unbound decoder layer, with the methods keys_values and step
 
     @property
@@ -62,9 +69,9 @@ class IncrementalEncoderDecoder:
         return self.config.target_words
 
     @property
-    def positions(self) -> int:
-        """Maximum length of a source or an output, in tokens."""
-        return self.config.positions
+    def positions(self) -> int | None:
+        """Maximum length of a source or an output, in tokens; None for no limit."""
+        return self.config.max_length
 
     @property
     def start_id(self) -> int:
@@ -75,6 +82,11 @@ class IncrementalEncoderDecoder:
     def eos_id(self) -> int:
         """The token that ends an output."""
         return self.config.eos_token_id
+
+    @property
+    def forced_bos_id(self) -> int | None:
+        """The token that every output must begin with; None for any."""
+        return self.config.forced_bos_token_id
 
     @property
     def forced_eos_id(self) -> int | None:
@@ -99,23 +111,23 @@ class IncrementalEncoderDecoder:
         )
         return Memory(layers, segment_ids != 0)
 
-    def cache(self, rows: int, slots: int) -> tuple[Slots, ...]:
+    def cache(self, rows: int, slots: int) -> Written:
         """Return empty keys and values for each layer."""
         c = self.config
-        size = c.width // c.decoder_heads
-        keys = jnp.zeros((rows, c.decoder_heads, size, slots), c.dtype)
-        return (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.decoder_layers
+        keys = jnp.zeros((rows, c.decoder_heads, c.head_size, slots), c.dtype)
+        layers = (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.decoder_layers
+        return Written(layers, jnp.zeros((rows, slots), jnp.int32))
 
     def step(
         self,
         prepared: Prepared,
         memory: Memory,
-        cache: tuple[Slots, ...],
+        cache: Written,
         tokens: Array,
         positions: Array,
         places: Array,
         mask: Array,
-    ) -> tuple[Array, tuple[Slots, ...], tuple[Array, ...]]:
+    ) -> tuple[Array, Written, tuple[Array, ...]]:
         """Read one more token of each beam.
 
         Args:
@@ -130,26 +142,21 @@ class IncrementalEncoderDecoder:
             (logits [B, K, V] float32, the cache, each layer's attention to the source [B, H, K, S] float32)
         """
         variables = {"params": prepared.params}
+        rows, own = jnp.arange(len(tokens))[:, None], jnp.broadcast_to(positions[:, None], places.shape)
+        at = cache.positions.at[rows, places].set(own, mode="drop")
         hidden: Any = self.model.apply(variables, tokens, positions, method="embed_step")
+        more: Any = self.model.apply(variables, positions, at, method="step_inputs")
         filled, attentions = [], []
-        for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache, strict=True):
-            result: Any = self.block.apply(
-                {"params": layer}, hidden, keys_values, memory.mask[:, None], slots, places, mask, method="step"
-            )
+        for layer, keys_values, slots in zip(prepared.layers, memory.layers, cache.layers, strict=True):
+            given = (hidden, keys_values, memory.mask[:, None], slots, places, mask, *more)
+            result: Any = self.block.apply({"params": layer}, *given, method="step")
             hidden, slots, attention = result
             filled.append(slots)
             attentions.append(attention)
         logits: Any = self.model.apply(variables, hidden, method="last_scores")
         if prepared.bias is not None:
             logits = add_bias(logits, prepared.bias)
-        return logits, tuple(filled), tuple(attentions)
-
-
-class Written(NamedTuple):
-    """Cache of a decoder: what was read after the prompts."""
-
-    layers: tuple[Slots, ...]
-    positions: Array  # [B, slots] int32, position of the token in each slot
+        return logits, Written(tuple(filled), at), tuple(attentions)
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,11 @@ class IncrementalDecoder:
     def eos_id(self) -> int:
         """The token that ends an output; -1 if there is none."""
         return -1 if self.config.eos_token_id is None else self.config.eos_token_id
+
+    @property
+    def forced_bos_id(self) -> None:
+        """None: outputs begin with any token."""
+        return
 
     @property
     def forced_eos_id(self) -> None:
@@ -317,7 +329,7 @@ def cross_attention_maps(
     memory = steps.start(prepared, input_ids, jnp.ones_like(input_ids) if segment_ids is None else segment_ids)
     rows, length = decoder_input_ids.shape
 
-    def read(cache: tuple[Slots, ...], xs: tuple[Array, Array]) -> tuple[tuple[Slots, ...], Array]:
+    def read(cache: Written, xs: tuple[Array, Array]) -> tuple[Written, Array]:
         tokens, index = xs
         at = jnp.broadcast_to(index, rows)
         mask = jnp.broadcast_to(jnp.arange(length) <= index, (rows, 1, length))

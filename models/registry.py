@@ -13,6 +13,7 @@ from .family import Architecture, Family, FamilyConfig
 # `model_type` of config.json, except for those of VARIANTS.
 FAMILIES = {
     "albert": ".encoders.albert",
+    "bart": ".encoder_decoders.bart",
     "bert": ".encoders.bert",
     "distilbert": ".encoders.distilbert",
     "electra": ".encoders.electra",
@@ -21,10 +22,12 @@ FAMILIES = {
     "gpt_neo": ".decoders.gptneo",
     "marian": ".encoder_decoders.marian",
     "modernbert": ".encoders.modernbert",
+    "mt5": ".encoder_decoders.t5:MT5",
     "openai-gpt": ".decoders.gpt1",
     "plain-vit": ".images.plain_vit",
     "roberta": ".encoders.roberta",
     "spanbert": ".encoders.spanbert",
+    "t5": ".encoder_decoders.t5",
     "transformer": ".encoder_decoders.transformer",
     "vit": ".images.vit",
     "xlm-roberta": ".encoders.roberta:XLM",

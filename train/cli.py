@@ -59,6 +59,15 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("ask",): Command(
         ".language_model.ask:AskConfig", "let a language model do tasks by prompts, with examples in them or without"
     ),
+    ("text2text", "train"): Command(
+        ".text2text.config:Text2TextConfig",
+        "train T5, BART or the like on pairs of texts: summaries, rewriting, GLUE as text",
+        ".text2text.train",
+    ),
+    ("text2text", "run"): Command(".text2text.run:Text2TextRun", "write an output for each line of text"),
+    ("text2text", "score"): Command(
+        ".text2text.score:Text2TextScore", "score outputs: ROUGE, BLEU and chrF by sacreBLEU, or exact matches"
+    ),
     ("tokenizer", "train"): Command(".commands.tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
     ("finetune",): Command(
         ".finetune.commands.glue:GlueConfig",
@@ -219,7 +228,10 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
 
 TRACEBACK = "BESTIARY_TRACEBACK"
 """Environment variable: if set, errors show where they were raised."""
-RESUMING = ("pretrain", "distill", "finetune", "translate train", "images train", "images finetune")
+RESUMING = (
+    *("pretrain", "distill", "finetune", "translate train", "text2text train"),
+    *("images train", "images finetune"),
+)
 """Commands that resume if they are given again."""
 
 

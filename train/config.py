@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Attention = Literal["hopper", "tpu", "cudnn", "xla"]
 """Names of attention backends, those of `kernels.BACKENDS`; here, since that module imports JAX."""
 Optimizer = Literal["adamw", "lamb", "stable-adamw", "adafactor", "muon"]
-Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "wsd"]
+Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "t5", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class OptimConfig:
     """Length of the linear warmup: a fraction of the steps if below 1, else a number of steps."""
     schedule: Schedule = "linear"
     """Learning-rate schedule after the warmup: linear or cosine, down to zero at the last step; constant stays at the
-    peak; inverse_sqrt falls with the square root of the step (Vaswani et al. 2017, 5.3); wsd (warmup-stable-decay)
-    stays at the peak, then falls as 1 - sqrt of the share of --cooldown that is done (Hägele et al. 2024)."""
+    peak; inverse_sqrt falls with the square root of the step (Vaswani et al. 2017, 5.3); t5 is constant for 10,000
+    steps and then does so (Raffel et al. 2020, 3.1.2: a --learning-rate of 0.01, no --warmup); wsd
+    (warmup-stable-decay) stays at the peak, then falls as 1 - sqrt of the share of --cooldown that is done (Hägele et
+    al. 2024)."""
     cooldown: float = 0.0
     """Length of a final decay to zero: a fraction of the steps after the warmup if below 1, else a number of steps. It
     is linear, on top of the schedule, or the decay of wsd. 0: none, or 0.1 for wsd."""

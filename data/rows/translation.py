@@ -82,6 +82,7 @@ class PairStatistics:
     target_length: int
     pairs: int = 0
     too_long: int = 0
+    cut: int = 0
     rows: int = 0
     source_tokens: int = 0
     target_tokens: int = 0
@@ -100,7 +101,7 @@ class PairStatistics:
             f"{self.pairs:,} pairs in {self.rows:,} rows of {self.source_length} + {self.target_length}, "
             f"{self.source_tokens / (rows * self.source_length):.1%} and "
             f"{self.target_tokens / (rows * self.target_length):.1%} full; {self.too_long:,} pairs too long for a row, "
-            "left out"
+            f"left out{f'; {self.cut:,} cut' if self.cut else ''}"
         )
 
 
@@ -108,7 +109,8 @@ class PairStatistics:
 class PairPlan:
     """The rows of one window. Pair arrays [P] are ordered by row, then by place in the row.
 
-    `lengths` [2, P] count the ids, including one special token each; `column` [2, P] is the start position of each in
+    `lengths` [2, P] count the ids, including one special token each, and `stored` [2, P] those of the store, of which a
+    cut pair has only the first; `column` [2, P] is the start position of each in
     its row; `slot` counts within the row from 0; `row_pairs` [R+1] is the index of each row's first pair.
     """
 
@@ -116,6 +118,7 @@ class PairPlan:
     window: int
     pairs: np.ndarray
     lengths: np.ndarray
+    stored: np.ndarray
     column: np.ndarray
     slot: np.ndarray
     row_pairs: np.ndarray
@@ -145,6 +148,7 @@ class TranslationRows(WindowedRows[PairPlan]):
         start_id: first input of the decoder.
         seed: random seed of the order and of sampling.
         sampling: alpha of a unigram model, or the dropout rate of BPE merges; 0 for the single best segmentation.
+        cut: whether to cut texts that are longer than a row, and count them, instead of leaving their pairs out.
         window_pairs: number of pairs that are packed together.
 
     Raises:
@@ -161,6 +165,7 @@ class TranslationRows(WindowedRows[PairPlan]):
         start_id: int,
         seed: int = 0,
         sampling: float = 0.0,
+        cut: bool = False,
         window_pairs: int = 100_000,
     ):
         super().__init__()
@@ -168,13 +173,13 @@ class TranslationRows(WindowedRows[PairPlan]):
             raise DataError("Sampling pieces takes a store of texts, and no sampling one of ids.")
         self.store, self.tokenizer, self.start_id = store, tokenizer, start_id
         self.source_length, self.target_length = source_length, target_length
-        self.seed, self.sampling, self.window_pairs = seed, sampling, window_pairs
+        self.seed, self.sampling, self.cut, self.window_pairs = seed, sampling, cut, window_pairs
         self._windows = max(1, round(len(store) / window_pairs))
         self._order: tuple[int, np.ndarray] | None = None
         if not self.rows_in_window(0, 0):
             raise DataError(
                 f"No pair of sentences fits into rows of {source_length} source and {target_length} target tokens. "
-                "Raise --row-tokens."
+                "Raise the lengths of the rows."
             )
 
     @cached_property
@@ -188,6 +193,7 @@ class TranslationRows(WindowedRows[PairPlan]):
             self.seed,
             self.sampling,
             self.window_pairs,
+            *(["cut"] if self.cut else []),
         ]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
@@ -211,6 +217,8 @@ class TranslationRows(WindowedRows[PairPlan]):
             lengths = np.array([[len(ids) for ids in side] for side in drawn], np.int64) + 1
         else:
             lengths = self.store.lengths(pairs) + 1
+        stored, limits = lengths, np.array([[self.source_length], [self.target_length]])
+        lengths = np.minimum(lengths, limits) if self.cut else lengths
         fits = (lengths[0] <= self.source_length) & (lengths[1] <= self.target_length)
         kept = np.flatnonzero(fits)
         lengths = lengths[:, kept]
@@ -218,11 +226,12 @@ class TranslationRows(WindowedRows[PairPlan]):
         rows = int(packed.max()) + 1 if len(packed) else 0
         placed = order_by_row(RandomStream(self.seed, _PLAN, epoch, window).permutation(rows)[packed], rows)
         kept, lengths = kept[placed.examples], lengths[:, placed.examples]
+        stored = stored[:, kept]
         sampled = None
         if drawn is not None:
             source, target = (
                 np.fromiter((token for i in kept for token in side[i]), np.int32, int((length - 1).sum()))
-                for side, length in zip(drawn, lengths, strict=True)
+                for side, length in zip(drawn, stored, strict=True)
             )
             sampled = (source, target)
         return PairPlan(
@@ -230,6 +239,7 @@ class TranslationRows(WindowedRows[PairPlan]):
             window=window,
             pairs=pairs[kept],
             lengths=lengths,
+            stored=stored,
             column=np.stack([placed.columns(side) for side in lengths]),
             slot=placed.slot,
             row_pairs=placed.row_examples,
@@ -238,6 +248,7 @@ class TranslationRows(WindowedRows[PairPlan]):
                 self.target_length,
                 pairs=len(kept),
                 too_long=len(pairs) - len(kept),
+                cut=int((stored > lengths).any(axis=0).sum()),
                 rows=rows,
                 source_tokens=int(lengths[0].sum()),
                 target_tokens=int(lengths[1].sum()),
@@ -276,8 +287,8 @@ class TranslationRows(WindowedRows[PairPlan]):
             places = ranges(start, lengths)
             batch[f"{prefix}segment_ids"].reshape(-1)[places] = np.repeat(plan.slot[of] + 1, lengths)
             batch[f"{prefix}position_ids"].reshape(-1)[places] = places - np.repeat(start, lengths)
-            ends = np.cumsum(plan.lengths[side] - 1)
-            ids = tokens[side][ranges((ends - plan.lengths[side] + 1)[of], lengths - 1)]
+            ends = np.cumsum(plan.stored[side] - 1)
+            ids = tokens[side][ranges((ends - plan.stored[side] + 1)[of], lengths - 1)]
             if side == 0:
                 batch["input_ids"].reshape(-1)[ranges(start, lengths - 1)] = ids
                 batch["input_ids"].reshape(-1)[start + lengths - 1] = self.tokenizer.source.eos_id

@@ -10,6 +10,8 @@ of a model's checkpoint folder:
     vocab.json                the ids of the source's pieces, or of both sides', and target_vocab.json where they differ
     tokenizer.json            or BPE within words (`tokenizers`), joint; else source.json and target.json
 
+The tokenizer of a text-to-text model (kind `text`) is the folder of an ordinary one, see `loading`, and subwords.json.
+
 transformers' AutoTokenizer loads a folder with SentencePiece's files, or with tokenizer.json, to the same ids; texts
 must be lower-cased and split into words beforehand where that applies. A released Marian folder loads here without
 subwords.json: its subwords are SentencePiece's, with the ids of vocab.json.
@@ -34,11 +36,16 @@ from ..errors import DataError
 from ..json_files import expect, read_object, value_of, write_json
 from ..packing import ranges
 from .kinds import PairKind
+from .loading import load_tokenizer
 from .segmentation import banked, merge, mixed, segmentations, walk
+from .text_side import TextSide
+from .tokenizer import Tokenizer
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPACE = "▁"
 WORD_END = "</w>"
+_NO_LIMIT = 10**6  # the reference implementation writes 10^30 for no maximum length
+TEXT = "text"  # kind of a text-to-text model's
 _CONFIG = "subwords.json"
 _REFERENCE_CONFIG = "tokenizer_config.json"
 _LONGEST = "model_max_length"
@@ -92,13 +99,15 @@ class Side(Protocol):
 class TextForm:
     """Preparation of a text before it is split into subwords, undone afterwards.
 
-    `lowercase` is not undone. `moses` normalises punctuation and splits words as the Moses scripts do, in the order of
+    `prefix` stands before every source, as T5's names of tasks do. `lowercase` is not undone. `moses` normalises
+    punctuation and splits words as the Moses scripts do, in the order of
     Multi30k's own files (lower-cased, normalised, split), with sacremoses; a translation is detokenised.
     """
 
     languages: tuple[str, str] = ("en", "de")
     lowercase: bool = False
     moses: bool = False
+    prefix: str = ""
 
     def prepare(self, text: str, target: bool) -> str:
         """Return the text to split into subwords."""
@@ -107,7 +116,7 @@ class TextForm:
         if self.moses:
             normalizer, tokenizer, _ = self._moses[target]
             text = tokenizer.tokenize(normalizer.normalize(text), return_str=True, escape=False)
-        return text
+        return text if target else self.prefix + text
 
     def finish(self, text: str) -> str:
         """Turn a prepared target text back into running text."""
@@ -140,6 +149,22 @@ class PairTokenizer:
     def with_longest(self, longest: int) -> PairTokenizer:
         """Return a copy for a model that was trained on texts of at most `longest` tokens."""
         return PairTokenizer(self.kind, self.source, self.target, self.form, longest)
+
+    def with_padding_last(self) -> PairTokenizer:
+        """Return a copy whose padding, the first id, is the last, and every other id the one before it, as Marian's."""
+        source = _padding_last(self.source)
+        target = source if self.source is self.target else _padding_last(self.target)
+        return PairTokenizer(self.kind, source, target, self.form, self.longest)
+
+    @property
+    def can_have_padding_last(self) -> bool:
+        """Whether the ids are those of SentencePiece models whose first is padding."""
+        return all(isinstance(side, SentencePieceSide) and side.pad_id == 0 for side in (self.source, self.target))
+
+    def with_prefix(self, prefix: str) -> PairTokenizer:
+        """Return a copy that puts a text before every source."""
+        form = replace(self.form, prefix=prefix)
+        return PairTokenizer(self.kind, self.source, self.target, form, self.longest)
 
     @property
     def joint(self) -> bool:
@@ -179,6 +204,13 @@ class PairTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         words = self.kind == "word-bpe"
+        if self.kind == TEXT:
+            self.source.save(folder / "tokenizer")
+            self._save_form(folder)
+            if self.longest is not None:
+                path = folder / _REFERENCE_CONFIG
+                write_json(path, {**read_object(path), _LONGEST: self.longest}, ensure_ascii=False)
+            return
         if words and self.joint:
             self.source.save(folder / "tokenizer")
         else:
@@ -197,9 +229,11 @@ class PairTokenizer:
         }
         write_json(folder / _REFERENCE_CONFIG, reference, ensure_ascii=False)
         if self.kind != "marian":
-            write_json(
-                folder / _CONFIG, {"kind": self.kind, "joint": self.joint, **asdict(self.form)}, ensure_ascii=False
-            )
+            self._save_form(folder)
+
+    def _save_form(self, folder: Path) -> None:
+        form = {"kind": self.kind, "joint": self.joint, **asdict(self.form)}
+        write_json(folder / _CONFIG, form, ensure_ascii=False)
 
 
 class SentencePieceSide:
@@ -344,6 +378,12 @@ class MarianSide:
         return [self.vocabulary.get(piece, self.unk_id) for piece in pieces]
 
 
+def _padding_last(side: Side) -> MarianSide:
+    count = len(side.vocabulary)
+    ids = {piece: (number - 1) % count for piece, number in side.vocabulary.items()}
+    return MarianSide(side.state, dict(sorted(ids.items(), key=lambda item: item[1])), "the tokenizer")
+
+
 def language_code(text: str) -> str:
     """Return the target language code at the start of a Marian model's source text; empty if there is none."""
     end = text.find("<<")
@@ -425,6 +465,18 @@ def sample(
     return result
 
 
+def text_pairs(tokenizer: Tokenizer, form: TextForm | None = None, where: str = "the tokenizer") -> PairTokenizer:
+    """Return an ordinary tokenizer as that of both sides.
+
+    Raises:
+        DataError: it lacks special tokens.
+    """
+    side = TextSide(tokenizer, where)
+    longest = tokenizer.settings.get(_LONGEST)
+    known = isinstance(longest, int) and 1 < longest < _NO_LIMIT
+    return PairTokenizer(TEXT, side, side, form or TextForm(), longest if known else None)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -445,40 +497,51 @@ def load_subwords(path: str | Path, form: TextForm | None = None) -> PairTokeniz
     reference = _read_reference_config(path / _REFERENCE_CONFIG)
     if (path / _CONFIG).is_file():
         kind, joint, found = _read_form(path / _CONFIG)
+        if kind == TEXT:
+            return text_pairs(load_tokenizer(path), found, str(path))
         if joint:
-            side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"))
+            side = _load_side(path / ("tokenizer.json" if kind == "word-bpe" else "source.spm"), "vocab.json")
             return PairTokenizer(kind, side, side, found, _longest(reference))
         ending = "json" if kind == "word-bpe" else "spm"
-        sides = [_load_side(path / f"{name}.{ending}") for name in ("source", "target")]
+        ids = ("vocab.json", "target_vocab.json")
+        names = zip(("source", "target"), ids, strict=True)
+        sides = [_load_side(path / f"{name}.{ending}", its_ids) for name, its_ids in names]
         return PairTokenizer(kind, sides[0], sides[1], found, _longest(reference))
     if (path / "source.spm").is_file() and (path / "vocab.json").is_file():
         return _load_marian(path, form, reference)
-    raise DataError(
-        f"{path}: no translation tokenizer found. Expected {_CONFIG}, or source.spm, target.spm and vocab.json."
-    )
+    if not path.is_dir() or path.suffix == ".spm":
+        raise DataError(
+            f"{path}: there is no such file or folder. Expected the folder of a tokenizer, or an .spm file."
+        )
+    return text_pairs(load_tokenizer(path), form, str(path))
 
 
-def _read_form(path: Path) -> tuple[PairKind, bool, TextForm]:
+def _read_form(path: Path) -> tuple[str, bool, TextForm]:
     """Read subwords.json: kind, whether joint, preparation of texts."""
     content, where = read_object(path), str(path)
     kind, joint = value_of(content, "kind", str, where), value_of(content, "joint", bool, where)
-    if kind not in get_args(PairKind):
-        raise DataError(f"{path}: kind: expected one of {', '.join(get_args(PairKind))}, found {kind!r}.")
+    if kind not in (*get_args(PairKind), TEXT):
+        raise DataError(f"{path}: kind: expected one of {', '.join(get_args(PairKind))}, {TEXT}, found {kind!r}.")
     languages = value_of(content, "languages", list[str], where)
-    switches = {name: value_of(content, name, bool, where) for name in content.keys() - {"kind", "joint", "languages"}}
+    prefix = value_of(content, "prefix", str, where, "")
+    other = {"kind", "joint", "languages", "prefix"}
+    switches = {name: value_of(content, name, bool, where) for name in content.keys() - other}
     known = {field.name for field in fields(TextForm)}
     unknown = switches.keys() - known
     if unknown or len(languages) != 2:
         wrong = f"unknown {', '.join(sorted(unknown))}" if unknown else f"{len(languages)} languages, expected 2"
         raise DataError(f"{path}: not in the format that bestiary writes ({wrong}).")
-    return kind, joint, TextForm(**switches, languages=(languages[0], languages[1]))
+    return kind, joint, TextForm(**switches, languages=(languages[0], languages[1]), prefix=prefix)
 
 
-def _load_side(path: Path) -> Side:
+def _load_side(path: Path, ids: str) -> Side:
+    """Read a side's file; `ids` is the name of that with the ids, if they are not those of the SentencePiece model."""
     if not path.is_file():
         raise DataError(f"{path}: this file of the tokenizer is missing.")
     if path.suffix != ".json":
-        return SentencePieceSide(path.read_bytes(), str(path))
+        side, own = SentencePieceSide(path.read_bytes(), str(path)), path.with_name(ids)
+        vocabulary = _read_ids(own) if own.is_file() else side.vocabulary
+        return side if vocabulary == side.vocabulary else MarianSide(side.state, vocabulary, str(path))
     import tokenizers
 
     try:

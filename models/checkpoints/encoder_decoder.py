@@ -34,14 +34,23 @@ def _layer_entries(c: Any, side: str) -> list[Entry]:
     ]
 
 
-def encoder_decoder_table(c: Any) -> Table:
-    """Return the table of a `transformer.Transformer` with this `TransformerConfig`, or of a sibling."""
+def logits_bias_entry(words: int) -> Entry:
+    """Return the entry of the constant of each word's logit."""
+    return Entry("final_logits_bias", ("final_logits_bias",), Reshaped((1, words), (words,)))
+
+
+def encoder_decoder_entries(c: Any) -> tuple[list[Entry], dict[str, str]]:
+    """Return the entries of both stacks of layers and of the embeddings of words, and (tied copy -> original).
+
+    Args:
+        c: a `TransformerConfig`, or a sibling's that has its sizes, `tying` and `pre_norm`.
+    """
     shared, source, target = (
         "model.shared.weight",
         "model.encoder.embed_tokens.weight",
         "model.decoder.embed_tokens.weight",
     )
-    output, bias = "lm_head.weight", "final_logits_bias"
+    output = "lm_head.weight"
     words, width = c.target_words, c.table_width
     tied: dict[str, str] = {}
     if c.tying == "all":
@@ -66,8 +75,14 @@ def encoder_decoder_table(c: Any) -> Table:
         entries += _layer_entries(c, side)
         if c.pre_norm:
             entries += norm_entries(f"model.{side}.layer_norm", (f"{side}_norm",), c.width)
+    return entries, tied
+
+
+def encoder_decoder_table(c: Any) -> Table:
+    """Return the table of a `transformer.Transformer` with this `TransformerConfig`, or Marian's."""
+    entries, tied = encoder_decoder_entries(c)
     if c.logits_bias:
-        entries.append(Entry(bias, (bias,), Reshaped((1, words), (words,))))
+        entries.append(logits_bias_entry(c.target_words))
     places = sinusoids(c.positions, c.width, interleaved=c.sinusoids == "interleaved")
     return Table(
         tuple(entries),

@@ -142,6 +142,8 @@ def load_with_report(
         changes = {"num_labels": num_labels, "label_names": None, **changes}
     config = dataclasses.replace(config, **changes)
     with Tensors(folder) as tensors:
+        if family.settled is not None:
+            config = family.settled(config, tensors.shapes.keys())
         _check_layers(family, config, tensors, folder)
         if head is None:
             architecture = _architecture_held(family, stored, config, tensors, folder)

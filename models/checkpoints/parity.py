@@ -418,7 +418,7 @@ def _choice(model: Any, params: Params, inputs: Inputs) -> Outputs:
     return _finish(flat, {"logits": logits}, loss)
 
 
-def _translation(model: Any, params: Params, inputs: Inputs) -> Outputs:
+def _generation(model: Any, params: Params, inputs: Inputs) -> Outputs:
     """Compute the outputs of an encoder-decoder; the default decoder input is the labels, shifted by one."""
     c = model.config
     labels = inputs.pop("labels", None)
@@ -447,5 +447,5 @@ ADAPTERS: dict[str, Adapter] = {
     "classification": _classification,
     "span": _span,
     "choice": _choice,
-    "translation": _translation,
+    "generation": _generation,
 }

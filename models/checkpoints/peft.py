@@ -45,7 +45,7 @@ TASKS = {
     "classification": "SEQ_CLS",
     "tokens": "TOKEN_CLS",
     "span": "QUESTION_ANS",
-    "translation": "SEQ_2_SEQ_LM",
+    "generation": "SEQ_2_SEQ_LM",
     "encoder": "FEATURE_EXTRACTION",
 }
 # Supported values in adapter_config.json; the first is the default for absent keys. Everything else that peft writes

@@ -241,6 +241,7 @@ FAMILY = Family(
     title="GPT-Neo",
     paper="Black et al. 2021",
     tokenizers=("byte-bpe",),
+    tokenizer_like="gpt2",
     architectures=architectures(
         EncoderParts(
             GPTNeo,

@@ -3,9 +3,9 @@
 Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; Tiedemann and Thottingal 2020, "OPUS-MT".
 
 It has the network of `transformer.py`, with Swish, all sines of a position before all cosines, a constant added to each
-word's logit, and decoding that starts with the padding token. A Transformer that differs only in the order of a
-position's channels becomes a Marian model by reordering its channels (`from_transformer`), and with that a checkpoint
-that the reference implementation loads.
+word's logit, and decoding that starts with the padding token, whose vector is zero and whose id is the last. A
+Transformer that differs only in the order of a position's channels and of its words becomes a Marian model by
+reordering both (`from_transformer`), and with that a checkpoint that the reference implementation and CTranslate2 load.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..checkpoints.config import ConfigError
 from ..checkpoints.tables import Params, flatten
+from ..encoder_decoder import TOKEN_KEYS
 from .transformer import SHARED_KEYS, Transformer, TransformerConfig, make_family
 
 TYING_KEYS = ("share_encoder_decoder_embeddings", "tie_word_embeddings")
@@ -75,22 +76,28 @@ class MarianConfig(TransformerConfig):
 
 
 class Marian(Transformer):
-    """The network of `transformer.py`, under the released checkpoints' name."""
+    """The network of `transformer.py`, under the released checkpoints' name; they store the vector of padding."""
 
+    ZERO_PADDING: ClassVar[bool] = False
     config: MarianConfig  # pyright: ignore[reportIncompatibleVariableOverride] (modules are frozen)
 
 
-def from_transformer(model: Transformer, params: Params) -> tuple[Marian, dict[str, Any]]:
+def from_transformer(
+    model: Transformer, params: Params, *, padding_last: bool = False
+) -> tuple[Marian, dict[str, Any]]:
     """Convert a Transformer to the equivalent Marian model: reorder the channels from interleaved positions to halves.
 
-    The function does not depend on the order of the channels, as long as it is the same in all parameters.
+    The function does not depend on the order of the channels, as long as it is the same in all parameters. Where one
+    table serves inputs and outputs, padding's row becomes that of the inputs, zero; padding is never generated.
 
     Args:
         model: a model of `transformer.py`.
         params: its parameters on the host, unboxed.
+        padding_last: whether to make padding, the first word, the last one, and every other word the one before it.
 
     Raises:
-        ValueError: Marian cannot represent the model: it is pre-norm, or has another embedding width.
+        ValueError: Marian cannot represent the model: it is pre-norm, or has another embedding width; or padding is not
+            the first word.
     """
     c = model.config
     unlike = {"pre_norm": c.pre_norm, "embedding_width": c.table_width != c.width}
@@ -98,7 +105,12 @@ def from_transformer(model: Transformer, params: Params) -> tuple[Marian, dict[s
         found = " and no ".join(name for name, differs in unlike.items() if differs)
         raise ValueError(f"the reference implementation's Marian has no {found}: not converted")
     fields = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)}
-    config = MarianConfig(**fields | {"sinusoids": "halves", "logits_bias": True})
+    fields |= {"sinusoids": "halves", "logits_bias": True}
+    if padding_last:
+        if c.pad_token_id:
+            raise ValueError(f"padding is word {c.pad_token_id}; expected the first")
+        tokens = {name: fields[name] for name in TOKEN_KEYS if fields[name] is not None}
+        fields |= {name: (token - 1) % c.target_words for name, token in tokens.items()}
     order = np.arange(c.width)
     if c.sinusoids == "interleaved":
         order = np.concatenate([order[0::2], order[1::2]])
@@ -110,7 +122,17 @@ def from_transformer(model: Transformer, params: Params) -> tuple[Marian, dict[s
         branch[path[-1]] = _reordered(path, np.asarray(leaf), order)
     if not c.logits_bias:
         moved["final_logits_bias"] = np.zeros(c.target_words, np.float32)
-    return Marian(config), moved
+    for name in ("source", "target"):
+        if name in moved:
+            table = moved[name]["embedding"].copy()
+            table[c.pad_token_id] = 0.0
+            moved[name]["embedding"] = table
+    if padding_last:
+        for name in ("source", "target", "output"):
+            if name in moved:
+                moved[name]["embedding"] = np.roll(moved[name]["embedding"], -1, axis=0)
+        moved["final_logits_bias"] = np.roll(moved["final_logits_bias"], -1)
+    return Marian(MarianConfig(**fields)), moved
 
 
 def _reordered(path: tuple[str, ...], leaf: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -113,6 +113,7 @@ def projected_sums(
     smoothing: float = 0.0,
     bias: Array | None = None,
     r_drop: float = 0.0,
+    z_loss: float = 0.0,
 ) -> SmoothedSums:
     """Compute the label-smoothed losses of hidden · kernelᵀ + bias in chunks of tokens, without storing all logits.
 
@@ -133,14 +134,15 @@ def projected_sums(
         smoothing: in [0, 1).
         bias: [V] float32 or None; it gets no gradient.
         r_drop: weight of the divergence between two passes.
+        z_loss: weight of the z-loss.
     """
     labels, weights = _counted(labels, weights)
-    loss, *rest = _projected(tuple(passes), kernel, bias, labels, weights, smoothing, r_drop)
+    loss, *rest = _projected(tuple(passes), kernel, bias, labels, weights, smoothing, r_drop, z_loss)
     nll, correct, divergence = map(jax.lax.stop_gradient, rest)
     return SmoothedSums(loss, nll, correct, divergence, len(passes) * weights.sum())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _projected(*arguments: Any) -> tuple[Array, ...]:
     """Compute the sums of `_over_chunks`; the gradient is the one that it computes along the way."""
     return _over_chunks(*arguments, with_gradient=False)[0]
@@ -149,10 +151,11 @@ def _projected(*arguments: Any) -> tuple[Array, ...]:
 def _projected_backward(
     smoothing: float,
     r_drop: float,
+    z_loss: float,
     residuals: tuple[tuple[Array, ...], Array],
     gradients: tuple[Array, ...],
 ) -> tuple[tuple[Array, ...], Array, None, None, None]:
-    del smoothing, r_drop  # they are in the residuals
+    del smoothing, r_drop, z_loss  # they are in the residuals
     to_passes, to_kernel = residuals
     scaled = tuple((g.astype(jnp.float32) * gradients[0]).astype(g.dtype) for g in to_passes)
     return scaled, to_kernel * gradients[0], None, None, None
@@ -170,6 +173,7 @@ def _over_chunks(
     weights: Array,
     smoothing: float,
     r_drop: float,
+    z_loss: float,
     *,
     with_gradient: bool,
 ) -> tuple[tuple[Array, ...], tuple[tuple[Array, ...], Array]]:
@@ -191,6 +195,7 @@ def _over_chunks(
         loss, nll, correct, divergence, to_kernel = carry
         parts, labels, weights = xs
         predictions: list[tuple[Array, Array]] = []  # probabilities and their logarithms
+        normalisers: list[Array] = []  # log Z
         for part in parts:
             logits = jnp.einsum("ble,ve->blv", part, table, preferred_element_type=jnp.float32)
             if bias is not None:
@@ -204,6 +209,9 @@ def _over_chunks(
             smoothed = own
             if smoothing:
                 smoothed = (1 - smoothing) * own + smoothing * (log_sum + (top - logits.mean(axis=-1)))
+            normalisers.append(log_sum + top)
+            if z_loss:
+                smoothed = smoothed + z_loss * jnp.square(normalisers[-1])
             loss += (smoothed * weights).sum()
             nll += (own * weights).sum()
             correct += jnp.where(chosen >= top, weights, 0.0).sum()
@@ -219,8 +227,9 @@ def _over_chunks(
         words = jax.lax.broadcasted_iota(labels.dtype, (*labels.shape, vocab), labels.ndim)
         target = jnp.where(words == labels[..., None], 1 - smoothing + smoothing / vocab, smoothing / vocab)
         to_parts: list[Array] = []
-        for part, (probabilities, _), pull in zip(parts, predictions, pulls, strict=True):
-            gradient = ((probabilities - target + r_drop * pull) * weights[..., None]).astype(dtype)
+        for part, (probabilities, _), pull, log_z in zip(parts, predictions, pulls, normalisers, strict=True):
+            more = 1 + 2 * z_loss * log_z[..., None] if z_loss else 1
+            gradient = ((more * probabilities - target + r_drop * pull) * weights[..., None]).astype(dtype)
             to_kernel += outer_sum(gradient.reshape(-1, vocab), part.reshape(-1, part.shape[-1]))
             to_parts.append(jnp.einsum("blv,ve->ble", gradient, table))
         return (loss, nll, correct, divergence, to_kernel), to_parts

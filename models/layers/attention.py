@@ -37,6 +37,8 @@ class Attention(nn.Module):
         window: (left, right), number of visible tokens before and after the query's own, inclusive; None for all.
         rotary: base of the frequencies of rotary position embedding; None for no rotation.
         out_init: initialiser of the output projection's kernel; None for `kernel_init`.
+        query_init: initialiser of the queries' kernel; None for `kernel_init`.
+        shared_dropout: whether all queries of a row drop the same keys, as in T5's own training.
     """
 
     width: int
@@ -53,11 +55,14 @@ class Attention(nn.Module):
     window: tuple[int | None, int | None] | None = None
     rotary: float | None = None
     out_init: Initializer | None = None
+    query_init: Initializer | None = None
+    shared_dropout: bool = False
 
     def setup(self) -> None:
         inner, axes = (self.heads, self._size), ("embed", "heads", "head_dim")
-        project = partial(Linear, inner, axes, self.kernel_init, self.dtype, self.use_bias)
-        self.query, self.key, self.value = project(), project(), project()
+        project = partial(Linear, inner, axes, dtype=self.dtype, use_bias=self.use_bias)
+        query_init = self.kernel_init if self.query_init is None else self.query_init
+        self.query, self.key, self.value = map(project, (query_init, self.kernel_init, self.kernel_init))
         out_init = self.kernel_init if self.out_init is None else self.out_init
         self.out = Linear((self.width,), ("heads", "head_dim", "embed"), out_init, self.dtype, self.out_bias)
 
@@ -96,7 +101,8 @@ class Attention(nn.Module):
             [B, L, E]
 
         Raises:
-            NotImplementedError: rotary attention, or dropout by example, to another sequence; `query_positions` with
+            NotImplementedError: rotary attention to another sequence, or dropout by example to one whose examples are
+                in other places; `query_positions` with
                 causal attention, a window or a bias, all of which depend on a query's place in the row.
         """
         query_segments, key_segments = split_segments(segment_ids)
@@ -106,8 +112,13 @@ class Attention(nn.Module):
             query_segments, key_segments = split_segments(segments_at(segment_ids, query_positions))
         elif memory is not None and self.rotary is not None:
             raise NotImplementedError("Attention: rotary attention to another sequence is not implemented")
-        elif memory is not None and isinstance(rows, ByExample) and not deterministic:
-            raise NotImplementedError("Attention: dropout by example is not implemented for another sequence")
+        elif (
+            memory is not None
+            and isinstance(rows, ByExample)
+            and rows.positions.shape != memory.shape[:2]
+            and not deterministic
+        ):
+            raise NotImplementedError("Attention: dropout by example of another sequence takes the same places of both")
         memory = hidden if memory is None else memory
         own = rows if query_positions is None else rows_at(rows, query_positions)
         query = self.project(self.query, hidden, own)
@@ -129,7 +140,7 @@ class Attention(nn.Module):
             query_segment_ids=query_segments,
             key_segment_ids=key_segments,
             scale=self.scale,
-            **({} if deterministic or self.dropout == 0.0 else self._dropout(own, rows)),
+            **({} if deterministic or self.dropout == 0.0 else self._dropout(own, rows, query, key)),
             implementation=self.implementation,
         )
         return self.project(self.out, attended, own)
@@ -139,9 +150,16 @@ class Attention(nn.Module):
         del rows
         return linear(inputs)
 
-    def _dropout(self, queries: Rows, keys: Rows) -> dict[str, Any]:
+    def _dropout(self, queries: Rows, keys: Rows, query: Array, key: Array) -> dict[str, Any]:
         """Return the arguments of `kernels.attention` for dropout, from the rows of the queries and of the keys."""
         seed = dropout_seed(self)
+        if self.shared_dropout:
+            if isinstance(queries, ByExample):
+                raise NotImplementedError("Attention: dropout by example and shared by the queries at the same time")
+            places = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape[:2])
+            positions = (jnp.zeros(query.shape[:2], jnp.int32), places)
+            seeds = row_seeds(seed, queries)
+            return {"dropout_rate": self.dropout, "dropout_seed": seeds, "dropout_positions": positions}
         if isinstance(queries, ByExample):
             assert isinstance(keys, ByExample)
             seeds, positions = row_seeds(seed, queries.examples), (queries.positions, keys.positions)

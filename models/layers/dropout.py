@@ -33,13 +33,24 @@ class Dropout(nn.Module):
 
     What is dropped in a row depends only on the "dropout" stream and the row's number, and so not on how a batch is
     split over devices, hosts or accumulation steps; by examples, not on the rows they are packed in either.
+
+    Attributes:
+        rate: dropout rate.
+        shared_length: drop the same channels at all positions of a row, inputs [B, L, E], as T5's own training does
+            (mesh TensorFlow's `noise_shape`).
     """
 
     rate: float
+    shared_length: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, rows: Rows, *, deterministic: bool) -> Array:
         """Drop entries of inputs [B, ...]; `rows` as for `drop`."""
         if deterministic or self.rate == 0.0:
             return inputs
-        return drop(inputs, self.rate, dropout_seed(self), rows)
+        seed = dropout_seed(self)
+        if not self.shared_length:
+            return drop(inputs, self.rate, seed, rows)
+        if isinstance(rows, ByExample):
+            raise NotImplementedError("Dropout: by example and shared along the length at the same time")
+        return inputs * drop(jnp.ones_like(inputs[:, :1]), self.rate, seed, rows)

@@ -25,6 +25,7 @@ class FeedForward(nn.Module):
         gated: whether there is a gate.
         use_bias: whether the linear maps have a bias.
         out_init: initialiser of the last map's kernel, W₂; None for `kernel_init`.
+        shared_dropout: whether dropout is the same at all positions of a row.
     """
 
     width: int
@@ -35,6 +36,7 @@ class FeedForward(nn.Module):
     gated: bool = False
     use_bias: bool = True
     out_init: Initializer | None = None
+    shared_dropout: bool = False
 
     @nn.compact
     def __call__(self, hidden: Array, rows: Rows | None = None, *, deterministic: bool = True) -> Array:
@@ -47,5 +49,5 @@ class FeedForward(nn.Module):
         inner = widen(name="inner")(hidden)
         inner = activation(widen(name="gate")(hidden)) * inner if self.gated else activation(inner)
         if rows is not None:
-            inner = Dropout(self.dropout)(inner, rows, deterministic=deterministic)
+            inner = Dropout(self.dropout, self.shared_dropout)(inner, rows, deterministic=deterministic)
         return linear((hidden.shape[-1],), ("mlp", "embed"), out_init, name="outer")(inner)

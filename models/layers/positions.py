@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from ...kernels.bias import RelativeBias
+from ...kernels.bias import RelativeBias, relative_position_bucket
 from .linear import partitioned
 
 
@@ -52,6 +52,23 @@ class RelativePositions(nn.Module):
         axes = partitioned(self.table_init, "positions", "heads")
         table = self.param("table", axes, (self.buckets, self.heads), jnp.float32)
         return RelativeBias(table, self.bidirectional, self.max_distance)
+
+
+def bias_of_slots(bias: RelativeBias, positions: Array, slot_positions: Array) -> Array:
+    """Return the bias of one query per row and of the keys in a cache's slots, [B, H, 1, slots] float32.
+
+    Args:
+        bias: the bias.
+        positions: [B] int32, position of each row's query.
+        slot_positions: [B, slots] int32, position of the token in each slot.
+    """
+    bucket = relative_position_bucket(
+        slot_positions - positions[:, None],
+        bidirectional=bias.bidirectional,
+        buckets=len(bias.table),
+        max_distance=bias.max_distance,
+    )
+    return jnp.moveaxis(jnp.take(bias.table, bucket, axis=0), 2, 1)[:, :, None]
 
 
 def sinusoids(positions: int, width: int, *, interleaved: bool) -> np.ndarray:

@@ -25,7 +25,8 @@ from ..learner import count_parameters, on_host
 from ..progress import Progress
 from ..sharding import start_parallelism
 from ..translate.config import TranslateConfig
-from ..translate.train import make_model, make_rows, model_config, prepare_data, train_step
+from ..translate.data import make_rows, prepare_data
+from ..translate.train import make_model, model_config, train_step
 from ..translate.translator import Translator, open_translator
 from .config import TranslateBenchConfig
 

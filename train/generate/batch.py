@@ -55,6 +55,11 @@ class IncrementalModel(Protocol):
         ...
 
     @property
+    def forced_bos_id(self) -> int | None:
+        """The token that every output must begin with; None for any."""
+        ...
+
+    @property
     def forced_eos_id(self) -> int | None:
         """The token that outputs of maximum length must end with; None for any."""
         ...
@@ -133,7 +138,7 @@ class Programs:
         self.model = model
         self.config = config
         self.compilations = 0
-        self.search = Search(config, model.eos_id, model.forced_eos_id)
+        self.search = Search(config, model.eos_id, model.forced_eos_id, model.forced_bos_id)
         self._shapes: dict[tuple[int, ...], tuple[Sources, BatchState]] = {}
         self._compiling = threading.Lock()  # or two threads would compile the same program
         self._compiled: set[Any] = set()  # programs with the shapes of their arguments

@@ -58,6 +58,8 @@ class Generator:
             raise RunError(f"suppressed: expected tokens from 0 to {words - 1}, found {config.suppressed}")
         if self._model.forced_eos_id in config.suppressed:
             raise RunError(f"suppressed: {self._model.forced_eos_id} ends this model's longest outputs")
+        if self._model.forced_bos_id in config.suppressed:
+            raise RunError(f"suppressed: {self._model.forced_bos_id} begins this model's outputs")
         if config.coverage_penalty and self._model.start_id is None:
             raise RunError("coverage_penalty: this model continues prompts; it has no source that could be covered")
         cores = usable_cores() if jax.default_backend() == "cpu" else 1

@@ -4,6 +4,7 @@ With them, a released translator gives the same outputs as the reference's `gene
 including the start token.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from .config import DecodeConfig
 from .generator import Generator
 
 FILE = "generation_config.json"
-TOKENS = ("decoder_start_token_id", "eos_token_id", "forced_eos_token_id")
+TOKENS = ("decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Special tokens that are also in the model's config; this file takes precedence."""
 STOPPING: dict[bool | str, Literal["heuristic", "first", "exhaustive"]] = {
     False: "heuristic",
@@ -40,7 +41,7 @@ KINDS: dict[str, Any] = {
 }
 """Settings that are read, and their types."""
 NO_MATTER = {
-    *("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate"),
+    *("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate", "output_scores"),
     *("bos_token_id", "pad_token_id"),
     *("temperature", "top_k", "top_p"),  # unless tokens are sampled
 }
@@ -58,23 +59,37 @@ def read_generation_config(folder: Path) -> tuple[DecodeConfig, dict[str, int]]:
     path = folder / FILE
     if not path.is_file():
         raise RunError(f"{folder}: no {FILE} there; give flags instead.")
-    given = {key: value for key, value in read_object(path).items() if value is not None}
+    return from_settings(read_object(path), str(path))
+
+
+def from_settings(settings: dict[str, Any], where: str) -> tuple[DecodeConfig, dict[str, int]]:
+    """Return decoding options and special tokens from settings under the reference's names.
+
+    Args:
+        settings: the settings; null is as if it were not there.
+        where: their file, for messages.
+
+    Raises:
+        RunError: settings are not implemented; all of them are listed.
+        DataError: a setting has another type.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
     unknown = {key: value for key, value in given.items() if key not in KINDS.keys() | NO_MATTER and value is not False}
     unknown |= {key: given[key] for key in TOKENS if isinstance(given.get(key), list)}  # such as several end tokens
-    if any(len(words) != 1 for words in value_of(given, "bad_words_ids", list[list[int]], str(path), [])):
+    if any(len(words) != 1 for words in value_of(given, "bad_words_ids", list[list[int]], where, [])):
         unknown["bad_words_ids"] = given["bad_words_ids"]
     if unknown:
         asked = (f"{key}: {json.dumps(value)[:200]}" for key, value in sorted(unknown.items()))
-        raise RunError("\n  ".join([f"{path}: unknown or not implemented:", *asked]))
+        raise RunError("\n  ".join([f"{where}: unknown or not implemented:", *asked]))
     for key, kind in KINDS.items():
-        value_of(given, key, kind, str(path), None)
+        value_of(given, key, kind, where, None)
     if given.get("early_stopping", False) not in STOPPING:
-        raise RunError(f'{path}: early_stopping: expected true, false or "never", found {given["early_stopping"]!r}')
+        raise RunError(f'{where}: early_stopping: expected true, false or "never", found {given["early_stopping"]!r}')
     tokens = {key: given[key] for key in TOKENS if key in given}
     try:
         return decode_config(given), tokens
     except RunError as error:
-        raise RunError(f"{path}: {error}") from None
+        raise RunError(f"{where}: {error}") from None
 
 
 def decode_config(given: dict[str, Any]) -> DecodeConfig:
@@ -106,5 +121,7 @@ def reference_generate(
     Returns:
         The tokens and the score of the best output of each source.
     """
-    generate = Generator(model, params, decode_config(read_object(settings)), rows=max(1, len(sources)))
+    decode, special = from_settings(read_object(settings), str(settings))
+    model = model.clone(config=dataclasses.replace(model.config, **special))
+    generate = Generator(model, params, decode, rows=max(1, len(sources)))
     return [(best.tokens, best.score) for best, *_ in generate(sources)]

@@ -77,11 +77,13 @@ class Search:
         config: the options.
         eos_id: the token that ends an output.
         forced_eos_id: the token that outputs of maximum length must end with; None for any.
+        forced_bos_id: the token that every output must begin with; None for any.
     """
 
     config: DecodeConfig
     eos_id: int
     forced_eos_id: int | None = None
+    forced_bos_id: int | None = None
 
     def begin(
         self, start: Array, active: Array, source_length: int, max_tokens: int, continued: Array | None = None
@@ -171,6 +173,9 @@ class Search:
         length = step.length[:, None, None]
         if c.min_length:
             scores = jnp.where((word == self.eos_id) & (length <= c.min_length), -jnp.inf, scores)
+        if self.forced_bos_id is not None:
+            forced = jnp.where(word == self.forced_bos_id, certain[..., None], -jnp.inf)
+            scores = jnp.where(length == 1, forced, scores)
         if self.forced_eos_id is not None:
             forced = jnp.where(word == self.forced_eos_id, certain[..., None], -jnp.inf)
             scores = jnp.where(length == c.max_length, forced, scores)

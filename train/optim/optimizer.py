@@ -20,7 +20,7 @@ from ..errors import RunError
 from .layout import Layout, for_each_matrix, layouts, mean_square
 from .schedule import schedule
 
-DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
+DECAYED = frozenset({"kernel", "embedding", "table", "lora_a", "lora_b"})  # "table" is T5's of relative positions
 NOT_DECAYED = frozenset({"bias", "scale", "start", "transitions", "end"})  # the last three are a CRF's scores
 
 

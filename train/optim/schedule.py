@@ -11,6 +11,8 @@ from ..errors import RunError
 
 WSD_DECAY = 0.1  # default length of the decay of warmup-stable-decay, a fraction of the steps after the warmup
 
+T5_STEPS = 10_000  # of T5's schedule that have a constant rate
+
 
 def schedule(config: OptimConfig, phases: list[tuple[int, float | None]]) -> optax.Schedule:
     """Make the learning-rate schedule.
@@ -59,6 +61,7 @@ def _course(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
             "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
             "constant": jnp.ones_like(done),
             "inverse_sqrt": jnp.sqrt(max(1, warmup) / jnp.maximum(step + 1, warmup)),
+            "t5": jnp.sqrt(T5_STEPS / jnp.maximum(step + 1, T5_STEPS)),
             "wsd": jnp.ones_like(done),
         }
         left = jnp.clip((steps - step) / max(1, cooldown), 0.0, 1.0) if cooldown else jnp.ones_like(done)

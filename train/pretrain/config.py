@@ -59,7 +59,8 @@ class PretrainConfig:
     objective: str | None = None
     """Pretraining objective: mlm (masked words), mlm+nsp (also whether sentence B follows A), mlm+sop (also whether A
     and B are swapped), span+sbo (masked spans, also from the tokens beside them), rtd (which tokens a generator has
-    replaced) or causal (the next token, of GPT). None: that of the family's paper."""
+    replaced) or causal (the next token, of GPT); for T5 span-corruption (the tokens of missing spans), for BART denoise
+    (the whole text, from one with masked words and permuted sentences). None: that of the family's paper."""
     generator_size: float | None = None
     """Width of the generator of --objective rtd, as a fraction of the model's. None: that of the model's size."""
     generator: Path | None = None
@@ -74,6 +75,12 @@ class PretrainConfig:
     of a row sees only itself, and its positions start anew."""
     dropout: float = 0.1
     """Dropout rate of hidden states and attention probabilities."""
+    shared_dropout: bool = False
+    """For T5: drop the same channels at all positions of a row, as the authors' training does. Off: each position by
+    itself, as in the reference implementation."""
+    z_loss: float = 0.0
+    """For the objectives of encoder-decoders: weight of the square of the logarithm of the softmax's denominator in the
+    training loss. T5's own training: 1e-4."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the computation; parameters are always float32. auto: bfloat16 on an accelerator, float32 on a
     CPU."""
@@ -104,7 +111,7 @@ class PretrainConfig:
     or a span for --objective span+sbo."""
     mask_rate: float | None = None
     """Fraction of the tokens to predict: of these 80 % become [MASK], 10 % a random token, 10 % stay (for rtd 85 %, 0 %
-    and 15 %). None: 0.15; for ModernBERT 0.3, and 0.15 in evaluation."""
+    and 15 %). None: 0.15; for ModernBERT 0.3, and 0.15 in evaluation; for BART 0.3, of the words."""
     static_masks: int = 0
     """Static masking: number of epochs with different masks and pairs, which are then repeated (10 in the original).
     0: dynamic masking, with new masks and pairs in every epoch."""
@@ -160,6 +167,7 @@ class PretrainConfig:
         check_setting(self, "mask_rate", above=0, most=1)
         check_setting(self, "generator_size", above=0, most=1)
         check_setting(self, "dropout", least=0, below=1)
+        check_setting(self, "z_loss", least=0)
         check_setting(self, "accumulate", least=1)
         check_setting(self, "static_masks", least=0)
         for name in ("steps", "sequence_length"):
@@ -227,6 +235,8 @@ class DistillConfig(PretrainConfig):
     layers."""
     objective: tyro.conf.Suppress[str | None] = "distill"
     generator_size: tyro.conf.Suppress[float | None] = None
+    shared_dropout: tyro.conf.Suppress[bool] = False
+    z_loss: tyro.conf.Suppress[float] = 0.0
     generator: tyro.conf.Suppress[Path | None] = None
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(

@@ -85,21 +85,19 @@ def trained_tokenizer(config: PretrainConfig, corpus: Corpus, progress: Progress
             "Give one with --tokenizer."
         )
 
-    own = "gpt2" if kind == "byte-bpe" and "causal_lm" in family.heads else None
-
     def build(unfinished: Path) -> None:
         tokenizer = train_tokenizer(
             kind,
             corpus,
             vocab_size=config.vocab_size,
-            family=own,
+            family=family.tokenizer_like,
             lowercase=config.lowercase,
             progress=lambda report: progress.update(str(report)),
         )
         tokenizer.save(unfinished)
 
     lowercase = "" if kind == "byte-bpe" else f" {config.lowercase}"  # byte-level BPE keeps the text as it is
-    key = f"{kind}{own or ''} {config.vocab_size}{lowercase} {corpus_fingerprint(corpus)}"
+    key = f"{kind}{family.tokenizer_like or ''} {config.vocab_size}{lowercase} {corpus_fingerprint(corpus)}"
     root = (config.cache or user_cache_folder()) / "tokenizers"
     return build_once(root / hashlib.sha256(key.encode()).hexdigest()[:16], build)
 

@@ -202,7 +202,7 @@ def describe(
                 f"{share} of the text is truncated; longer rows, or --objective mlm (no pairs), lose less"
             )
     run.progress.line(
-        f"model: {architecture.layers} layers, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "
+        f"model: {architecture.size_in_words}, {architecture.width} wide, vocabulary {architecture.vocab_size:,}, "
         f"{parameters:,} parameters, in {describe_dtype(architecture.dtype)}, on {run.devices}"
     )
 

@@ -61,6 +61,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
         remat=config.remat,
         **({} if config.generator_size is None else {"generator_fraction": config.generator_size}),
         attention_implementation=config.attention,
+        **({"shared_dropout": True} if config.shared_dropout else {}),
     )
     if config.init_from is not None:
         loaded = load(config.init_from, head=head)
@@ -106,7 +107,7 @@ def describe_tokenizer(tokenizer: Tokenizer, family: Family, model: EncoderConfi
         "".join(tokenizer.tokens[number] for number in part) for part in (parts.before, parts.between, parts.after)
     )
     own = " or ".join(TITLES[kind] for kind in family.tokenizers)
-    types = f", B of token type {parts.second_type}" if model.token_types > 1 else ""
+    types = f", B of token type {parts.second_type}" if getattr(model, "token_types", 0) > 1 else ""
     return f"{found} ({family.title}'s own is {own}): inputs are {before} A {between} B {after}{types}"
 
 
@@ -114,7 +115,14 @@ def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -
     """Return the model and its learner; nothing is computed yet."""
     model = family_of(architecture).build(head, architecture)
     rate = schedule(config.optim, [(phase.steps, phase.learning_rate) for phase in config.plan])
-    return model, make_learner(partial(init_params, model), optim=config.optim, rate=rate, seed=config.seed)
+    made = make_learner(
+        partial(init_params, model),
+        optim=config.optim,
+        rate=rate,
+        seed=config.seed,
+        trains=lambda names: "final_logits_bias" not in names,  # BART's, which is only loaded and saved
+    )
+    return model, made
 
 
 def initial_weights(config: PretrainConfig, head: str) -> InitialWeights | None:

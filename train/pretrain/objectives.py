@@ -10,6 +10,8 @@ from ...models.family import Family
 from ..errors import RunError
 from .causal import NextTokens
 from .config import DistillConfig, MaskingKind, PretrainConfig
+from .denoising.denoise import Denoising
+from .denoising.span_corruption import SpanCorruption
 from .distill import Distillation
 from .mlm import MaskedWords
 from .mlm_pairs import MaskedWordsAndNextSentence, MaskedWordsAndSentenceOrder
@@ -54,6 +56,8 @@ OBJECTIVES: Mapping[str, ObjectiveClass] = {
     "rtd": ReplacedTokens,
     "distill": Distillation,
     "causal": NextTokens,
+    "span-corruption": SpanCorruption,
+    "denoise": Denoising,
 }
 
 
@@ -85,6 +89,11 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
     for flag in ("generator_size", "generator"):
         if getattr(config, flag) is not None and name != "rtd":
             raise RunError(f"--{flag.replace('_', '-')}: --objective {name} has no generator; rtd has one.")
+    restores = family.architectures[0].head == "generation"
+    if config.z_loss and not restores:
+        raise RunError(f"--z-loss: it is for the objectives of encoder-decoders, not for {name}.")
+    if config.shared_dropout and "shared_dropout" not in {field.name for field in dataclasses.fields(family.config)}:
+        raise RunError(f"--shared-dropout: {family.title} has no such dropout; T5 has it.")
     return dataclasses.replace(
         config,
         objective=name,

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data.files import write_text
-from ...models.encoder_decoders.transformer import TransformerConfig
 from ...models.incremental import cross_attention_maps
 from ..errors import RunError
 from .translator import Translation, Translator
@@ -28,7 +27,7 @@ td { width: 20px; height: 20px; border: 1px solid #eee; }
 """
 
 
-def to_draw(config: TransformerConfig, layers: Sequence[int], heads: Sequence[int]) -> tuple[list[int], list[int]]:
+def to_draw(config: Any, layers: Sequence[int], heads: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the numbers of the layers and heads to draw, from 1: by default the last layer, and all heads.
 
     Raises:

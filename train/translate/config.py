@@ -9,13 +9,24 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 
 from ...data.tokenizers.kinds import PairKind
+from ...data.tokenizers.pairs import TextForm
 from ..arguments import did_you_mean, flags
 from ..config import FREE as EVERY_FREE
 from ..config import Attention, LoopConfig, OptimConfig, ParallelConfig, upgrade_optim
 from ..errors import MOST_SEED, RunError, check_setting
 from ..generate.config import DecodeConfig
 
-TooLong = Literal["split", "refuse"]
+TooLong = Literal["split", "cut", "refuse"]
+
+TOKENIZER_FILES = (
+    "subwords.json",
+    "source.spm",
+    "tokenizer.json",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Of which a checkpoint with a tokenizer has one."""
 
 DECODE = DecodeConfig(beam=5, max_length=256)
 """Default decoding options of the commands."""
@@ -109,8 +120,8 @@ class TranslateConfig:
     moses: bool = False
     """Normalise punctuation and split words as the Moses scripts do; translations are detokenised."""
     tokenizer: Path | None = None
-    """Tokenizer folder saved with a translator, or a SentencePiece model file for both languages. None: train one on
-    the text."""
+    """Folder of a tokenizer, such as that of a translator or of BART, or a SentencePiece model file for both languages.
+    None: that of --init-from, or one trained on the text."""
     sample_subwords: float = 0.0
     """Subword regularisation: split words differently in every epoch. Alpha of unigram sampling (Kudo 2018), or the
     dropout rate of BPE merges (Provilkov et al. 2020)."""
@@ -143,8 +154,9 @@ class TranslateConfig:
     row_tokens: int = 64
     """Length of a packed row, in tokens, on either side; several pairs share a row. Longer pairs are dropped and
     counted (see --too-long)."""
-    too_long: Literal["drop", "refuse"] = "drop"
-    """Handling of pairs that are longer than a row: leave them out and count them, or refuse them."""
+    too_long: Literal["drop", "cut", "refuse"] = "drop"
+    """Handling of pairs that are longer than a row: leave them out and count them, cut and count them, or refuse
+    them."""
     batch_tokens: int = 1024
     """Target tokens per step, padding included: rows per step times --row-tokens."""
     accumulate: int = 1
@@ -190,11 +202,11 @@ class TranslateConfig:
     """Run folder, or one step of its checkpoints, from which a new run continues, with optimiser state and data
     position."""
     init_from: Path | None = None
-    """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run."""
+    """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run, and with its tokenizer
+    unless --tokenizer is given: a translator, BART, T5."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        check_setting(self, "seed", least=0, most=MOST_SEED)
         if (self.source is None) != (self.target is None):
             raise RunError("--source and --target belong together: give both files.")
         if self.source is not None and self.pairs is not None:
@@ -204,10 +216,19 @@ class TranslateConfig:
         if self.preset not in RECIPES:
             meant = did_you_mean(self.preset, RECIPES) or f" Expected one of {', '.join(RECIPES)}."
             raise RunError(f"--preset {self.preset}: there is no such size.{meant}")
+        self.check()
+
+    def check(self) -> None:
+        """Check the settings that every model and text has.
+
+        Raises:
+            RunError: one is invalid.
+        """
+        check_setting(self, "seed", least=0, most=MOST_SEED)
         if len(self.dev) > 2:
             raise RunError(f"--dev names {len(self.dev)} files; expected two, or one that holds both sides.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing", "sample_subwords"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise RunError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 and below 1."
                 )
@@ -239,6 +260,33 @@ class TranslateConfig:
     def rows(self) -> int:
         """Number of rows of a batch."""
         return self.batch_tokens // self.row_tokens
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Length of a row of sources, and of one of targets."""
+        return self.row_tokens, self.row_tokens
+
+    @property
+    def longest_output(self) -> int | None:
+        """Maximum length of the outputs for the dev set; None: as `translator.longest_output` says."""
+        return None
+
+    @property
+    def form(self) -> TextForm:
+        """Preparation of the texts."""
+        return TextForm(self.languages, self.lowercase, self.moses)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder or file of the tokenizer, that of --init-from unless another is given; None to train one."""
+        if self.tokenizer is None and self.init_from is not None:
+            return self.init_from if any((self.init_from / name).is_file() for name in TOKENIZER_FILES) else None
+        return self.tokenizer
+
+    @property
+    def sources_too_long(self) -> TooLong:
+        """What becomes of sources of the dev set that are longer than a row."""
+        return "split"
 
 
 # Settings that change neither the numbers of a run nor what it exports: they may change when it is resumed.

@@ -58,6 +58,8 @@ class RunConfig:
     """With --attention: layers to draw, from 1. None: the last one."""
     heads: tuple[int, ...] = ()
     """With --attention: heads to draw, from 1. None: all, and their mean."""
+    prefix: tyro.conf.Suppress[str | None] = None
+    """Text before every line; None: that of the model's training. For `text2text run`."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.window < 1 or self.longest < 0:
@@ -66,7 +68,7 @@ class RunConfig:
             raise RunError("--layers and --heads select what --attention draws: give it a file.")
         if self.attention is not None and not self.attention.absolute().parent.is_dir():
             raise RunError(f"--attention {self.attention}: there is no folder {self.attention.absolute().parent}.")
-        if self.generation_config and self.decode != DECODE:
+        if self.generation_config and self.decode != type(self).decode:
             raise RunError("--generation-config replaces the flags of decoding: leave one out.")
 
     @staticmethod
@@ -92,6 +94,7 @@ def main(config: RunConfig) -> int:
         longest=config.longest,
         too_long=config.too_long,
         dtype=config.dtype,
+        prefix=config.prefix,
     )
     if config.attention is not None:
         to_draw(

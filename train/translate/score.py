@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import tyro
 
@@ -43,7 +43,37 @@ class Scores(NamedTuple):
 
     def __str__(self) -> str:
         shown = "  ".join(f"{name} {value:.2f}" for name, value in self.values.items())
-        return f"{shown}  ({self.signatures['bleu_signature']})"
+        signature = next(iter(self.signatures.values()), None)
+        return shown if signature is None else f"{shown}  ({signature})"
+
+
+class Scoring(Protocol):
+    """Figures of a model's outputs for a set of texts."""
+
+    @property
+    def deciding(self) -> str:
+        """Name of the figure for model selection; the greatest is the best."""
+        ...
+
+    def __call__(self, outputs: "Sequence[Translation]", references: Sequence[str]) -> Scores:
+        """Compute the figures of outputs, one for each reference."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """The figures of translations of this form."""
+
+    form: TextForm
+
+    @property
+    def deciding(self) -> str:
+        """See `Scoring`."""
+        return deciding(self.form)
+
+    def __call__(self, outputs: "Sequence[Translation]", references: Sequence[str]) -> Scores:
+        """See `Scoring`."""
+        return translation_scores(outputs, references, self.form)
 
 
 def deciding(form: TextForm) -> str:

@@ -13,30 +13,26 @@ A run starts from, in this order: (1) its own newest whole checkpoint, (2) the c
 """
 
 import dataclasses
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...data.corpus.pair_store import PairStore, build_pairs, describe_pairs, outdated_pairs
-from ...data.corpus.parallel import Pair, ParallelText
-from ...data.files import build_once, user_cache_folder
-from ...data.progress import counted
 from ...data.rows.translation import TranslationRows
 from ...data.stream import evaluation_batches, training_batches
-from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords
-from ...data.tokenizers.pairs_training import train_subwords
-from ...models import load
-from ...models.encoder_decoders.marian import Marian, MarianConfig, from_transformer
+from ...data.tokenizers.kinds import TextKind
+from ...data.tokenizers.pairs import TEXT, PairTokenizer
+from ...models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from ...models.encoder_decoders.marian import from_transformer
 from ...models.encoder_decoders.transformer import Transformer, TransformerConfig
 from ...models.heads.losses import SmoothedSums
+from ...models.registry import family_of, presets
 from ..checkpoint import read_params, write_params
 from ..errors import RunError
 from ..generate.config import DecodeConfig
@@ -54,186 +50,42 @@ from ..learner import (
 from ..loop import Best, Fitted, InitialWeights, Stop, Training
 from ..metrics import Meter, Sums
 from ..optim.schedule import schedule, warmup_steps
-from ..progress import Progress
 from ..run import Run, start_run
-from ..sharding import Replicas, first_process_first
+from ..sharding import Replicas
 from .config import FREE, TranslateConfig, upgrade
-from .score import Scores, bleu_language, deciding, translation_scores
-from .translator import Translation, Translator, check_vocabulary, longest_output
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-class Texts(NamedTuple):
-    """Sentence pairs of a run, before tokenisation."""
-
-    train: Callable[[], Iterable[Pair]]  # reads them again at each call
-    dev: list[Pair]
-    fingerprint: str  # of the training pairs
-    described: str
-    notes: Callable[[], list[str]]  # remarks on the training text, once it has been read
-
-
-def read_texts(config: TranslateConfig) -> Texts:
-    """Open the training and dev pairs. Only dev pairs in their own files are read at once."""
-    options: dict[str, Any] = dict(fields=config.fields, languages=config.languages, encoding=config.encoding)
-    given = (config.source, config.target) if config.source is not None else (config.pairs,)
-    if given == (None,):
-        from ...data.corpus.phrases import phrase_pairs
-
-        dev = phrase_pairs("held-out", config.languages)[: config.dev_pairs]
-        train = phrase_pairs("train", config.languages)
-        return Texts(lambda: train, dev, fingerprint(train), "embedded phrases", list)
-    options["empty"] = "drop"
-    text = ParallelText([str(path) for path in given if path is not None], **options)
-    described = str(text)
-    if config.dev:
-        options |= {"empty": "keep", "split": "validation"}
-        dev = list(ParallelText(config.dev, **options))
-        return Texts(lambda: text, dev, text.fingerprint, described, lambda: list(text.findings))
-    pairs = sum(1 for _ in text)
-
-    def held_out(pair: Pair) -> bool:
-        digest = hashlib.blake2b(pair.source.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < config.dev_pairs / pairs * 2**64
-
-    dev = [pair for pair in text if held_out(pair)]
-    if not 0 < len(dev) < pairs:
-        raise RunError(
-            f"{text}: {pairs} pairs are too few to hold {config.dev_pairs} out. Give fewer --dev-pairs, or --dev."
-        )
-    return Texts(
-        lambda: (pair for pair in text if not held_out(pair)),
-        dev,
-        f"{text.fingerprint} without {config.dev_pairs}",
-        described,
-        lambda: list(text.findings),
-    )
-
-
-def fingerprint(pairs: Iterable[Pair]) -> str:
-    """Return a hash of the contents of pairs."""
-    return hashlib.sha256(repr([(pair.source, pair.target) for pair in pairs]).encode()).hexdigest()
-
-
-class Data(NamedTuple):
-    """The tokenised text of a run."""
-
-    tokenizer: PairTokenizer
-    train: PairStore
-    dev: list[Pair]
-    dev_store: PairStore
-
-
-def prepare_data(config: TranslateConfig, progress: Progress) -> Data:
-    """Return the tokenizer and the tokenised pairs, which are built if they are missing."""
-    root = (config.cache or user_cache_folder()) / "translation"
-
-    def show(report: Any) -> None:
-        progress.update(str(report))
-
-    with first_process_first("data_prepared"):
-        texts = read_texts(config)
-        form = TextForm(config.languages, config.lowercase, config.moses)
-        if config.tokenizer is not None:
-            tokenizer = load_subwords(config.tokenizer, form)
-        else:
-            tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
-        store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
-        outdated = outdated_pairs(root / "pairs")
-        if outdated:
-            progress.line(
-                f"{root / 'pairs'}: {counted(len(outdated), 'cache')} of an earlier version, which are no longer read. "
-                f"Delete {', '.join(path.name for path in outdated)}."
-            )
-        as_text = config.sample_subwords > 0
-        train = store(texts.train, fingerprint=texts.fingerprint, as_text=as_text, notes=texts.notes)
-        kept = [pair for pair in texts.dev if pair.source and pair.target]
-        dev_store = store(lambda: kept, fingerprint=fingerprint(texts.dev))
-    for line in (*describe_pairs(train, texts.described), *describe_pairs(dev_store, "dev")):
-        progress.line(line)
-    return Data(tokenizer, train, texts.dev, dev_store)
-
-
-def trained_tokenizer(
-    config: TranslateConfig, texts: Texts, form: TextForm, root: Path, progress: Progress
-) -> PairTokenizer:
-    """Return the tokenizer of this text, after training it if it is missing."""
-    split_digits = config.subwords != "word-bpe" if config.split_digits is None else config.split_digits
-    key = f"{config.subwords} {config.vocab_size} {config.joint} {split_digits} {form} {texts.fingerprint}"
-    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-    def build(unfinished: Path) -> None:
-        progress.line(f"training a tokenizer with at most {config.vocab_size:,} subwords ({config.subwords})")
-        trained = train_subwords(
-            config.subwords,
-            lambda: (form.prepare(pair.source, target=False) for pair in texts.train()),
-            lambda: (form.prepare(pair.target, target=True) for pair in texts.train()),
-            vocab_size=config.vocab_size,
-            joint=config.joint,
-            form=form,
-            split_digits=split_digits,
-        )
-        trained.save(unfinished)
-
-    return load_subwords(build_once(folder, build))
-
-
-def make_rows(
-    config: TranslateConfig, data: Data, start_id: int, progress: Progress, *, dev: bool = False
-) -> TranslationRows:
-    """Return the training rows, or those of the dev set.
-
-    Raises:
-        RunError: pairs are longer than a row, and --too-long refuses them.
-    """
-    rows = TranslationRows(
-        data.dev_store if dev else data.train,
-        data.tokenizer,
-        source_length=config.row_tokens,
-        target_length=config.row_tokens,
-        start_id=start_id,
-        seed=config.seed,
-        sampling=0.0 if dev else config.sample_subwords,
-    )
-    too_long = rows.statistics().too_long
-    if too_long and dev:
-        progress.line(
-            f"dev: {too_long:,} {'pair is' if too_long == 1 else 'pairs are'} too long for a row: not in the dev loss; "
-            "long sources are translated in parts"
-        )
-    if too_long and config.too_long == "refuse":
-        raise RunError(
-            f"{too_long:,} {'dev ' if dev else ''}pairs are longer than a row of {config.row_tokens} tokens: raise "
-            "--row-tokens, or drop them with --too-long drop."
-        )
-    return rows
-
+from .data import Data, Texts, make_rows, prepare_data
+from .score import Bleu, Scores, Scoring, bleu_language
+from .translator import Translation, Translator, check_vocabulary, load_generator, longest_output
 
 # --- model and optimiser ----------------------------------------------------------------------------------------------
 
 
-def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> TransformerConfig:
+def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> EncoderDecoderConfig:
     """Return the model's configuration: a preset, or that of the checkpoint it starts from.
 
     Raises:
         RunError: the vocabularies do not fit.
     """
     run: dict[str, Any] = dict(
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        activation_dropout=config.activation_dropout,
         dtype=compute_dtype(config.dtype),
         scan_layers=config.scan_layers,
         remat=config.remat,
         attention_implementation=config.attention,
     )
+    rates = {name: getattr(config, name) for name in DROPOUTS}
     if config.init_from is not None:
-        found = load(config.init_from).config
-        if not isinstance(found, TransformerConfig):
-            raise RunError(f"{config.init_from}: a {type(found).__name__}; expected a translator's checkpoint.")
+        loaded = load_generator(config.init_from)
+        found, own = loaded.config, loaded.tokenizer
         check_vocabulary(found, tokenizer, str(config.init_from))
-        return dataclasses.replace(found, **run)
+        if isinstance(own, PairTokenizer) and own.source.vocabulary != tokenizer.source.vocabulary:
+            raise RunError(f"--tokenizer {config.tokenizer}: other ids than those of {config.init_from}. Leave it out.")
+        longest = max(config.lengths)
+        if found.max_length is not None and longest > found.max_length:
+            raise RunError(f"Rows of {longest} tokens are beyond the model's {found.max_length} positions.")
+        rates = {name: rate for name, rate in rates.items() if rate is not None and hasattr(found, name)}
+        return dataclasses.replace(found, **run, **rates)
+    if tokenizer.kind == TEXT:
+        return text_model(config, tokenizer, run)
     source, target = tokenizer.source, tokenizer.target
     sizes: dict[str, Any] = dict(
         vocab_size=source.size,
@@ -244,34 +96,62 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> Transform
         pad_token_id=target.pad_id,
         eos_token_id=target.eos_id,
         bos_token_id=target.bos_id,
-        decoder_start_token_id=target.eos_id if target.bos_id is None else target.bos_id,
+        decoder_start_token_id=target.pad_id,
     )
     try:
-        return TransformerConfig.preset(config.preset, **sizes, **run)
+        return TransformerConfig.preset(config.preset, **sizes, **run, **rates)
     except (ValueError, KeyError) as error:
         raise RunError(str(error)) from None
 
 
-def make_model(config: TranslateConfig, architecture: TransformerConfig) -> tuple[Transformer, Learner]:
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+
+
+def text_model(config: TranslateConfig, tokenizer: PairTokenizer, run: Mapping[str, Any]) -> EncoderDecoderConfig:
+    """Return the configuration of a new text-to-text model of a released size.
+
+    Raises:
+        RunError: there is no such size, or it is of another kind of model.
+    """
+    family = presets().get(config.preset)
+    if family is None or "generation" not in family.heads or family.tokenizers[0] not in get_args(TextKind):
+        sizes = [name for name, of in presets().items() if of.objectives and "generation" in of.heads]
+        raise RunError(f"{config.preset}: no size of a text-to-text model; expected one of {', '.join(sizes)}.")
+    side = tokenizer.source
+    ids = {"pad": side.pad_id, "eos": side.eos_id, **({} if side.bos_id is None else {"bos": side.bos_id})}
+    of: Any = family.config
+    found = of.preset(config.preset, **of.vocabulary_fields(side.size, ids), **run)
+    rates = {name: getattr(config, name) for name in DROPOUTS}
+    return dataclasses.replace(
+        found, **{name: r for name, r in rates.items() if r is not None and hasattr(found, name)}
+    )
+
+
+def make_model(config: TranslateConfig, architecture: EncoderDecoderConfig) -> tuple[EncoderDecoder, Learner]:
     """Return the model and its learner; nothing is computed yet."""
-    model = Marian(architecture) if isinstance(architecture, MarianConfig) else Transformer(architecture)
+    model = family_of(architecture).build("generation", architecture)
     ids = jnp.zeros((1, 8), jnp.int32)
     learner = make_learner(
         lambda key: model.init(key, ids)["params"],
         optim=config.optim,
         rate=schedule(config.optim, [(config.steps, None)]),
         seed=config.seed,
-        trains=lambda names: "final_logits_bias" not in names,  # Marian's, which is only loaded and saved
+        trains=lambda names: "final_logits_bias" not in names,  # which is only loaded and saved
     )
     return model, learner
 
 
-def released(model: Transformer, params: Any) -> tuple[Transformer, Any]:
-    """Convert the model to an equivalent Marian model, which the reference implementation loads, if possible."""
+def released(model: EncoderDecoder, params: Any, tokenizer: PairTokenizer) -> tuple[EncoderDecoder, Any, PairTokenizer]:
+    """Convert the model to an equivalent Marian model, which the reference implementation loads, if possible.
+
+    With SentencePiece's subwords, padding becomes the last word, as CTranslate2 expects of Marian.
+    """
     c = model.config
-    if isinstance(model, Marian) or c.pre_norm or c.table_width != c.width:
-        return model, params
-    return from_transformer(model, params)
+    if type(model) is not Transformer or c.pre_norm or c.table_width != c.width:
+        return model, params, tokenizer
+    last = tokenizer.can_have_padding_last and c.decoder_start_token_id == c.pad_token_id
+    converted, moved = from_transformer(model, params, padding_last=last)
+    return converted, moved, tokenizer.with_padding_last() if last else tokenizer
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -282,7 +162,7 @@ INPUTS = (
 
 
 def smoothed_sums(
-    model: Transformer, params: Any, batch: dict[str, jax.Array], *dropout: jax.Array, **kwargs: Any
+    model: EncoderDecoder, params: Any, batch: dict[str, jax.Array], *dropout: jax.Array, **kwargs: Any
 ) -> SmoothedSums:
     """Return the summed losses of a batch: of one pass per key of `dropout`, or of one without dropout."""
     passes = [
@@ -307,7 +187,7 @@ def train_step(
     batch: dict[str, jax.Array],
     replicas: Replicas,
     *,
-    model: Transformer,
+    model: EncoderDecoder,
     learner: Learner,
     smoothing: float,
     r_drop: float,
@@ -338,7 +218,7 @@ def train_step(
     return state, {**metrics, "divergence": (sums.divergence, targets)} if r_drop else metrics
 
 
-def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, model: Transformer) -> Sums:
+def evaluation_step(params: Any, batch: dict[str, jax.Array], replicas: Replicas, *, model: EncoderDecoder) -> Sums:
     """Compute sums over held-out rows."""
     batch = {**batch, "rows": replicas.rows(batch["input_ids"].shape[0])}
     sums = replicas.sum(smoothed_sums(model, params, batch))
@@ -360,8 +240,9 @@ class Evaluation:
         run: Run,
         config: TranslateConfig,
         data: Data,
-        model: Transformer,
+        model: EncoderDecoder,
         keep: "Means",
+        scoring: Scoring | None = None,
     ):
         self._tokenizer, self._parallelism, self._keep = data.tokenizer, run.parallelism, keep
         rows = make_rows(config, data, model.config.decoder_start_token_id, run.progress, dev=True)
@@ -371,11 +252,12 @@ class Evaluation:
         self._references = [pair.target for pair in data.dev]
         self._sources = [pair.source for pair in data.dev]
         longest = max(len(ids) + 1 for ids in data.tokenizer.encode_source(self._sources))
-        self._row_tokens = config.row_tokens
-        self._most = longest_output(model.config, min(longest, config.row_tokens))
+        self._row_tokens, self._too_long = config.lengths[0], config.sources_too_long
+        self._most = config.longest_output or longest_output(model.config, min(longest, self._row_tokens))
         self._model, self._beam = model, config.dev_beam
         self._translators: dict[int, Translator] = {}
-        self.deciding = deciding(data.tokenizer.form)
+        self._scoring = scoring or Bleu(data.tokenizer.form)
+        self.deciding = self._scoring.deciding
 
     def translate(self, params: Any, beam: int) -> list[Translation]:
         """Translate the dev set with parameters on the host."""
@@ -383,12 +265,13 @@ class Evaluation:
             self._translators[beam] = self._translators[beam].with_params(params)
         else:
             decode = DecodeConfig(beam=beam, max_length=self._most)
-            self._translators[beam] = Translator(self._model, params, self._tokenizer, decode, longest=self._row_tokens)
+            how: Any = {"longest": self._row_tokens, "too_long": self._too_long}
+            self._translators[beam] = Translator(self._model, params, self._tokenizer, decode, **how)
         return [found[0] for found in self._translators[beam].translate(self._sources)]
 
     def scores(self, translations: Sequence[Translation]) -> Scores:
         """Score translations of the dev set."""
-        return translation_scores(translations, self._references, self._tokenizer.form)
+        return self._scoring(translations, self._references)
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         params = ema_or_params(state)
@@ -450,25 +333,27 @@ class Means:
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-def describe(run: Run, config: TranslateConfig, rows: TranslationRows, model: TransformerConfig, params: Any) -> None:
+def describe(
+    run: Run, config: TranslateConfig, rows: TranslationRows, model: EncoderDecoderConfig, params: Any
+) -> None:
     """Describe the run and its data."""
     statistics = rows.statistics()
     run.progress.line(f"an epoch: {statistics}; {statistics.rows / config.rows:,.1f} updates")
     run.progress.line(
-        f"model: {model.encoder_layers}+{model.decoder_layers} layers, {model.width} wide, vocabulary "
+        f"model: {model.size_in_words}, {model.width} wide, vocabulary "
         f"{model.vocab_size:,}, {count_parameters(params):,} parameters, in {describe_dtype(model.dtype)}, on "
         f"{run.devices}"
     )
 
 
 def figures(
-    data: Data, fitted: Fitted, held_out: Mapping[str, float | str], means: list[int], parameters: int
+    data: Data, fitted: Fitted, held_out: Mapping[str, float | str], means: list[int], parameters: int, deciding: str
 ) -> dict[str, Any]:
     """Return the part of results.json that is specific to translation."""
     return {
         "parameters": parameters,
         "held_out": dict(held_out),
-        "best": None if fitted.best is None else {"step": fitted.best[0], "bleu": fitted.best[1]},
+        "best": None if fitted.best is None else {"step": fitted.best[0], deciding: fitted.best[1]},
         "mean_of_steps": means,
         "target_tokens": fitted.totals["target_tokens"],
         "target_tokens_per_second": fitted.rate("target_tokens"),
@@ -477,22 +362,37 @@ def figures(
     }
 
 
-def translate(run: Run, config: TranslateConfig) -> int:
-    """Train; return the exit status."""
+def translate(
+    run: Run,
+    config: TranslateConfig,
+    task: str = "translate",
+    scoring: Scoring | None = None,
+    read: Callable[[], Texts] | None = None,
+) -> int:
+    """Train; return the exit status.
+
+    Args:
+        run: the run.
+        config: its settings.
+        task: name of the task, for results.json.
+        scoring: figures of the outputs for the dev set; None: BLEU and chrF.
+        read: opens the texts; None: those of the settings.
+    """
     if config.rows % config.accumulate:
         raise RunError(f"A batch of {config.rows} rows cannot be computed in {config.accumulate} parts.")
     run.parallelism.share(config.rows // config.accumulate)
     if run.folder.finished:
         run.progress.line(f"{config.out} holds the finished run: its figures are in results.json, its model in model/")
         return 0
-    bleu_language(config.languages[1])  # a missing dictionary is reported before the work
-    data = prepare_data(config, run.progress)
+    if scoring is None:
+        bleu_language(config.languages[1])  # a missing dictionary is reported before the work
+    data = prepare_data(config, run.progress, read)
     architecture = model_config(config, data.tokenizer)
     model, learner = make_model(config, architecture)
     rows = make_rows(config, data, architecture.decoder_start_token_id, run.progress)
     describe(run, config, rows, architecture, learner.shapes().params)
     means = Means(config.out, config)
-    evaluate = Evaluation(run, config, data, model, means)
+    evaluate = Evaluation(run, config, data, model, means, scoring)
     index, count = run.parallelism.share(config.rows)
     step = partial(
         train_step,
@@ -511,7 +411,7 @@ def translate(run: Run, config: TranslateConfig) -> int:
         evaluate=evaluate,
         shown=("loss", "nll", "accuracy"),
         counted={"target_tokens": "target tokens/s"},
-        initial=init and InitialWeights(lambda: load(init).params, f"the weights of {init}"),
+        initial=init and InitialWeights(lambda: load_generator(init).params, f"the weights of {init}"),
         best=Best(evaluate.deciding, config.patience, run.keep_best, counts_after=warmup),
     )
     fitted = run.fit(training)
@@ -525,13 +425,15 @@ def translate(run: Run, config: TranslateConfig) -> int:
         translations = evaluate.translate(params, config.final_beam)
         scores = evaluate.scores(translations)
         run.progress.line(f"dev, beam {config.final_beam}: {scores}")
-        held = figures(data, fitted, scores.values | scores.signatures, over, count_parameters(params))
+        held = figures(
+            data, fitted, scores.values | scores.signatures, over, count_parameters(params), evaluate.deciding
+        )
         samples = [
             f"  {pair.source} → {found.text} ({'ok' if found.text == pair.target else f'for {pair.target}'})"
             for pair, found in list(zip(data.dev, translations, strict=True))[:5]
         ]
-        tokenizer = data.tokenizer.with_longest(config.row_tokens)
-        run.finish(*released(model, params), tokenizer, run.results("translate", fitted, held), samples)
+        tokenizer = data.tokenizer.with_longest(config.lengths[0])
+        run.finish(*released(model, params, tokenizer), run.results(task, fitted, held), samples)
     return fitted.exit_status
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.corpus.parallel import Findings, clean_line
-from ...data.tokenizers.pairs import PairTokenizer
+from ...data.tokenizers.pairs import TEXT, PairTokenizer, text_pairs
+from ...data.tokenizers.tokenizer import Tokenizer
 from ...models import load
-from ...models.encoder_decoders.transformer import TransformerConfig
+from ...models.checkpoints.folder import Loaded, family_of_folder, read_config
+from ...models.encoder_decoder import EncoderDecoderConfig
 from ..errors import RunError
 from ..generate.config import DecodeConfig
 from ..generate.generator import Generator, Hypothesis
@@ -46,22 +48,39 @@ class Translation(NamedTuple):
     parts: tuple[Part, ...] = ()  # empty for an empty line
 
 
-def longest_output(model: TransformerConfig, source: int) -> int:
+ROW = 512  # maximum length of a source, in tokens, of a model that has none
+
+
+def longest_output(model: EncoderDecoderConfig, source: int) -> int:
     """Return the maximum length of the translation of `source` tokens: half as many again, plus 16."""
-    return min(model.positions, source * 3 // 2 + 16)
+    longest = source * 3 // 2 + 16
+    return longest if model.max_length is None else min(model.max_length, longest)
 
 
-def check_vocabulary(model: TransformerConfig, tokenizer: PairTokenizer, where: str) -> None:
-    """Raise RunError unless the tokenizer's vocabularies have the model's sizes."""
+def check_vocabulary(model: EncoderDecoderConfig, tokenizer: PairTokenizer, where: str) -> None:
+    """Raise RunError unless the tokenizer's vocabularies have the model's sizes; a text model's table may be padded."""
     for side, size, expected in (
         ("source", tokenizer.source.size, model.vocab_size),
         ("target", tokenizer.target.size, model.target_words),
     ):
-        if size != expected:
+        if size != expected and not (tokenizer.kind == TEXT and size < expected):
             raise RunError(
                 f"{where}: the model has a {side} vocabulary of {expected:,}, the tokenizer one of {size:,}. Give the "
                 "tokenizer that the model was trained with."
             )
+
+
+def load_generator(folder: Path, **changes: Any) -> Loaded:
+    """Load an encoder-decoder that generates; the constants of a released BART's logits may be missing.
+
+    Raises:
+        RunError: it is another kind of model.
+    """
+    stored = read_config(folder)
+    family = family_of_folder(stored, folder)
+    if "generation" not in family.heads:
+        raise RunError(f"{folder}: a model of {family.title}; expected an encoder-decoder that generates text.")
+    return load(folder, head=None if family.one_kind else "generation", **changes)
 
 
 def open_translator(
@@ -72,6 +91,7 @@ def open_translator(
     longest: int = 0,
     too_long: TooLong = "split",
     dtype: str | None = None,
+    prefix: str | None = None,
 ) -> "Translator":
     """Load a translator, for a process that only translates.
 
@@ -84,16 +104,19 @@ def open_translator(
         longest: see `Translator`.
         too_long: see `Translator`.
         dtype: compute dtype; None for that of the checkpoint's config.
+        prefix: text before every source; None for that of the model's training.
 
     Raises:
         RunError: it is another kind of model, or the tokenizer does not belong to the model.
     """
     folder = model_folder(folder)
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    loaded = load(folder, **changes)
-    if not isinstance(loaded.config, TransformerConfig):
-        raise RunError(f"{folder}: a {type(loaded.config).__name__}; expected a translator's checkpoint.")
+    loaded = load_generator(folder, **changes)
     tokenizer = loaded.tokenizer
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer = text_pairs(tokenizer, where=str(folder))
+    if prefix is not None and isinstance(tokenizer, PairTokenizer):
+        tokenizer = tokenizer.with_prefix(prefix)
     if not isinstance(tokenizer, PairTokenizer):
         raise RunError(f"{folder}: no tokenizer for translation there (subwords.json, or source.spm and vocab.json).")
     check_vocabulary(loaded.config, tokenizer, str(folder))
@@ -119,8 +142,8 @@ class Translator:
         decode: decoding options. The maximum output length is limited to the model's positions.
         rows: number of sentences translated together.
         longest: maximum number of source tokens of a line, including the end token; 0 for the length used in training,
-            or if unknown, the model's positions.
-        too_long: whether to split or refuse longer lines.
+            or if unknown, the model's positions, or `ROW` if it has no maximum.
+        too_long: whether to split, cut or refuse longer lines.
     """
 
     def __init__(
@@ -135,13 +158,14 @@ class Translator:
         too_long: TooLong = "split",
     ):
         self.model, self.tokenizer, self.too_long = model, tokenizer, too_long
-        positions = model.config.positions
-        self.longest = min(positions, longest or tokenizer.longest or positions)
+        positions = model.config.max_length
+        self.longest = longest or tokenizer.longest or positions or ROW
+        self.longest = self.longest if positions is None else min(positions, self.longest)
         self.findings, self.lines, self._sentences = Findings(), 0, 0
         # Padding is never generated, as in the reference's generation settings of Marian.
         decode = self.decode = dataclasses.replace(
             decode,
-            max_length=min(decode.max_length, positions),
+            max_length=decode.max_length if positions is None else min(decode.max_length, positions),
             suppressed=(*decode.suppressed, tokenizer.target.pad_id),
         )
         self.generator = Generator(model, params, decode, rows=rows)
@@ -203,6 +227,9 @@ class Translator:
             raise RunError(
                 f"line {line}: {len(ids)} tokens, more than {self.longest}. Split it, or use --too-long split."
             )
+        if self.too_long == "cut":
+            self.findings.add(f"more than {self.longest} tokens (see --longest), cut", line)
+            return [[*ids[: self.longest - 1], ids[-1]]]
         self.findings.add(f"more than {self.longest} tokens (see --longest), translated in parts", line)
         return self._split(text, ids)
 

@@ -212,18 +212,25 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params(name))
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["padding first", "padding last"])
 @pytest.mark.parametrize("name", ["plain", "untied"])
-def test_a_transformer_becomes_a_marian_model(name: str, tmp_path: Path) -> None:
-    """Moving the channels changes no logit, and what is saved is what the reference calls its own."""
-    original = model(name)
-    converted, moved = from_transformer(original, params(name))
+def test_a_transformer_becomes_a_marian_model(name: str, last: bool, tmp_path: Path) -> None:
+    """Moving channels and words changes no logit but padding's; what is saved is what the reference calls its own."""
+    original = model(name, decoder_start_token_id=0)
+    converted, moved = from_transformer(original, params(name), padding_last=last)
     models.save(tmp_path / "model", converted, moved)
     loaded = models.load(tmp_path / "model")
     assert isinstance(loaded.config, MarianConfig)
     assert loaded.config.tying == original.config.tying
-    arguments = (SOURCE, None, None, TARGET)
-    found = run(name, *arguments, model=loaded.model, tree=loaded.params)
-    np.testing.assert_allclose(found, run(name, *arguments), atol=5e-6)
+    words = original.config.target_words
+    assert loaded.config.pad_token_id == loaded.config.decoder_start_token_id == (words - 1 if last else 0)
+    assert not loaded.params["target" if name == "untied" else "source"]["embedding"][loaded.config.pad_token_id].any()
+    target = TARGET.at[:, 0].set(0)  # outputs start from padding
+    shift = int(last)
+    source, moved_target = (SOURCE - shift) % 37, (target - shift) % words
+    found = np.roll(run(name, source, None, None, moved_target, model=loaded.model, tree=loaded.params), shift, axis=-1)
+    expected = run(name, SOURCE, None, None, target, model=original)
+    np.testing.assert_allclose(found[..., 1:], expected[..., 1:], atol=5e-6)
 
 
 def test_one_token_at_a_time() -> None:

@@ -138,6 +138,7 @@ class Chain:
     start_id: int | None = 0
     eos_id: int = END
     forced_eos_id: int | None = None
+    forced_bos_id: int | None = None
 
     def incremental(self) -> "Chain":
         return self

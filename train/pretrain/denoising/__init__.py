@@ -1,0 +1,1 @@
+"""Objectives of encoder-decoders: restore text from which parts were taken."""

@@ -52,6 +52,7 @@ CHECKS: list[dict[str, Any]] = [
     {"L": 300, "D": 192, "Dv": 128}, {"L": 640, "dtype": "float16", **ALL}, {"L": 1, "S": 300}, {"L": 8, "S": 8},
     {"B": 40, "L": 128, "H": 16, "causal": True}, {"L": 4096, "B": 1, **ALL},
     {"L": 200, "S": 100, "segments": "packed", "rate": 0.1}, {"L": 2000, "segments": "any", "rate": 0.1},
+    {"L": 2016, "B": 32},  # tiles of 192 queries on Hopper
 ]  # fmt: skip
 
 # Shape, bias, causal, packed: the most wanted first.

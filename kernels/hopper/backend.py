@@ -26,7 +26,7 @@ from . import short as hopper_short
 from .backward import key_gradient, query_gradient
 from .bias import bias_gradient
 from .forward import forward
-from .tile import LOG2E, Blocks, Options, ceil_to, compiling, interpreting, mode
+from .tile import LOG2E, MULTIPROCESSORS, Blocks, Options, ceil_to, compiling, interpreting, mode
 
 __all__ = ["Blocks", "Tuning", "blocks_for", "compiling", "interpreting", "run", "supports"]
 
@@ -80,7 +80,20 @@ def rule(call: Call) -> Tuning:
     size, value_size = (ceil_to(x.shape[3], 16) for x in (call.query, call.value))
     options = _options(call)
     dropout, segments = options.dropout_rate > 0, options.segments
-    return blocks_for(size, value_size, options.bias, dropout=dropout, segments=segments)
+    tuning = blocks_for(size, value_size, options.bias, dropout=dropout, segments=segments)
+    plain = options.simple and not (dropout or segments) and call.sides == (None, None)
+    if plain and max(size, value_size) <= 64:
+        batch, queries, heads = call.query.shape[:3]
+        larger = dataclasses.replace(tuning.forward, warpgroups=3)
+        # Three groups keep the tensor cores busier than two, but their tiles fit fewer lengths.
+        if _busiest(batch * heads, queries, larger) <= 1.05 * _busiest(batch * heads, queries, tuning.forward):
+            return dataclasses.replace(tuning, forward=larger)
+    return tuning
+
+
+def _busiest(rows: int, queries: int, blocks: Blocks) -> int:
+    """Return how many queries, padding among them, the busiest multiprocessor computes, of this many rows of heads."""
+    return -(-rows * -(-queries // blocks.rows) // MULTIPROCESSORS) * blocks.rows
 
 
 def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments: bool) -> Tuning:
@@ -93,8 +106,10 @@ def _tiles(size: int, value_size: int, bias: str | None, dropout: bool, segments
         wide = 64 if bias or dropout else 128
         # Two accumulators of 64 x 128 leave no registers for a bias or for dropout bits.
         together = not (bias or dropout)
-        forward = Blocks(2, wide, 1 if bias == "dense" else 2)
-        return Tuning(forward, Blocks(2, 64, 2), Blocks(2, 64, 2), Blocks(2, 64, 1), together)
+        # Nor do a dense bias's tiles leave shared memory for a second step.
+        stages = 1 if bias == "dense" else 2
+        backward = Blocks(2, 64, stages)
+        return Tuning(Blocks(2, wide, stages), backward, backward, Blocks(2, 64, 1), together)
     forward = Blocks(1, 64, 1) if bias or dropout or segments else Blocks(2, 64, 1)
     return Tuning(forward, Blocks(1, 64, 1), Blocks(1, 64, 1), Blocks(1, 64, 1), together=False)
 

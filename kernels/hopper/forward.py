@@ -1,8 +1,9 @@
-"""Forward pass on Hopper: two or three consumer warpgroups compute, a producer warpgroup moves memory.
+"""Forward pass on Hopper: up to three consumer warpgroups compute, a producer warpgroup moves memory.
 
-It follows FlashAttention-3 (Shah et al. 2024). The grid is persistent: the producer runs ahead through a ring buffer of
-keys and values, from one work item into the next. Of two consumers, one computes exponentials while the other
-multiplies; a barrier makes them alternate.
+It follows FlashAttention-3 (Shah et al. 2024, 3.2). The grid is persistent: the producer runs ahead through a ring
+buffer of keys and values, from one work item into the next. A consumer issues the product of the next tile's keys
+together with that of this tile's values, and computes the next tile's exponentials while the latter runs. Consumers
+issue in turn, so that one's exponentials run beside another's products, too.
 """
 
 from __future__ import annotations
@@ -26,15 +27,24 @@ from .tile import (
     Options,
     Side,
     accumulate,
+    beside,
     kept,
     logits,
     mask_unless,
     matrix,
     product,
     release,
+    rescaled,
     zeros,
 )
 from .work import Ring, Schedule, Work, work
+
+SLACK = 8.0
+"""How far a score may exceed the maximum that its row's weights are relative to before that is raised, in log2.
+
+Raising it means multiplying all sums of the row (FlashAttention-4 leaves that out likewise). Weights are then at most
+2**8 instead of 1, which costs no precision and cannot overflow: float16 reaches 2**16.
+"""
 
 
 def forward(
@@ -67,16 +77,12 @@ def forward(
     items = work(area, rows, columns, extra.get("query_segments"), extra.get("key_segments"), axis=1)
     tiles = -(-queries // rows)
     schedule = Schedule.of(batch, heads, tiles, MULTIPROCESSORS, items)
-    takes_turns = blocks.warpgroups == 2
+    takes_turns = blocks.warpgroups > 1
 
     inputs: dict[str, Array] = dict(zip(("query", "key", "value"), in_tiles(query, key, value), strict=True))
-    if items.ranges is not None:
-        inputs["ranges"] = items.ranges
-    if schedule.table is not None:
-        inputs["schedule"] = schedule.table
     vectors = Vectors(options, extra, rows, columns)
     biases = BiasTiles(options, extra, blocks, queries, axis=0)
-    inputs |= vectors.arrays | biases.arrays
+    inputs |= vectors.arrays | biases.arrays | schedule.arrays(items)
     names = list(inputs)
     # Accumulators this wide leave no registers to load the keys' hash words before they are needed.
     late = {"g"} if options.dropout_rate and value_size > 128 else set()
@@ -86,20 +92,14 @@ def forward(
     def body(*refs: Any, **scratch: Any) -> None:
         refs_in, (out_ref, lse_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        table = refs_in.get("schedule")
-        count = schedule.count(block, table)
 
         def items_in_turn(one: Callable[[Array, Array, Array, Array, Work, Array], Array]) -> Array:
-            """Call `one` with every item of the block, while the next one's number is loaded; return the last step."""
+            """Call `one` with every item of the block; return the last step."""
 
-            def turn(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                number, step = carry
-                following = schedule.number(block, jnp.minimum(n + 1, count - 1), table)
-                b, head, tile = schedule.item(number)
-                return following, one(n, b, head, tile, items.read(refs_in.get("ranges"), b, tile), step)
+            def visit(n: Array, b: Array, head: Array, tile: Array, step: Array) -> Array:
+                return one(n, b, head, tile, items.read(refs_in.get("ranges"), b, tile), step)
 
-            start = schedule.number(block, jnp.int32(0), table), jnp.int32(0)
-            return lax.fori_loop(0, count, turn, start)[1]
+            return schedule.walk(block, refs_in.get("schedule"), visit)
 
         ring = Ring(blocks.stages)
 
@@ -150,35 +150,42 @@ def forward(
         ring.drain(steps, scratch["k_free"], scratch["v_free"])
 
     def compute(out_ref: Any, lse_ref: Any, scratch: Any, w: Array, items_in_turn: Any, ring: Ring) -> None:
-        def pass_turn(where: Any = True) -> None:
-            if takes_turns:
-                pl.when(where)(lambda: plgpu.barrier_arrive(scratch["turn"].at[1 - w]))
-
-        def own_turn(where: Any = True) -> None:
-            if takes_turns:
-                pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"].at[w]))
-
         mine = pl.ds(w * WARPGROUP_ROWS, WARPGROUP_ROWS)
         shape = (WARPGROUP_ROWS, columns)
+        unit = options.scale * LOG2E if options.simple else 1.0
 
         def one(_n: Array, b: Array, head: Array, tile: Array, bounds: Work, step: Array) -> Array:
             first = tile * rows + w * WARPGROUP_ROWS
             plgpu.barrier_wait(scratch["q_ready"])
-            side = Side(first, jnp.int32(0), shape, 0)
-            own = {name: side.load_queries(scratch[name].at[0, mine]) for name in vectors.queries}
+            own_side = Side(first, jnp.int32(0), shape, 0)
+            own = {name: own_side.load_queries(scratch[name].at[0, mine]) for name in vectors.queries}
 
-            @pl.when(bounds.first < bounds.stop)
-            def _() -> None:
-                plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step)])
+            def pass_turn(t: Array) -> None:
+                if takes_turns:
+                    # Nobody waits for the turn after an item's last tile.
+                    where = (w < blocks.warpgroups - 1) | (t + 1 < bounds.stop)
+                    turn = lax.rem(w + 1, jnp.int32(blocks.warpgroups))
+                    pl.when(where)(lambda: plgpu.barrier_arrive(scratch["turn"].at[turn]))
 
-            own_turn((w == 1) & (bounds.first < bounds.stop))
+            def own_turn(t: Array) -> None:
+                if takes_turns:
+                    # The first warpgroup has an item's first turn.
+                    where = (w > 0) | (t > bounds.first + 1)
+                    pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"].at[w]))
 
-            def tile_of_keys(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-                sums, top, total, step = carry
+            def await_next(t: Array, step: Array) -> None:
+                """Wait for what the next products need: this tile's values and the next one's keys."""
+                plgpu.barrier_wait(scratch["v_ready"].at[ring.slot(step)])
+
+                @pl.when(t + 1 < bounds.stop)
+                def _() -> None:
+                    plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step + 1)])
+
+            def weigh(products: Array, t: Array, step: Array, top: Array, total: Array) -> tuple[Array, ...]:
+                """Return a tile's weights, the maximum and the sum so far, and what the maximum's growth scales by."""
                 slot = ring.slot(step)
                 side = Side(first, t * columns, shape, 0)
-
-                scores = product((scratch["q"].at[w], scratch["k"].at[slot].T), then=pass_turn)
+                scores = products
                 bias = biases.tile(scratch, slot, w, side)
                 early = {name: side.load_keys(scratch[name].at[slot]) for name in vectors.keys if name in at_once}
                 if early or bias is not None:
@@ -201,11 +208,10 @@ def forward(
                 scores = mask_unless(bounds.whole(t), options, scores, side, keys, segments)
                 if not late and options.segments:
                     free_key()
-                unit = options.scale * LOG2E if options.simple else 1.0
-                new_top = jnp.maximum(top, jnp.max(scores, axis=1) * unit)
+                new_top = jnp.max(scores, axis=1) * unit
+                new_top = jnp.where(new_top > top + SLACK, new_top, top)
                 shrink = jnp.exp2(top - new_top)
                 weights = jnp.exp2(scores * unit - side.along_queries(new_top))
-                sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
                 total = total * shrink
                 dropped = weights
                 if late:
@@ -215,30 +221,45 @@ def forward(
                 if options.dropout_rate:
                     keep = kept(options, side, own["a"], own["b"], early["g"])
                     dropped = jnp.where(keep, weights, 0.0)
-                weights16 = dropped.astype(query.dtype)
                 total = total + jnp.sum(weights, axis=1)
-                sums, total, new_top, weights16 = lax.optimization_barrier((sums, total, new_top, weights16))
-                plgpu.barrier_wait(scratch["v_ready"].at[slot])
-                own_turn()
+                made = lax.optimization_barrier((dropped, new_top, total, shrink))
+                await_next(t, step)
+                return made
 
-                def await_next_key() -> None:
-                    @pl.when(t + 1 < bounds.stop)
-                    def _() -> None:
-                        plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step + 1)])
-
-                (sums,) = accumulate(options, [(sums, lambda: weights16, scratch["v"].at[slot])], then=await_next_key)
+            def tile_of_keys(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+                sums, weights16, top, total, step = carry
+                slot = ring.slot(step)
+                own_turn(t)
+                sums, (weights, top, total, shrink) = beside(
+                    options,
+                    (scratch["q"].at[w], scratch["k"].at[ring.slot(step + 1)].T),
+                    (sums, weights16, scratch["v"].at[slot]),
+                    then=lambda: pass_turn(t),
+                    make=lambda products, made: weigh(products, t, step + 1, made[1], made[2]),
+                    made=(zeros(shape), top, total, total),
+                )
                 plgpu.barrier_arrive(scratch["v_free"].at[slot])
-                return sums, new_top, total, step + 1
+                made = rescaled(options, sums, shrink), weights.astype(query.dtype)
+                return *lax.optimization_barrier(made), top, total, step + 1
 
-            start = (
-                zeros((WARPGROUP_ROWS, value_size)),
-                zeros((WARPGROUP_ROWS,), 0, LOWEST),
-                zeros((WARPGROUP_ROWS,), 0),
-                step,
-            )
-            sums, top, weight, step = lax.fori_loop(bounds.first, bounds.stop, tile_of_keys, start)
-            # The other warpgroup's last turn must not wait for the next queries, which wait for it to free their slot.
-            pass_turn((w == 0) & (bounds.first < bounds.stop))
+            shapes = (WARPGROUP_ROWS, value_size), (WARPGROUP_ROWS,)
+            nothing = zeros(shapes[0]), zeros(shapes[1], 0, LOWEST), zeros(shapes[1], 0)
+
+            def all_tiles() -> tuple[Array, Array, Array]:
+                """Return the sum of weighted values, the maximum of the scores, and the sum of the weights."""
+                sums, top, total = nothing
+                plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step)])
+                products = product((scratch["q"].at[w], scratch["k"].at[ring.slot(step)].T))
+                weights, top, total, _ = weigh(products, jnp.int32(bounds.first), step, top, total)
+                carry = sums, weights.astype(query.dtype), top, total, step
+                sums, weights16, top, total, last = lax.fori_loop(bounds.first + 1, bounds.stop, tile_of_keys, carry)
+                slot = ring.slot(last)
+                (sums,) = accumulate(options, [(sums, lambda: weights16, scratch["v"].at[slot])])
+                plgpu.barrier_arrive(scratch["v_free"].at[slot])
+                return sums, top, total
+
+            sums, top, weight = lax.cond(bounds.first < bounds.stop, all_tiles, lambda: nothing)
+            step = step + (bounds.stop - bounds.first)
             if own:
                 release()
             plgpu.barrier_arrive(scratch["q_free"])
@@ -274,7 +295,7 @@ def forward(
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=stages),
     }
     if takes_turns:
-        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
+        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=w)
     scratch |= vectors.scratch((1, rows), (stages, columns)) | biases.scratch()
 
     out, lse = plgpu.kernel(

@@ -194,6 +194,80 @@ def accumulate(
     return list(pl.run_state(body)(start))
 
 
+def beside[T: Sequence[Array]](
+    options: Options,
+    pair: tuple[Any, Any],
+    other: tuple[Array, Array, Any],
+    then: Callable[[], None],
+    make: Callable[[Array, T], T],
+    made: T,
+) -> tuple[Array, T]:
+    """Return c + a @ b of `other`, (c, a, b), and what `make` makes of the product of `pair` while that is computed.
+
+    `pair`, in shared memory, is issued first, then `other`, with c and a in registers and b in shared memory; then come
+    `then` and `make`, which also gets `made`: what it made last time, or arrays of the same kind. Sums too wide to
+    leave registers for both a and what is made are awaited before `make`.
+    """
+    c, a, b = other
+    if options.interpret:
+        products = product(pair, then=then)
+        (total,) = accumulate(options, [(c, lambda: a, b)])
+        return total, make(products, made)
+
+    def body(refs: Any) -> None:
+        accumulator, *results = refs
+        before: Any = tuple(ref[...] for ref in results)
+
+        def products(first: Any) -> None:
+            plgpu.wgmma(first, *pair)
+            plgpu.wgmma(accumulator, a, b)
+            then()
+            product = plgpu.wgmma_accumulator_load(first, wait_n=1 if c.shape[1] <= 128 else 0)
+            for ref, value in zip(results, make(product, before), strict=True):
+                ref[...] = value
+
+        pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((pair[0].shape[0], pair[1].shape[1]), jnp.float32))
+
+    start: Any = (plgpu.WGMMAAccumulatorRef.init(c), *made)
+    total, *made_now = pl.run_state(body)(start)
+    result: Any = tuple(made_now)
+    return total, result
+
+
+def rescaled(options: Options, sums: Array, factors: Array) -> Array:
+    """Multiply each row of `sums` by its factor. A warp none of whose factors differs from 1 leaves that out."""
+    if options.interpret:
+        return sums * lax.broadcast_in_dim(factors, sums.shape, [0])
+
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, nvvm, scf, vector
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, np.dtype(np.float32), layout=plgpu.Layout.WGMMA),
+    )
+    def multiply(_: Any, sums: Any, factors: Any) -> Any:
+        bit = ir.IntegerType.get_signless(1)
+        differs: Any = mgpu.c(0, bit)
+        for register in factors.registers.flat:
+            other = arith.cmpf(arith.CmpFPredicate.UNE, register, mgpu.c(1.0, register.type))
+            differs = arith.ori(differs, vector.extract(other, [], [0]) if other.type != bit else other)
+        differs = nvvm.vote_sync(mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32)), differs, nvvm.VoteSyncKind.any)
+        branch: Any = scf.IfOp(differs, [register.type for register in sums.registers.flat], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            product = sums * factors.broadcast_in_dim(sums.shape, (0,), sums.layout)
+            scf.yield_(list(product.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(list(sums.registers.flat))
+        registers = np.empty(sums.registers.shape, dtype=object)
+        registers.flat = list(branch.results)
+        return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
+
+    tile: Any = multiply
+    return tile(sums, factors)
+
+
 def two_products(pairs: Sequence[tuple[Any, Any]], between: Callable[[Array], Any]) -> tuple[Any, Array]:
     """Return `between(first product)` and the second product, computed concurrently. All operands in shared memory."""
 

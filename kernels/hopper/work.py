@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -110,10 +111,30 @@ class Schedule:
             table = _longest_first(items.ranges[..., 1] - items.ranges[..., 0], batch, heads, grid)
         return cls(heads, tiles, count, grid, table)
 
+    def arrays(self, items: Items) -> dict[str, Array]:
+        """Return the kernel's inputs "ranges" and "schedule", where there are any."""
+        arrays = {"ranges": items.ranges, "schedule": self.table}
+        return {name: array for name, array in arrays.items() if array is not None}
+
     @property
     def rounds(self) -> int:
         """Return the number of items of the busiest block."""
         return -(-self.items // self.grid)
+
+    def walk(self, block: Array, table: Any, visit: Callable[[Array, Array, Array, Array, Array], Array]) -> Array:
+        """Call `visit` with each item of a block: its number there, row, head, tile, and the step so far.
+
+        It returns the step after the item; that after the last one is the result. The next item's number is loaded
+        meanwhile.
+        """
+        count = self.count(block, table)
+
+        def item(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            number, step = carry
+            following = self.number(block, jnp.minimum(n + 1, count - 1), table)
+            return following, visit(n, *self.item(number), step)
+
+        return lax.fori_loop(0, count, item, (self.number(block, jnp.int32(0), table), jnp.int32(0)))[1]
 
     def count(self, block: Array, table: Any) -> Array:
         """Return the number of items of a block. `table` is the reference to the array of that name, or None."""

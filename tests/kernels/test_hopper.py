@@ -16,6 +16,7 @@ from bestiary.kernels.bench.cases import CORPORA, pack
 from bestiary.kernels.blocks import Area
 from bestiary.kernels.call import Call
 from bestiary.kernels.hopper import backend as hopper
+from bestiary.kernels.hopper import forward as hopper_forward
 from bestiary.kernels.hopper import short as hopper_short
 from bestiary.kernels.hopper.bias import _needed_steps
 from bestiary.kernels.hopper.tile import Options
@@ -97,6 +98,34 @@ def test_largest_head() -> None:
     seeds = row_seeds(jnp.asarray([1, 2], jnp.uint32), jnp.arange(1))
     call = dataclasses.replace(call, dropout_rate=0.2, dropout_seeds=seeds, window=(40, 9))
     check(call, hopper.blocks_for(256, 256, dropout=True))
+
+
+def test_three_groups_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several items a block, the last of them not full; maxima that grow by little, by much and not at all."""
+    monkeypatch.setattr(hopper_forward, "MULTIPROCESSORS", 2)
+    call = make_call(queries=400, keys=260, key_heads=2, size=16)
+    growth = jnp.repeat(jnp.asarray([1.0, 2.0, 1.5, 30.0, 1.0], jnp.bfloat16), 64)[: call.key.shape[1]]
+    call = dataclasses.replace(call, key=call.key * growth[None, :, None, None])
+    tuning = dataclasses.replace(hopper.blocks_for(16, 16), forward=hopper.Blocks(3, 64, 2))
+    check(call, tuning)
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "change", "groups"),
+    [
+        (64, 2016, {}, 3),
+        # Tiles of 192 queries fit 512 badly, and leave registers for nothing else.
+        (64, 512, {}, 2),
+        (64, 2016, {"causal": True}, 2),
+        (64, 2016, {"window": (9, None)}, 2),
+        (64, 2016, {"softcap": 2.0}, 2),
+    ],
+)
+def test_three_groups_where_they_fit(batch: int, queries: int, change: dict[str, Any], groups: int) -> None:
+    shape = jax.ShapeDtypeStruct((batch, queries, 4, 64), jnp.bfloat16)
+    arrays: dict[str, Any] = dict.fromkeys(("query", "key", "value"), shape)
+    call = dataclasses.replace(make_call(queries=1, keys=1), **arrays, **change)
+    assert hopper.rule(call).forward == hopper.Blocks(groups, 128, 2)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ def candidates(name: str, rule: dict[str, Any], call: Call) -> Iterator[Candidat
         for heads in dict.fromkeys((rule["key_heads"], 1, 2, 4, 8, 0)):
             yield Candidate("key_heads", rule | {"key_heads": heads})
         return
-    for kernel in ("forward", "query", "key_value"):
+    from ..tpu import backend as tpu
+
+    for kernel in tpu.kernels_of(call, tpu.Tiling(*rule["key_value"])):
         streamed, held = (queries, keys) if kernel == "key_value" else (keys, queries)
         seen = [rule[kernel]]
         for own, other, times in itertools.product((128, 256, 512, 1024), (128, 256, 512, 1024), (1, 2, 4, 8)):

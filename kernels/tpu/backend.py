@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,9 @@ from .frame import Tiling
 from .tile import LANES, LOG2E, Cotangents, Meaning, Operands, ceil_to
 
 LARGEST_HEAD = 256
+
+SCALAR_MEMORY = 15 * 2**16
+"""Bytes of scalar memory for the bounds of tiles and the segments in them: most of the 1 MiB that every chip has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +143,46 @@ def supports(call: Call) -> str | None:
     if _mode.get() is None and jax.default_backend() != "tpu":
         return f"needs a TPU, found {jax.default_backend()}"
     split = split_of(call)
-    return undeclared(call) if split is None else misfit(call, split)
+    reason = undeclared(call) if split is None else misfit(call, split)
+    return reason or _beyond_scalar_memory(call, split)
+
+
+def _beyond_scalar_memory(call: Call, split: Split | None) -> str | None:
+    """Return why the kernels for long rows cannot hold in scalar memory what they know of all tiles, or None."""
+    blocks, length, key_length = _blocks(call), call.query.shape[1], call.key.shape[1]
+    if blocks.key_heads and max(length, key_length) <= tpu_short.LONGEST and not isinstance(call.bias, DenseBias):
+        return None
+    rows = call.query.shape[0]
+    if split is not None:
+        rows //= math.prod(split.mesh.shape[axis] for axis in split.batch)
+    segmented = call.query_segment_ids is not None
+    tilings = (blocks.forward, blocks.query, blocks.key_value)
+    needed = 4 * rows * max(tiling.scalars_of_row(length, key_length, segmented=segmented) for tiling in tilings)
+    if needed <= SCALAR_MEMORY:
+        return None
+    return (
+        f"expected at most {SCALAR_MEMORY} bytes of scalar memory for the bounds of all tiles, "
+        f"found {needed} of {rows} rows a device"
+    )
+
+
+def _blocks(call: Call) -> Blocks:
+    """Return the block sizes of a call: those of the tuning table or, where it has no row, `choose_blocks`'s."""
+    return (tuned(call, Blocks) if _mode.get() is None else None) or choose_blocks(call)
+
+
+def kernels_of(call: Call, key_value: Tiling) -> tuple[str, ...]:
+    """Return the kernels for long rows that a call runs: the fields of `Blocks` that matter, given that field."""
+    length, heads, size = call.query.shape[1:]
+    width = 2 if call.query.dtype == jnp.bfloat16 else 4
+    together = tpu_long.fits_together(heads // call.key.shape[2], length, size, width, key_value)
+    # The gradient of a dense bias has the tiles of the queries' kernel.
+    alone = () if together and not isinstance(call.bias, DenseBias) else ("query",)
+    return "forward", *alone, "key_value"
 
 
 def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
     """See `Backend`. `blocks` overrides the tuning table and, where it has no row, `choose_blocks`."""
-    if blocks is None and _mode.get() is None:
-        blocks = tuned(call, Blocks)
     mode = _mode.get() or _Mode(False)
     bias = None if call.bias is None else "dense" if isinstance(call.bias, DenseBias) else "row"
     length, key_length = call.query.shape[1], call.key.shape[1]
@@ -158,7 +195,7 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
             segmented=call.query_segment_ids is not None,
             bias=bias,
         ),
-        blocks=blocks or choose_blocks(call),
+        blocks=blocks or _blocks(call),
         interpret=mode.interpret,
         split=split_of(call),
     )
@@ -251,8 +288,14 @@ def _compute(plan: _Plan, what: str, operands: Operands, cotangents: Cotangents 
     cotangents = cotangents._replace(out=turn(cotangents.out))
     if what == "dense":
         return tpu_long.dense_gradient(operands, cotangents, meaning, blocks.query, interpret)
-    query, row = tpu_long.query_gradient(operands, cotangents, meaning, blocks.query, interpret)
-    key, value = tpu_long.key_value_gradients(operands, cotangents, meaning, blocks.key_value, interpret)
+    heads, length, size = operands.query.shape[1:]
+    group, width = heads // operands.key.shape[1], operands.query.dtype.itemsize
+    together = tpu_long.fits_together(group, length, size, width, blocks.key_value)
+    key, value, query, row = tpu_long.key_value_gradients(
+        operands, cotangents, meaning, blocks.key_value, interpret, together=together
+    )
+    if query is None:
+        query, row = tpu_long.query_gradient(operands, cotangents, meaning, blocks.query, interpret)
     return turn(query), turn(key), turn(value), row
 
 

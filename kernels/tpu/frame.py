@@ -29,6 +29,11 @@ class Tiling:
     keys: int
     chunk: int
 
+    def scalars_of_row(self, queries: int, keys: int, *, segmented: bool) -> int:
+        """Return how many scalars `make_frame` makes for a row of a batch with this many queries and keys."""
+        blocks = pl.cdiv(queries, self.queries), pl.cdiv(keys, self.keys)
+        return 2 * max(blocks) + (len(Segments._fields) * sum(blocks) if segmented else 0)
+
 
 class Scalars:
     """Small integers read by the scalar unit and the index maps: several arrays [B, n] packed into one."""

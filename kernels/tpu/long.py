@@ -44,6 +44,7 @@ from .tile import (
     softmax_end,
     softmax_step,
     unskew,
+    widen,
 )
 
 
@@ -66,7 +67,7 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
 
         query = x.query[...]
         query_ids = column(x.query_ids[...]) if meaning.segmented else None
-        words = query_words(x, meaning)
+        words = query_words(x, meaning, tiling.keys)
 
         def tile(key_start: Any, offset: Any, masked: bool) -> None:
             place = pl.ds(offset, tiling.keys)
@@ -81,19 +82,17 @@ def forward(operands: Operands, meaning: Meaning, tiling: Tiling, interpret: Any
                     value = rows_within(value, key_start, area.keys)
             bias = _bias_by_queries(meaning, tiling, x, query_start, key_start, offset)
             values, _ = scores(meaning, dot(query, x.key[place], (1, 1)), bias, mask)
-            weights, top_new, total_new, ratio = softmax_step(values, top[:, :1], total[:, :1])
-            top[...] = jnp.broadcast_to(top_new, top.shape)
-            total[...] = jnp.broadcast_to(total_new, total.shape)
+            weights, top[...], total[...], ratio = softmax_step(values, top[...], total[...])
             if words is not None:
                 weights = jnp.where(keep(*words, x.g[:, place], meaning.rate), weights, 0.0)
-            sums[...] = sums[...] * ratio + dot(weights.astype(value.dtype), value, (1, 0))
+            sums[...] = sums[...] * widen(ratio, v_size) + dot(weights.astype(value.dtype), value, (1, 0))
 
         frame.walk(s, b, i, c, tile)
 
         @pl.when(c == frame.chunks - 1)
         def _() -> None:
-            factor, end = softmax_end(top[:, :1], total[:, :1])
-            out[...] = (sums[...] * (factor * (1 / (1 - meaning.rate)))).astype(out.dtype)
+            factor, end = softmax_end(top[...], total[...])
+            out[...] = (sums[...] * widen(factor * (1 / (1 - meaning.rate)), v_size)).astype(out.dtype)
             lse[...] = as_row(end)
 
     out, lse = pl.pallas_call(
@@ -166,10 +165,10 @@ def query_gradient(
         query, out = x.query[...], x.out[...]
         if area.queries % tiling.queries:
             query, out = rows_within(query, query_start, area.queries), rows_within(out, query_start, area.queries)
-        lse, delta = column(x.lse[...]), column(x.delta[...])
+        lse, delta = (widen(column(row[...]), tiling.keys) for row in (x.lse, x.delta))
         lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
         query_ids = column(x.query_ids[...]) if meaning.segmented else None
-        words = query_words(x, meaning)
+        words = query_words(x, meaning, tiling.keys)
 
         def tile(key_start: Any, offset: Any, masked: bool) -> None:
             place = pl.ds(offset, tiling.keys)
@@ -232,19 +231,52 @@ def query_gradient(
     return gradient, row_gradient[0][:, :, 0, first : first + area.queries + area.keys - 1]
 
 
+MOST_SUMS = 4 * 2**20
+"""Bytes of VMEM that all of a row's query gradients may take, as sums and as what is written."""
+
+
+def fits_together(group: int, queries: int, size: int, width: int, tiling: Tiling) -> bool:
+    """Tell whether one kernel computes all gradients of queries, keys and values: with five products, not seven.
+
+    The keys' kernel must hold the query gradients of a whole row, and come to a head's keys one after the other.
+
+    Args:
+      group: number of query heads that share a key head.
+      queries: length of the row, L.
+      size: head size D.
+      width: bytes of an element, as the kernels compute.
+      tiling: of the keys' kernel.
+    """
+    return group == 1 and ceil_to(queries, tiling.chunk) * ceil_to(size, LANES) * (4 + 2 * width) <= MOST_SUMS
+
+
 def key_value_gradients(
-    operands: Operands, cotangents: Cotangents, meaning: Meaning, tiling: Tiling, interpret: Any
-) -> tuple[Array, Array]:
-    """Compute the gradients of the keys [B, K, S, D] and of the values [B, K, S, Dv]."""
+    operands: Operands, cotangents: Cotangents, meaning: Meaning, tiling: Tiling, interpret: Any, *, together: bool
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Compute the gradients of the keys [B, K, S, D] and of the values [B, K, S, Dv].
+
+    `together` adds those of the queries and of the Toeplitz row, as `query_gradient` returns them, instead of None.
+    """
     frame = make_frame(operands, meaning, tiling, by_keys=True)
     arrays, specs, grid = inputs_by_keys(operands, cotangents, frame)
     area, size, v_size = meaning.area, operands.key.shape[3], operands.value.shape[3]
     group = operands.query.shape[1] // operands.key.shape[1]
-    k_padded = ceil_to(area.keys, tiling.keys)
+    b, heads = operands.query.shape[:2]
+    q_padded, k_padded = ceil_to(area.queries, tiling.chunk), ceil_to(area.keys, tiling.keys)
+    of_row = together and meaning.bias == "row"
 
-    def kernel(s: Any, x: Inputs, key_gradient: Any, value_gradient: Any, key_sums: Any, value_sums: Any) -> None:
+    def kernel(s: Any, x: Inputs, key_gradient: Any, value_gradient: Any, *rest: Any) -> None:
+        *more, key_sums, value_sums = rest[: len(rest) - together]
+        query_sums = rest[-1] if together else None
         b, j, g, c = (pl.program_id(axis) for axis in (0, 2, 3, 4))
         key_start = j * tiling.keys
+
+        @pl.when((j == 0) & (c == 0))
+        def _() -> None:
+            if query_sums is not None:
+                query_sums[...] = jnp.zeros_like(query_sums)
+            if of_row:
+                more[1][...] = jnp.zeros_like(more[1])
 
         @pl.when((c == 0) & (g == 0))
         def _() -> None:
@@ -255,7 +287,7 @@ def key_value_gradients(
         if area.keys % tiling.keys:
             key, value = rows_within(key, key_start, area.keys), rows_within(value, key_start, area.keys)
         key_ids = column(x.key_ids[...]) if meaning.segmented else None
-        key_words = column(x.g[...]) if meaning.rate else None
+        key_words = widen(column(x.g[...]), tiling.queries) if meaning.rate else None
 
         def tile(query_start: Any, offset: Any, masked: bool) -> None:
             place = pl.ds(offset, tiling.queries)
@@ -285,7 +317,13 @@ def key_value_gradients(
                 meaning, jnp.exp2(values - lse), dot(value, out, (1, 1)), delta, bent, bits, mask
             )
             value_sums[...] += dot(weights.astype(out.dtype), out, (1, 0))
-            key_sums[...] += dot(change.astype(query.dtype), query, (1, 0))
+            if of_row:
+                start = row_part(key_start, query_start, tiling.keys, k_padded)
+                more[1][:, pl.ds(start, tiling.keys + tiling.queries)] += unskew(change)
+            change = change.astype(query.dtype)
+            key_sums[...] += dot(change, query, (1, 0))
+            if query_sums is not None:
+                query_sums[pl.ds(pl.multiple_of(query_start, LANES), tiling.queries)] += dot(change, key, (0, 0))
 
         frame.walk(s, b, j, c, tile)
 
@@ -294,30 +332,45 @@ def key_value_gradients(
             key_gradient[...] = (key_sums[...] * meaning.scale).astype(key_gradient.dtype)
             value_gradient[...] = value_sums[...].astype(value_gradient.dtype)
 
-    return tuple(
-        pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=grid,
-                in_specs=[specs],
-                out_specs=[
-                    pl.BlockSpec((None, None, tiling.keys, lanes), lambda b, k, j, g, c, s: (b, k, j, 0))
-                    for lanes in (size, v_size)
-                ],
-                scratch_shapes=[pltpu.VMEM((tiling.keys, lanes), jnp.float32) for lanes in (size, v_size)],
-            ),
-            out_shape=[
-                jax.ShapeDtypeStruct(operands.key.shape, operands.key.dtype),
-                jax.ShapeDtypeStruct(operands.value.shape, operands.value.dtype),
-            ],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary")
-            ),
-            interpret=interpret,
-            name="attention_key_value_gradients",
-        )(frame.scalars.packed, arrays)
-    )
+        if query_sums is not None:
+
+            @pl.when((c == frame.chunks - 1) & (j == grid[2] - 1))
+            def _() -> None:
+                more[0][...] = (query_sums[...] * meaning.scale).astype(more[0].dtype)
+
+    shapes = [(tiling.keys, lanes) for lanes in (size, v_size)]
+    out_specs = [pl.BlockSpec((None, None, *shape), lambda b, k, j, g, c, s: (b, k, j, 0)) for shape in shapes]
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.key, operands.value)]
+    scratch = [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+    if together:
+        wholes = [((q_padded, size), operands.query.dtype)]
+        wholes += [((1, k_padded + q_padded), jnp.dtype(jnp.float32))] if of_row else []
+        out_specs += [pl.BlockSpec((None, None, *shape), lambda b, k, j, g, c, s: (b, k, 0, 0)) for shape, _ in wholes]
+        out_shape += [jax.ShapeDtypeStruct((b, heads, *shape), dtype) for shape, dtype in wholes]
+        scratch.append(pltpu.VMEM((q_padded, size), jnp.float32))
+    key, value, *more = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=[specs], out_specs=out_specs, scratch_shapes=scratch
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            # The query gradients accumulate over the key blocks.
+            dimension_semantics=(
+                "parallel",
+                "parallel",
+                "arbitrary" if together else "parallel",
+                "arbitrary",
+                "arbitrary",
+            )
+        ),
+        interpret=interpret,
+        name="attention_gradients" if together else "attention_key_value_gradients",
+    )(frame.scalars.packed, arrays)
+    query = more[0][:, :, : area.queries] if together else None
+    first = k_padded - area.keys + 1
+    row = more[1][:, :, 0, first : first + area.queries + area.keys - 1][..., ::-1] if of_row else None
+    return key, value, query, row
 
 
 def dense_gradient(
@@ -397,10 +450,10 @@ def dense_gradient(
                     )
                 if area.keys % tiling.keys:
                     key, value = rows_within(key, key_start, area.keys), rows_within(value, key_start, area.keys)
-            lse, delta = column(x.lse[...]), column(x.delta[...])
+            lse, delta = (widen(column(row[...]), tiling.keys) for row in (x.lse, x.delta))
             lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
             values, bent = scores(meaning, dot(query, key, (1, 1)), in_log2(x.dense[...]), mask)
-            words = query_words(x, meaning)
+            words = query_words(x, meaning, tiling.keys)
             bits = None if words is None else keep(*words, x.g[...], meaning.rate)
             weights, products = jnp.exp2(values - lse), dot(out, value, (1, 1))
             _, change = score_gradient(meaning, weights, products, delta, bent, bits, mask)

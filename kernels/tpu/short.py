@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -25,7 +25,6 @@ from .tile import (
     Meaning,
     Operands,
     allowed,
-    as_row,
     ceil_to,
     column,
     dense_index,
@@ -41,6 +40,7 @@ from .tile import (
     softmax_step,
     to_lanes,
     unskew,
+    widen,
 )
 
 LONGEST = 256
@@ -166,6 +166,8 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
     def kernel(x: _Inputs, out: Any, lse: Any) -> None:
         query_ids, key_ids = (column(x.query_ids[...]), x.key_ids[...]) if meaning.segmented else (None, None)
         mask = allowed(meaning, 0, queries, 0, keys, query_ids, key_ids, Axis.QUERIES_DOWN)
+        lane = lax.broadcasted_iota(jnp.int32, (queries, LANES), 1)
+        ends = jnp.zeros((queries, LANES))
         for head in range(shown):
             key, value = _head(x.key, head // group, size)[...], _head(x.value, head // group, v_size)[...]
             if area.keys % keys:
@@ -176,15 +178,21 @@ def forward(operands: Operands, meaning: Meaning, key_heads: int, interpret: Any
             elif meaning.bias == "dense":
                 bias = in_log2(x.dense[head if x.dense.shape[0] > 1 else 0])
             values, _ = scores(meaning, dot(_head(x.query, head, size)[...], key, (1, 1)), bias, mask)
-            nothing = jnp.full((queries, 1), -jnp.inf), jnp.zeros((queries, 1))
+            nothing = jnp.full((queries, LANES), -jnp.inf), jnp.zeros((queries, LANES))
             weights, top, total, _ = softmax_step(values, *nothing)
             if meaning.rate:
-                bits = keep(column(x.a[head]), column(x.b[head]), x.g[...], meaning.rate)
+                a, b = (widen(column(word[head]), keys) for word in (x.a, x.b))
+                bits = keep(a, b, x.g[...], meaning.rate)
                 weights = jnp.where(bits, weights, 0.0)
             factor, end = softmax_end(top, total)
             products = dot(weights.astype(value.dtype), value, (1, 0))
-            _head(out, head, v_size)[...] = (products * (factor * (1 / (1 - meaning.rate)))).astype(out.dtype)
-            lse[head] = as_row(end)
+            products = products * widen(factor * (1 / (1 - meaning.rate)), v_size)
+            _head(out, head, v_size)[...] = products.astype(out.dtype)
+            ends = jnp.where(lane == head, end, ends)
+        # One transposition for all heads, a lane each.
+        ends = jnp.transpose(ends)
+        for head in range(shown):
+            lse[head] = ends[head : head + 1]
 
     out, lse = pl.pallas_call(
         kernel,
@@ -223,7 +231,7 @@ def backward(
     def kernel(x: _Inputs, query_gradient: Any, key_gradient: Any, value_gradient: Any, *row_gradient: Any) -> None:
         query_ids, key_ids = (x.query_ids[...], column(x.key_ids[...])) if meaning.segmented else (None, None)
         mask = allowed(meaning, 0, queries, 0, keys, query_ids, key_ids, Axis.KEYS_DOWN)
-        key_words = column(x.g[...]) if meaning.rate else None
+        key_words = widen(column(x.g[...]), queries) if meaning.rate else None
         for key_head in range(key_heads):
             key, value = _head(x.key, key_head, size)[...], _head(x.value, key_head, v_size)[...]
             if area.keys % keys:

@@ -1,8 +1,11 @@
 """One score tile inside a TPU kernel: bias, softcap, mask and dropout, written once for all kernels.
 
 A tile has one of two orientations: `Axis.QUERIES_DOWN`, [queries, keys], in the forward pass, or `Axis.KEYS_DOWN`,
-[keys, queries], for the gradients of keys and values. Vectors of the side along dimension 0 are columns [n, 1], those
-of the other side rows [1, n]. Sizes are multiples of 128, the width of a vector register.
+[keys, queries], for the gradients of keys and values. Vectors of the side along dimension 0 are columns [n, 128], the
+same in all lanes, and those of the other side rows [1, n]. Sizes are multiples of 128, the width of a vector register.
+
+Of a column [n, 1] every use would cost a permutation per register: nothing tells the compiler that a vector in memory
+or out of a transposition is the same in all lanes.
 """
 
 from __future__ import annotations
@@ -95,13 +98,20 @@ def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
 
 
 def column(row: Array) -> Array:
-    """Turn [1, n] into [n, 1]."""
-    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))[:, :1]
+    """Turn a row [1, n] into a column [n, 128]."""
+    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 
-def as_row(values: Array) -> Array:
-    """Turn [n, 1] into [1, n]."""
-    return jnp.transpose(jnp.broadcast_to(values, (values.shape[0], LANES)))[:1]
+def as_row(column: Array) -> Array:
+    """Turn a column [n, 128] into a row [1, n]."""
+    return jnp.transpose(column)[:1]
+
+
+def widen(column: Array, lanes: int) -> Array:
+    """Repeat a column [n, 128] to [n, lanes]: the same registers, used again."""
+    times = -(-lanes // LANES)
+    whole = column if times == 1 else jnp.concatenate([column] * times, axis=1)
+    return whole[:, :lanes] if lanes % LANES else whole
 
 
 def places(start: Any, size: int, dimension: int) -> Array:
@@ -115,9 +125,9 @@ def rows_within(x: Array, start: Any, length: int) -> Array:
     return jnp.where(places(start, x.shape[0], 0) < length, x, jnp.zeros((), x.dtype))
 
 
-def query_words(x: Any, meaning: Meaning) -> tuple[Array, Array] | None:
-    """Return dropout's words of the queries as columns, from a kernel's inputs; None without dropout."""
-    return (column(x.a[...]), column(x.b[...])) if meaning.rate else None
+def query_words(x: Any, meaning: Meaning, keys: int) -> tuple[Array, Array] | None:
+    """Return dropout's words of the queries for a tile of this many keys, from a kernel's inputs; None without it."""
+    return (widen(column(x.a[...]), keys), widen(column(x.b[...]), keys)) if meaning.rate else None
 
 
 def allowed(
@@ -129,6 +139,9 @@ def allowed(
     """
     area = meaning.area
     down, across = (0, 1) if axis is Axis.QUERIES_DOWN else (1, 0)
+    if meaning.segmented:
+        query_ids = widen(query_ids, keys) if axis is Axis.QUERIES_DOWN else query_ids
+        key_ids = widen(key_ids, queries) if axis is Axis.KEYS_DOWN else key_ids
     query_places, key_places = places(query, queries, down), places(key, keys, across)
     terms = []
     if area.left is not None or area.right is not None:
@@ -263,13 +276,13 @@ def softmax_step(values: Array, top: Array, total: Array) -> tuple[Array, Array,
     """Process one tile of an online softmax over dimension 1, of scores in units of log2.
 
     Returns:
-      The tile's weights relative to the new maximum, the new maximum, the new total, and the factor that rescales all
-      earlier sums.
+      The tile's weights relative to the new maximum; and columns, as `top` and `total` are: the new maximum, the new
+      total, and the factor that rescales all earlier sums.
     """
     new = jnp.maximum(top, jnp.max(values, axis=1, keepdims=True))
     # Avoid -inf - -inf, which is NaN, where nothing has been attended to yet.
     reference = jnp.where(new == -jnp.inf, 0.0, new)
-    weights = jnp.exp2(values - reference)
+    weights = jnp.exp2(values - widen(reference, values.shape[1]))
     ratio = jnp.exp2(top - reference)
     return weights, new, total * ratio + jnp.sum(weights, axis=1, keepdims=True), ratio
 

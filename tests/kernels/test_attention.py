@@ -39,6 +39,7 @@ from bestiary.kernels.conformance import (
     with_gradients,
 )
 from bestiary.kernels.hopper import backend as hopper
+from bestiary.kernels.hopper import backward as hopper_backward
 from bestiary.kernels.hopper import forward as hopper_forward
 from bestiary.kernels.hopper import short as hopper_short
 from bestiary.kernels.split import splitting
@@ -94,7 +95,7 @@ SMALL_HOPPER = hopper.Tuning(
 )
 # Persistent blocks so have several items each, and the interpreter fewer blocks.
 FUSES = ("plain", "cross", "causal, few", "window", "softcap", "dense bias shared", "relative, causal", "alibi")
-FEW = [(module, "MULTIPROCESSORS", 2) for module in (hopper_forward, hopper_short)]
+FEW = [(module, "MULTIPROCESSORS", 2) for module in (hopper_forward, hopper_backward, hopper_short)]
 
 BACKENDS = [
     Backend("xla"),
@@ -104,7 +105,8 @@ BACKENDS = [
         functools.partial(_interpreted, tpu, (tpu, "choose_blocks", lambda *_: UNEVEN_TPU)),
         "tpu",
         stretch=8,
-        cases=SEVERAL_TILES,
+        # And, with as many key heads as heads, the backward pass in one kernel with the row's gradient.
+        cases=(*SEVERAL_TILES, "relative, causal"),
     ),
     Backend(
         "hopper",

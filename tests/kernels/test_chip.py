@@ -192,7 +192,7 @@ def test_a_whole_run_on_a_chip(monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     assert chip.main(["--out", str(out), "--record"]) == 1
     printed = capsys.readouterr().out
-    assert "CHECKED: 1 bad of 64: L=700 D=256 causal=True" in printed
+    assert "CHECKED: 1 bad of 65: L=700 D=256 causal=True" in printed
     found = Results(out / "results.jsonl").read()
     kinds = [job["kind"] for job, _ in found]
     assert kinds == sorted(kinds, key=["where", "check", "ceilings", "contest"].index)

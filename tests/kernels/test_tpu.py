@@ -179,8 +179,14 @@ def test_refusals():
         assert tpu.supports(call) is None
         assert "float64" in (tpu.supports(dataclasses.replace(call, query=np.zeros((1, 8, 2, 32)))) or "")
         assert "at most 256" in (tpu.supports(make(length=8, size=300)) or "")
+        many = jax.ShapeDtypeStruct((16384, 512, 1, 32), jnp.bfloat16)
+        ids = jax.ShapeDtypeStruct((16384, 512), jnp.int32)
+        packed = {"query": many, "key": many, "value": many, "query_segment_ids": ids, "key_segment_ids": ids}
+        given = dataclasses.replace(call, **packed)
+        assert "bytes of scalar memory for the bounds of all tiles, found 1048576 of 16384 rows" in tpu.supports(given)
         mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
         with splitting(mesh, batch="data"):
+            assert tpu.supports(given) is None
             assert "1 rows cannot be split evenly over 4 devices" in (tpu.supports(call) or "")
     with pytest.raises(ValueError, match="found 'rows'"), splitting(mesh, batch="rows"):
         pass

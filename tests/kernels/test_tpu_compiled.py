@@ -109,13 +109,15 @@ ALL = {"bias": "relative", "rate": 0.1, "segments": True}
 @pytest.mark.parametrize(
     ("chip", "options", "expected"),
     [
-        ("v4", ALL | {"length": 700, "keys": 1000}, 3),
-        ("v5e", {"length": 4096, "causal": True}, 3),
+        ("v4", ALL | {"length": 700, "keys": 1000}, 2),
+        ("v5e", {"length": 4096, "causal": True}, 2),
+        # Too many queries, or several heads of one key head: seven products.
+        ("v5e", {"length": 8192, "causal": True}, 3),
         ("v5e", ALL | {"length": 100, "keys": 200, "heads": 2}, 2),
         ("v5p", {"length": 1500, "key_heads": 2, "size": 80, "v_size": 32, "window": (100, 7), "softcap": 3.0}, 3),
-        ("v5p", {"length": 600, "heads": 1, "dtype": jnp.float32, "size": 256, "segments": True}, 3),
+        ("v5p", {"length": 600, "heads": 1, "dtype": jnp.float32, "size": 256, "segments": True}, 2),
         ("v6e", {"length": 128, "heads": 12, "rows": 2, "segments": True}, 2),
-        ("v6e", {"length": 300, "bias": "dense", "heads": 1, "rate": 0.1, "dtype": jnp.float16, "causal": True}, 4),
+        ("v6e", {"length": 300, "bias": "dense", "heads": 1, "rate": 0.1, "dtype": jnp.float16, "causal": True}, 3),
     ],
 )
 def test_compiles(mesh_of, chip, options, expected):

@@ -164,7 +164,9 @@ RELATIVE = RelativeBias(jnp.ones((32, 2)))
         # More keys than the fused kernel holds; heads so large that it does not fit, and the other with fewer stages.
         ("h200", call(200), ["one_pass", "query_gradient", "key_gradient"]),
         ("h200", call(128, size=128), ["one_pass", "forward", "query_gradient", "key_gradient"]),
-        ("v5e", call(512), ["forward", "query", "key_value"]),
+        # One kernel for the whole backward pass, and two for rows too long for it.
+        ("v5e", call(512), ["forward", "key_value"]),
+        ("v5e", call(8192), ["forward", "query", "key_value"]),
         ("v5e", call(200), ["key_heads"]),
     ],
 )

@@ -295,7 +295,7 @@ def test_a_head_needs_the_whole_encoder(tmp_path: Path) -> None:
         assert name in str(caught.value)
     with pytest.raises(ValueError, match=r"head: expected one of encoder, pretraining.*found 'poetry'"):
         models.load(source, head="poetry")
-    with pytest.raises(CheckpointError, match=r"a checkpoint of marian; head: expected one of translation, found"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint of marian; head: expected one of generation, found"):
         models.load(FIXTURES / "marian_translation", head="classification", num_labels=2)
 
 
@@ -384,7 +384,7 @@ def test_harmless_settings_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "llama is not a family of this version; known: albert, bert"),
+        ({"model_type": "llama"}, "llama is not a family of this version; known: albert, bart, bert"),
         ({"model_type": "absent", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not a family of"),
         (
             {"architectures": ["BertLMHeadModel"]},

@@ -101,7 +101,7 @@ def main(settings: Settings) -> int:
     tokenizer = prepare_tokenizer(config, progress)
     objective = make_objective(config, tokenizer)
     architecture = objective.fitted(model_config(config, tokenizer, objective.head))
-    data = prepare_data(config, tokenizer, progress)
+    data = prepare_data(config, tokenizer, progress, objective.text)
     model, learner = make_model(config, architecture, objective.head)
     state = jax.jit(learner.make)()
     for name, (part, params) in objective.exports(model, jax.device_get(state.params)).items():

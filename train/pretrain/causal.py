@@ -6,7 +6,7 @@ masked or drawn: what is to be predicted is the text itself.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,9 @@ class NextTokens(Objective):
     head = "causal_lm"
     shown = ("causal_accuracy",)
     terms = (Term("causal"),)
-    own_rows = "running text"
-    units = ()
-    text = "paragraphs"
+    own_rows: ClassVar = "running text"
+    units: ClassVar = ()
+    text: ClassVar = "paragraphs"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

@@ -101,6 +101,7 @@ def main(settings: Settings) -> int:
     tokenizer = prepare_tokenizer(config, progress)
     objective = make_objective(config, tokenizer)
     architecture = objective.fitted(model_config(config, tokenizer, objective.head))
+    architecture = dataclasses.replace(architecture, classifier_dropout=0.0)  # which ALBERT has in pretraining too
     data = prepare_data(config, tokenizer, progress, objective.text)
     model, learner = make_model(config, architecture, objective.head)
     state = jax.jit(learner.make)()

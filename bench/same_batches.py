@@ -8,6 +8,7 @@ DIR gets the initial weights as checkpoint folders, batches.npz, with each examp
 There is no dropout. What a generator draws is stored with the batches, as it follows from our weights.
 """
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass

@@ -52,7 +52,7 @@ class FamilyConfig:
     extra: Extra = ()
     """other entries of config.json, written back on saving"""
     repeated: tuple[tuple[str, str], ...] = ()
-    """(name, dtype) of tied copies and buffers of the checkpoint, written back on saving"""
+    """tied copies and buffers of the checkpoint, written back on saving; see `Table.kept`"""
     unprefixed: bool = False
     """whether the checkpoint's names lack the prefix of models with heads, as do those of released GPT-2s"""
 

@@ -28,6 +28,7 @@ FAMILIES = {
     "roberta": ".encoders.roberta",
     "spanbert": ".encoders.spanbert",
     "t5": ".encoder_decoders.t5",
+    "transfo-xl": ".decoders.transformer_xl",
     "transformer": ".encoder_decoders.transformer",
     "vit": ".images.vit",
     "xlm-roberta": ".encoders.roberta:XLM",

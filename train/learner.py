@@ -17,7 +17,7 @@ from .config import OptimConfig
 from .errors import RunError
 from .machine.cpu import lacks_bfloat16
 from .optim.optimizer import optimizer
-from .sharding import Replicas, logical_specs
+from .sharding import ROWS, Replicas, logical_specs
 
 Names = tuple[str, ...]  # path of a parameter
 
@@ -37,6 +37,20 @@ class TrainState:
     params: Any
     opt_state: Any
     key: jax.Array
+
+
+@flax.struct.dataclass
+class MemoryState(TrainState):
+    """A training state with what a model remembers of each row of the last batch: name -> array [rows, ...]."""
+
+    memory: dict[str, jax.Array]
+
+
+class WithMemory(NamedTuple):
+    """Sums of a part of a batch, and the memory after it, arrays [rows, ...] of its rows."""
+
+    sums: Any
+    memory: dict[str, jax.Array] | None
 
 
 class Learner(NamedTuple):
@@ -61,6 +75,7 @@ def make_learner(
     seed: int,
     trains: Callable[[Names], bool] | None = None,
     scales: Callable[[Names], Any] | None = None,
+    memory: Callable[[], dict[str, jax.Array]] = dict,
 ) -> Learner:
     """Make a learner, with the optimiser and the initial state of a model; nothing is computed yet.
 
@@ -72,6 +87,7 @@ def make_learner(
         trains: path of a parameter -> whether it is trained; None: all are.
         scales: path of a parameter -> factor of its learning rate, a number or an array that broadcasts to the
             parameter (layers stacked for a scan share one parameter); None: no factors.
+        memory: makes the memory that training begins with, arrays [rows, ...]; empty if there is none.
 
     Raises:
         RunError: no parameter is trained.
@@ -93,11 +109,18 @@ def make_learner(
     def make() -> TrainState:
         params = nn.unbox(parameters())
         draws = jax.random.key_data(jax.random.fold_in(key, 1))
-        return TrainState(jnp.int32(0), params, transform.init(_split(params, mask)[0]), draws)
+        start = jnp.int32(0), params, transform.init(_split(params, mask)[0]), draws
+        kept = memory()
+        return MemoryState(*start, kept) if kept else TrainState(*start)
 
     nowhere: Any = P()
-    moments = _moment_specs(jax.eval_shape(make), trained_specs)
-    return Learner(transform, rate, TrainState(nowhere, specs, moments, nowhere), make, mask)
+    shapes = jax.eval_shape(make)
+    parts = nowhere, specs, _moment_specs(shapes, trained_specs), nowhere
+    if isinstance(shapes, MemoryState):
+        state = MemoryState(*parts, jax.tree.map(lambda _: P(ROWS), shapes.memory))
+    else:
+        state = TrainState(*parts)
+    return Learner(transform, rate, state, make, mask)
 
 
 def _moment_specs(state: TrainState, specs: Any) -> Any:
@@ -153,8 +176,9 @@ def gradient_step(
         batch: arrays [rows, ...] of this replica.
         replicas: the replicas of the step.
         learner: the learner.
-        loss: (parameters, part of the batch) -> (loss, sums to add up). The loss is divided by the weight of the whole
-            batch over all replicas, which is known before any gradient, so that the gradients of the parts add up.
+        loss: (parameters, part of the batch) -> (loss, sums to add up, or `WithMemory`). The loss is divided by the
+            weight of the whole batch over all replicas, which is known before any gradient, so that the gradients of
+            the parts add up.
         accumulate: number of gradient-accumulation micro-batches.
 
     Returns:
@@ -163,30 +187,33 @@ def gradient_step(
     trained, frozen = _split(state.params, learner.trains)
 
     def scaled(trained: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-        value, sums = loss(_join(trained, frozen), part)
-        return value * replicas.count(), sums
+        value, found = loss(_join(trained, frozen), part)
+        return value * replicas.count(), found if isinstance(found, WithMemory) else WithMemory(found, None)
 
     gradient = jax.grad(scaled, has_aux=True)
     if accumulate == 1:
-        gradients, sums = gradient(trained, batch)
+        gradients, (sums, memory) = gradient(trained, batch)
     else:
         # Micro-batch a has rows a, a + accumulate, ...: with rows sharded over devices, each keeps the rows it has.
         parts = {
             name: jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0) for name, array in batch.items()
         }
-        shapes = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        shapes, found = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, found.sums))
 
-        def add(carry: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradient(trained, part)), None
+        def add(carry: Any, part: dict[str, jax.Array]) -> tuple[Any, Any]:
+            slopes, found = gradient(trained, part)
+            return jax.tree.map(jnp.add, carry, (slopes, found.sums)), found.memory
 
-        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
+        (gradients, sums), memories = jax.lax.scan(add, zeros, parts)
+        memory = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), memories)
 
     gradients = replicas.mean(gradients)
     updates, opt_state = learner.transform.update(gradients, state.opt_state, trained)
     params = _join(optax.apply_updates(trained, updates), frozen)
+    after: dict[str, Any] = {} if memory is None else {"memory": replicas.gather(memory)}
     return (
-        TrainState(state.step + 1, params, opt_state, state.key),
+        state.replace(step=state.step + 1, params=params, opt_state=opt_state, **after),  # type: ignore[attr-defined]
         replicas.sum(sums),
         optax.tree.norm(gradients),
     )
@@ -217,7 +244,7 @@ def with_params(state: TrainState, learner: Learner, params: Any) -> TrainState:
     if optax.tree.get(opt_state, "running_mean") is not None:  # it starts at the initial parameters
         copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(_split(placed, learner.trains)[0])
         opt_state = optax.tree.set(opt_state, running_mean=copied)
-    return TrainState(state.step, placed, opt_state, state.key)
+    return state.replace(params=placed, opt_state=opt_state)  # type: ignore[attr-defined]
 
 
 def compute_dtype(asked: str) -> str:

@@ -31,6 +31,8 @@ from .errors import RunError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+ROWS = "rows"
+"""Logical axis of a batch's rows, in what a state keeps of each of them; sharded like batches."""
 
 # From the logical axes of the models' parameters (LOGICAL_AXES in models/layers/linear.py) to mesh axes.
 RULES: dict[str, str | None] = {
@@ -69,6 +71,13 @@ class Replicas:
     def gather(self, tree: Any) -> Any:
         """Gather arrays of all rows from those of this replica's rows."""
         return tree if self.axis is None else jax.lax.all_gather(tree, self.axis, tiled=True)
+
+    def own(self, tree: Any, local: int) -> Any:
+        """Return this replica's rows, `local` of them, of arrays of all rows."""
+        if self.axis is None:
+            return tree
+        first = jax.lax.axis_index(self.axis) * local
+        return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, first, local), tree)
 
     def rows(self, local: int) -> jax.Array:
         """Return the numbers of this replica's rows in the whole batch, [local] uint32."""
@@ -129,10 +138,11 @@ def logical_specs(boxed: Any) -> Any:
 
 def mesh_sharding(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding of an array by RULES. An axis that the mesh axis does not divide is replicated."""
-    axes: list[str | None] = []
+    axes: list[str | tuple[str, ...] | None] = []
     for name, size in zip(spec, shape, strict=False):
-        axis = RULES[name] if name is not None else None
-        axes.append(axis if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None)
+        axis = None if name is None else BATCH_AXES if name == ROWS else RULES[name]
+        parts = math.prod(mesh.shape[part] for part in ((axis,) if isinstance(axis, str) else axis or ()))
+        axes.append(axis if parts > 1 and size % parts == 0 else None)
     return NamedSharding(mesh, P(*axes))
 
 
@@ -241,6 +251,10 @@ class PmapParallelism(Parallelism):
     def __init__(self) -> None:
         devices = np.array(jax.devices()).reshape(-1, 1, 1)
         super().__init__(Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
+
+    def _shardings(self, shapes: Any, specs: Any) -> Any:
+        del specs
+        return jax.tree.map(lambda _: self._everywhere, shapes)
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Any:
         devices = jax.local_device_count()

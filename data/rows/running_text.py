@@ -115,7 +115,8 @@ class RunningTextRows(DocumentRows[RunningTextPlan]):
         tokens = np.diff(ends[sentences.document_sentences])  # of each document
         sizes = tokens + 1
         length = int(sizes.sum())
-        rows = -(-length // self.sequence_length)
+        order = self._order_of_parts(length, random)
+        rows = len(order)
         return RunningTextPlan(
             epoch=epoch,
             window=window,
@@ -131,10 +132,14 @@ class RunningTextRows(DocumentRows[RunningTextPlan]):
                 rows=rows,
                 tokens=length,
             ),
-            order=random.permutation(rows),
+            order=order,
             starts=np.cumsum(sizes) - sizes,
             length=length,
         )
+
+    def _order_of_parts(self, length: int, random: Any) -> np.ndarray:
+        """Return the order of the parts of a text of `length` tokens."""
+        return random.permutation(-(-length // self.sequence_length))
 
     def _spans(self, plan: RunningTextPlan, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the first position in the text and the number of tokens of each row, its last label not included."""

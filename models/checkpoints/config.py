@@ -119,7 +119,7 @@ def read_fields(
     for name, key in keys.items():
         if key in stored:
             if fits(stored[key], hints[name]):
-                fields[name] = stored[key]
+                fields[name] = tuple(stored[key]) if typing.get_origin(hints[name]) is tuple else stored[key]
             else:
                 problems.append(f"{key}: expected {type_name(hints[name])}, found {in_words(stored[key])}")
     if problems:

@@ -159,7 +159,10 @@ def load_with_report(
             placed, report = _take_encoder(family, config, table, placed, tensors, folder)
         _check_kinds(placed, tensors, folder)
         params = table.load(placed, tensors.shapes, tensors.read, str(folder))
-        repeated = tuple((name, BUFFER_DTYPES.get(tensors.kinds[at], "")) for at, name in placed.repeated.items())
+        repeated = tuple(
+            table.kept(name, tensors.read(at), BUFFER_DTYPES.get(tensors.kinds[at], ""))
+            for at, name in placed.repeated.items()
+        )
         config = dataclasses.replace(config, repeated=repeated, unprefixed=head is None and placed.unprefixed(table))
     model: Any = model.clone(config=config)
     if placed.missing:

@@ -10,6 +10,9 @@ bias, which adds the same to all scores), so that the reference is rounding nois
 of the largest tensor's is measured relative to the largest. Outputs are compared at padded positions too; there the
 reference lets padding attend to the tokens, which `layers.reference_segments` imitates.
 
+A fixture of a model with a memory has consecutive segments of texts, `input.segment.0`, `input.segment.1`, ... and a
+loss of each, `loss.0`, ...; the gradients are those of the last one's.
+
 A fixture with a `trajectory.json` is trained on its batch as the reference was, see trajectory.py. One with a
 `generate.json`, the settings of the reference's `generate`, generates from its inputs as `generate.sequences` and
 `generate.scores` say. Finally, the checkpoint is saved again: the names and bytes must be the same.
@@ -114,7 +117,7 @@ def run(
     folder: Path, report: Report, make_optimiser: MakeOptimiser | None = None, generate: Generate | None = None
 ) -> None:
     """Fill a report with the results of a fixture folder."""
-    expected = _tensors(folder / "expected.safetensors")
+    expected = _last_loss(_tensors(folder / "expected.safetensors"))
     loaded = load(folder)
     architecture = family_of_model(loaded.model)[1]
     report.model = architecture.name
@@ -242,6 +245,14 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a fixture holds config.json, model.safetensors and this")
     return load_file(path)
+
+
+def _last_loss(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a fixture's arrays with the loss of its last segment as its loss, and the others' as outputs."""
+    losses = sorted((name for name in expected if name.startswith("loss.")), key=lambda name: int(name[5:]))
+    names = {name: f"output.{name}" for name in losses[:-1]} | dict.fromkeys(losses[-1:], "loss")
+    arrays = {names.get(name, name): value for name, value in expected.items()}
+    return {name: value.reshape(()) if name.startswith("output.loss.") else value for name, value in arrays.items()}
 
 
 def _difference(name: str, outputs: Outputs, expected: np.ndarray) -> float:
@@ -375,10 +386,32 @@ def _classes(model: Any, params: Params, inputs: Inputs) -> Outputs:
 
 def _next_tokens(model: Any, params: Params, inputs: Inputs) -> Outputs:
     """Compute the outputs of a language model; its labels are the inputs, which predict the token before them."""
+    if "segment.0" in inputs:
+        return _segments_with_memory(model, params, inputs)
     logits = _call(model, params, inputs)
     labels = inputs.pop("labels", None)
     loss = None if labels is None else _mean(losses.class_losses(logits[:, :-1], labels[:, 1:]))
     return _finish(inputs, {"logits": logits}, loss)
+
+
+def _segments_with_memory(model: Any, params: Params, inputs: Inputs) -> Outputs:
+    """Compute the outputs for consecutive segments. The reference begins with a memory of zeros, which is attended to.
+
+    Its losses are in an order of its own: those of the words of each cluster together.
+    """
+    variables, outputs, count = {"params": params}, {}, len(inputs)
+    memory = model.empty_memory(len(inputs["segment.0"]))
+    memory = memory._replace(segment_ids=jnp.ones_like(memory.segment_ids))
+    for number in range(count):
+        ids = inputs.pop(f"segment.{number}")
+        states, memory = model.apply(variables, ids, memory, method="read")
+        outputs[f"log_probs.{number}"] = model.apply(variables, states, method="log_probabilities")
+        losses = model.apply(variables, states[:, :-1], ids[:, 1:], method="token_losses")
+        cluster = (ids[:, 1:, None] >= jnp.array(model.config.cutoffs, jnp.int32)).sum(axis=-1).reshape(-1)
+        outputs[f"losses.{number}"] = losses.reshape(-1)[jnp.argsort(cluster, stable=True)].reshape(losses.shape)
+        outputs[f"loss.{number}"] = losses.mean()
+    outputs |= {f"mems.{i}": jnp.swapaxes(hidden, 0, 1) for i, hidden in enumerate(memory.hidden)}
+    return _finish(inputs, outputs, outputs[f"loss.{count - 1}"])
 
 
 def _classification(model: Any, params: Params, inputs: Inputs) -> Outputs:

@@ -286,6 +286,8 @@ class Table:
         tied: name -> name of the tensor that it repeats. Such a copy must be equal, and is written if it was read.
         buffers: name -> required value, for constants of the implementation that used to be stored. They are written in
             the dtype in which they were read.
+        computed: name -> value of constants that the implementation computes, in a rounding that depends on its
+            machine. They are written as they were read.
         dropped: names of tensors that are neither read nor written, such as causal masks.
     """
 
@@ -294,11 +296,12 @@ class Table:
     renamed: tuple[tuple[str, str], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    computed: Mapping[str, np.ndarray] = field(default_factory=dict)
     dropped: Collection[str] = ()
 
     def place(self, stored_names: Iterable[str]) -> Placed:
         """Match a checkpoint's names, in any of the accepted forms, with the table's."""
-        known = {*self._parts, *self.tied, *self.buffers, *self.dropped}
+        known = {*self._parts, *self.tied, *self.buffers, *self.computed, *self.dropped}
         sources: dict[str, str] = {}
         repeated: dict[str, str] = {}
         unmapped: list[str] = []
@@ -397,21 +400,28 @@ class Table:
         return tuple(shape)
 
     def _check_repeated(self, stored: str, name: str, placed: Placed, read: Callable[[str], np.ndarray]) -> str | None:
-        if name in self.buffers:
-            if not np.array_equal(read(stored), self.buffers[name]):
-                return f"{stored}: expected the constant {self.buffers[name]}, found {read(stored)}"
+        constant = self.buffers.get(name, self.computed.get(name))
+        if constant is not None:
+            found = read(stored)
+            near = found.shape == constant.shape and np.allclose(found, constant, rtol=1e-5, atol=0)
+            if not (near if name in self.computed else np.array_equal(found, constant)):
+                return f"{stored}: expected the constant {constant}, found {found}"
         else:
             original = placed.sources[self.tied[name]]
             if not np.array_equal(read(stored), read(original)):
                 return f"{stored}: differs from {original}; only tied weights are supported"
         return None
 
+    def kept(self, name: str, stored: np.ndarray, dtype: str) -> tuple[str, str]:
+        """Return what `save` needs to write a tied copy or buffer as it is stored: (name, dtype, or dtype:bytes)."""
+        return name, f"{dtype}:{stored.tobytes().hex()}" if name in self.computed else dtype
+
     def save(self, params: Params, repeated: Sequence[tuple[str, str]] = ()) -> Iterator[tuple[str, np.ndarray]]:
         """Yield a parameter tree's tensors with their stored names.
 
         Args:
             params: the parameter tree.
-            repeated: (name, dtype) of tied copies and buffers to write too; a copy's dtype is that of the parameters.
+            repeated: tied copies and buffers to write too, by `kept`; a copy's dtype is that of the parameters.
 
         Raises:
             CheckpointError: a parameter is not in the table, is missing, or has another shape.
@@ -428,16 +438,19 @@ class Table:
         if problems:
             raise CheckpointError("\n  ".join(["parameters that do not fit the model:", *shortened(problems)]))
         arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-        originals = {self.tied[name]: np.zeros(0) for name, _ in repeated if name not in self.buffers}
+        originals = {self.tied[name]: np.zeros(0) for name, _ in repeated if name in self.tied}
         for name, parts in self._parts.items():
             pieces = [part.entry.transform.save(part.slot(arrays)) for part in parts]
             tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=parts[0].entry.fused)
             if name in originals:
                 originals[name] = tensor
             yield name, tensor
-        for name, dtype in repeated:
-            buffer = self.buffers.get(name)
-            yield name, originals[self.tied[name]] if buffer is None else buffer.astype(dtype)
+        for name, kept in repeated:
+            dtype, _, stored = kept.partition(":")
+            if name in self.computed:
+                yield name, np.frombuffer(bytes.fromhex(stored), dtype).reshape(self.computed[name].shape)
+            else:
+                yield name, originals[self.tied[name]] if name in self.tied else self.buffers[name].astype(dtype)
 
 
 class _Part(NamedTuple):

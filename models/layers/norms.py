@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.nn.initializers import Initializer
 
 from .linear import partitioned
 
@@ -14,11 +15,12 @@ class LayerNorm(nn.Module):
     epsilon: float
     dtype: str = "float32"
     use_bias: bool = True
+    scale_init: Initializer = nn.initializers.ones_init()
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         width = inputs.shape[-1]
-        scale = self.param("scale", partitioned(nn.initializers.ones_init(), "embed"), (width,), jnp.float32)
+        scale = self.param("scale", partitioned(self.scale_init, "embed"), (width,), jnp.float32)
         lead = tuple(range(inputs.ndim - 1))
         x = inputs.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)

@@ -33,6 +33,7 @@ def run_layers(
     sets: Sequence[int] | None = None,
     every_layer: bool = False,
     last_positions: Array | None = None,
+    each: Any = None,
 ) -> tuple[Array, Array | None]:
     """Apply `count` layers, each to the output of the previous one.
 
@@ -53,6 +54,8 @@ def run_layers(
         every_layer: also return the output of each layer.
         last_positions: [B, X] int32, the only tokens that the last layer computes; None for all of them. The results
             are the same, except for the dropout mask. The layers must meet the conditions of `_call_at`.
+        each: a tree of arrays [N, ...], of which each layer gets its own part after `broadcast`. Not together with
+            `kinds`, `sets` or `last_positions`.
 
     Returns:
         (the last layer's output [B, L, E] or [B, X, E], all layers' outputs [N, B, L, E] or None)
@@ -64,6 +67,8 @@ def run_layers(
     positions = None if block.is_initializing() else last_positions
     if positions is not None and every_layer:
         raise ValueError("run_layers: every_layer and last_positions exclude each other")
+    if each is not None and (positions is not None or kinds is not None or sets is not None):
+        raise ValueError("run_layers: each excludes kinds, sets and last_positions")
     for name, given in (("kinds", kinds), ("sets", sets)):
         if given is not None and len(given) != count:
             raise ValueError(f"run_layers: expected {count} {name}, one for each layer, found {len(given)}")
@@ -73,8 +78,8 @@ def run_layers(
         return _run_apart(block, hidden, broadcast, kinds, sets, every_layer, positions, **mode)
     drawn = {} if kinds is None else kinds[-1]
 
-    def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> tuple[Array, Array | None]:
-        hidden = block(hidden, *broadcast, **drawn, deterministic=deterministic)
+    def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...], own: Any) -> tuple[Array, Array | None]:
+        hidden = block(hidden, *broadcast, *own, **drawn, deterministic=deterministic)
         return hidden, hidden if every_layer else None
 
     stacked = count if sets is None else max(sets) + 1
@@ -84,14 +89,15 @@ def run_layers(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,  # type: ignore[arg-type]  (annotated as int, documented as this)
+        in_axes=(nn.broadcast, 0),  # type: ignore[arg-type]  (annotated as int, documented as this)
         length=scanned,
         unroll=1 if scan else max(1, scanned),
         metadata_params={nn.PARTITION_NAME: "layers"},
         check_constancy_invariants=False,  # a second trace would find nothing: no variable changes
     )
+    each = () if each is None else (each,)
     if positions is None:
-        return run(block, hidden, broadcast)
+        return run(block, hidden, broadcast, each)
 
     def last_layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...]) -> Array:
         return _call_at(positions, block, hidden, broadcast, {"deterministic": deterministic})
@@ -100,7 +106,7 @@ def run_layers(
         return lambda stack: jax.tree.map(lambda parameter: parameter[chosen], stack)
 
     if scanned:
-        hidden, _ = nn.map_variables(run, "params", of_layers(slice(scanned)))(block, hidden, broadcast)
+        hidden, _ = nn.map_variables(run, "params", of_layers(slice(scanned)))(block, hidden, broadcast, each)
     return nn.map_variables(last_layer, "params", of_layers(scanned))(block, hidden, broadcast), None
 
 

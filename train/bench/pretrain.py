@@ -64,7 +64,7 @@ def main(config: PretrainBenchConfig) -> int:
     objective = make_objective(training, tokenizer)
     architecture = objective.fitted(model_config(training, tokenizer, objective.head))
     data = prepare_data(training, tokenizer, progress, objective.text)
-    model, learner = make_model(training, architecture, objective.head)
+    model, learner = make_model(training, architecture, objective.head, objective.memory)
     fixed = objective.fixed(parallelism)
     evaluate = Evaluation(training, data, objective, model, parallelism, *fixed)
 

@@ -59,7 +59,8 @@ class PretrainConfig:
     objective: str | None = None
     """Pretraining objective: mlm (masked words), mlm+nsp (also whether sentence B follows A), mlm+sop (also whether A
     and B are swapped), span+sbo (masked spans, also from the tokens beside them), rtd (which tokens a generator has
-    replaced) or causal (the next token, of GPT); for T5 span-corruption (the tokens of missing spans), for BART denoise
+    replaced), causal (the next token, of GPT) or causal+memory (the same, with a memory of the text before, of
+    Transformer-XL); for T5 span-corruption (the tokens of missing spans), for BART denoise
     (the whole text, from one with masked words and permuted sentences). None: that of the family's paper."""
     generator_size: float | None = None
     """Width of the generator of --objective rtd, as a fraction of the model's. None: that of the model's size."""
@@ -73,6 +74,9 @@ class PretrainConfig:
     across_documents: bool = True
     """For --objective causal: let attention cross the boundaries of documents in a row, as in GPT-3. Off: each document
     of a row sees only itself, and its positions start anew."""
+    memory: int | None = None
+    """For --objective causal+memory: number of tokens before a row whose hidden states it sees; 0: none. None: that of
+    the model's size."""
     dropout: float = 0.1
     """Dropout rate of hidden states and attention probabilities."""
     shared_dropout: bool = False
@@ -169,6 +173,7 @@ class PretrainConfig:
         check_setting(self, "dropout", least=0, below=1)
         check_setting(self, "z_loss", least=0)
         check_setting(self, "accumulate", least=1)
+        check_setting(self, "memory", least=0)
         check_setting(self, "static_masks", least=0)
         for name in ("steps", "sequence_length"):
             check_setting(self, name, least=1)

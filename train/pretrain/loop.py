@@ -13,12 +13,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ...data import evaluation_batches
 from ...data.progress import counted
 from ...models.heads.losses import PredictionSums, WeightedSum
 from ..errors import RunError
-from ..learner import Learner, TrainState, count_parameters, describe_dtype, gradient_step, on_host
+from ..learner import (
+    Learner,
+    MemoryState,
+    TrainState,
+    WithMemory,
+    count_parameters,
+    describe_dtype,
+    gradient_step,
+    on_host,
+)
 from ..loop import Fitted, Stop, Training
 from ..metrics import Meter, Sums
 from ..run import Run, start_run
@@ -31,6 +41,9 @@ from .objectives import make_objective, with_defaults
 
 MUCH = 0.2
 """Truncated fraction of the text from which a remedy is named."""
+
+MEMORY = "memory/"
+"""Begins the names of a memory's arrays among those of a batch, with which they are cut into parts."""
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
@@ -52,24 +65,52 @@ def train_step(
     tokens = replicas.sum((batch["segment_ids"] > 0).sum())
     batch = corrupt(objective, corrupt_key, batch, replicas)
     weights = replicas.sum(objective.weights(batch))
+    before = memory_of(state, batch, replicas)
 
-    def loss(params: Any, part: Batch) -> tuple[jax.Array, LossSums]:
-        sums = objective.losses(model, params, part, deterministic=False, rngs={"dropout": dropout_key})
-        return total(objective.terms, sums, weights), sums
+    def loss(params: Any, part: Batch) -> tuple[jax.Array, Any]:
+        memory = {name: part[MEMORY + name] for name in before}
+        mode = {"deterministic": False, "rngs": {"dropout": dropout_key}}
+        sums, after = objective.losses_and_memory(model, params, part, memory, **mode)
+        return total(objective.terms, sums, weights), WithMemory(sums, after) if before else sums
 
+    batch = {**batch, **{MEMORY + name: array for name, array in before.items()}}
     state, sums, norm = gradient_step(state, batch, replicas, learner=learner, loss=loss, accumulate=accumulate)
     one = jnp.float32(1)
     counts = {"gradient_norm": (norm, one), "tokens": (tokens, one)}
     return state, {"loss": (total(objective.terms, sums, weights), one), **prediction_metrics(sums), **counts}
 
 
+def memory_of(state: TrainState, batch: Batch, replicas: Replicas) -> Batch:
+    """Return the memory of a batch's rows; empty without one."""
+    return replicas.own(state.memory, len(batch["segment_ids"])) if isinstance(state, MemoryState) else {}
+
+
 def evaluation_step(
-    params: Any, batch: Batch, replicas: Replicas, *fixed: Any, objective: Objective, model: Any, key: jax.Array
-) -> Sums:
-    """Compute sums over held-out rows, corrupted in the same way every time."""
+    given: tuple[Any, Batch],
+    batch: Batch,
+    replicas: Replicas,
+    *fixed: Any,
+    objective: Objective,
+    model: Any,
+    key: jax.Array,
+) -> tuple[Sums, Batch]:
+    """Compute sums over held-out rows, corrupted in the same way every time, and the memory after them.
+
+    Args:
+        given: the parameters, and the memory before these rows.
+        batch: the rows.
+        replicas: the replicas of the step.
+        fixed: see `Objective.fixed`.
+        objective: the objective.
+        model: its model.
+        key: key of the corruption.
+    """
+    params, before = given
     objective = objective.reading(*fixed)
     batch = corrupt(objective, key, batch, replicas)
-    return prediction_metrics(replicas.sum(objective.losses(model, params, batch, deterministic=True)))
+    memory = replicas.own(before, len(batch["segment_ids"]))
+    sums, after = objective.losses_and_memory(model, params, batch, memory, deterministic=True)
+    return prediction_metrics(replicas.sum(sums)), replicas.gather(after)
 
 
 def corrupt(objective: Objective, key: jax.Array, batch: Batch, replicas: Replicas) -> Batch:
@@ -119,11 +160,14 @@ class Evaluation:
         self.terms = objective.terms
         step = partial(evaluation_step, objective=objective.held_out(), model=model, key=jax.random.key(0))
         self._step, self._parallelism = parallelism.compile_evaluate(step, *fixed), parallelism
+        self._memory = partial(objective.memory, model)
 
     def __call__(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         meter = Meter()
+        memory = self._parallelism.initialise(self._memory, jax.tree.map(lambda _: P(), jax.eval_shape(self._memory)))
         for batch in self.batches():
-            meter.add(jax.device_get(self._step(state.params, self._parallelism.shard_batch(batch))))
+            sums, memory = self._step((state.params, memory), self._parallelism.shard_batch(batch))
+            meter.add(jax.device_get(sums))
             if stop.requested:
                 return None
         means = meter.means()
@@ -152,7 +196,7 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
     architecture = objective.fitted(model_config(config, tokenizer, objective.head))
     run.progress.line(describe_tokenizer(tokenizer, asked_family(config), architecture))
     data = prepare_data(config, tokenizer, run.progress, objective.text)
-    model, learner = make_model(config, architecture, objective.head)
+    model, learner = make_model(config, architecture, objective.head, objective.memory)
     describe(run, config, data, objective, architecture, learner)
     for remark in objective.remarks(model):
         run.progress.line(remark)

@@ -1,6 +1,7 @@
 """The model to pretrain: a released size, or the checkpoint that a run starts from."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
         scan_layers=config.scan_layers,
         remat=config.remat,
         **({} if config.generator_size is None else {"generator_fraction": config.generator_size}),
+        **({} if config.memory is None else {"memory": config.memory}),
         attention_implementation=config.attention,
         **({"shared_dropout": True} if config.shared_dropout else {}),
     )
@@ -111,8 +113,10 @@ def describe_tokenizer(tokenizer: Tokenizer, family: Family, model: EncoderConfi
     return f"{found} ({family.title}'s own is {own}): inputs are {before} A {between} B {after}{types}"
 
 
-def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -> tuple[Any, Learner]:
-    """Return the model and its learner; nothing is computed yet."""
+def make_model(
+    config: PretrainConfig, architecture: EncoderConfig, head: str, memory: Callable[[Any], Any] = lambda _: {}
+) -> tuple[Any, Learner]:
+    """Return the model and its learner; nothing is computed yet. For `memory` see `Objective.memory`."""
     model = family_of(architecture).build(head, architecture)
     rate = schedule(config.optim, [(phase.steps, phase.learning_rate) for phase in config.plan])
     made = make_learner(
@@ -121,6 +125,7 @@ def make_model(config: PretrainConfig, architecture: EncoderConfig, head: str) -
         rate=rate,
         seed=config.seed,
         trains=lambda names: "final_logits_bias" not in names,  # BART's, which is only loaded and saved
+        memory=partial(memory, model),
     )
     return model, made
 

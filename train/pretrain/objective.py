@@ -141,6 +141,17 @@ class Objective:
         """
         raise NotImplementedError
 
+    def memory(self, model: Any) -> Batch:
+        """Return what the model remembers before the first batch, arrays [rows, ...]; empty if it has no memory."""
+        del model
+        return {}
+
+    def losses_and_memory(
+        self, model: Any, params: Any, batch: Batch, memory: Batch, **mode: Any
+    ) -> tuple[LossSums, Batch]:
+        """Compute `losses`, and the memory after the batch from that before it, both of the batch's rows."""
+        return self.losses(model, params, batch, **mode), memory
+
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:
         """Yield lines that illustrate what the model has learnt.
 

@@ -9,6 +9,7 @@ from ...data.corpus.document_store import Unit
 from ...models.family import Family
 from ..errors import RunError
 from .causal import NextTokens
+from .causal_memory import NextTokensWithMemory
 from .config import DistillConfig, MaskingKind, PretrainConfig
 from .denoising.denoise import Denoising
 from .denoising.span_corruption import SpanCorruption
@@ -58,6 +59,7 @@ OBJECTIVES: Mapping[str, ObjectiveClass] = {
     "causal": NextTokens,
     "span-corruption": SpanCorruption,
     "denoise": Denoising,
+    "causal+memory": NextTokensWithMemory,
 }
 
 
@@ -84,7 +86,9 @@ def with_defaults(config: PretrainConfig, family: Family) -> PretrainConfig:
         raise RunError(f"--masking {masking}: --objective {name} {how}.")
     if config.mask_rate is not None and not objective.units:
         raise RunError(f"--mask-rate: --objective {name} masks nothing.")
-    if not config.across_documents and name != "causal":
+    if config.memory is not None and name != "causal+memory":
+        raise RunError(f"--memory: it is for --objective causal+memory, found {name}.")
+    if not config.across_documents and name not in ("causal", "causal+memory"):
         raise RunError(f"--no-across-documents: it is for --objective causal; for {name}, see --rows.")
     for flag in ("generator_size", "generator"):
         if getattr(config, flag) is not None and name != "rtd":

@@ -63,6 +63,8 @@ NAMES = (
     "gpt2_choice",
     "gptneo_lm",
     "gptneo_classification",
+    "transformer_xl_lm",
+    "transformer_xl_shared",
 )
 
 
@@ -73,6 +75,7 @@ TRAJECTORIES = (
     "gpt2_lm",
     "gpt1_classification",
     "vit_classification",
+    "transformer_xl_lm",
 )
 
 
@@ -99,7 +102,7 @@ def test_own_fixtures(name: str) -> None:
     assert (report.trajectory is not None) == (name in TRAJECTORIES)
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", [*NAMES[:2], "transformer_xl_lm"])
 def test_shared_fixtures(shared: Path, name: str) -> None:
     assert_passes(shared / "parity" / name)
 

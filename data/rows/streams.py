@@ -1,0 +1,90 @@
+"""A language model's rows as streams: each row of a batch goes on where the same row of the batch before it stopped.
+
+The text of a window is that of running_text.py. It is cut into as many columns as a batch has rows, of one length;
+batch t of the window holds the t-th row of every column (Dai et al. 2019, 3.2). So a memory of what was read before a
+row can be kept from batch to batch. Nothing is left out: the last row of a column is padded, and the last columns may
+be shorter.
+
+Segments tell what belongs together, in rows and memories alike: the documents of a window, or all of it if attention
+crosses their boundaries. No two consecutive windows have the same, so that nothing is seen of the window before.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..corpus.document_store import DocumentStore, Split
+from ..errors import DataError
+from ..packing import ranges
+from ..tokenizers.tokenizer import Tokenizer
+from .rows import Batch
+from .running_text import RunningTextPlan, RunningTextRows
+
+_SECOND = 1 << 30  # added to the segments of every second window
+
+
+class StreamRows(RunningTextRows):
+    """Rows of consecutive text, from a tokenised corpus; the arrays of a batch are those of `RunningTextRows`.
+
+    `segment_ids` are numbers of documents, or all the same if `cross_documents`, as above.
+
+    Args:
+        store: see `build_documents`.
+        tokenizer: tokenizer of the corpus; `eos_id` separates documents.
+        split: split of the documents, see `DocumentStore.documents`.
+        columns: number of rows of a batch.
+        sequence_length: length of every row, L.
+        settings: those of `RunningTextRows`.
+
+    Raises:
+        DataError: as `RunningTextRows`, or there are no columns.
+    """
+
+    def __init__(
+        self,
+        store: DocumentStore,
+        tokenizer: Tokenizer,
+        split: Split = "train",
+        *,
+        columns: int,
+        sequence_length: int,
+        **settings: Any,
+    ):
+        if columns < 1:
+            raise DataError(f"{columns} columns: expected at least 1.")
+        self.columns = columns
+        super().__init__(store, tokenizer, split, sequence_length=sequence_length, **settings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
+        return self._fingerprint(["streams", self.columns, super().fingerprint])
+
+    def _order_of_parts(self, length: int, random: Any) -> np.ndarray:
+        del random  # the order is that of the text
+        return np.arange(-(-self._column(length) // self.sequence_length) * self.columns)
+
+    def _column(self, length: int) -> int:
+        """Return the length of a column of a text of `length` tokens."""
+        return -(-length // self.columns)
+
+    def _spans(self, plan: RunningTextPlan, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        column = self._column(plan.length)
+        into = rows // self.columns * self.sequence_length
+        first = rows % self.columns * column + into
+        count = np.minimum(np.minimum(self.sequence_length, column - into), plan.length - first)
+        return np.minimum(first, plan.length), np.maximum(count, 0)
+
+    def assemble(self, plan: RunningTextPlan, tokens: np.ndarray, rows: np.ndarray, first_row: int) -> Batch:
+        """Assemble a batch of these rows of a window, see `RowSource.assemble`."""
+        batch = super().assemble(plan, tokens, rows, first_row)
+        first, count = self._spans(plan, rows)
+        text = ranges(first, count)
+        documents = 1 if self.cross_documents else np.searchsorted(plan.starts, text, side="right")
+        second = (plan.epoch * self.windows_in_epoch(plan.epoch) + plan.window) % 2 * _SECOND
+        places = ranges(np.arange(len(rows)) * self.sequence_length, count)
+        batch["segment_ids"].reshape(-1)[places] = documents + second
+        return batch

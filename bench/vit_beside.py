@@ -3,9 +3,10 @@
     uv run python bench/vit_beside.py ours DATA OUT [START]    writes the batches, the weights and our losses to OUT
     PEER/bin/python bench/vit_beside.py reference OUT          trains the same in PyTorch with transformers; prints both
 
-DATA is a folder as `bestiary images train` reads it, START the folder of a run's model to start from, else new weights.
-Everything is as that command does it: AdamW with a decay of the
-kernels that is independent of the learning rate, warm-up and cosine, clipping at a norm of 1, random shifts.
+DATA is a folder as `bestiary images train` reads it. START is the folder of a run's model to start from; without it,
+weights are new, with a standard deviation of 0.1: with 0.02, so narrow a model begins on a plateau, where rounding
+errors grow. Everything is as that command does it: AdamW with a decay of the kernels independent of the learning rate,
+warm-up and cosine, clipping at a norm of 1, random shifts.
 """
 
 import json
@@ -35,9 +36,8 @@ def ours(data: Path, out: Path, begin: Path | None = None) -> None:
     from bestiary.train.optim.schedule import schedule
     from bestiary.train.sharding import Replicas
 
-    config = TrainConfig(
-        data=data, out=out, width=64, layers=6, heads=4, patch_size=7, augment=AugmentConfig("shift"), scan_layers=None
-    )
+    sizes = dict(width=64, layers=6, heads=4, patch_size=7, initializer_range=0.1)
+    config = TrainConfig(data=data, out=out, augment=AugmentConfig("shift"), **sizes)
     images = read_images(data)["train"]
     start = new_model(config, images)
     rate = schedule(config.optim, [(STEPS, None)])
@@ -94,7 +94,6 @@ def reference(out: Path) -> None:
                 "last": [losses[-1], float(stored["losses"][-1])],
                 "largest_relative_error": float(errors.max()),
                 "step": int(errors.argmax()) + 1,
-                "of_the_first_50": float(errors[:50].max()),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             }

@@ -139,6 +139,9 @@ class TrainConfig(ImagesConfig):
     """Number of layers. None: that of the size."""
     heads: int | None = None
     """Number of attention heads. None: that of the size."""
+    initializer_range: float | None = None
+    """Standard deviation of new weights of a ViT. None: 0.02, with which a narrow model learns nothing at first; 0.1
+    suits a width of 64."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: OptimConfig(
             learning_rate=1e-3,
@@ -155,6 +158,7 @@ class TrainConfig(ImagesConfig):
         super().__post_init__()
         for name in ("patch_size", "width", "layers", "heads"):
             check_setting(self, name, least=1)
+        check_setting(self, "initializer_range", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

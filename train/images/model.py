@@ -69,9 +69,8 @@ def new_model(config: TrainConfig, images: ImageSet) -> Start:
     preset: Any = family.config.preset(config.model)
     side, channels = _look_at(images)
     size = config.image_size or side or preset.image_size
-    fields: dict[str, Any] = {
-        name: getattr(config, name) for name in ("width", "layers", "heads") if getattr(config, name) is not None
-    }
+    given = {name: getattr(config, name) for name in ("width", "layers", "heads", "initializer_range")}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if config.width is not None:
         fields["feed_forward"] = 4 * config.width
     try:

@@ -190,6 +190,7 @@ def test_attention_is_a_distribution_over_patches():
         (["--patch-size", "3"], "image size 8 is not a multiple of patch size 3"),
         (["--heads", "3"], "width 16 is not a multiple of heads 3"),
         (["--label-smoothing", "0.1", "--loss", "sigmoid"], "--label-smoothing goes with --loss softmax"),
+        (["--initializer-range", "0"], "--initializer-range is 0.0"),
         (["--accumulate", "3"], "--batch-size 16 is not a multiple of --accumulate 3"),
         (["--eval-data", "x.csv"], "not a table, so that x.csv cannot be its evaluation set"),
         (["--data", "nowhere"], "nowhere: there is no such folder or file. Expected IDX files"),

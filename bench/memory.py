@@ -23,7 +23,7 @@ from bestiary.train.language_model.model import open_language_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="run folder, or checkpoint folder")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--memory", type=int, nargs="+", default=[0, 128, 512], help="slots")

@@ -33,7 +33,7 @@ class NextTokensWithMemory(NextTokens):
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:
         """See `ObjectiveClass.create`."""
-        if len(config.plan) > 1:
+        if len(config.plan) != 1:
             raise RunError("--objective causal+memory: one phase and one batch size, of which each row has its memory.")
         plain = NextTokens.create(config, tokenizer)
         return cls(plain.tokenizer, plain.across, config.plan[0].rows, config.memory)

@@ -407,7 +407,7 @@ def _segments_with_memory(model: Any, params: Params, inputs: Inputs) -> Outputs
         states, memory = model.apply(variables, ids, memory, method="read")
         outputs[f"log_probs.{number}"] = model.apply(variables, states, method="log_probabilities")
         losses = model.apply(variables, states[:, :-1], ids[:, 1:], method="token_losses")
-        cluster = (ids[:, 1:, None] >= jnp.array(model.config.cutoffs, jnp.int32)).sum(axis=-1).reshape(-1)
+        cluster = (ids[:, 1:, None] >= jnp.array(model.config.cutoffs, jnp.int32)[None, None]).sum(axis=-1).reshape(-1)
         outputs[f"losses.{number}"] = losses.reshape(-1)[jnp.argsort(cluster, stable=True)].reshape(losses.shape)
         outputs[f"loss.{number}"] = losses.mean()
     outputs |= {f"mems.{i}": jnp.swapaxes(hidden, 0, 1) for i, hidden in enumerate(memory.hidden)}

@@ -385,7 +385,7 @@ def test_harmless_settings_are_kept(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"model_type": "llama"}, "llama is not a family of this version; known: albert, bart, bert"),
-        ({"model_type": "absent", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not a family of"),
+        ({"model_type": "absent", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not a family of"),
         (
             {"architectures": ["BertLMHeadModel"]},
             "BertLMHeadModel is not an architecture of this version; known: BertModel",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..bias import AlibiBias, Bias, DenseBias, RelativeBias
+from ..bias import AlibiBias, DenseBias, RelativeBias
 
 BIASES = ("none", "relative", "alibi", "dense")
 BUCKETS = 32
@@ -283,7 +283,7 @@ def draw(case: Case, sets: int, seed: int) -> list[Arrays]:
     return out
 
 
-def bias_of(case: Case, parameter: Any) -> Bias | None:
+def bias_of(case: Case, parameter: Any) -> RelativeBias | AlibiBias | DenseBias | None:
     """Return the bias of a case with the array from `draw`."""
     match case.bias:
         case "relative":

@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..bias import DenseBias, DistanceKeys, toeplitz_row
+from ..bias import AlibiBias, DenseBias, DistanceKeys, RelativeBias, toeplitz_row
 from ..call import Call
 from ..split import Split, misfit, split_of, undeclared
 from ..tuning import tuned
@@ -190,7 +190,7 @@ def run(call: Call, tuning: Tuning | None = None) -> tuple[Array, Array]:
     bias: dict[str, Array] = {}
     if isinstance(call.bias, DenseBias):
         bias["dense"] = call.bias.value.astype(jnp.float32) * LOG2E
-    elif call.bias is not None:
+    elif isinstance(call.bias, RelativeBias | AlibiBias):
         bias["row"] = toeplitz_row(call.bias, queries, keys) * LOG2E
     fixed: dict[str, Array] = {}
     if call.query_segment_ids is not None and call.key_segment_ids is not None:

@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..bias import DenseBias, DistanceKeys, toeplitz_row
+from ..bias import AlibiBias, DenseBias, DistanceKeys, RelativeBias, toeplitz_row
 from ..blocks import Area
 from ..call import Call
 from ..split import Split, misfit, split_of, undeclared
@@ -212,9 +212,7 @@ def run(call: Call, blocks: Blocks | None = None) -> tuple[Array, Array]:
         query_ids=call.query_segment_ids,
         key_ids=call.key_segment_ids,
         **{} if words is None else words._asdict(),
-        row=None
-        if call.bias is None or isinstance(call.bias, DenseBias)
-        else toeplitz_row(call.bias, length, key_length),
+        row=toeplitz_row(call.bias, length, key_length) if isinstance(call.bias, RelativeBias | AlibiBias) else None,
         dense=dense,
     )
     out, lse = _attention(plan, operands)

@@ -505,6 +505,7 @@ FAMILY = Family(
     title="Transformer-XL",
     paper="Dai et al. 2019",
     tokenizers=("byte-bpe",),
+    tokenizer_like="gpt2",
     architectures=(Architecture("TransfoXLLMHeadModel", "causal_lm", TransformerXLModel, checkpoint_table),),
     objectives=("causal+memory",),
     above=("content", "distance"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data import DocumentStore, Tokenizer
-from ...data.corpus.document_store import Split
+from ...data.corpus.document_store import Split, Unit
 from ...data.rows.running_text import RunningTextRows
 from ...data.stream import RowSource
 from ...models.heads.losses import PredictionSums
@@ -37,7 +37,7 @@ class NextTokens(Objective):
     terms = (Term("causal"),)
     own_rows: ClassVar = "running text"
     units: ClassVar = ()
-    text: ClassVar = "paragraphs"
+    text: ClassVar[Unit] = "paragraphs"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

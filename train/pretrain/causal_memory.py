@@ -6,7 +6,7 @@ empty memory, and carries it through the held-out text.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 
@@ -28,7 +28,7 @@ class NextTokensWithMemory(NextTokens):
     columns: int
     slots: int | None
     shown = ()
-    own_rows = "streams of text"
+    own_rows: ClassVar = "streams of text"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

@@ -4,7 +4,7 @@ Lewis et al. 2020, 2.2 and 5.1; the noise is in infilling.py. Rows are full sent
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ class Denoising(Restoring):
     name = "denoise"
     shown = ("denoise_accuracy",)
     terms = (Term("denoise"),)
-    units = ("span",)
-    own_rows = "full sentences"
+    units: ClassVar = ("span",)
+    own_rows: ClassVar = "full sentences"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

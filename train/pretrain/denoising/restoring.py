@@ -10,7 +10,7 @@ import numpy as np
 
 from ....data import Tokenizer
 from ....models.heads.losses import PredictionSums, WeightedSum
-from ..objective import Batch, Objective
+from ..objective import Batch, LossSums, Objective
 
 SHOWN, LONGEST = 3, 48  # texts to show, and tokens of each
 INPUTS = (
@@ -70,7 +70,7 @@ class Restoring(Objective):
         """Return the number of the target's tokens, as t5x and fairseq divide by (mesh TensorFlow's: all positions)."""
         return {self.name: batch["label_weights"].sum()}
 
-    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> dict[str, PredictionSums | WeightedSum]:
+    def losses(self, model: Any, params: Any, batch: Batch, **mode: Any) -> LossSums:
         """Compute the cross-entropy of the target, with the z-loss in training, and "nll" without."""
         variables = {"params": params}
         inputs = (batch[name] for name in INPUTS)
@@ -78,9 +78,7 @@ class Restoring(Objective):
         z_loss = 0.0 if mode.get("deterministic") else self.z_loss
         labels = (batch["labels"], batch["label_weights"])
         sums = model.apply(variables, [states], *labels, z_loss=z_loss, method="loss")
-        found: dict[str, PredictionSums | WeightedSum] = {
-            self.name: PredictionSums(sums.loss, sums.correct, sums.weight)
-        }
+        found: LossSums = {self.name: PredictionSums(sums.loss, sums.correct, sums.weight)}
         return found | {"nll": WeightedSum(sums.nll, sums.weight)} if self.z_loss else found
 
     def samples(self, model: Any, params: Any, rows: dict[str, np.ndarray]) -> Iterable[str]:

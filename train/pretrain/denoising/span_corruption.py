@@ -9,7 +9,7 @@ blocks of running text as long as gives the encoder --sequence-length tokens: 56
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +132,8 @@ class SpanCorruption(Restoring):
     name = "spans"
     shown = ("spans_accuracy",)
     terms = (Term("spans"),)
-    units = ("span",)
-    own_rows = "blocks of running text"
+    units: ClassVar = ("span",)
+    own_rows: ClassVar = "blocks of running text"
 
     @classmethod
     def create(cls, config: PretrainConfig, tokenizer: Tokenizer) -> Self:

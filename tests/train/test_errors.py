@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bestiary.train import compiled
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
+from bestiary.train.machine import compiled
 from bestiary.train.machine.compiled import keep_compiled_programs
 
 

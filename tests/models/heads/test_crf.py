@@ -115,7 +115,9 @@ def test_new_weights_leave_the_linear_head_as_it_is(drawn):
 
 
 def test_a_checkpoint_keeps_the_transitions(tmp_path):
-    config = BertConfig(20, 32, 2, 2, 64, 16, num_labels=C, label_names=NAMES)
+    config = BertConfig(
+        vocab_size=20, width=32, layers=2, heads=2, feed_forward=64, positions=16, num_labels=C, label_names=NAMES
+    )
     plain = FAMILY.build("tokens", config)
     ids = jnp.ones((1, 4), jnp.int32)
     params = jax.tree.map(np.asarray, nn.unbox(jax.jit(plain.init)(jax.random.key(0), ids))["params"])

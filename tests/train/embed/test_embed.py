@@ -164,7 +164,7 @@ def test_layers_that_are_not_there_are_refused(text: str):
 def test_poolings_are_named():
     assert parse_pooling("token") == ()
     assert parse_pooling("mean,cls") == ("mean", "cls")
-    with pytest.raises(RunError, match=r"expected token, or cls, mean, max, mean_sqrt_len .*found 'middle'"):
+    with pytest.raises(RunError, match=r"expected token, or cls, mean, max, mean_sqrt_len, last .*found 'middle'"):
         parse_pooling("cls,middle")
 
 

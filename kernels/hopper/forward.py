@@ -173,10 +173,7 @@ def forward(
                     where = (w > 0) | (t > bounds.first + 1)
                     pl.when(where)(lambda: plgpu.barrier_wait(scratch["turn"].at[w]))
 
-            def await_next(t: Array, step: Array) -> None:
-                """Wait for what the next products need: this tile's values and the next one's keys."""
-                plgpu.barrier_wait(scratch["v_ready"].at[ring.slot(step)])
-
+            def await_next_keys(t: Array, step: Array) -> None:
                 @pl.when(t + 1 < bounds.stop)
                 def _() -> None:
                     plgpu.barrier_wait(scratch["k_ready"].at[ring.slot(step + 1)])
@@ -223,12 +220,14 @@ def forward(
                     dropped = jnp.where(keep, weights, 0.0)
                 total = total + jnp.sum(weights, axis=1)
                 made = lax.optimization_barrier((dropped, new_top, total, shrink))
-                await_next(t, step)
+                await_next_keys(t, step)
                 return made
 
             def tile_of_keys(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
                 sums, weights16, top, total, step = carry
                 slot = ring.slot(step)
+                # Not earlier: with one stage, these values come when the last tile's have left.
+                plgpu.barrier_wait(scratch["v_ready"].at[slot])
                 own_turn(t)
                 sums, (weights, top, total, shrink) = beside(
                     options,
@@ -254,6 +253,7 @@ def forward(
                 carry = sums, weights.astype(query.dtype), top, total, step
                 sums, weights16, top, total, last = lax.fori_loop(bounds.first + 1, bounds.stop, tile_of_keys, carry)
                 slot = ring.slot(last)
+                plgpu.barrier_wait(scratch["v_ready"].at[slot])
                 (sums,) = accumulate(options, [(sums, lambda: weights16, scratch["v"].at[slot])])
                 plgpu.barrier_arrive(scratch["v_free"].at[slot])
                 return sums, top, total

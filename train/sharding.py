@@ -236,7 +236,7 @@ class Parallelism:
                 return step(params, batch, Replicas(), *fixed)
 
         run = jax.jit(sharded, out_shardings=self._everywhere)
-        return lambda params, batch: run(params, batch, *fixed)
+        return (lambda params, batch: run(params, batch, *fixed)) if fixed else run
 
     def _attention(self) -> AbstractContextManager[None]:
         """Tell attention's Pallas kernels how they are sharded; the compiler shards everything else."""

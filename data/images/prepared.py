@@ -25,7 +25,7 @@ def prepared_images(folder: Path, image: str = "image", label: str = "label") ->
         label: feature that holds the numbers of the classes, whose names are in `LABEL.labels.txt` if there is one.
 
     Raises:
-        DataError: a feature is missing or of another kind, or the data set is damaged.
+        DataError: a feature is missing or of another kind, names of classes repeat, or the data set is damaged.
     """
     where = str(folder)
     described = value_of(read_object(folder / "dataset_info.json"), "splits", list[dict], where)
@@ -33,6 +33,9 @@ def prepared_images(folder: Path, image: str = "image", label: str = "label") ->
     listed = folder / f"{label}.labels.txt"
     classes = tuple(listed.read_text(encoding="utf-8").split("\n")) if listed.is_file() else ()
     classes = classes[:-1] if classes and not classes[-1] else classes
+    if len(set(classes)) < len(classes):
+        repeated = next(name for name in classes if classes.count(name) > 1)
+        raise DataError(f"{listed}: several classes are called {repeated!r}.")
     found: dict[str, tuple[Examples, np.ndarray]] = {}
     for name in names:
         split = SPLITS.get(name.lower())

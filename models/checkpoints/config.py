@@ -10,6 +10,7 @@ import json
 import math
 import os
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -136,7 +137,10 @@ def write_fields(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_labels(stored: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]:
-    """Return (number of classes, their names or None) from `id2label` or `num_labels`; the reference's default is 2."""
+    """Return (number of classes, their names or None) from `id2label` or `num_labels`; the reference's default is 2.
+
+    Names may repeat, as "crane" and "maillot" of ImageNet do: see `distinct_names`.
+    """
     names = stored.get("id2label")
     if names is None:
         count = stored.get("num_labels", 2)
@@ -146,9 +150,15 @@ def read_labels(stored: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]
     if not isinstance(names, Mapping) or not names or set(names) != set(map(str, range(len(names)))):
         raise ConfigError(f"config.json:\n  id2label: expected names for 0, 1, 2, ..., found {in_words(names)}")
     listed = tuple(str(names[str(i)]) if fits(names[str(i)], str | float | bool) else "" for i in range(len(names)))
-    if "" in listed or len(set(listed)) != len(listed):
-        raise ConfigError("config.json:\n  id2label: expected a name of its own for each class")
+    if "" in listed:
+        raise ConfigError("config.json:\n  id2label: expected a name for each class")
     return len(names), listed
+
+
+def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of classes with the number of the class after those that repeat: `crane (134)`, `crane (517)`."""
+    counts = Counter(names)
+    return tuple(f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(names))
 
 
 def write_labels(count: int, names: tuple[str, ...] | None) -> dict[str, Any]:

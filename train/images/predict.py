@@ -9,6 +9,7 @@ import numpy as np
 
 from ...data.files import check_output
 from ...data.images.files import any_images
+from ...models.checkpoints.config import distinct_names
 from .attention_map import draw, last_attention
 from .config import PredictConfig
 from .prediction import ImageFiles, open_classifier
@@ -22,7 +23,7 @@ def main(config: PredictConfig) -> int:
     opened = open_classifier(config.run, config.parallelism)
     processor, c = opened.processor, opened.model.config
     files = ImageFiles(paths, processor, config.run)
-    names = c.label_names or tuple(map(str, range(c.num_labels)))
+    names = distinct_names(c.label_names or tuple(map(str, range(c.num_labels))))
     look = jax.jit(partial(last_attention, opened.model))
     for numbers, batch in files.batches(-(-config.batch_size // opened.divisor) * opened.divisor):
         logits = opened.classifier(opened.params, [batch], len(numbers))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary import models
 from bestiary.data import DataError
-from bestiary.models.checkpoints.config import ConfigError
+from bestiary.models.checkpoints.config import ConfigError, distinct_names
 from bestiary.models.checkpoints.tables import CheckpointError
 
 SPAN = Path(__file__).parents[1] / "fixtures" / "bert_span"
@@ -58,7 +58,7 @@ def changed(tmp_path: Path) -> Any:
         ({"pad_token_id": 61}, "pad_token_id: expected a number from 0 to 60, found 61"),
         ({"pad_token_id": -1}, "found -1"),
         ({"initializer_range": -0.02}, "initializer_range: expected a number at least 0, found -0.02"),
-        ({"id2label": {"0": "a", "1": "a"}}, "a name of its own for each class"),
+        ({"id2label": {"0": "a", "1": ""}}, "id2label: expected a name for each class"),
         ({"id2label": []}, "id2label: expected names"),
         ({"num_labels": True, "id2label": None}, "num_labels: expected a positive int, found true"),
     ],
@@ -69,6 +69,16 @@ def test_numbers_that_no_model_has(changed, config: dict[str, Any], said: str):
         models.load(folder)
     assert said in str(error.value)
     assert str(error.value).startswith(str(folder / "config.json"))
+
+
+def test_names_of_classes_may_repeat(changed, tmp_path: Path):
+    """As those of ImageNet do in released checkpoints: they are written back, and told apart where they are shown."""
+    names = {"0": "crane", "1": "kite", "2": "crane"}
+    model, params, config, tokenizer = models.load(changed({"id2label": names}))
+    assert config.label_names == ("crane", "kite", "crane")
+    models.save(tmp_path / "saved", model, params, tokenizer)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["id2label"] == names
+    assert distinct_names(config.label_names) == ("crane (0)", "kite", "crane (2)")
 
 
 @pytest.mark.parametrize("name", ["model_type", "architectures"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -76,7 +79,7 @@ def zip_tree(path: Path) -> Tree:
         try:
             with lock, archive.open(name) as member:
                 return member.read()
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
             raise DataError(f"{path}: {name} is damaged ({error}).") from None
 
     return Tree(sorted(names), read, str(path))
@@ -161,7 +164,8 @@ def table_images(tables: Mapping[str, Path], path_column: str, label_column: str
         if not rows:
             raise DataError(f"{table}: no rows in it.")
         splits[split] = rows
-    return labelled(splits, Tree(list(files), lambda name: files[name].read_bytes(), str(next(iter(tables.values())))))
+    tree = Tree(list(files), lambda name: files[name].read_bytes(), str(next(iter(tables.values()))))
+    return {split: replace(images, source="") for split, images in labelled(splits, tree).items()}
 
 
 def table_files(folder: Path) -> dict[str, Path]:

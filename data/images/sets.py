@@ -97,7 +97,7 @@ class EncodedImages:
         labels: [n] int32.
         classes: names of the classes.
         read: name -> content; called by several threads.
-        source: the folder or archive, for messages.
+        source: the folder or archive, for messages; empty if the names say it.
     """
 
     names: Sequence[str]
@@ -119,7 +119,7 @@ class EncodedImages:
 
     def name(self, number: int) -> str:
         """See `ImageSet`."""
-        return f"{self.source}/{self.names[number]}"
+        return f"{self.source}/{self.names[number]}" if self.source else self.names[number]
 
     def only(self, numbers: np.ndarray) -> EncodedImages:
         """See `ImageSet`."""

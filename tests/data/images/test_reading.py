@@ -153,6 +153,20 @@ def test_what_is_no_archive_is_refused(tmp_path: Path):
         read_images(tmp_path / "x.zip")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_members_are_named(tmp_path: Path, encoded, picture, method: int):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("cat/a.png", encoded(picture()))
+    data = bytearray(path.read_bytes())
+    start = 30 + len("cat/a.png") + 9 * (method == zipfile.ZIP_LZMA)  # after the headers
+    data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    (images,) = read_images(path).values()
+    with pytest.raises(DataError, match=r"x.zip: cat/a.png is damaged"):
+        images.pixels(0)
+
+
 def test_tables(tmp_path: Path, encoded, picture):
     lay_out(tmp_path, encoded, picture, ["p/a.png", "p/b.png"])
     (tmp_path / "train.csv").write_text("image,label\np/a.png,cat\np/b.png,dog\n")
@@ -160,6 +174,7 @@ def test_tables(tmp_path: Path, encoded, picture):
     for found in (read_images(tmp_path), read_images(tmp_path / "train.csv", tmp_path / "dev.tsv")):
         assert {split: images.labels.tolist() for split, images in found.items()} == {"train": [0, 1], "dev": [1]}
         np.testing.assert_array_equal(found["dev"].pixels(0), picture(7, 5, seed=1))
+        assert found["dev"].name(0) == str(tmp_path / "p" / "b.png")
 
 
 def test_prepared_data_sets(tmp_path: Path, encoded, picture):
@@ -188,6 +203,9 @@ def test_prepared_data_sets(tmp_path: Path, encoded, picture):
     for column in ("path_column", "label_column"):
         with pytest.raises(DataError, match="photo"):
             read_images(tmp_path, **{column: "photo"})
+    (tmp_path / "label.labels.txt").write_text("cat\ncat\n")
+    with pytest.raises(DataError, match=r"label.labels.txt: several classes are called 'cat'"):
+        read_images(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded
         delimited = family_of_model(loaded.model)[0].delimited and not adapters
     if delimited and loaded.tokenizer is not None:
         loaded = with_delimiters(loaded, config.seed)
-        new.append(f"the vectors of {', '.join(DELIMITERS)}")
+        added = loaded.tokenizer.tokens[shaped.vocab_size :]
+        if added:
+            new.append(f"the vectors of {', '.join(added)}")
     if new:
         progress.line(f"newly initialised (not in checkpoint {config.model}): {', '.join(new)}")
     if config.layer_decay != 1.0 and shaped.sets is not None:

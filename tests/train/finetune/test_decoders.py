@@ -3,6 +3,8 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from bestiary.models.decoders.gpt1 import GPT1Config
 from bestiary.models.heads.with_head import encoder_inputs
 from bestiary.train.cli import main
 from bestiary.train.finetune.auxiliary import forward_with_states, next_token_loss
+from bestiary.train.finetune.config import FinetuneConfig
+from bestiary.train.finetune.model import load_model
 from bestiary.train.finetune.tasks.glue import glue_task
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -85,6 +89,16 @@ def test_as_gpt_was(decoder: Path, sst2: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(sst2), "--out", str(tmp_path / "again")]) == 0
     # It still predicts next tokens.
     assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "it was", "--max-length", "3"]) == 0
+
+
+def test_only_new_tokens_are_said_to_be_new(decoder: Path, tmp_path: Path) -> None:
+    task, said = glue_task("sst2", 16), []
+    progress: Any = SimpleNamespace(line=said.append)
+    for folder, new in ((decoder, True), (tmp_path / "model", False)):
+        said.clear()
+        loaded = load_model(FinetuneConfig(model=folder, out=tmp_path / "run", max_length=16), task, progress)
+        assert any("the vectors of _start_, _delimiter_, _classify_" in line for line in said) == new
+        models.save(tmp_path / "model", loaded.model, loaded.params, loaded.tokenizer)
 
 
 def test_adapters_train_without_new_tokens(decoder: Path, sst2: Path, tmp_path: Path) -> None:

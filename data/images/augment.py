@@ -65,7 +65,10 @@ class Augmentation:
 
 
 def mixing_share(stream: RandomStream, alpha: float) -> float:
-    """Draw the share of a row's own image in mixup, from Beta(alpha, alpha), by Jöhnk's method; at least 1/2."""
+    """Draw the share of a row's own image in mixup, from Beta(alpha, alpha), by Jöhnk's method; at least 1/2.
+
+    It draws again until a pair suits, on average 6 times for an alpha of 2, and far more often for larger ones.
+    """
     while True:
         first, second = (math.log(u) / alpha if u else -math.inf for u in stream.uniforms(2))
         top = max(first, second)

@@ -29,11 +29,12 @@ class AugmentConfig:
     magnitude: float = 10.0
     """Strength of RandAugment's operations, from 0 to 10."""
     mixup: float = 0.0
-    """Mix every image with another one, by a share from Beta(a, a) with this a; 0: never."""
+    """Mix every image with another one, by a share from Beta(a, a) with this a, at most 2; 0: never."""
 
     def __post_init__(self) -> None:
-        for name in ("shift", "randaugment", "magnitude", "mixup"):
+        for name in ("shift", "randaugment", "magnitude"):
             check_setting(self, name, least=0)
+        check_setting(self, "mixup", least=0, most=2)
         check_setting(self, "least_area", above=0, most=1)
 
 

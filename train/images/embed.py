@@ -14,6 +14,7 @@ from ...models import load
 from ...models.heads.pooling import combine, normalize
 from ...models.registry import family_of
 from ..arguments import parse_layers
+from ..errors import RunError
 from ..progress import Progress, Work
 from .config import EmbedConfig
 from .model import image_family, processor_of
@@ -30,6 +31,8 @@ def main(config: EmbedConfig) -> int:
     image_family(family_of(c), str(folder))
     layers = parse_layers(config.layers, c.layers)
     pooling = config.pooling or c.pooling
+    if pooling == "cls" and not c.has_cls:
+        raise RunError(f"--pooling cls: {folder} has no [CLS] before the patches. Take mean.")
 
     @jax.jit
     def vectors(params: Any, pixel_values: Array) -> Array:

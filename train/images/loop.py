@@ -17,10 +17,12 @@ from ...data.images.reading import read_images
 from ...data.images.sets import ImageSet, hold_out
 from ...data.images.stream import Rows, TrainingBatches, evaluation_batches
 from ...data.progress import counted
+from ...data.random import RandomStream
 from ...models.heads.with_head import encoder_inputs
 from ...models.registry import init_params
 from ..adapt.adapters import Adaptation, AdaptedModel, adaptation
 from ..adapt.layer_rates import both, boxed_shapes, layer_rates, parameter_depths, without_frozen_gradients
+from ..errors import RunError
 from ..learner import (
     Learner,
     TrainState,
@@ -90,17 +92,25 @@ def main(config: TrainConfig | FinetuneConfig) -> int:
 
 
 def read_splits(config: ImagesConfig, run: Run) -> tuple[ImageSet, dict[str, ImageSet]]:
-    """Read the data: (training images, split -> images to evaluate on, the one that selects first)."""
+    """Read the data: (training images, split -> images to evaluate on, the one that selects first).
+
+    Raises:
+        RunError: a split has no images.
+    """
     found = dict(
         read_images(config.data, config.eval_data, path_column=config.path_column, label_column=config.label_column)
     )
     train = found.pop("train")
     evaluation = {split: found[split] for split in ("dev", "test") if split in found}
+    divided = "" if evaluation else f" with --held-out {config.held_out}"
     if not evaluation:
         train, evaluation["dev"] = hold_out(train, config.held_out, config.seed)
     if config.train_examples and config.train_examples < len(train.labels):
-        train = hold_out(train, config.train_examples / len(train.labels), config.seed)[1]
+        order = RandomStream(config.seed, len(train.labels)).permutation(len(train.labels))
+        train = train.only(np.sort(order[: config.train_examples]))
     for split, images in {"train": train, **evaluation}.items():
+        if not len(images.labels):
+            raise RunError(f"{split}: no images{divided}.")
         seen = np.bincount(images.labels, minlength=len(train.classes))
         run.progress.line(f"{split}: {counted(len(images.labels), 'image')} of {int((seen > 0).sum())} classes")
         absent = [train.classes[number] for number in np.flatnonzero(seen == 0)]

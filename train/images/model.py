@@ -10,6 +10,7 @@ from ...data.images.processor import Processor
 from ...data.images.sets import ImageSet
 from ...models.checkpoints.folder import check_head, family_of_folder, load_with_report, read_config
 from ...models.family import Family
+from ...models.images.plain_vit import PlainViTConfig
 from ...models.images.vit import resized
 from ...models.registry import presets
 from ..arguments import did_you_mean
@@ -58,7 +59,7 @@ def new_model(config: TrainConfig, images: ImageSet) -> Start:
     """Make a new model for the images.
 
     Raises:
-        RunError: there is no such size, or patches do not fill the images.
+        RunError: there is no such size, patches do not fill the images, or a setting is not one of the family.
     """
     known = presets()
     if config.model not in known:
@@ -67,6 +68,8 @@ def new_model(config: TrainConfig, images: ImageSet) -> Start:
         raise RunError(f"--model {config.model}: there is no such size.{meant}")
     family = image_family(known[config.model], f"--model {config.model}")
     preset: Any = family.config.preset(config.model)
+    if config.initializer_range is not None and isinstance(preset, PlainViTConfig):
+        raise RunError(f"--initializer-range: {family.title} draws new weights by the sizes of the layers.")
     side, channels = _look_at(images)
     size = config.image_size or side or preset.image_size
     given = {name: getattr(config, name) for name in ("width", "layers", "heads", "initializer_range")}

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +17,10 @@ from PIL import Image
 from bestiary import models
 from bestiary.models import registry
 from bestiary.train.cli import main
+from bestiary.train.errors import RunError
 from bestiary.train.images.attention_map import last_attention
+from bestiary.train.images.config import TrainConfig
+from bestiary.train.images.loop import read_splits
 from bestiary.train.images.loss import calibration_error, class_sums, evaluate
 
 CLASSES = ("cross", "dot", "edge")
@@ -191,6 +195,8 @@ def test_attention_is_a_distribution_over_patches():
         (["--heads", "3"], "width 16 is not a multiple of heads 3"),
         (["--label-smoothing", "0.1", "--loss", "sigmoid"], "--label-smoothing goes with --loss softmax"),
         (["--initializer-range", "0"], "--initializer-range is 0.0"),
+        (["--model", "plain-vit-tiny", "--initializer-range", "0.1"], "--initializer-range: Plain ViT draws"),
+        (["--mixup", "3"], "--mixup is 3.0; it must be at least 0 and at most 2"),
         (["--accumulate", "3"], "--batch-size 16 is not a multiple of --accumulate 3"),
         (["--eval-data", "x.csv"], "not a table, so that x.csv cannot be its evaluation set"),
         (["--data", "nowhere"], "nowhere: there is no such folder or file. Expected IDX files"),
@@ -200,6 +206,58 @@ def test_mistakes_are_named(data: Path, tmp_path: Path, capsys, more: list[str],
     assert main([*arguments(data, tmp_path / "out"), *more]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def split(data: Path, *names: str, **settings: Any) -> Any:
+    """Read the splits of a table of some images: a name of a class for each."""
+    numbers = {name: iter(range(16)) for name in CLASSES}
+    table = data.parent / "some.csv"
+    table.write_text("\n".join(["image,label", *(f"data/train/{n}/{next(numbers[n])}.png,{n}" for n in names), ""]))
+    run: Any = SimpleNamespace(progress=SimpleNamespace(line=lambda said: None))
+    return read_splits(TrainConfig(data=table, out=data.parent / "none", **settings), run)
+
+
+@pytest.mark.parametrize(
+    ("names", "held_out", "message"),
+    [(CLASSES, 0.1, "dev: no images with --held-out 0.1"), (CLASSES[:1] * 2, 0.9, "train: .* --held-out 0.9")],
+)
+def test_a_split_without_images_is_refused(data: Path, names: tuple[str, ...], held_out: float, message: str):
+    with pytest.raises(RunError, match=message):
+        split(data, *names, held_out=held_out)
+
+
+def test_a_number_of_training_images(data: Path):
+    """Exactly that many, at random: of the one image of a class too."""
+    found = [split(data, *["dot"] * 12, "edge", train_examples=3, seed=seed)[0].labels.tolist() for seed in range(30)]
+    assert {len(labels) for labels in found} == {3}
+    assert all(labels == sorted(labels) for labels in found)
+    assert 0 < sum(1 in labels for labels in found) < 30
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A new plain ViT, two of whose classes have one name."""
+    folder, family = tmp_path_factory.mktemp("plain") / "model", registry.family_named("plain-vit")
+    sizes = dict(width=16, layers=1, heads=2, feed_forward=24, image_size=8, patch_size=4, channels=1)
+    classes = dict(num_labels=3, label_names=("crane", "kite", "crane"))
+    model = family.build("classification", family.config(**sizes, **classes))
+    params = jax.device_get(nn.unbox(jax.jit(registry.init_params, static_argnums=0)(model, jax.random.key(0))))
+    models.save(folder, model, params)
+    return folder
+
+
+def test_a_plain_vit_has_no_cls_to_embed(plain: Path, data: Path, tmp_path: Path, capsys):
+    words = ["images", "embed", str(plain), str(data / "val" / "dot"), "--out", str(tmp_path / "vectors.npy")]
+    assert main([*words, "--pooling", "cls"]) == 1
+    assert "--pooling cls: " in capsys.readouterr().err
+    assert main(words) == 0
+
+
+def test_predicted_classes_of_one_name_are_numbered(plain: Path, data: Path, capsys):
+    assert main(["images", "predict", str(plain), str(data / "val" / "dot" / "0.png")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said["top"]) == {"crane (0)", "kite", "crane (2)"}
+    assert said["class"] in said["top"]
 
 
 def test_a_vit_is_not_fine_tuned_on_text(run: Path, tmp_path: Path, capsys):

@@ -6,7 +6,8 @@ row can be kept from batch to batch. Nothing is left out: the last row of a colu
 be shorter.
 
 Segments tell what belongs together, in rows and memories alike: the documents of a window, or all of it if attention
-crosses their boundaries. No two consecutive windows have the same, so that nothing is seen of the window before.
+crosses their boundaries. Windows that follow each other have different ones, so that nothing is seen of the windows
+before, unless a memory reaches beyond three of them, or beyond fifteen if each is an epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from ..tokenizers.tokenizer import Tokenizer
 from .rows import Batch
 from .running_text import RunningTextPlan, RunningTextRows
 
-_SECOND = 1 << 30  # added to the segments of every second window
+# What is added to the segments of a window is a multiple of _STEP, by the remainders of its epoch and its number. They
+# are int32, and a window has fewer documents than that.
+_EPOCHS, _WINDOWS = 16, 4
+_STEP = (1 << 31) // (_EPOCHS * _WINDOWS)
 
 
 class StreamRows(RunningTextRows):
@@ -61,7 +65,7 @@ class StreamRows(RunningTextRows):
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
-        return self._fingerprint(["streams", self.columns, super().fingerprint])
+        return self._fingerprint(["streams of windows apart", self.columns, super().fingerprint])
 
     def _order_of_parts(self, length: int, random: Any) -> np.ndarray:
         del random  # the order is that of the text
@@ -84,7 +88,7 @@ class StreamRows(RunningTextRows):
         first, count = self._spans(plan, rows)
         text = ranges(first, count)
         documents = 1 if self.cross_documents else np.searchsorted(plan.starts, text, side="right")
-        second = (plan.epoch * self.windows_in_epoch(plan.epoch) + plan.window) % 2 * _SECOND
+        before = (plan.epoch % _EPOCHS * _WINDOWS + plan.window % _WINDOWS) * _STEP
         places = ranges(np.arange(len(rows)) * self.sequence_length, count)
-        batch["segment_ids"].reshape(-1)[places] = documents + second
+        batch["segment_ids"].reshape(-1)[places] = documents + before
         return batch

@@ -65,3 +65,19 @@ def test_segments_tell_documents_and_windows_apart(store: DocumentStore, tokeniz
     assert np.unique(np.concatenate(found[:steps])).tolist() in ([1], [0, 1])
     assert found[steps].min() > 1
     assert together.fingerprint != apart.fingerprint
+
+
+@pytest.mark.parametrize("crossing", [True, False])
+def test_no_window_has_segments_of_those_before(store: DocumentStore, tokenizer: Tokenizer, crossing: bool) -> None:
+    source = StreamRows(
+        store, tokenizer, "all", columns=2, sequence_length=8, seed=3, cross_documents=crossing, window_tokens=12
+    )
+    places = [(epoch, window) for epoch in range(18) for window in range(source.windows_in_epoch(epoch))]
+    assert {epoch for epoch, window in places if window > 2}  # more windows than two kinds would tell apart
+    found = []
+    for epoch, window in places:
+        plan = source.plan(epoch, window)
+        segments = source.assemble(plan, source.read_tokens(plan), np.arange(plan.rows), 0)["segment_ids"]
+        assert segments.min() >= 0
+        found.append(set(segments[segments > 0].tolist()))
+    assert all(one.isdisjoint(other) for apart in (1, 2, 3) for one, other in zip(found, found[apart:], strict=False))

@@ -12,6 +12,7 @@ import dataclasses
 import json as json_text
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +32,7 @@ TASKS = Literal[
     "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "swag", "codah", "squad", "classification"
 ]
 By = Literal["likelihood", "per-token", "calibrated", "generation"]
-LONGEST_ANSWER = 24  # tokens of an answer that is generated
+LONGEST_ANSWER = 24  # tokens of an answer that is generated, if no candidate is longer
 BETWEEN = "\n\n"  # after each example that is shown
 
 
@@ -59,7 +60,8 @@ class AskConfig:
     2.4); generation: what the model generates up to the end of the line. None: generation for squad, else likelihood.
     """
     prompt: str | None = None
-    """Prompt instead of the task's own, with {first} and {second} for an example's texts."""
+    """Prompt instead of the task's own, with {first} and {second} for an example's texts. An example is never shown
+    before the same prompt."""
     answers: tuple[str, ...] = ()
     """Words of the answers instead of the task's own, in the order of the classes."""
     text: str = "sentence"
@@ -95,6 +97,8 @@ class AskConfig:
 def with_shots(task: "AskedTask", number: int, shots: int, seed: int) -> str:
     """Return the prompt of an item after examples, which depend only on the seed and the item's number.
 
+    An example with the item's own prompt is not shown: it would tell the answer.
+
     Raises:
         RunError: there are not as many examples.
     """
@@ -102,49 +106,72 @@ def with_shots(task: "AskedTask", number: int, shots: int, seed: int) -> str:
     usable = len(task.shown)
     if shots > usable:
         raise RunError(f"--shots {shots}: there are {counted(usable, 'example')} to show. Give more with --train.")
-    chosen = RandomStream(seed, number).permutation(usable)[:shots] if shots else []
-    examples = [task.shown[i] for i in chosen]
+    order = RandomStream(seed, number).permutation(usable) if shots else []
+    examples = list(islice((task.shown[i] for i in order if task.shown[i].prompt != item.prompt), shots))
+    if len(examples) < shots:
+        raise RunError(
+            f"--shots {shots}: there are {counted(len(examples), 'example')} to show before example {item.key}, whose "
+            "own prompt is not shown. Give more with --train."
+        )
     parts = [f"{shot.prompt}{shot.answers[shot.right or 0]}{BETWEEN}" for shot in examples]
     return "".join(parts) + item.prompt
 
 
-def encode(language_model: "LanguageModel", prompts: Sequence[str], shots: int, longest: int) -> list[list[int]]:
+def encode(
+    language_model: "LanguageModel", prompts: Sequence[str], names: Sequence[str], shots: int, longest: int
+) -> list[list[int]]:
     """Return the prompts' tokens.
 
     Args:
         language_model: the model.
         prompts: the prompts.
+        names: what each is, for messages.
         shots: number of examples in each, for messages.
         longest: number of tokens to leave room for after each.
 
     Raises:
-        RunError: a prompt does not fit.
+        RunError: a prompt does not fit, or is empty although the model has no token that begins a text.
     """
     positions, found = language_model.positions, language_model.encode(prompts)
     first = language_model.first_id
     found = [ids or ([] if first is None else [first]) for ids in found]
-    for number, ids in enumerate(found):
+    for name, ids in zip(names, found, strict=True):
+        if not ids:
+            raise RunError(f"{name} is empty, and the model has no token that begins a text.")
         if positions is not None and len(ids) + longest > positions:
             raise RunError(
-                f"example {number + 1}: its prompt with {counted(shots, 'shot')} takes {len(ids):,} tokens, and "
+                f"{name} with {counted(shots, 'shot')} takes {len(ids):,} tokens, and "
                 f"{longest} more are needed for an answer; the model has {positions:,} positions. Give fewer --shots."
             )
     return found
 
 
-def encode_answers(language_model: "LanguageModel", answers: Sequence[str]) -> list[list[int]]:
+def prompt_names(task: "AskedTask") -> list[str]:
+    """Return what the task's prompts are, for messages."""
+    return [f"example {item.key}: its prompt" for item in task.items]
+
+
+def encode_answers(language_model: "LanguageModel", item: "Item", *, common: bool) -> list[list[int]]:
     """Return the tokens of an example's candidates.
+
+    Args:
+        language_model: the model.
+        item: the example.
+        common: whether all examples have these candidates, for messages.
 
     Raises:
         RunError: one has no tokens, or two have the same.
     """
+    answers = item.answers
+    where, advice = ("", "; give other --answers.") if common else (f"example {item.key}: ", ".")
     found = language_model.tokenizer.encode_batch(answers)
     for number, ids in enumerate(found):
         if not ids:
-            raise RunError(f"the answer {answers[number]!r} has no tokens; give other --answers.")
+            raise RunError(f"{where}the answer {answers[number]!r} has no tokens{advice}")
         if ids in found[:number]:
             other = answers[found.index(ids)]
-            raise RunError(f"the answers {other!r} and {answers[number]!r} have the same tokens; give other --answers.")
+            same = f"the answers {other!r} and {answers[number]!r} have the same tokens"
+            raise RunError(f"{where}{same}{advice}")
     return found
 
 
@@ -156,17 +183,16 @@ def by_likelihood(
     candidates = []
     for item in task.items:
         if item.answers not in cache:
-            cache[item.answers] = encode_answers(language_model, item.answers)
+            cache[item.answers] = encode_answers(language_model, item, common=task.template.answers is not None)
         candidates.append(cache[item.answers])
     longest = max(len(answer) for answers in candidates for answer in answers)
-    encoded = encode(language_model, prompts, config.shots, longest)
+    encoded = encode(language_model, prompts, prompt_names(task), config.shots, longest)
     found = _log_probabilities(language_model, encoded, candidates, config.batch, progress)
     if config.by == "per-token":
         return [some / [len(a) for a in answers] for some, answers in zip(found, candidates, strict=True)]
     if config.by == "calibrated":
-        (context,) = encode(language_model, [task.template.context], 0, longest)
-        if not context:
-            raise RunError("--by calibrated: the model has no token that begins a text, and the prompt no last line.")
+        name = "--by calibrated: the prompt's last line"
+        (context,) = encode(language_model, [task.template.context], [name], 0, longest)
         alone = _log_probabilities(language_model, [context] * len(candidates), candidates, config.batch, progress)
         return [some - other for some, other in zip(found, alone, strict=True)]
     return found
@@ -197,14 +223,18 @@ def _log_probabilities(
 
 
 def by_generation(
-    language_model: "LanguageModel", prompts: Sequence[str], config: AskConfig, progress: Progress
+    language_model: "LanguageModel", task: "AskedTask", prompts: Sequence[str], config: AskConfig, progress: Progress
 ) -> list[str]:
     """Return what the model generates after each prompt, up to the end of the line."""
     from ...data.tokenizers.text_stream import TextStream
     from ..generate.config import DecodeConfig
     from ..generate.generator import Generator, Watch
 
-    encoded = encode(language_model, prompts, config.shots, LONGEST_ANSWER)
+    longest = LONGEST_ANSWER
+    if not task.free:  # room for every candidate, and the end of the line
+        answers = sorted({answer for item in task.items for answer in item.answers})
+        longest = max(longest, 1 + max(map(len, language_model.tokenizer.encode_batch(answers))))
+    encoded = encode(language_model, prompts, prompt_names(task), config.shots, longest)
     streams = [TextStream(language_model.tokenizer, ids, ("\n",)) for ids in encoded]
     finished = 0
 
@@ -218,15 +248,20 @@ def by_generation(
             progress.update(f"{finished:,} of {len(encoded):,} answers")
         return streams[number].stopped
 
-    decode = DecodeConfig(max_length=LONGEST_ANSWER)
+    decode = DecodeConfig(max_length=longest)
     Generator(language_model.model, language_model.params, decode, rows=config.batch)(encoded, watch=Watch(seen, 8))
     return [stream.text.strip() for stream in streams]
 
 
 def matched(text: str, item: "Item") -> int | None:
-    """Return the number of the longest candidate that a generated text begins with; None if there is none."""
+    """Return the number of the longest candidate whose words a generated text begins with; None if there is none."""
     told = text.strip().lower()
-    fits = [i for i, answer in enumerate(item.answers) if told.startswith(answer.strip().lower())]
+
+    def begins(answer: str) -> bool:
+        end = len(answer)
+        return told.startswith(answer) and not (answer[-1:].isalnum() and told[end : end + 1].isalnum())
+
+    fits = [i for i, answer in enumerate(item.answers) if begins(answer.strip().lower())]
     return max(fits, key=lambda i: len(item.answers[i]), default=None)
 
 
@@ -241,14 +276,15 @@ def answer(
             shares = [np.exp(some - some.max()) for some in scores]
             return [float(share @ np.arange(len(share)) / share.sum()) for share in shares], {}
         return [int(some.argmax()) for some in scores], {}
-    texts = by_generation(language_model, prompts, config, progress)
+    texts = by_generation(language_model, task, prompts, config, progress)
     if task.free:
         return texts, {}
     found = [matched(text, item) for text, item in zip(texts, task.items, strict=True)]
-    # An answer that is none of the candidates is wrong, whichever is right.
+    # An answer that is none of the candidates is wrong, whichever is right; of values, it tells nothing.
     wrong = [((item.right or 0) + 1) % len(item.answers) for item in task.items]
+    instead = task.baseline if task.values else wrong
     counts = {"answers_outside": sum(choice is None for choice in found)}
-    return [other if choice is None else choice for choice, other in zip(found, wrong, strict=True)], counts
+    return [other if choice is None else choice for choice, other in zip(found, instead, strict=True)], counts
 
 
 def main(config: AskConfig) -> int:
@@ -259,6 +295,8 @@ def main(config: AskConfig) -> int:
     config = dataclasses.replace(config, by=config.by or ("generation" if config.task == "squad" else "likelihood"))
     template = default_template(config.task, config.text_pair is not None)
     if config.prompt is not None:
+        if "{second}" in template.prompt and "{second}" not in config.prompt:
+            raise RunError("--prompt: expected {second} too, where an example's second text goes.")
         template = template._replace(prompt=config.prompt)
     if config.answers:
         count = None if template.answers is None else len(template.answers)
@@ -282,18 +320,19 @@ def main(config: AskConfig) -> int:
     if config.out is not None:
         answers = {item.key: prediction for item, prediction in zip(task.items, predictions, strict=True)}
         write_text(config.out, json_text.dumps({**results, "answers": answers}, indent=2, ensure_ascii=False) + "\n")
-    print(json_text.dumps(results, indent=2) if config.json else "\n".join(described(results)))
+    print(json_text.dumps(results, indent=2) if config.json else "\n".join(described(results, values=task.values)))
     return 0
 
 
-def described(results: Mapping[str, Any]) -> list[str]:
-    """Return the lines that show results, with the baseline beside them."""
+def described(results: Mapping[str, Any], *, values: bool) -> list[str]:
+    """Return the lines that show results, with the baseline beside them; `values`: see `AskedTask`."""
     lines = [
         f"{results['task']}: {counted(results['examples'], 'example')}, {counted(results['shots'], 'shot')}, "
         f"by {results['by']}"
     ]
     if results.get("answers_outside"):
-        lines.append(f"{results['answers_outside']:,} answers were none of the candidates, which counts as wrong")
+        instead = "the mean" if values else "wrong"
+        lines.append(f"{results['answers_outside']:,} answers were none of the candidates, which counts as {instead}")
     width = max(map(len, results["metrics"]))
     lines.append(f"{'':<{width}}  {'model':>8}  {'baseline':>8}")
     for name, value in results["metrics"].items():

@@ -64,7 +64,7 @@ def asked_task(
 
     Raises:
         DataError: the data is invalid.
-        RunError: the data does not say which examples may be shown.
+        RunError: the data is no table, or has another number of labels than the template has answers.
     """
     if name == "squad":
         return _squad(data, train, limit, template)
@@ -74,7 +74,13 @@ def asked_task(
         if not data.is_file():
             raise RunError(f"{data}: expected a table (.tsv, .csv or .jsonl).")
         task: Any = table_task(train or data, labels=(), regression=False, max_length=0, **columns)
-        template = template._replace(answers=template.answers or tuple(f" {label}" for label in task.labels))
+        answers = template.answers or tuple(f" {label}" for label in task.labels)
+        if len(answers) != len(task.labels):
+            raise RunError(
+                f"--answers: expected {len(task.labels)}, for the labels {', '.join(map(repr, task.labels))}; "
+                f"found {len(answers)}: {', '.join(repr(answer.strip()) for answer in answers)}."
+            )
+        template = template._replace(answers=answers)
         shown = [] if train is None else task.read(train, "train", labelled=True)
         return _texts(task.metric_names, None, task.read(data, "dev", labelled=True)[:limit], shown, template)
     task = glue_task(name, 0)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,9 +16,13 @@ from bestiary.data import Corpus, Tokenizer, train_tokenizer
 from bestiary.models import registry
 from bestiary.models.decoders.gpt2 import GPT2Config
 from bestiary.train.cli import main
-from bestiary.train.language_model.ask import with_shots
-from bestiary.train.language_model.asked_tasks import NAMES, asked_task, default_template
+from bestiary.train.errors import RunError
+from bestiary.train.language_model import ask
+from bestiary.train.language_model.ask import AskConfig, with_shots
+from bestiary.train.language_model.asked_tasks import NAMES, AskedTask, Item, asked_task, default_template
+from bestiary.train.language_model.model import LanguageModel
 from bestiary.train.language_model.templates import TEMPLATES
+from bestiary.train.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -81,6 +86,17 @@ def test_shots_are_drawn_by_the_seed_and_the_example(sst2: Path) -> None:
         assert shot.endswith((" negative", " positive")[dict(REVIEWS)[text]])
     assert len({with_shots(task, 3, 2, seed) for seed in range(20)}) > 5
     assert with_shots(task, 0, 0, 5) == "Review: so a joy from start to end\nSentiment:"
+
+
+def test_the_question_itself_is_not_shown(sst2: Path) -> None:
+    task = asked_task("sst2", sst2, None, "train", None, default_template("sst2", False), {})
+    for number, item in enumerate(task.items):
+        prompt = with_shots(task, number, 4, 0)
+        assert (prompt.count("Review:"), prompt.count(item.prompt)) == (5, 1)
+    with pytest.raises(
+        RunError, match=f"4 examples to show before example {task.items[2].key}, whose own prompt is not shown"
+    ):
+        with_shots(task, 2, 5, 0)
 
 
 @pytest.mark.parametrize("by", ["likelihood", "per-token", "calibrated"])
@@ -159,6 +175,93 @@ def test_generated_answers_and_every_kind_of_data(
     assert set(json.loads(out)["metrics"]) == {"pearson", "spearman", "score"}
 
 
+@pytest.fixture
+def unlimited(tokenizer: Tokenizer) -> LanguageModel:
+    """A model that only its tokenizer is used of."""
+    config = SimpleNamespace(max_length=None, bos_token_id=None, eos_token_id=None)
+    return LanguageModel(SimpleNamespace(config=config), None, tokenizer)
+
+
+def test_answers_begin_with_whole_words() -> None:
+    item = Item("0", "", (" no", " nothing", " 1", " is calm.", " not at all"), 0)
+    for text, expected in (
+        ("No.", 0),
+        ("nothing", 1),
+        ("none", None),
+        ("1990", None),
+        ("1, I think", 2),
+        ("is calm.Really", 3),
+        ("not at all", 4),
+        ("not", None),
+        ("", None),
+    ):
+        assert ask.matched(text, item) == expected, text
+
+
+def test_answers_outside_tell_nothing_of_values(
+    unlimited: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "dev.tsv"
+    rows = "".join(f"{n}\ta {n}\tb {n}\t{n}.0\n" for n in range(5))
+    path.write_text("index\tsentence1\tsentence2\tscore\n" + rows)
+    config = AskConfig(tmp_path, "stsb", path, by="generation")
+    task = asked_task("stsb", path, None, "dev", None, default_template("stsb", False), {})
+    monkeypatch.setattr(ask, "by_generation", lambda *_: ["babble", "4", "babble", "0", "babble"])
+    predictions, counts = ask.answer(unlimited, task, config, Progress())
+    assert (predictions, counts) == ([2.0, 4, 2.0, 0, 2.0], {"answers_outside": 3})
+    results = {"task": "stsb", "examples": 5, "shots": 0, "by": "generation", "metrics": {}, "baseline": {}, **counts}
+    results["metrics"] = task.metrics(predictions)
+    assert "3 answers were none of the candidates, which counts as the mean" in ask.described(results, values=True)
+    assert "3 answers were none of the candidates, which counts as wrong" in ask.described(results, values=False)
+
+
+def test_a_generated_answer_may_be_as_long_as_the_candidates(
+    unlimited: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = " and so on" * 20
+
+    class Typist:
+        def __init__(self, model: Any, params: Any, decode: Any, *, rows: int):
+            self.most = decode.max_length
+
+        def __call__(self, prompts: list[list[int]], *, watch: Any) -> None:
+            (typed,) = unlimited.tokenizer.encode_batch([f"{long} b\n"])
+            for number in range(len(prompts)):
+                watch.seen(number, typed[: self.most], True)
+
+    monkeypatch.setattr("bestiary.train.generate.generator.Generator", Typist)
+    item = Item("0", "Well:", (f"{long} a", f"{long} b"), 1)
+    task = AskedTask(TEMPLATES["codah"], [item], [], False, lambda _: {}, [0])
+    config = AskConfig(Path(), "codah", Path(), by="generation")
+    assert ask.answer(unlimited, task, config, Progress()) == ([1], {"answers_outside": 0})
+
+
+def test_messages_name_the_example(unlimited: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = Item("seven", "", (" a", " a"), 0)
+    with pytest.raises(RunError, match=r"^example seven: the answers ' a' and ' a' have the same tokens\.$"):
+        ask.encode_answers(unlimited, item, common=False)
+    with pytest.raises(RunError, match=r"^the answers .* have the same tokens; give other --answers\.$"):
+        ask.encode_answers(unlimited, item, common=True)
+    task = AskedTask(TEMPLATES["codah"], [item._replace(answers=(" a", " b"))], [], False, lambda _: {}, [0])
+    monkeypatch.setattr(LanguageModel, "first_id", None)
+    for by in ("likelihood", "generation"):
+        with pytest.raises(RunError, match=r"^example seven: its prompt is empty, and the model has no token"):
+            ask.answer(unlimited, task, AskConfig(Path(), "codah", Path(), by=by), Progress())
+
+
+def test_answers_of_a_table_are_as_many_as_its_labels(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("review,stars\ngood,five\nbad,one\nfine,three\n")
+    columns = {"text": "review", "text_pair": None, "label": "stars"}
+    template = default_template("classification", False)
+    for answers in ((" bad", " good"), (" a", " b", " c", " d")):
+        with pytest.raises(RunError, match=f"expected 3, for the labels .*'three'.*; found {len(answers)}: '"):
+            asked_task("classification", table, None, "dev", None, template._replace(answers=answers), columns)
+    answers = (" a", " b", " c")
+    task = asked_task("classification", table, None, "dev", None, template._replace(answers=answers), columns)
+    assert task.items[0].answers == answers
+
+
 def test_what_cannot_be_asked_is_refused(folder: Path, sst2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: Any) -> str:
         status, _, said = run(capsys, "--model", folder, "--task", "sst2", "--data", sst2, *arguments)
@@ -171,5 +274,6 @@ def test_what_cannot_be_asked_is_refused(folder: Path, sst2: Path, capsys: pytes
     assert "have the same tokens" in refused("--answers", "good", "good")
     assert "expected 2, found 1" in refused("--answers", "good")
     assert "expected {first}" in refused("--prompt", "Well?")
+    assert "expected {second} too" in refused("--prompt", "Text: {first}", "--task", "mrpc")
     squad = refused("--by", "likelihood", "--task", "squad")
     assert "answers of squad are generated" in squad

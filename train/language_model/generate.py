@@ -30,7 +30,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 @dataclass(frozen=True)
 class PromptDecodeConfig(DecodeConfig):
-    """Options of text generation; options of sampling imply --sample."""
+    """Options of text generation; options of sampling that differ from their defaults imply --sample."""
 
     def __post_init__(self) -> None:
         if any(getattr(self, name) != getattr(DecodeConfig, name) for name in SAMPLING):
@@ -55,7 +55,8 @@ class GenerateConfig:
     its beginning, which is reported."""
     json: bool = False
     """Print a JSON object per output: prompt, text, tokens (number of tokens), score (log probability, divided by the
-    length penalty) and ended (by `end`, the model's end of text; `stop`; or `length`)."""
+    length penalty) and ended (by `end`, the model's end of text; `stop`; or `length`). With beams or several samples,
+    tokens and score are of the output before the cut at --stop; else up to the token that completes that string."""
     batch: int = 16
     """Number of prompts that are continued together."""
     window: int = 256
@@ -150,7 +151,7 @@ class Continuer:
                 sys.stdout.flush()
             return stream.stopped
 
-        watch = Watch(seen, 1 if show else EVERY) if watched else None
+        watch = Watch(seen, 1 if show or self._config.json else EVERY) if watched else None
         found = self._generate(prompts, first=self.done, watch=watch)
         self.done += len(texts)
         for text, ids, hypotheses, stream in zip(texts, prompts, found, streams, strict=True):

@@ -33,7 +33,8 @@ class PerplexityConfig:
     """Number of new tokens per window. A smaller one gives each token more context, and takes longer. 0: the window's
     length, so that windows do not overlap."""
     window: int = 0
-    """Length of a window, in tokens. 0: the model's number of positions."""
+    """Length of a window, in tokens. 0: the model's number of positions; a model without such a limit
+    (Transformer-XL) needs a length, and reads each window without its memory of the text before."""
     begin: bool = False
     """Put the model's end-of-text token before the text, so that its first token is predicted too."""
     batch: int = 4
@@ -69,7 +70,7 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
     """Return the perplexities of a text, and what was counted.
 
     Raises:
-        RunError: the text has nothing to predict, or a window does not fit the model.
+        RunError: the text has nothing to predict, or a window does not fit the model or has no length.
     """
     tokens, _ = language_model.tokenizer.encode_literally([text])
     ids = tokens.tolist()
@@ -78,7 +79,9 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
             raise RunError("--begin: the model has no end-of-text token.")
         ids = [language_model.first_id, *ids]
     positions = language_model.positions
-    window = config.window or positions or len(ids)
+    window = config.window or positions
+    if window is None:
+        raise RunError("--window: the model has no limit of positions. Give the length of a window, in tokens.")
     if positions is not None and window > positions:
         raise RunError(f"--window {window}: the model has {positions} positions.")
     stride = config.stride or window

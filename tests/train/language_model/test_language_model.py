@@ -19,7 +19,9 @@ from bestiary.data.tokenizers.text_stream import TextStream
 from bestiary.models import registry
 from bestiary.models.decoders.gpt2 import GPT2Config
 from bestiary.train.cli import main
+from bestiary.train.language_model import generate
 from bestiary.train.language_model.generate import GenerateConfig, PromptDecodeConfig, one_line
+from bestiary.train.language_model.model import LanguageModel
 from bestiary.train.language_model.perplexity import windows
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -118,8 +120,16 @@ def test_prompts_of_unlike_length_together_are_as_alone(
 
 
 def test_stop_strings_end_outputs(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = []
+
+    class Recorded(generate.Output):
+        def __init__(self, prompt: str, text: str, hypothesis: Any, ended: str):
+            super().__init__(prompt, text, hypothesis, ended)
+            made.append(hypothesis)
+
+    monkeypatch.setattr(generate, "Output", Recorded)
     _, whole, _ = run(capsys, "generate", "--model", folder, "--max-length", 24, "--prompt", "The sea")
     whole = whole.removesuffix("\n")
     stop = whole[6:9]
@@ -128,7 +138,10 @@ def test_stop_strings_end_outputs(
         capsys, "generate", "--model", folder, "--max-length", 24, "--prompt", "The sea", "--stop", stop
     )
     assert (status, shown) == (0, expected + "\n")
-    of_lines(monkeypatch, "The sea", "a ship")
+    all_tokens, stopped = made[0].tokens, made[1]
+    stream = TextStream(tokenizer, tokenizer.encode_batch(["The sea"])[0], [stop])
+    count = next(n for n, token in enumerate(all_tokens, 1) if stream.push([token]) is not None and stream.stopped)
+    assert stopped.tokens == all_tokens[:count]
     for more in ((), ("--beam", "2")):
         of_lines(monkeypatch, "The sea", "a ship")
         status, out, _ = run(capsys, "generate", "--model", folder, "--max-length", 24, "--json", "--stop", stop, *more)
@@ -137,7 +150,8 @@ def test_stop_strings_end_outputs(
         assert stop not in first["text"]
         if not more:
             assert (first["text"], first["ended"]) == (expected, "stop")
-            assert first["tokens"] < 24
+            assert first["tokens"] == count  # whatever is continued with it
+            assert first["score"] == pytest.approx(stopped.score, rel=1e-5)
 
 
 def test_samples_depend_on_the_seed_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +208,16 @@ def test_every_token_is_predicted_once() -> None:
                 for number, (first, end, count) in enumerate(windows(length, window, stride)):
                     assert first == number * stride
                     assert count < end - first <= window + 1
+
+
+def test_a_model_without_a_limit_needs_a_window(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(LanguageModel, "positions", None)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    status, _, said = run(capsys, "perplexity", "--model", folder, "--text", path)
+    assert (status, "--window: the model has no limit of positions" in said) == (1, True)
 
 
 def test_perplexity_is_that_of_the_probabilities(

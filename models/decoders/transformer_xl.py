@@ -64,7 +64,10 @@ CHARACTERS: dict[str, Any] = {"vocab_size": 204, "cutoffs": (), "tie_projections
 
 @dataclass(frozen=True)
 class TransformerXLConfig(EncoderConfig):
-    """Sizes and settings of a Transformer-XL. The defaults are those of the released checkpoint."""
+    """Sizes and settings of a Transformer-XL.
+
+    The defaults are those of the released checkpoint, but for `clamp` and `same_length`, which it sets for evaluation.
+    """
 
     MODEL_TYPE: ClassVar[str] = "transfo-xl"
     KEYS: ClassVar[Mapping[str, str]] = {

@@ -72,8 +72,8 @@ class PretrainConfig:
     short examples share a row), full-sentences (RoBERTa's: the text runs on across documents, and <s> and </s> may be
     masked too) or doc-sentences (the same, but each row is from one document). None: the rows of the family's paper."""
     across_documents: bool = True
-    """For --objective causal: let attention cross the boundaries of documents in a row, as in GPT-3. Off: each document
-    of a row sees only itself, and its positions start anew."""
+    """For --objective causal or causal+memory: let attention cross the boundaries of documents in a row, and in the
+    memory, as in GPT-3. Off: each document sees only itself, and for causal its positions start anew."""
     memory: int | None = None
     """For --objective causal+memory: number of tokens before a row whose hidden states it sees; 0: none. None: that of
     the model's size."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -107,7 +107,7 @@ class TextForm:
     languages: tuple[str, str] = ("en", "de")
     lowercase: bool = False
     moses: bool = False
-    prefix: str = ""
+    prefix: str = field(default="", repr=False)  # no tokenizer is trained with one
 
     def prepare(self, text: str, target: bool) -> str:
         """Return the text to split into subwords."""
@@ -194,7 +194,8 @@ class PairTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; equal for tokenizers that give every text the same ids."""
-        digest = hashlib.sha256(json.dumps([self.kind, asdict(self.form)]).encode())
+        form = {name: value for name, value in asdict(self.form).items() if name != "prefix" or value}
+        digest = hashlib.sha256(json.dumps([self.kind, form]).encode())
         for side in (self.source, self.target):
             digest.update(side.state)
         return digest.hexdigest()[:32]

@@ -21,7 +21,7 @@ class TextSide:
         where: its folder, for messages.
 
     Raises:
-        DataError: its template does not end a text with one token, or it has no padding or unknown token.
+        DataError: its template does not end a text with one token, or it has no padding token.
     """
 
     def __init__(self, tokenizer: Tokenizer, where: str = "the tokenizer"):

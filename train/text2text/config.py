@@ -117,8 +117,6 @@ class Text2TextConfig(TranslateConfig):
             given |= {"source": Path(self.train[0]), "target": Path(self.train[1])}
         elif self.train:
             given |= {"pairs": self.train[0]}
-            if self.fields is None and ".tsv" not in Path(self.train[0]).suffixes:
-                given |= {"fields": ("source", "target")}
         for name, value in given.items():
             object.__setattr__(self, name, value)
         self.check()
@@ -142,6 +140,11 @@ class Text2TextConfig(TranslateConfig):
     def form(self) -> TextForm:
         """Preparation of the texts."""
         return TextForm(self.languages, prefix=self.prefix)
+
+    @property
+    def field_names(self) -> tuple[str, str]:
+        """Names of the fields with source and target in a file with both, unless --fields gives others."""
+        return "source", "target"
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -194,7 +194,7 @@ class TranslateConfig:
     average: int = 0
     """Export the average of the weights at this many evaluations. 0: no averaging."""
     average_of: Literal["last", "best"] = "last"
-    """Evaluations to average: the last ones, or those with the best dev BLEU."""
+    """Evaluations to average: the last ones, or those with the best figure of the dev set."""
 
     out: Path = Path("runs/translate")
     """Run folder. To resume a run that was stopped, give the same command again."""
@@ -277,6 +277,11 @@ class TranslateConfig:
         return TextForm(self.languages, self.lowercase, self.moses)
 
     @property
+    def field_names(self) -> tuple[str, str]:
+        """Names of the fields with source and target in a file with both, unless --fields gives others."""
+        return self.languages
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """Folder or file of the tokenizer, that of --init-from unless another is given; None to train one."""
         if self.tokenizer is None and self.init_from is not None:
@@ -294,6 +299,15 @@ FREE = (*EVERY_FREE, "cache")
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-    """Convert a run folder's settings to this version's."""
+    """Convert a run folder's settings to this version's.
+
+    Raises:
+        RunError: this version cannot continue the run.
+    """
+    if "too_long" not in stored and stored.get("init_from") is None:
+        raise RunError(
+            f"{stored['out']} was begun by an earlier version, whose decoder starts from another token. That run "
+            "cannot go on; choose another --out."
+        )
     renamed = {"parallelism" if name == "spread" else name: value for name, value in stored.items()}
     return renamed | {"optim": upgrade_optim(renamed.get("optim"))}

@@ -31,7 +31,7 @@ class Texts(NamedTuple):
 
 def read_texts(config: TranslateConfig) -> Texts:
     """Open the training and dev pairs. Only dev pairs in their own files are read at once."""
-    options: dict[str, Any] = dict(fields=config.fields, languages=config.languages, encoding=config.encoding)
+    options: dict[str, Any] = dict(fields=config.fields, languages=config.field_names, encoding=config.encoding)
     given = (config.source, config.target) if config.source is not None else (config.pairs,)
     if given == (None,):
         from ...data.corpus.phrases import phrase_pairs
@@ -91,8 +91,7 @@ def prepare_data(config: TranslateConfig, progress: Progress, read: Callable[[],
         texts = read_texts(config) if read is None else read()
         form = config.form
         if config.tokenizer_folder is not None:
-            tokenizer = load_subwords(config.tokenizer_folder, form)
-            tokenizer = tokenizer.with_prefix(form.prefix) if form.prefix else tokenizer
+            tokenizer = load_subwords(config.tokenizer_folder, form).with_prefix(form.prefix)
         else:
             tokenizer = trained_tokenizer(config, texts, form, root / "tokenizers", progress)
         store = partial(build_pairs, tokenizer=tokenizer, root=root / "pairs", progress=show)
@@ -153,11 +152,14 @@ def make_rows(
         sampling=0.0 if dev else config.sample_subwords,
         cut=config.too_long == "cut",
     )
-    too_long = rows.statistics().too_long
+    statistics = rows.statistics()
+    too_long = statistics.too_long
+    if dev and statistics.cut:
+        progress.line(f"dev: {counted(statistics.cut, 'pair')} cut to the length of a row")
     if too_long and dev:
         progress.line(
             f"dev: {too_long:,} {'pair is' if too_long == 1 else 'pairs are'} too long for a row: not in the dev loss; "
-            "long sources are translated in parts"
+            f"long sources are {'translated in parts' if config.sources_too_long == 'split' else 'cut'}"
         )
     if too_long and config.too_long == "refuse":
         raise RunError(

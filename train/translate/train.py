@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...data import Tokenizer
 from ...data.rows.translation import TranslationRows
 from ...data.stream import evaluation_batches, training_batches
 from ...data.tokenizers.kinds import TextKind
-from ...data.tokenizers.pairs import TEXT, PairTokenizer
+from ...data.tokenizers.pairs import TEXT, PairTokenizer, text_pairs
 from ...models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from ...models.encoder_decoders.marian import from_transformer
 from ...models.encoder_decoders.transformer import Transformer, TransformerConfig
@@ -52,7 +53,7 @@ from ..metrics import Meter, Sums
 from ..optim.schedule import schedule, warmup_steps
 from ..run import Run, start_run
 from ..sharding import Replicas
-from .config import FREE, TranslateConfig, upgrade
+from .config import FREE, RECIPES, TranslateConfig, upgrade
 from .data import Data, Texts, make_rows, prepare_data
 from .score import Bleu, Scores, Scoring, bleu_language
 from .translator import Translation, Translator, check_vocabulary, load_generator, longest_output
@@ -77,21 +78,27 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> EncoderDe
         loaded = load_generator(config.init_from)
         found, own = loaded.config, loaded.tokenizer
         check_vocabulary(found, tokenizer, str(config.init_from))
-        if isinstance(own, PairTokenizer) and own.source.vocabulary != tokenizer.source.vocabulary:
+        own = text_pairs(own, where=str(config.init_from)) if isinstance(own, Tokenizer) else own
+        if isinstance(own, PairTokenizer) and any(
+            theirs.vocabulary != side.vocabulary
+            for theirs, side in ((own.source, tokenizer.source), (own.target, tokenizer.target))
+        ):
             raise RunError(f"--tokenizer {config.tokenizer}: other ids than those of {config.init_from}. Leave it out.")
-        longest = max(config.lengths)
-        if found.max_length is not None and longest > found.max_length:
-            raise RunError(f"Rows of {longest} tokens are beyond the model's {found.max_length} positions.")
+        check_lengths(found, config)
         rates = {name: rate for name, rate in rates.items() if rate is not None and hasattr(found, name)}
         return dataclasses.replace(found, **run, **rates)
     if tokenizer.kind == TEXT:
         return text_model(config, tokenizer, run)
+    if config.preset not in RECIPES:
+        raise RunError(
+            f"--tokenizer {config.tokenizer}: a translator's; {config.preset} needs the folder of a text tokenizer."
+        )
     source, target = tokenizer.source, tokenizer.target
     sizes: dict[str, Any] = dict(
         vocab_size=source.size,
         target_vocab_size=None if tokenizer.joint else target.size,
         tying=config.tying or ("all" if tokenizer.joint else "decoder"),
-        positions=max(512, config.row_tokens),
+        positions=max(512, *config.lengths),
         pre_norm=config.pre_norm,
         pad_token_id=target.pad_id,
         eos_token_id=target.eos_id,
@@ -99,9 +106,17 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> EncoderDe
         decoder_start_token_id=target.pad_id,
     )
     try:
+        rates = {name: rate for name, rate in rates.items() if rate is not None}
         return TransformerConfig.preset(config.preset, **sizes, **run, **rates)
     except (ValueError, KeyError) as error:
         raise RunError(str(error)) from None
+
+
+def check_lengths(found: EncoderDecoderConfig, config: TranslateConfig) -> None:
+    """Raise RunError if a row may be longer than the model's positions."""
+    longest = max(config.lengths)
+    if found.max_length is not None and longest > found.max_length:
+        raise RunError(f"Rows of {longest} tokens are beyond the model's {found.max_length} positions.")
 
 
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
@@ -121,6 +136,7 @@ def text_model(config: TranslateConfig, tokenizer: PairTokenizer, run: Mapping[s
     ids = {"pad": side.pad_id, "eos": side.eos_id, **({} if side.bos_id is None else {"bos": side.bos_id})}
     of: Any = family.config
     found = of.preset(config.preset, **of.vocabulary_fields(side.size, ids), **run)
+    check_lengths(found, config)
     rates = {name: getattr(config, name) for name in DROPOUTS}
     return dataclasses.replace(
         found, **{name: r for name, r in rates.items() if r is not None and hasattr(found, name)}
@@ -149,7 +165,8 @@ def released(model: EncoderDecoder, params: Any, tokenizer: PairTokenizer) -> tu
     c = model.config
     if type(model) is not Transformer or c.pre_norm or c.table_width != c.width:
         return model, params, tokenizer
-    last = tokenizer.can_have_padding_last and c.decoder_start_token_id == c.pad_token_id
+    one_size = c.vocab_size == c.target_words  # config.json has one id of padding for both sides
+    last = tokenizer.can_have_padding_last and one_size and c.decoder_start_token_id == c.pad_token_id
     converted, moved = from_transformer(model, params, padding_last=last)
     return converted, moved, tokenizer.with_padding_last() if last else tokenizer
 
@@ -289,12 +306,12 @@ class Evaluation:
 
 
 class Means:
-    """Weights saved at evaluations for averaging: `weights/STEP_BLEU.safetensors` in the run folder."""
+    """Weights saved at evaluations for averaging: `weights/STEP_FIGURE.safetensors` in the run folder."""
 
     def __init__(self, folder: Path, config: TranslateConfig):
         self._folder, self._count, self._of = folder / "weights", config.average, config.average_of
 
-    def __call__(self, step: int, params: Any, bleu: float) -> None:
+    def __call__(self, step: int, params: Any, figure: float) -> None:
         """Save an evaluation's weights, and delete those no longer needed."""
         if not self._count or jax.process_index() > 0:
             return
@@ -302,7 +319,7 @@ class Means:
         for path in self._files():
             if self._step(path) >= step:  # left by an interrupted run beyond its last checkpoint
                 path.unlink()
-        write_params(self._folder / f"{step}_{bleu:.6f}.safetensors", params)
+        write_params(self._folder / f"{step}_{figure:.6f}.safetensors", params)
         for path in self._files()[: -self._count]:
             path.unlink()
 
@@ -324,7 +341,7 @@ class Means:
 
     def _files(self) -> list[Path]:
         """Return the files, worst first."""
-        files = [path for path in self._folder.glob("*.safetensors") if re.fullmatch(r"\d+_[\d.]+", path.stem)]
+        files = [path for path in self._folder.glob("*.safetensors") if re.fullmatch(r"\d+_-?[\d.]+", path.stem)]
         if self._of == "last":
             return sorted(files, key=self._step)
         return sorted(files, key=lambda path: (float(path.stem.split("_")[1]), self._step(path)))

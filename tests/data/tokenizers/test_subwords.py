@@ -136,7 +136,7 @@ def test_errors(tmp_path: Path):
         train_subwords(
             "word-bpe", lambda: SOURCE, lambda: TARGET, vocab_size=99, joint=True, form=TextForm(), split_digits=True
         )
-    with pytest.raises(DataError, match="no translation tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer in this folder"):
         load_subwords(tmp_path)
     (tmp_path / "x.model").write_bytes(b"no")
     with pytest.raises(DataError, match="not a SentencePiece model"):

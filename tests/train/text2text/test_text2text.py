@@ -208,5 +208,9 @@ def test_what_does_not_fit_is_refused(folders, tmp_path, capsys) -> None:
     assert "no size of a text-to-text model; expected one of" in said(
         "--model", "bert-tiny", "--tokenizer", str(folders["t5"])
     )
+    assert "other ids than those of" in said("--tokenizer", str(folders["t5"]), model="bart")
+    assert "beyond the model's" in said(
+        *("--model", "bart-base", "--tokenizer", str(folders["bart"]), "--source-tokens", "2048")
+    )
     assert "beyond the model's 64 positions" in said("--source-tokens", "128", model="bart")
     assert "--target-tokens is 4" in said("--target-tokens", "4")

@@ -242,11 +242,19 @@ def test_means_keep_the_last_or_the_best(tmp_path: Path, folder: Path):
         config = make_config(folder, "unused", average=2, average_of=of, optim=OptimConfig())
         means = Means(tmp_path / of, config)
         (tmp_path / of).mkdir()
-        for step, bleu in ((1, 1.0), (2, 9.0), (3, 2.0), (4, 5.0)):
-            means(step, {"a": {"b": np.full(3, float(step), np.float32)}}, bleu)
+        for step, figure in ((1, -0.5), (2, 0.9), (3, -0.2), (4, 0.5)):  # a correlation may be negative
+            means(step, {"a": {"b": np.full(3, float(step), np.float32)}}, figure)
+        assert len(list((tmp_path / of / "weights").iterdir())) == 2
         mean, steps = means.mean()
         assert steps == expected
         assert mean["a"]["b"].tolist() == [sum(expected) / 2] * 3
+
+
+def test_a_run_whose_decoder_starts_otherwise_is_named():
+    stored = {"out": "runs/old", "optim": {}, "init_from": None}
+    with pytest.raises(RunError, match="runs/old was begun by an earlier version, whose decoder starts from another"):
+        upgrade(stored)
+    assert upgrade(stored | {"init_from": "marian"})["init_from"] == "marian"  # its config says what it starts from
 
 
 # --- translating ------------------------------------------------------------------------------------------------------

@@ -150,7 +150,10 @@ class SpanCorruption(Restoring):
         for phase in config.plan:
             if phase.length < SHORTEST:
                 raise RunError(f"A sequence length of {phase.length}: span corruption needs {SHORTEST} or more.")
-            spans = sizes(raw_length(phase.length, config.mask_rate), config.mask_rate).spans
+            found = sizes(raw_length(phase.length, config.mask_rate), config.mask_rate)
+            spans = found.spans
+            if spans > found.source - spans - 1:
+                raise RunError(f"--mask-rate {config.mask_rate}: more spans than tokens between them. Lower it.")
             if spans > len(sentinels):
                 raise RunError(
                     f"{where}: {len(sentinels)} sentinels, but rows of {phase.length} tokens have {spans} spans. Lower "

@@ -164,6 +164,11 @@ class BartConfig(EncoderDecoderConfig):
         """Initialiser of new kernels and embeddings."""
         return nn.initializers.normal(self.initializer_range)
 
+    @property
+    def head_initializer(self) -> Initializer:
+        """Initialiser of the kernel of a head's last linear map."""
+        return self.initializer
+
     def head_dropout(self, head: str) -> float:
         """Return the dropout rate of the inputs of a head's last linear map."""
         return 0.0 if head == "span" else self.classifier_dropout

@@ -150,7 +150,7 @@ def test_a_tokenizer_is_trained_once_for_a_corpus(workshop, tmp_path, monkeypatc
 
     monkeypatch.setattr(pretrain_data, "train_tokenizer", train)
     corpus, sizes = Corpus([workshop.folder / "corpus"]), (120, 120, 150, 120)
-    configs = [PretrainConfig(cache=tmp_path, vocab_size=size) for size in sizes]
+    configs = [PretrainConfig(cache=tmp_path, model="bert-tiny", vocab_size=size) for size in sizes]
     folders = [pretrain_data.trained_tokenizer(config, corpus, Progress()) for config in configs]
     assert trained == [120, 150]
     assert folders[0] == folders[1] == folders[3] != folders[2]

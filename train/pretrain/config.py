@@ -22,7 +22,7 @@ RowKind = Literal["sentences", "full-sentences", "doc-sentences"]
 class PretrainConfig:
     """Pretrain a model on text, by an objective that needs no labels.
 
-    Without arguments: a small ModernBERT on Python's own documentation, about three minutes on two CPU cores.
+    Without arguments: a small ModernBERT on Python's own documentation, about two minutes on two CPU cores.
     """
 
     corpus: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ class PretrainConfig:
     def defaults(cls, arguments: Sequence[str]) -> Self:
         """Return the defaults of a command line: a first run, with no model named, has an optimiser of its own.
 
-        In three minutes on two cores, Muon teaches it to predict a third of the masked words; AdamW stays at the
+        In two minutes on two cores, Muon teaches it to predict a third of the masked words; AdamW stays at the
         frequencies of the words, as it does with a small BERT.
         """
         given = flags(arguments)

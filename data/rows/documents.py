@@ -81,23 +81,25 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         least_documents: minimum number of documents per split and per window.
 
     Raises:
-        DataError: there are too few documents, or the seed or the number of copies is invalid.
+        DataError: there are too few documents, or the sequence length, the seed or the number of copies is invalid.
     """
 
     def __init__(
         self,
         store: DocumentStore,
         tokenizer: Tokenizer,
-        split: Split,
+        split: Split = "train",
         *,
         sequence_length: int,
-        seed: int,
-        copies: int | None,
-        validation_fraction: float,
-        window_tokens: int,
-        least_documents: int,
+        seed: int = 0,
+        copies: int | None = None,
+        validation_fraction: float = 0.05,
+        window_tokens: int = 8_000_000,
+        least_documents: int = 1,
     ):
         super().__init__()
+        if sequence_length < 1:
+            raise DataError(f"A sequence length of {sequence_length}: expected at least 1.")
         if copies is not None and copies < 1:
             raise DataError(f"{copies} copies of the corpus; expected at least 1, or none for dynamic masking.")
         if seed < 0:
@@ -108,6 +110,11 @@ class DocumentRows[P: DocumentPlan](WindowedRows[P]):
         self.tokens = int(store.document_tokens[self.documents].sum())
         self._least_documents = least_documents
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def _settings(self) -> list[str | float | None]:
+        """The settings that all data sets of rows have, for `_fingerprint`."""
+        return [self.store.fingerprint, self.sequence_length, self.seed, self.copies, self.window_tokens]
 
     def _fingerprint(self, settings: Sequence[str | float | None]) -> str:
         """Return the hexadecimal hash of what decides the rows: a subclass's settings, and the documents."""

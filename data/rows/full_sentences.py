@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -119,12 +120,7 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
         split: split of the documents, see `DocumentStore.documents`.
         sequence_length: length of every row, L.
         cross_documents: FULL-SENTENCES; otherwise DOC-SENTENCES.
-        seed: random seed of the order of documents and rows.
-        copies: number of different plans of the corpus, which then repeat with the same row ids. None makes a new
-            plan in every epoch.
-        validation_fraction: fraction of the documents that is held out.
-        window_tokens: approximate number of tokens to plan and hold in memory at once; 2 bytes per token and 50 per
-            sentence.
+        settings: seed, copies, validation_fraction and window_tokens of `DocumentRows`.
 
     Raises:
         DataError: there are fewer documents than two splits need, or the sequence length leaves no room for a token
@@ -139,40 +135,20 @@ class FullSentenceRows(DocumentRows[SentencePlan]):
         *,
         sequence_length: int,
         cross_documents: bool = True,
-        seed: int = 0,
-        copies: int | None = None,
-        validation_fraction: float = 0.05,
-        window_tokens: int = 8_000_000,
+        **settings: Any,
     ):
         if sequence_length < 3:
             raise DataError(
                 f"A sequence length of {sequence_length}: no room for a token between the two special ones."
             )
         self.cross_documents = cross_documents
-        super().__init__(
-            store,
-            tokenizer,
-            split,
-            sequence_length=sequence_length,
-            seed=seed,
-            copies=copies,
-            validation_fraction=validation_fraction,
-            window_tokens=window_tokens,
-            least_documents=1,
-        )
+        super().__init__(store, tokenizer, split, sequence_length=sequence_length, **settings)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
-        settings = [
-            "full sentences" if self.cross_documents else "document sentences",
-            self.store.fingerprint,
-            self.sequence_length,
-            self.seed,
-            self.copies,
-            self.window_tokens,
-        ]
-        return self._fingerprint(settings)
+        kind = "full sentences" if self.cross_documents else "document sentences"
+        return self._fingerprint([kind, *self._settings])
 
     def _make_plan(self, epoch: int, window: int) -> SentencePlan:
         sentences, random = self._read_window(epoch, window)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ..corpus.document_store import DocumentStore, Split
-from ..errors import DataError
 from ..packing import Statistics, ranges
 from ..tokenizers.tokenizer import Tokenizer
 from .documents import DocumentPlan, DocumentRows
@@ -58,10 +57,7 @@ class RunningTextRows(DocumentRows[RunningTextPlan]):
         split: split of the documents, see `DocumentStore.documents`.
         sequence_length: length of every row, L.
         cross_documents: whether attention crosses the boundaries of documents.
-        seed: random seed of the order of documents and rows.
-        copies: see `DocumentRows`.
-        validation_fraction: fraction of the documents that is held out.
-        window_tokens: approximate number of tokens to plan and hold in memory at once.
+        settings: seed, copies, validation_fraction and window_tokens of `DocumentRows`.
 
     Raises:
         DataError: there are fewer documents than two splits need, or the tokenizer has no end-of-text token.
@@ -75,39 +71,16 @@ class RunningTextRows(DocumentRows[RunningTextPlan]):
         *,
         sequence_length: int,
         cross_documents: bool = True,
-        seed: int = 0,
-        copies: int | None = None,
-        validation_fraction: float = 0.05,
-        window_tokens: int = 8_000_000,
+        **settings: Any,
     ):
-        if sequence_length < 1:
-            raise DataError(f"A sequence length of {sequence_length}: expected at least 1.")
         self.cross_documents, self._end = cross_documents, tokenizer.eos_id
-        super().__init__(
-            store,
-            tokenizer,
-            split,
-            sequence_length=sequence_length,
-            seed=seed,
-            copies=copies,
-            validation_fraction=validation_fraction,
-            window_tokens=window_tokens,
-            least_documents=1,
-        )
+        super().__init__(store, tokenizer, split, sequence_length=sequence_length, **settings)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
-        settings = [
-            "running text across documents" if self.cross_documents else "running text within documents",
-            self.store.fingerprint,
-            self.sequence_length,
-            self.seed,
-            self.copies,
-            self.window_tokens,
-            self._end,
-        ]
-        return self._fingerprint(settings)
+        kind = f"running text {'across' if self.cross_documents else 'within'} documents"
+        return self._fingerprint([kind, *self._settings, self._end])
 
     def _make_plan(self, epoch: int, window: int) -> RunningTextPlan:
         sentences, random = self._read_window(epoch, window)
@@ -163,25 +136,28 @@ class RunningTextRows(DocumentRows[RunningTextPlan]):
         batch["row_ids"][:, 1] = first_row + rows
         places = ranges(np.arange(len(rows)) * self.sequence_length, count)  # in the flattened batch
         text = ranges(first, count)
-        batch["input_ids"].reshape(-1)[places] = self._read(plan, tokens, text)
-        batch["labels"].reshape(-1)[places] = self._read(plan, tokens, text + 1)
+        begun, begun_next = (np.searchsorted(plan.starts, at, side="right") for at in (text, text + 1))
+        batch["input_ids"].reshape(-1)[places] = self._read(plan, tokens, text, begun)
+        batch["labels"].reshape(-1)[places] = self._read(plan, tokens, text + 1, begun_next)
         batch["label_weights"].reshape(-1)[places] = 1
-        begun = np.searchsorted(plan.starts, text, side="right")  # documents up to each token
-        row_first = np.repeat(first, count)
-        if self.cross_documents:
-            batch["segment_ids"].reshape(-1)[places] = 1
-            batch["position_ids"].reshape(-1)[places] = text - row_first
-            return batch
-        before = np.repeat(np.searchsorted(plan.starts, first, side="right"), count)
-        batch["segment_ids"].reshape(-1)[places] = begun - before + 1
-        batch["position_ids"].reshape(-1)[places] = text - np.maximum(plan.starts[begun - 1], row_first)
+        batch["segment_ids"].reshape(-1)[places] = self._segments(plan, first, count, begun)
+        begin = np.repeat(first, count)
+        begin = begin if self.cross_documents else np.maximum(plan.starts[begun - 1], begin)
+        batch["position_ids"].reshape(-1)[places] = text - begin
         return batch
 
-    def _read(self, plan: RunningTextPlan, tokens: np.ndarray, text: np.ndarray) -> np.ndarray:
+    def _segments(
+        self, plan: RunningTextPlan, first: np.ndarray, count: np.ndarray, begun: np.ndarray
+    ) -> np.ndarray | int:
+        """Return the segment of each token of rows of `count` tokens from `first`; `begun`: documents up to each."""
+        if self.cross_documents:
+            return 1
+        return begun - np.repeat(np.searchsorted(plan.starts, first, side="right"), count) + 1
+
+    def _read(self, plan: RunningTextPlan, tokens: np.ndarray, text: np.ndarray, begun: np.ndarray) -> np.ndarray:
         """Return the tokens at positions of the text; the one after its end is the end-of-text token too."""
-        after = np.searchsorted(plan.starts, text, side="right")
-        ends = (plan.starts[after - 1] == text) | (text == plan.length)
-        return np.where(ends, self._end, tokens[np.where(ends, 0, text - after)])
+        ends = (plan.starts[begun - 1] == text) | (text == plan.length)
+        return np.where(ends, self._end, tokens[np.where(ends, 0, text - begun)])
 
     def padding(self, rows: int) -> Batch:
         """Return a batch of empty rows."""

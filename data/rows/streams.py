@@ -19,9 +19,7 @@ import numpy as np
 
 from ..corpus.document_store import DocumentStore, Split
 from ..errors import DataError
-from ..packing import ranges
 from ..tokenizers.tokenizer import Tokenizer
-from .rows import Batch
 from .running_text import RunningTextPlan, RunningTextRows
 
 # What is added to the segments of a window is a multiple of _STEP, by the remainders of its epoch and its number. They
@@ -82,13 +80,9 @@ class StreamRows(RunningTextRows):
         count = np.minimum(np.minimum(self.sequence_length, column - into), plan.length - first)
         return np.minimum(first, plan.length), np.maximum(count, 0)
 
-    def assemble(self, plan: RunningTextPlan, tokens: np.ndarray, rows: np.ndarray, first_row: int) -> Batch:
-        """Assemble a batch of these rows of a window, see `RowSource.assemble`."""
-        batch = super().assemble(plan, tokens, rows, first_row)
-        first, count = self._spans(plan, rows)
-        text = ranges(first, count)
-        documents = 1 if self.cross_documents else np.searchsorted(plan.starts, text, side="right")
+    def _segments(
+        self, plan: RunningTextPlan, first: np.ndarray, count: np.ndarray, begun: np.ndarray
+    ) -> np.ndarray | int:
+        del first, count  # segments go on from row to row
         before = (plan.epoch % _EPOCHS * _WINDOWS + plan.window % _WINDOWS) * _STEP
-        places = ranges(np.arange(len(rows)) * self.sequence_length, count)
-        batch["segment_ids"].reshape(-1)[places] = documents + before
-        return batch
+        return (1 if self.cross_documents else begun) + before

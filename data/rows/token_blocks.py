@@ -11,10 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..corpus.document_store import DocumentStore, Split
-from ..errors import DataError
 from ..packing import Statistics, ranges
-from ..tokenizers.tokenizer import Tokenizer
 from .documents import DocumentPlan, DocumentRows
 from .rows import Batch
 
@@ -35,50 +32,16 @@ class TokenBlocks(DocumentRows[BlockPlan]):
         row_ids      [B, 2] uint32  (epoch, row within the epoch), which repeat only if `copies` is set
 
     Args:
-        store: see `build_documents`.
-        tokenizer: tokenizer of the corpus.
-        split: split of the documents, see `DocumentStore.documents`.
-        sequence_length: length of a block, L.
-        seed: random seed of the order of documents and rows.
-        copies: see `DocumentRows`.
-        validation_fraction: fraction of the documents that is held out.
-        window_tokens: approximate number of tokens to plan and hold in memory at once.
+        sequence_length: length of a block, L; the other arguments are those of `DocumentRows`.
 
     Raises:
         DataError: there are fewer documents than two splits need.
     """
 
-    def __init__(
-        self,
-        store: DocumentStore,
-        tokenizer: Tokenizer,
-        split: Split = "train",
-        *,
-        sequence_length: int,
-        seed: int = 0,
-        copies: int | None = None,
-        validation_fraction: float = 0.05,
-        window_tokens: int = 8_000_000,
-    ):
-        if sequence_length < 1:
-            raise DataError(f"A sequence length of {sequence_length}: expected at least 1.")
-        super().__init__(
-            store,
-            tokenizer,
-            split,
-            sequence_length=sequence_length,
-            seed=seed,
-            copies=copies,
-            validation_fraction=validation_fraction,
-            window_tokens=window_tokens,
-            least_documents=1,
-        )
-
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; equal for two data sets with the same rows under the same numbers."""
-        of = (self.store.fingerprint, self.sequence_length, self.seed, self.copies, self.window_tokens)
-        return self._fingerprint(["blocks", *of])
+        return self._fingerprint(["blocks", *self._settings])
 
     def _make_plan(self, epoch: int, window: int) -> BlockPlan:
         sentences, random = self._read_window(epoch, window)

@@ -53,7 +53,7 @@ class AskConfig:
     split: str = "dev"
     """Split to answer, if --data is a folder."""
     shots: int = 0
-    """Number of examples to show before each question, drawn anew for each."""
+    """Number of examples to show before each question, chosen at random for each question."""
     by: By | None = None
     """How answers are found. likelihood: the candidate of the highest probability; per-token: its logarithm divided by
     the candidate's number of tokens; calibrated: divided by its probability without the question (Brown et al. 2020,

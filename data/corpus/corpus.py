@@ -20,7 +20,7 @@ files and files with other endings are skipped and counted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +108,7 @@ class Corpus:
         text_field: field (JSON lines) or feature (tensorflow-datasets) that holds a document's text.
         blank_line: what blank lines separate in plain text: paragraphs of a document, or documents.
         split: split of a tensorflow-datasets data set to read.
+        verbatim: whether documents keep their markup, line ends and white space.
 
     Raises:
         CorpusError: a path is missing or a folder has nothing to read; while iterating: bytes are not in the encoding,
@@ -119,6 +120,7 @@ class Corpus:
     text_field: str = "text"
     blank_line: Literal["paragraph", "document"] = "paragraph"
     split: str = "train"
+    verbatim: bool = False
     sources: list[Source] = field(init=False)
     skipped_files: list[Path] = field(init=False, default_factory=list)
     counts: Counts = field(init=False, default_factory=Counts)
@@ -142,7 +144,7 @@ class Corpus:
                 if document.text.strip():
                     counts.documents += 1
                     counts.characters += len(document.text)
-                    yield document
+                    yield replace(document, markup="verbatim") if self.verbatim else document
                 else:
                     counts.empty_documents += 1
         if not counts.documents:

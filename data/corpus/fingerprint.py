@@ -27,7 +27,8 @@ def corpus_fingerprint(corpus: Corpus, notes: Path | None = None) -> str:
         with suppress(DataError, OSError):
             known = {name: note for name, note in read_object(notes).items() if _is_note(note)}
     changed = False
-    parts: list = [[corpus.encoding, corpus.text_field, corpus.blank_line, corpus.split]]
+    reading = [corpus.encoding, corpus.text_field, corpus.blank_line, corpus.split]
+    parts: list = [[*reading, "verbatim"] if corpus.verbatim else reading]
     for source in corpus.sources:
         parts.append([source.name, source.format])
         for name, file in source.files:

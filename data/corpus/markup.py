@@ -12,7 +12,7 @@ from typing import Literal
 
 from .delimiters import without_code_marks, without_emphasis, without_strikethrough
 
-Markup = Literal["wrapped", "lines", "markdown", "wikitext", "docstrings"]
+Markup = Literal["wrapped", "lines", "markdown", "wikitext", "docstrings", "verbatim"]
 
 
 def paragraphs(text: str, markup: Markup) -> list[str]:
@@ -28,6 +28,7 @@ def paragraphs(text: str, markup: Markup) -> list[str]:
                 ` @.@ ` (hyphens and separators within words and numbers) are joined again. `<unk>` is kept.
             "docstrings": reStructuredText as in Python's documentation; examples (`>>>`), grammar, tables and code are
                 removed.
+            "verbatim": the text as it is, in one paragraph.
     """
     return _READERS[markup](text)
 
@@ -212,4 +213,5 @@ _READERS = {
     "markdown": _markdown,
     "wikitext": _wikitext,
     "docstrings": _docstrings,
+    "verbatim": lambda text: [text],
 }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-TextKind = Literal["wordpiece", "byte-bpe", "unigram"]
+TextKind = Literal["wordpiece", "byte-bpe", "unigram", "words", "characters"]
 """Kinds that `bestiary tokenizer train` trains."""
 PairKind = Literal["unigram", "bpe", "word-bpe"]
 """Kinds that `bestiary translate train` trains."""
@@ -15,11 +15,15 @@ TITLES: Mapping[Kind, str] = {
     "unigram": "SentencePiece unigram",
     "bpe": "SentencePiece BPE",
     "word-bpe": "BPE within words",
+    "words": "whole words",
+    "characters": "characters",
 }
 """Names to display."""
 FAMILIES: Mapping[TextKind, tuple[str, ...]] = {
     "wordpiece": ("bert",),
     "byte-bpe": ("roberta", "gpt2"),
     "unigram": ("albert", "t5"),
+    "words": ("transfo-xl",),
+    "characters": ("transfo-xl",),
 }
 """Model families whose special tokens and normalisation a tokenizer can be trained with, the default first."""

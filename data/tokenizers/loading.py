@@ -42,6 +42,7 @@ from .sentence_piece import (
 from .template import Template, bert_template, read_template, roberta_template, write_template
 from .tokenizer import ROLES, Tokenizer
 from .word_bpe import END, GPT_TOKENS, WordBpeTokenizer, word_bpe_backend
+from .word_level import CharacterTokenizer, WordTokenizer
 from .wordpiece import SPECIAL_TOKENS, WordPieceTokenizer, bert_backend, read_vocabulary
 
 # Names of the reference's classes -> the class here, of which they are aliases in what concerns ids.
@@ -493,7 +494,8 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     kind = folder.whole["model"].get("type") or json.loads(backend.to_str())["model"]["type"]
-    where = str(folder.where)
+    pre_tokenizer = folder.whole.get("pre_tokenizer")
+    where, settings = str(folder.where), {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
     unknown = folder.whole["model"].get("unk_token")
     if unknown is not None and unknown not in backend.get_vocab(with_added_tokens=False):
         raise DataError(f"{where}: the vocabulary has no {unknown}, its unk_token.")
@@ -507,25 +509,27 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
             )
         special = _wordpiece_tokens(folder.special_tokens(SPECIAL_TOKENS), backend.get_vocab())
         _add_tokens(backend, folder, special)
-        template = _stated(folder, backend)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
-        return WordPieceTokenizer(backend, _contents(special), settings=settings, template=template, where=where)
-    if kind == "BPE" and '"ByteLevel"' in json.dumps(folder.whole.get("pre_tokenizer")):
-        special = folder.special_tokens({})
+        stated = {"template": _stated(folder, backend), "settings": settings, "where": where}
+        return WordPieceTokenizer(backend, _contents(special), **stated)
+    special = folder.special_tokens({})
+    merged = bool(folder.whole["model"].get("merges") or pre_tokenizer)
+    if kind == "WordLevel" or (kind == "BPE" and unknown is not None and not merged):
+        cls = WordTokenizer if kind == "WordLevel" else CharacterTokenizer
+        return cls(backend, _stated(folder, backend), _contents(special), settings=settings, where=where)
+    if kind == "BPE" and '"ByteLevel"' in json.dumps(pre_tokenizer):
         _add_tokens(backend, folder, special)
         template = _stated(folder, backend)
         backend.post_processor = write_template(template, backend)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
         return ByteBpeTokenizer(backend, template, _contents(special), settings=settings, where=where)
     if kind == "Unigram" and folder.whole["model"].get("unk_id") is None:
         raise DataError(f"{where}: a Unigram tokenizer without unk_id, the id of the unknown token.")
     if kind == "Unigram" or (kind == "BPE" and SPACE in json.dumps(folder.whole["decoder"], ensure_ascii=False)):
-        special = folder.special_tokens({})
         _add_tokens(backend, folder, special)
-        template = _stated(folder, backend)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_kept(folder)}
-        return SentencePieceTokenizer(backend, template, _contents(special), settings=settings, where=where)
-    raise DataError(f"{where}: a {kind} tokenizer; expected WordPiece, byte-level BPE or SentencePiece's pieces.")
+        return SentencePieceTokenizer(
+            backend, _stated(folder, backend), _contents(special), settings=settings, where=where
+        )
+    expected = "WordPiece, byte-level BPE, SentencePiece's pieces, words or characters"
+    raise DataError(f"{where}: a {kind} tokenizer; expected {expected}.")
 
 
 # Parts

@@ -11,6 +11,7 @@ from .byte_bpe import train_byte_bpe
 from .kinds import FAMILIES, TextKind
 from .sentence_piece import train_unigram
 from .tokenizer import Tokenizer
+from .word_level import train_whole
 from .wordpiece import train_wordpiece
 
 
@@ -26,11 +27,11 @@ def train_tokenizer(
     """Train a tokenizer, deterministically.
 
     Args:
-        kind: wordpiece, byte-bpe or unigram.
+        kind: wordpiece, byte-bpe, unigram, words or characters.
         documents: documents to train on.
         vocab_size: maximum vocabulary size, including special tokens (but not T5's sentinels).
         family: model family whose special tokens and normalisation it gets, one of `FAMILIES[kind]`; None: the first.
-        lowercase: lower-case the text and strip accents; byte-bpe and T5 keep the text as it is.
+        lowercase: lower-case the text and strip accents; only wordpiece and ALBERT's unigram do.
         progress: called at most once a second with the progress.
 
     Raises:
@@ -41,4 +42,6 @@ def train_tokenizer(
         return train_wordpiece(documents, vocab_size=vocab_size, lowercase=lowercase, progress=progress)
     if kind == "byte-bpe":
         return train_byte_bpe(documents, vocab_size=vocab_size, family=named, progress=progress)
+    if kind in ("words", "characters"):
+        return train_whole(kind, documents, vocab_size=vocab_size, progress=progress)
     return train_unigram(documents, vocab_size=vocab_size, family=named, lowercase=lowercase, progress=progress)

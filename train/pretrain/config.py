@@ -48,6 +48,8 @@ class PretrainConfig:
     blank_line: Literal["paragraph", "document"] = "paragraph"
     """What blank lines separate in plain text: paragraphs, or documents with one sentence per line (BERT's own
     format)."""
+    verbatim: bool = False
+    """Keep markup, line ends and white space of the corpus as they are."""
     cache: Path | None = None
     """Folder to cache tokenised corpora in, which later runs reuse. None: bestiary/ in the user's cache folder."""
     workers: int = 0

@@ -66,7 +66,7 @@ def prepare_data(config: PretrainConfig, tokenizer: Tokenizer, progress: Progres
 
 def _corpora(config: PretrainConfig) -> tuple[Corpus, Corpus | None]:
     """Return the training text, and the held-out text if it is separate."""
-    options: Any = dict(encoding=config.encoding, text_field=config.text_field, blank_line=config.blank_line)
+    options: Any = {name: getattr(config, name) for name in ("encoding", "text_field", "blank_line", "verbatim")}
     held_out = Corpus(config.validation_corpus, **options) if config.validation_corpus else None
     return Corpus(config.corpus or (EMBEDDED,), **options), held_out
 

@@ -171,7 +171,8 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path):
 
     path = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
-    assert refusal(path) == f"{path}: a BPE tokenizer; expected WordPiece, byte-level BPE or SentencePiece's pieces."
+    expected = "WordPiece, byte-level BPE, SentencePiece's pieces, words or characters"
+    assert refusal(path) == f"{path}: a BPE tokenizer; expected {expected}."
 
 
 def test_gaps_between_ids_are_refused(tmp_path: Path):

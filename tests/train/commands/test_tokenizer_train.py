@@ -13,13 +13,14 @@ KINDS = {
     "wordpiece": ("BertTokenizer", "[CLS]", ["vocab.txt"]),
     "byte-bpe": ("RobertaTokenizer", "<s>", ["vocab.json", "merges.txt"]),
     "unigram": ("AlbertTokenizer", "[CLS]", ["spiece.model"]),
+    "words": ("PreTrainedTokenizerFast", "the", ["vocab.json"]),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.txt").write_text(TEXT)
-    size = {"wordpiece": "120", "byte-bpe": "300", "unigram": "60"}[kind]
+    size = {"wordpiece": "120", "byte-bpe": "300", "unigram": "60", "words": "60"}[kind]
     out = tmp_path / "tokenizer"
     command = ["tokenizer", "train", "--kind", kind, "--vocab-size", size, "--corpus", str(tmp_path / "a.txt")]
     assert main([*command, "--out", str(out)]) == 0

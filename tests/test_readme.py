@@ -1,4 +1,4 @@
-"""What the README and the measurements tell people to type exists and runs."""
+"""What the README, the measurements and the pages tell people to type exists and runs."""
 
 import importlib.util
 import re
@@ -11,7 +11,8 @@ from bestiary import models
 from bestiary.train.cli import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = sorted(REPOSITORY.glob("README.md")) + sorted(REPOSITORY.glob("bench/*.md"))
+MEASURED = sorted(REPOSITORY.glob("bench/*.md"))
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *MEASURED, *sorted(REPOSITORY.glob("docs/**/*.md"))]
 
 
 def commands_of(page: Path) -> list[list[str]]:
@@ -37,7 +38,7 @@ def test_commands_and_flags_exist(page, capsys):
 
 def test_every_page_is_in_the_index():
     index = (REPOSITORY / "bench" / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+    assert [page.name for page in MEASURED if page.name != "README.md" and f"({page.name})" not in index] == []
 
 
 def test_snippets_run(tmp_path, monkeypatch):

@@ -124,6 +124,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".commands.parity:ParityConfig",
         "compare outputs, losses and gradients with fixtures of the reference implementation",
     ),
+    ("report",): Command(
+        ".commands.report:ReportConfig", "write one page of one run or several: curves, settings, results, samples"
+    ),
     ("bench", "pretrain"): Command(
         ".bench.config:PretrainBenchConfig",
         "measure pretraining: real tokens/s, loss, fraction of the matmul rate, data pipeline",
@@ -203,11 +206,10 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
     """Run a command; print any error as a message and return its exit status."""
     try:
         prepare_cpu()
-        module, _, name = command.config.partition(":")
-        config = _parse(getattr(import_module(module, __package__), name), arguments, " ".join(("bestiary", *words)))
+        config = config_of(words, arguments)
         if words[0] != "bench":  # which measures compiling
             keep_compiled_programs()
-        return import_module(command.runs_in or module, __package__).main(config)
+        return import_module(command.runs_in or command.config.partition(":")[0], __package__).main(config)
     except KeyboardInterrupt:
         end_line()
         print("bestiary: interrupted", file=sys.stderr)
@@ -260,11 +262,20 @@ def _first_line(text: str) -> str:
     return text.partition("\n")[0].strip()
 
 
-def _parse(options: Any, arguments: list[str], name: str) -> Any:
+def config_of(words: tuple[str, ...], arguments: list[str]) -> Any:
     """Parse a command's arguments into its config dataclass.
 
     An unknown flag ends the process with status 2. Errors of the config itself are raised.
+
+    Args:
+        words: the command, a key of `COMMANDS`.
+        arguments: what follows it.
     """
+    module, _, name = COMMANDS[words].config.partition(":")
+    return _parse(getattr(import_module(module, __package__), name), arguments, " ".join(("bestiary", *words)))
+
+
+def _parse(options: Any, arguments: list[str], name: str) -> Any:
     refuse_renamed(arguments)
     if {"-h", "--help"} & set(arguments):
         reflow_help(options)

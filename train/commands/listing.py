@@ -22,7 +22,7 @@ class UnknownModelError(ValueError):
 
 def describe_family(family: Family) -> dict[str, Any]:
     """Describe one family: its sizes, heads and objectives."""
-    sizes = {name: _count(family, family.config.preset(name)) for name in family.config.PRESETS}
+    sizes = {name: count_parameters(family, family.config.preset(name)) for name in family.config.PRESETS}
     return {
         "family": family.name,
         "title": family.title,
@@ -71,7 +71,7 @@ def _shapes(family: Family, head: str, config: FamilyConfig) -> Any:
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
-def _count(family: Family, config: FamilyConfig) -> int:
+def count_parameters(family: Family, config: FamilyConfig) -> int:
     """Count the parameters of the family's first model, without those that a layer of a stack lacks."""
     entries = family.architectures[0].table(config).entries
     return sum(math.prod(entry.transform.shape) * len(entry.rows) for entry in entries)

@@ -1,7 +1,8 @@
-"""List the models: `bestiary models`, and `bestiary models show NAME` for the parameters of one."""
+"""List the models: `bestiary models`, and `bestiary models show NAME` for the parameters of one; write their pages."""
 
 import json as json_text
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +16,10 @@ class ModelsConfig:
 
     json: bool = False
     """Print one JSON array instead of text."""
+    pages: Path | None = None
+    """Folder to write a page and a diagram of each family to, instead of printing."""
+    parity: Path | None = None
+    """What `bestiary parity --json` printed, for the errors on the pages."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ def main(config: ModelsConfig | ShowConfig) -> int:
     if isinstance(config, ShowConfig):
         shown = describe_model(config.name, config.head)
         print(json_text.dumps(shown, indent=2) if config.json else "\n".join(_tree(shown)))
+        return 0
+    if config.pages is not None:
+        from .pages import write_pages
+
+        print(f"{len(write_pages(config.pages, config.parity))} files in {config.pages}")
         return 0
     found = [describe_family(family) for family in families()]
     print(json_text.dumps(found, indent=2) if config.json else "\n\n".join(map(_block, found)))

@@ -1,0 +1,62 @@
+"""The site: Sphinx reads the Markdown pages of the repository as they are.
+
+    uv run --group docs sphinx-build -W -c docs . build/docs
+
+The pages are plain Markdown, so that a code host shows them too. A page named README.md is the contents of its folder:
+the navigation has the pages that it links to, in that order.
+"""
+
+import re
+from importlib.metadata import version as installed
+from posixpath import dirname, join, normpath
+from typing import Any
+
+project = "bestiary"
+release = version = installed("bestiary")
+author = project_copyright = "the authors of bestiary"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+root_doc = "docs/README"
+include_patterns = ["README.md", "CONTRIBUTING.md", "models/README.md", "bench/*.md", "docs/*.md", "docs/*/*.md"]
+source_suffix = {".md": "markdown"}
+
+myst_heading_anchors = 3
+myst_fence_as_directive = []
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = "bestiary"
+html_extra_path = ["redirect"]
+html_theme_options = {"navigation_with_keys": True}
+
+LINK = re.compile(r"\]\(([^)#:]+\.md)\)")
+
+
+def add_navigation(app: Any, docname: str, source: list[str]) -> None:
+    """Give the contents of a folder a hidden table of contents: the pages that its README.md links to."""
+    del app
+    if docname in ("README", "models/README") or not docname.endswith("README"):
+        return
+    pages = dict.fromkeys(normpath(join(dirname(docname), link)) for link in LINK.findall(source[0]))
+    lines = "\n".join(f"/{page.removesuffix('.md')}" for page in pages if page != "docs/README.md")
+    source[0] += f"\n```{{toctree}}\n:hidden:\n\n{lines}\n```\n"
+
+
+def readable(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Keep reStructuredText from reading marks into docstrings, which are plain text with `code` in backticks."""
+    del app, what, name, thing, options
+    for number, line in enumerate(lines):
+        parts = line.split("`")  # every second one is code
+        parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part)) for part in parts[::2]]
+        lines[number] = "``".join(parts) if len(parts) % 2 and "``" not in line else "`".join(parts)
+
+
+def setup(app: Any) -> None:
+    """Connect the two."""
+    app.connect("source-read", add_navigation)
+    app.connect("autodoc-process-docstring", readable, priority=900)  # after napoleon

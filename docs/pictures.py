@@ -1,0 +1,76 @@
+"""Draw the pictures of the pages that are no family's diagram: what packing does to a row, and measured times.
+
+uv run python docs/pictures.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bestiary.data.packing import order_by_row, pack
+from bestiary.train.commands.charts import COLOURS, GREY, draw_bars
+
+HERE = Path(__file__).parent
+LENGTHS = np.array([34, 18, 40, 12, 24, 30, 12, 22])  # of examples, in tokens
+ROW = 64  # length of a row, in tokens
+CELL = 5  # size of a token's cell
+
+
+def packing() -> str:
+    """Draw examples in a padded batch, the same packed, and the blocks of scores of the first packed row."""
+    row_of, rows = pack(LENGTHS, ROW, len(LENGTHS))
+    order = order_by_row(row_of, rows)
+    starts = order.columns(LENGTHS[order.examples])
+    padded = len(LENGTHS) * ROW
+    parts = [
+        _text(0, 14, f"one example per row: {LENGTHS.sum()} of {padded} positions are tokens"),
+        *(_bar(0, 24 + 16 * at, length, at) for at, length in enumerate(LENGTHS.tolist())),
+        _text(0, 180, f"packed: the same in {rows} rows, {LENGTHS.sum() / (rows * ROW):.0%} full"),
+        *(_frame(0, 190 + 16 * row) for row in range(rows)),
+    ]
+    for example, start in zip(order.examples.tolist(), starts.tolist(), strict=True):
+        y = 190 + 16 * int(row_of[example])
+        parts.append(_bar(start * CELL, y, int(LENGTHS[example]), example, framed=False))
+    first = [(e, s) for e, s in zip(order.examples.tolist(), starts.tolist(), strict=True) if row_of[e] == row_of[1]]
+    parts.append(_text(380, 14, "scores of the last row: what is computed"))
+    parts.append(f'<rect x="380" y="24" width="{ROW * 4}" height="{ROW * 4}" fill="none" stroke="{GREY}"/>')
+    for example, start in first:
+        x, size = start * 4, int(LENGTHS[example]) * 4
+        colour = COLOURS[example % len(COLOURS)]
+        parts.append(f'<rect x="{380 + x}" y="{24 + x}" width="{size}" height="{size}" fill="{colour}"/>')
+    size = 'width="700" height="290" viewBox="-6 -2 700 290"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n' + "\n".join(parts) + "\n</svg>\n"
+
+
+def _text(x: int, y: int, text: str) -> str:
+    return f'<text x="{x}" y="{y}" fill="{GREY}" font-family="sans-serif" font-size="13">{text}</text>'
+
+
+def _frame(x: int, y: int) -> str:
+    return f'<rect x="{x}" y="{y}" width="{ROW * CELL}" height="12" fill="none" stroke="{GREY}"/>'
+
+
+def _bar(x: int, y: int, length: int, number: int, *, framed: bool = True) -> str:
+    bar = f'<rect x="{x}" y="{y}" width="{length * CELL}" height="12" fill="{COLOURS[number % len(COLOURS)]}"/>'
+    return _frame(x, y) + bar if framed else bar
+
+
+def attention_times() -> str:
+    """Draw the forward and backward times of bench/attention-cpu.json."""
+    measured = json.loads((HERE.parent / "bench" / "attention-cpu.json").read_text())
+    bars = {}
+    for case in measured["cases"]:
+        label = case["label"] + ("" if case["bias"] == "none" or case["bias"] in case["label"] else f", {case['bias']}")
+        bars[label] = {
+            f"{one['name']}, {what}": 1e3 * one[what]["median"]
+            for one in case["contestants"]
+            for what in ("forward", "backward")
+            if what in one
+        }
+    return draw_bars(f"Attention, {measured['device']}, {measured['date']}", "milliseconds a call", bars)
+
+
+if __name__ == "__main__":
+    for name, draw in {"packing": packing, "attention-cpu": attention_times}.items():
+        (HERE / "pictures" / f"{name}.svg").write_text(draw(), encoding="utf-8")

@@ -1,0 +1,206 @@
+"""The zoo as pages, written from the code: a Markdown page and a diagram of each family, and a page that lists them."""
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...data.files import write_text
+from ...data.json_files import read_object
+from ...data.tokenizers.kinds import TITLES
+from ...models.family import Family
+from ...models.registry import families
+from .diagram import draw, module_tree
+from .listing import count_parameters
+from .recipes import RECIPES
+
+COMMAND = "bestiary models --pages docs/zoo --parity bench/parity.json"
+MEASURES = {"outputs": "outputs", "loss": "loss", "gradient": "gradients", "trajectory": "training"}
+WIDTH = 108  # of a command, in characters
+LARGE = 40_000_000
+"""Parameters above which a family's smallest size is only tried here for a few steps."""
+
+
+def write_pages(folder: Path, parity: Path | None) -> list[Path]:
+    """Write the pages of all families; return their paths.
+
+    Args:
+        folder: where to write them, which is created.
+        parity: what `bestiary parity --json` printed; None: pages without errors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = {} if parity is None else read_object(parity)
+    pages = {"README.md": contents()}
+    for family in families():
+        pages[f"{family.name}.md"] = page(family, measured)
+        pages[f"{family.name}.svg"] = picture(family)
+    for name, text in pages.items():
+        write_text(folder / name, text)
+    return [folder / name for name in pages]
+
+
+def contents() -> str:
+    """Return the page that lists the families."""
+    rows = []
+    for family in families():
+        sizes = [count_parameters(family, family.config.preset(name)) for name in family.config.PRESETS]
+        span = f"{_short(min(sizes))} to {_short(max(sizes))}" if sizes else "that of the checkpoint"
+        rows.append(
+            f"| [{family.title}]({family.name}.md) | {family.paper} | {span} | {_objectives(family)} | "
+            f"{_what(family)} |"
+        )
+    return "\n".join(
+        [
+            "# The zoo\n",
+            f"{len(rows)} families. A page has the sizes, heads, objectives, checkpoints and measured errors of one.",
+            f"The pages are written from the code:\n\n    {COMMAND}\n",
+            "| family | paper | parameters | pretraining | what it is |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def page(family: Family, measured: Mapping[str, Any]) -> str:
+    """Return a family's page.
+
+    Args:
+        family: the family.
+        measured: what `bestiary parity --json` printed; empty: nothing was measured.
+    """
+    module = sys.modules[family.config.__module__]
+    code = family.config.__module__.removeprefix("bestiary.").replace(".", "/") + ".py"
+    reads = ", ".join(TITLES[kind] for kind in family.tokenizers) or family.reads
+    return "\n".join(
+        [
+            f"# {family.title}\n",
+            f"{family.paper}. Reads {reads}. `model_type` in config.json: "
+            f"`{family.config.STORED_TYPE or family.name}`. Code: [{code}](../../{code}).\n",
+            inspect.cleandoc(module.__doc__ or ""),
+            f"\n![The modules of {family.title}, in the order of their calls]({family.name}.svg)\n",
+            *_sizes(family),
+            *_heads(family),
+            *_pretraining(family),
+            *_parity(family, measured),
+        ]
+    )
+
+
+def picture(family: Family) -> str:
+    """Return the diagram of a family: of its base size, with what it is pretrained with."""
+    sizes = list(family.config.PRESETS)
+    named = next((size for size in sizes if size.endswith("-base")), sizes[0] if sizes else None)
+    config = family.config() if named is None else family.config.preset(named)
+    told = [head for head in ("pretraining", "masked_lm", "causal_lm", "generation") if head in family.heads]
+    return draw(module_tree(family, (told or ["classification"])[0], config))
+
+
+def _sizes(family: Family) -> list[str]:
+    if not family.config.PRESETS:
+        return ["## Sizes\n", "That of the checkpoint; there are no named ones.\n"]
+    rows = []
+    for name in family.config.PRESETS:
+        config: Any = family.config.preset(name)
+        cells = [getattr(config, field, None) for field in ("layers", "width", "heads", "feed_forward")]
+        shown = " | ".join("" if cell is None else f"{cell:,}" for cell in cells)
+        rows.append(f"| `{name}` | {count_parameters(family, config):,} | {shown} |")
+    head = ["| size | parameters | layers | width | heads | feed-forward |", "| --- | --- | --- | --- | --- | --- |"]
+    more = f"\n`bestiary models show {next(iter(family.config.PRESETS))}` lists the parameters.\n"
+    return ["## Sizes\n", *head, *rows, more]
+
+
+def _heads(family: Family) -> list[str]:
+    classes: dict[str, list[str]] = {}
+    for architecture in family.architectures:
+        classes.setdefault(architecture.head, []).append(f"`{architecture.name}`")
+    rows = [f"| `{head}` | {', '.join(dict.fromkeys(names))} |" for head, names in classes.items()]
+    return [
+        "## Heads and checkpoints\n",
+        "Checkpoint folders of these classes are read, and written with the same names and bytes:\n",
+        "| head | `architectures` in config.json |\n| --- | --- |",
+        *rows,
+        "",
+    ]
+
+
+def _pretraining(family: Family) -> list[str]:
+    lines = []
+    recipe = RECIPES.get(family.name)
+    if recipe is not None:
+        lines += [f"As in the paper:\n\n{_wrapped(recipe.command)}\n", *([recipe.note + "\n"] if recipe.note else [])]
+    small = small_command(family)
+    if small is not None:
+        lines.append(f"A small one, here and now:\n\n{_wrapped(small)}\n")
+    if not lines:
+        return []
+    objectives = f"Objectives: {_objectives(family)}.\n" if family.objectives else ""
+    return ["## Training\n", *filter(None, [objectives]), *lines]
+
+
+def small_command(family: Family) -> str | None:
+    """Return the command that pretrains the smallest size of a family for a little; None: it has no objective."""
+    if not family.objectives:
+        return None
+    counts = {name: count_parameters(family, family.config.preset(name)) for name in family.config.PRESETS}
+    name = min(counts, key=lambda name: counts[name])
+    length = "--batch-tokens 512 --steps 10" if counts[name] > LARGE else "--steps 300"
+    return f"bestiary pretrain --model {name} {length} --out runs/{name}"
+
+
+def _parity(family: Family, measured: Mapping[str, Any]) -> list[str]:
+    names = {architecture.name for architecture in family.architectures}
+    found = [report for report in measured.get("folders", []) if report["model"] in names]
+    found = [report for report in found if _owner(report["model"]) == family.name]
+    if not found:
+        return []
+    rows = []
+    for report in found:
+        worst = {**report, "outputs": max(report["outputs"].values(), default=None)}
+        cells = " | ".join("" if worst[key] is None else f"{float(worst[key]):.1e}" for key in MEASURES)
+        same = "same bytes" if not report["saved_differently"] else "differs"
+        rows.append(f"| {Path(report['folder']).name} | `{report['model']}` | {cells} | {same} |")
+    return [
+        "## Parity\n",
+        f"Largest errors against {measured['reference']}, on {measured['machine']}, {measured['date']}: absolute for "
+        "outputs and loss, relative for gradients and for the losses of 20 training steps. How: "
+        "[parity.md](../../bench/parity.md).\n",
+        f"| fixture | class | {' | '.join(MEASURES.values())} | saved again |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+    ]
+
+
+def _owner(model: str) -> str:
+    """Return the first family with this class: SpanBERT's checkpoints have BERT's."""
+    owners = [f.name for f in families() if any(architecture.name == model for architecture in f.architectures)]
+    return owners[0]
+
+
+def _objectives(family: Family) -> str:
+    return ", ".join(f"`{objective}`" for objective in family.objectives)
+
+
+def _what(family: Family) -> str:
+    """Return the first sentence about a family, without its name."""
+    first = inspect.cleandoc(sys.modules[family.config.__module__].__doc__ or "").partition("\n")[0]
+    return first.partition(": ")[2].rstrip(".")
+
+
+def _wrapped(command: str) -> str:
+    """Return a command as an indented block, broken before flags."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) > WIDTH:
+            lines.append(f"    {part}")
+        else:
+            lines[-1] = f"{lines[-1]} {part}".lstrip(" ") if len(lines) == 1 else f"{lines[-1]} {part}"
+    return " \\\n".join(f"    {line}" for line in lines)
+
+
+def _short(count: int) -> str:
+    """Format a number of parameters: `110 M`, `175 B`."""
+    return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.0f} M"

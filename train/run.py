@@ -181,7 +181,7 @@ class Run:
     def finish(
         self, model: Any, params: Any, tokenizer: Any, results: Mapping[str, Any], lines: Iterable[str] = ()
     ) -> None:
-        """Export the model as a checkpoint folder, write curves.png and results.json, and report that, in process 0.
+        """Export the model as a checkpoint folder, write curves.png, results.json and samples.txt, in process 0.
 
         Args:
             model: a model with a checkpoint format.
@@ -194,8 +194,11 @@ class Run:
             return
         exported = self.export("model", model, params, tokenizer)
         self.folder.finish(results)
+        shown = []
         for line in lines:
             self.progress.line(line)
+            shown.append(line)
+        self.folder.write_samples(shown)
         self.progress.line(f"done in {duration(time.perf_counter() - self.started)}; the model is in {exported}")
 
 

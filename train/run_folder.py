@@ -1,4 +1,4 @@
-"""The run folder: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, model/.
+"""The run folder: config.json, metrics.jsonl, TensorBoard events, curves.png, results.json, samples.txt, model/.
 
 One process at a time works in a run folder: it holds a lock on `run.lock` (flock), which the kernel releases however
 the process ends. The file says who holds it, and a process whose line is no longer there, since the folder was replaced
@@ -11,7 +11,7 @@ that of an uninterrupted one. Speeds are on the progress line, in TensorBoard an
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ..data.errors import DataError
-from ..data.files import replacing
+from ..data.files import replacing, write_text
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
 from .errors import RunError
 from .lock import Lock
@@ -110,7 +110,7 @@ class RunFolder:
         self._together(self._create)
 
     def _compare(self, there: dict[str, Any], asked: dict[str, Any], free: frozenset[str]) -> None:
-        old, new = {**self._defaults, **_flatten(there)}, _flatten(asked)
+        old, new = {**self._defaults, **flatten(there)}, flatten(asked)
         changed = [key for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]
         if changed:
             lines = "".join(f"\n  {key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in changed)
@@ -170,6 +170,11 @@ class RunFolder:
         np.savez(path, allow_pickle=False, **batch)
         return path
 
+    def write_samples(self, lines: Sequence[str]) -> None:
+        """Write what the trained model makes of examples, for reports."""
+        if self.main and lines:
+            write_text(self.folder / "samples.txt", "".join(f"{line}\n" for line in lines))
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write curves.png and, last of all, results.json."""
         if self.main:
@@ -226,13 +231,14 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested JSON objects, their names joined by points: `optim.beta1`."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
         key: leaf
         for name, value in tree.items()
-        for key, leaf in _flatten(value, f"{prefix}.{name}" if prefix else name).items()
+        for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else name).items()
     }
 
 
@@ -242,9 +248,9 @@ def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if field.default is not dataclasses.MISSING:
-            found |= _flatten(to_json(field.default), name)
+            found |= flatten(to_json(field.default), name)
         elif field.default_factory is not dataclasses.MISSING:
-            found |= _flatten(to_json(field.default_factory()), name)
+            found |= flatten(to_json(field.default_factory()), name)
         elif dataclasses.is_dataclass(value):
             found |= _defaults(value, f"{name}.")
     return found

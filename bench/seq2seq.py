@@ -108,6 +108,9 @@ def generate(model: Any, rows: int, prompt: int, new: int, beams: int) -> dict[s
 
 def main() -> None:
     """Run one measurement."""
+    from bestiary.train.machine.cpu import prepare_cpu
+
+    prepare_cpu()  # as every command does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["train", "generate"])
     parser.add_argument("--family", choices=["t5", "bart"], default="t5")

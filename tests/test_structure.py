@@ -13,7 +13,7 @@ ROOM_IMPORTS = {"train": {"models", "kernels", "data"}, "models": {"kernels", "d
 # Folders of train/ are jobs. They import what train/ shares, and of another job only this.
 JOB_IMPORTS = {
     "translate": {"train.generate"},
-    "text2text": {"train.translate", "train.generate", "train.finetune.tasks.scores"},
+    "text2text": {"train.translate", "train.generate", "train.finetune.tasks"},
     "embed": {"train.finetune.tasks"},
     "language_model": {"train.generate", "train.finetune.tasks"},
     "commands": {"train.generate.released"},

@@ -77,6 +77,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("finetune", "glue"): Command(
         ".finetune.commands.glue_suite:GlueSuiteConfig", "fine-tune on several GLUE tasks and write one table"
     ),
+    ("finetune", "glue", "--as-text"): Command(
+        ".text2text.config:GlueTextConfig", "the same with T5, BART or the like, as text to text", ".text2text.glue"
+    ),
     ("finetune", "classification"): Command(
         ".finetune.commands.table:TableConfig",
         "fine-tune on your own table: classify or score texts or pairs of texts",
@@ -170,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"bestiary {version('bestiary')}")
         return 0
+    arguments = _chosen_by_flag(arguments)
     longest_first = sorted(COMMANDS.items(), key=lambda command: -len(command[0]))
     for words, command in longest_first:
         if tuple(arguments[: len(words)]) == words:
@@ -185,9 +189,19 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
+def _chosen_by_flag(arguments: list[str]) -> list[str]:
+    """Move a flag that is a command's last word, wherever it is given, behind the words before it."""
+    for *words, flag in COMMANDS:
+        if flag.startswith("-") and arguments[: len(words)] == words and flag in arguments:
+            rest = arguments[len(words) :]
+            rest.remove(flag)
+            return [*words, flag, *rest]
+    return arguments
+
+
 def _unknown_subcommand(words: tuple[str, ...], command: Command, rest: list[str]) -> int:
     """Refuse a mistyped subcommand of a command that can also be called by itself; return 2, or 0 if it is none."""
-    subcommands = [other[-1] for other in COMMANDS if other[:-1] == words]
+    subcommands = [other[-1] for other in COMMANDS if other[:-1] == words and not other[-1].startswith("-")]
     if not subcommands or not rest or rest[0].startswith("-"):
         return 0
     if command.first is not None:

@@ -78,6 +78,7 @@ class T5Config(EncoderDecoderConfig):
         *(TIED, SCALED, "dense_act_fn", "is_gated_act"),
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "t5-tiny": _size(4, 128, 4, 512, head_size=32),  # not released: to try things out
         "t5-small": _size(6, 512, 8, 2048),
         "t5-base": _size(12, 768, 12, 3072),
         "t5-large": _size(24, 1024, 16, 4096),

@@ -1,52 +1,31 @@
-"""Options of `bestiary text2text train`."""
+"""Options of `bestiary text2text train` and `bestiary finetune glue --as-text`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from ...data.tasks.glue import FINETUNED
+from ...data.tasks.glue import GlueName
 from ...data.tokenizers.kinds import PairKind
 from ...data.tokenizers.pairs import TextForm
 from ...models.checkpoints.config import require_checkpoint
 from ..config import LoopConfig, OptimConfig
-from ..errors import RunError, check_setting
+from ..errors import MOST_SEED, RunError, check_setting
 from ..translate.config import TooLong, TranslateConfig
 
 Metric = Literal["rouge", "sacrebleu", "exact"]
-if TYPE_CHECKING:
-    GlueName = str
-else:
-    GlueName = Literal[FINETUNED]
+LONGEST_ANSWER = 16
+"""Maximum length of an answer of a GLUE task, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text2TextConfig(TranslateConfig):
-    """Train a model that writes a target for each source: summaries, rewriting, answers, translation.
-
-    From a checkpoint of T5, mT5, BART or another encoder-decoder, or from scratch with a released size and a tokenizer.
-    """
+class TextModelConfig(TranslateConfig):
+    """Options of a model that writes a text for each text, whatever these are."""
 
     model: str
     """Checkpoint folder to start from; or a size in `bestiary models` (t5-small, bart-base, ...) of a new model, whose
     tokenizer is --tokenizer."""
-    train: tuple[str, ...] = ()
-    """Training pairs: a .tsv or .jsonl file, a prepared tensorflow-datasets folder, or two files, sources and targets,
-    one text per line (.gz and .zst too)."""
-    fields: tuple[str, str] | None = None
-    """Source and target in --train: column numbers of a .tsv, from 1, or names of fields or features. None: the first
-    two columns, or `source` and `target`."""
-    glue: GlueName | None = None
-    """Instead of --train: a GLUE task as text, with T5's prefixes and its classes' names as answers. An answer that is
-    none of them is wrong."""
-    data: str | None = None
-    """With --glue: the task's folder of official TSV files, or the folder with all GLUE tasks."""
-    prefix: str = ""
-    """Text before every source, as T5 names its tasks: `summarize: `. It is saved with the model."""
-    metric: Metric = "sacrebleu"
-    """Figure of the dev set, by which the best model is selected: rouge (the mean of ROUGE-1, 2 and L), sacrebleu
-    (BLEU), or exact (share of outputs that are the target). With --glue: the task's own."""
     source_tokens: int = 512
     """Length of a packed row of sources, in tokens."""
     target_tokens: int = 128
@@ -98,12 +77,6 @@ class Text2TextConfig(TranslateConfig):
         for name in ("source_tokens", "target_tokens"):
             check_setting(self, name, least=8)
         check_setting(self, "batch_rows", least=1)
-        if (self.glue is None) == (not self.train) or len(self.train) > 2:
-            raise RunError("Give --train, one file with both sides or two files, or --glue with --data.")
-        if (self.glue is None) != (self.data is None):
-            raise RunError("--glue and --data belong together: a task, and its folder.")
-        if self.glue is not None and (self.dev or self.prefix):
-            raise RunError("--glue has a dev set and prefixes of its own: leave --dev and --prefix out.")
         folder = Path(self.model)
         given: dict[str, Any] = {"preset": self.model}
         if folder.is_dir() or len(folder.parts) > 1:
@@ -113,10 +86,6 @@ class Text2TextConfig(TranslateConfig):
             raise RunError(
                 f"--model {self.model}: no folder of that name, and a new model of that size needs --tokenizer."
             )
-        if len(self.train) == 2:
-            given |= {"source": Path(self.train[0]), "target": Path(self.train[1])}
-        elif self.train:
-            given |= {"pairs": self.train[0]}
         for name, value in given.items():
             object.__setattr__(self, name, value)
         self.check()
@@ -134,7 +103,52 @@ class Text2TextConfig(TranslateConfig):
     @property
     def longest_output(self) -> int:
         """Maximum length of the outputs for the dev set."""
-        return self.target_tokens if self.glue is None else min(16, self.target_tokens)
+        return self.target_tokens
+
+    @property
+    def form(self) -> TextForm:
+        """Preparation of the texts."""
+        return TextForm(self.languages)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer: that of the checkpoint unless another is given."""
+        return self.tokenizer or self.init_from
+
+    @property
+    def sources_too_long(self) -> TooLong:
+        """What becomes of sources of the dev set that are longer than a row."""
+        return "cut"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text2TextConfig(TextModelConfig):
+    """Train a model that writes a target for each source: summaries, rewriting, answers, translation.
+
+    From a checkpoint of T5, mT5, BART or another encoder-decoder, or from scratch with a released size and a tokenizer.
+    """
+
+    train: tuple[str, ...]
+    """Training pairs: a .tsv or .jsonl file, a prepared tensorflow-datasets folder, or two files, sources and targets,
+    one text per line (.gz and .zst too)."""
+    fields: tuple[str, str] | None = None
+    """Source and target in --train: column numbers of a .tsv, from 1, or names of fields or features. None: the first
+    two columns, or `source` and `target`."""
+    prefix: str = ""
+    """Text before every source, as T5 names its tasks: `summarize: `. It is saved with the model."""
+    metric: Metric = "sacrebleu"
+    """Figure of the dev set, by which the best model is selected: rouge (the mean of ROUGE-1, 2 and L), sacrebleu
+    (BLEU), or exact (share of outputs that are the target)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.train) <= 2:
+            raise RunError(f"--train names {len(self.train)} files; expected one with both sides, or two.")
+        given: dict[str, Any] = {"pairs": self.train[0]}
+        if len(self.train) == 2:
+            given = {"source": Path(self.train[0]), "target": Path(self.train[1])}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        super().__post_init__()
 
     @property
     def form(self) -> TextForm:
@@ -146,12 +160,35 @@ class Text2TextConfig(TranslateConfig):
         """Names of the fields with source and target in a file with both, unless --fields gives others."""
         return "source", "target"
 
-    @property
-    def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer: that of the checkpoint unless another is given."""
-        return self.tokenizer or self.init_from
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTextConfig(TextModelConfig):
+    """Fine-tune T5, BART or the like on GLUE tasks as text, and write one table of their official metrics.
+
+    The inputs have T5's prefixes, the answers are the names of the classes. An answer that is none of them is wrong.
+    """
+
+    data: Path
+    """Folder that contains the folders of the tasks: CoLA, SST-2, MRPC, ..."""
+    tasks: tuple[GlueName, ...] = ()
+    """Tasks to fine-tune on, in this order. None: all tasks with training data in the folder."""
+    seeds: tuple[int, ...] = ()
+    """One run per seed and task, instead of --seed."""
+    dev: tyro.conf.Suppress[tuple[str, ...]] = ()
+    dev_pairs: tyro.conf.Suppress[int] = 1
+    fields: tyro.conf.Suppress[tuple[str, str] | None] = None
+    encoding: tyro.conf.Suppress[str] = "utf-8"
+
+    def __post_init__(self) -> None:
+        for name, highest in (("tasks", None), ("seeds", MOST_SEED)):
+            given: tuple[Any, ...] = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise RunError(f"--{name} {' '.join(map(str, given))}: each may be given once.")
+            if highest is not None and not all(0 <= seed <= highest for seed in given):
+                raise RunError(f"--{name} {' '.join(map(str, given))}: expected numbers from 0 to {highest}.")
+        super().__post_init__()
 
     @property
-    def sources_too_long(self) -> TooLong:
-        """What becomes of sources of the dev set that are longer than a row."""
-        return "cut"
+    def longest_output(self) -> int:
+        """Maximum length of the outputs for the dev set."""
+        return min(LONGEST_ANSWER, self.target_tokens)

@@ -109,10 +109,8 @@ class GlueScoring:
         return Scores({**values, "outside": outside / max(1, len(given))}, {}, {})
 
 
-def scoring(metric: Metric, glue: str | None) -> Scoring:
+def scoring(metric: Metric) -> Scoring:
     """Return the figures of a run; a missing package is reported before the work."""
-    if glue is not None:
-        return GlueScoring(glue)
     if metric == "rouge":
         rouge_scorer()
     return TextScoring(metric)

@@ -77,7 +77,7 @@ def main(config: Text2TextScore) -> int:
     for path in (config.out, config.outputs):
         if path is not None:
             check_output(path)
-    scoring(config.metric, None)  # a missing package is reported before the work
+    scoring(config.metric)  # a missing package is reported before the work
     progress = Progress()
     result: dict[str, Any] = {"task": "text2text score", "metric": config.metric}
     if config.model is None or config.source is None:

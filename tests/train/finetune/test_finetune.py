@@ -25,11 +25,12 @@ from bestiary.train.adapt.layer_rates import Depths, layer_rates
 from bestiary.train.cli import main
 from bestiary.train.config import ParallelConfig
 from bestiary.train.finetune.commands.glue import GlueConfig
-from bestiary.train.finetune.commands.glue_suite import GlueSuiteConfig, planned, task_score
+from bestiary.train.finetune.commands.glue_suite import GlueSuiteConfig, planned
 from bestiary.train.finetune.config import FinetuneConfig
 from bestiary.train.finetune.model import load_model
 from bestiary.train.finetune.prediction import Predictor
 from bestiary.train.finetune.tasks.glue import glue_task
+from bestiary.train.finetune.tasks.glue_table import task_score
 from bestiary.train.finetune.tasks.scores import metric, scored
 from bestiary.train.progress import Progress
 from bestiary.train.sharding import start_parallelism

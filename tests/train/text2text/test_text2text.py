@@ -80,7 +80,7 @@ def train(folders, out: Path, *more: str, model: str = "t5") -> int:
         "target_tokens": 16, "batch_rows": 8, "dev_pairs": 12, "final_beam": 2, "evaluate_every": 3,
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    pairs = [] if "--glue" in more or "--train" in more else ["--train", str(folders["pairs"])]
+    pairs = [] if "--train" in more else ["--train", str(folders["pairs"])]
     return main(["text2text", "train", *words, *pairs, *more])
 
 
@@ -175,7 +175,7 @@ def test_an_answer_outside_the_set_is_wrong() -> None:
     assert scores.values["f1"] == pytest.approx(0.5)
 
 
-def test_glue_trains_as_text(folders, tmp_path) -> None:
+def test_glue_trains_as_text(folders, tmp_path, capsys) -> None:
     data = tmp_path / "MRPC"
     data.mkdir()
     for split, count in (("train", 40), ("dev", 12)):
@@ -183,9 +183,23 @@ def test_glue_trains_as_text(folders, tmp_path) -> None:
             f"{i % 2}\t{i}\t{i}\t{a}\t{b}" for i, (a, b) in enumerate(zip(texts(count), texts(count, 3), strict=True))
         ]
         (data / f"{split}.tsv").write_text("\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *rows]) + "\n")
-    assert train(folders, tmp_path / "run", "--glue", "mrpc", "--data", str(data), "--source-tokens", "64") == 0
-    held = json.loads((tmp_path / "run" / "results.json").read_text())["held_out"]
+    out = tmp_path / "run"
+    flags = {
+        "model": folders["t5"], "data": tmp_path, "out": out, "cache": folders["root"] / "cache", "steps": 3,
+        "source_tokens": 64, "target_tokens": 16, "batch_rows": 8, "final_beam": 1, "seeds": 2,
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["finetune", "glue", *words, "--as-text", "--tasks", "mrpc"]) == 0
+    held = json.loads((out / "mrpc" / "seed-2" / "results.json").read_text())["held_out"]
     assert set(held) == {"accuracy", "f1", "score", "outside"}
+    whole = json.loads((out / "results.json").read_text())
+    assert whole["score"] == held["score"]
+    assert f"| mrpc | f1 | {held['f1']:.4f} |" in (out / "table.md").read_text()
+    capsys.readouterr()
+    assert main(["finetune", "glue", *words, "--as-text", "--tasks", "cola"]) == 1
+    assert "CoLA" in capsys.readouterr().err
+    assert main(["finetune", "glue", "--as-text", *words, "--seeds", "1", "1"]) == 1
+    assert "--seeds 1 1: each may be given once" in capsys.readouterr().err
 
 
 def test_figures() -> None:
@@ -203,7 +217,7 @@ def test_what_does_not_fit_is_refused(folders, tmp_path, capsys) -> None:
         assert train(folders, tmp_path / "no", *more, model=model) == 1
         return capsys.readouterr().err
 
-    assert "--glue and --data belong together" in said("--glue", "mrpc")
+    assert "--train names 3 files; expected one with both sides, or two" in said("--train", "a", "b", "c")
     assert "a new model of that size needs --tokenizer" in said("--model", "t5-small")
     assert "no size of a text-to-text model; expected one of" in said(
         "--model", "bert-tiny", "--tokenizer", str(folders["t5"])

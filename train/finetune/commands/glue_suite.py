@@ -6,7 +6,6 @@ Each run has its own folder, `OUT/TASK/seed-N`. To resume, give the same command
 """
 
 import dataclasses
-import statistics
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from ....data.tasks.glue import FINETUNED, GLUE, GlueName, has_split
+from ....data.tasks.glue import GlueName
 from ...errors import RunError
 from ..config import FinetuneConfig
+from ..tasks.glue_table import trainable, write_table
 from .glue import GlueConfig
 from .glue import main as finetune_one
 
@@ -57,9 +57,7 @@ def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
     Raises:
         RunError: there is no task to train on, or no mnli model to start from.
     """
-    tasks = list(config.tasks or (name for name in FINETUNED if _trainable(name, config.data)))
-    if not tasks:
-        raise RunError(f"{config.data}: none of GLUE's tasks has a training file here.")
+    tasks = list(config.tasks or trainable(config.data))
     if config.from_mnli and "mnli" not in tasks:
         raise RunError("--from-mnli: mnli is not among the tasks. Add it, or give its model with --mnli-model.")
     tasks.sort(key=lambda name: name != "mnli" if config.from_mnli else 0)
@@ -79,10 +77,6 @@ def planned(config: GlueSuiteConfig) -> list[GlueConfig]:
         for task in tasks
         for seed in config.seeds
     ]
-
-
-def _trainable(name: str, data: Path) -> bool:
-    return (data / GLUE[name].folder).is_dir() and has_split(GLUE[name], data, "train")
 
 
 def _start(config: GlueSuiteConfig, task: str, seed: int) -> Path:
@@ -116,8 +110,7 @@ def check(runs: Sequence[GlueConfig], to_come: Set[Path]) -> None:
 
 def main(config: GlueSuiteConfig) -> int:
     """Run `bestiary finetune glue`; return the exit status."""
-    from ....data.files import write_text
-    from ....data.json_files import read_object, write_json
+    from ....data.json_files import read_object
 
     runs = planned(config)
     check(runs, {run.run.out / "model" for run in runs})
@@ -129,35 +122,5 @@ def main(config: GlueSuiteConfig) -> int:
         if status or not results.is_file():
             return status
         found.setdefault(run.task, []).append(read_object(results))
-    rows = [row for task, results in found.items() for row in table_rows(task, results)]
-    scores = [statistics.fmean(task_score(task, result) for result in results) for task, results in found.items()]
-    table = "\n".join([
-        f"| task | metric | mean of {len(config.seeds)} | each |",
-        "| --- | --- | --- | --- |",
-        *rows,
-        f"| all | mean of the tasks' scores | {statistics.fmean(scores):.4f} | |",
-        "",
-    ])  # fmt: skip
-    write_text(config.run.out / "table.md", table)
-    write_json(config.run.out / "results.json", {"score": statistics.fmean(scores), "tasks": found})
-    print(table, end="")
+    write_table(config.run.out, found, len(config.seeds))
     return 0
-
-
-def table_rows(task: str, results: list[dict[str, Any]]) -> list[str]:
-    """Return one table row per official metric and development set of a task."""
-    rows = []
-    for split in results[0]["metrics"]:
-        names = GLUE["ax" if split == "ax" else task].metrics
-        name = task if len(results[0]["metrics"]) == 1 else f"{task} {split}"
-        for metric in names:
-            values = [result["metrics"][split][metric] for result in results]
-            each = " ".join(f"{value:.4f}" for value in values)
-            rows.append(f"| {name} | {metric} | {statistics.fmean(values):.4f} | {each} |")
-    return rows
-
-
-def task_score(task: str, result: dict[str, Any]) -> float:
-    """Return a task's part of the GLUE score: the mean over its development sets, of which MNLI has two."""
-    metrics = result["metrics"]
-    return statistics.fmean(metrics[split]["score"] for split in GLUE[task].evaluation if split in metrics)

@@ -1,6 +1,7 @@
 """The command line. A command's module is imported only when the command is called."""
 
 import os
+import re
 import sys
 import traceback
 from importlib import import_module
@@ -25,6 +26,8 @@ class Command(NamedTuple):
     what: str
     runs_in: str | None = None
     """None: the config's module."""
+    example: str = ""
+    """what --help opens with: lines that run as they stand, from the root of a checkout, one after the other"""
     first: str | None = None
     """values that its first argument may have, if it has subcommands too, as `module:name`"""
 
@@ -34,48 +37,90 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".pretrain.config:PretrainConfig",
         "pretrain a model on text; without arguments, a small ModernBERT on Python's own documentation",
         ".pretrain.loop",
+        example="bestiary pretrain",
     ),
     ("distill",): Command(
         ".pretrain.config:DistillConfig",
         "distil a masked language model into a smaller one, on text",
         ".pretrain.loop",
+        example="bestiary pretrain\nbestiary distill --teacher runs/pretrain/model --steps 20",
     ),
     ("translate", "train"): Command(
         ".translate.config:TranslateConfig",
         "train a translator; without arguments, on built-in English-German phrases",
         ".translate.train",
+        example="bestiary translate train",
     ),
     ("translate", "run"): Command(
-        ".translate.run:RunConfig", "translate lines of text; --attention draws attention maps"
+        ".translate.run:RunConfig",
+        "translate lines of text; --attention draws attention maps",
+        example="bestiary translate train\nbestiary translate run --model runs/translate < docs/examples/english.txt",
     ),
     ("translate", "score"): Command(
-        ".translate.score:ScoreConfig", "score translations: BLEU and chrF by sacreBLEU, and tokenised BLEU"
+        ".translate.score:ScoreConfig",
+        "score translations: BLEU and chrF by sacreBLEU, and tokenised BLEU",
+        example="bestiary translate train\n"
+        "bestiary translate score --model runs/translate --source docs/examples/english.txt --reference "
+        "docs/examples/german.txt",
     ),
-    ("generate",): Command(".language_model.generate:GenerateConfig", "continue texts with a language model"),
+    ("generate",): Command(
+        ".language_model.generate:GenerateConfig",
+        "continue texts with a language model",
+        example="bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
+        'bestiary generate --model runs/gpt2-tiny --prompt "The" --max-length 20',
+    ),
     ("perplexity",): Command(
         ".language_model.perplexity:PerplexityConfig",
         "measure how well a language model predicts a text: per token, word and character",
+        example="bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
+        "bestiary perplexity --model runs/gpt2-tiny --text CONTRIBUTING.md",
     ),
     ("ask",): Command(
-        ".language_model.ask:AskConfig", "let a language model do tasks by prompts, with examples in them or without"
+        ".language_model.ask:AskConfig",
+        "let a language model do tasks by prompts, with examples in them or without",
+        example="bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
+        "bestiary ask --model runs/gpt2-tiny --task sst2 --data docs/examples/SST-2 --shots 1",
     ),
     ("text2text", "train"): Command(
         ".text2text.config:Text2TextConfig",
         "train T5, BART or the like on pairs of texts: summaries, rewriting, GLUE as text",
         ".text2text.train",
+        example="bestiary translate train\n"
+        "bestiary text2text train --train docs/examples/pairs.tsv --model runs/translate/model --steps 10",
     ),
-    ("text2text", "run"): Command(".text2text.run:Text2TextRun", "write an output for each line of text"),
+    ("text2text", "run"): Command(
+        ".text2text.run:Text2TextRun",
+        "write an output for each line of text",
+        example="bestiary translate train\n"
+        "bestiary text2text train --train docs/examples/pairs.tsv --model runs/translate/model --steps 10\n"
+        "bestiary text2text run --model runs/text2text < docs/examples/english.txt",
+    ),
     ("text2text", "score"): Command(
-        ".text2text.score:Text2TextScore", "score outputs: ROUGE, BLEU and chrF by sacreBLEU, or exact matches"
+        ".text2text.score:Text2TextScore",
+        "score outputs: ROUGE, BLEU and chrF by sacreBLEU, or exact matches",
+        example="bestiary text2text score --metric exact --hypothesis docs/examples/german.txt --reference "
+        "docs/examples/german.txt",
     ),
-    ("tokenizer", "train"): Command(".commands.tokenizer:TokenizerConfig", "train a tokenizer on a corpus"),
+    ("tokenizer", "train"): Command(
+        ".commands.tokenizer:TokenizerConfig",
+        "train a tokenizer on a corpus",
+        example="bestiary tokenizer train --kind wordpiece --vocab-size 1000 --corpus README.md --out "
+        "tokenizers/readme",
+    ),
     ("finetune",): Command(
         ".finetune.commands.glue:GlueConfig",
         "fine-tune on a GLUE task: cola, mrpc, mnli, ...",
         first="..data.tasks.glue:FINETUNED",
+        example="bestiary pretrain\n"
+        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out "
+        "runs/sst2",
     ),
     ("finetune", "glue"): Command(
-        ".finetune.commands.glue_suite:GlueSuiteConfig", "fine-tune on several GLUE tasks and write one table"
+        ".finetune.commands.glue_suite:GlueSuiteConfig",
+        "fine-tune on several GLUE tasks and write one table",
+        example="bestiary pretrain\n"
+        "bestiary finetune glue --tasks sst2 --data docs/examples --model runs/pretrain/model --epochs 1 "
+        "--out runs/glue",
     ),
     ("finetune", "glue", "--as-text"): Command(
         ".text2text.config:GlueTextConfig", "the same with T5, BART or the like, as text to text", ".text2text.glue"
@@ -83,74 +128,183 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("finetune", "classification"): Command(
         ".finetune.commands.table:TableConfig",
         "fine-tune on your own table: classify or score texts or pairs of texts",
+        example="bestiary pretrain\n"
+        "bestiary finetune classification --train docs/examples/SST-2/train.tsv --dev "
+        "docs/examples/SST-2/dev.tsv --text sentence --label label --model runs/pretrain/model --epochs 1 "
+        "--out runs/table",
     ),
     ("finetune", "squad"): Command(
-        ".finetune.commands.squad:SquadConfig", "fine-tune on extractive question answering: SQuAD 1.1 and 2.0"
+        ".finetune.commands.squad:SquadConfig",
+        "fine-tune on extractive question answering: SQuAD 1.1 and 2.0",
+        example="bestiary pretrain\n"
+        "bestiary finetune squad --data docs/examples/questions.json --eval-data "
+        "docs/examples/questions.json --model runs/pretrain/model --max-length 64 --doc-stride 16 "
+        "--max-question 16 --out runs/squad",
     ),
-    ("finetune", "swag"): Command(".finetune.commands.choice:SwagConfig", "fine-tune on multiple choice: SWAG"),
-    ("finetune", "codah"): Command(".finetune.commands.choice:CodahConfig", "fine-tune on multiple choice: CODAH"),
+    ("finetune", "swag"): Command(
+        ".finetune.commands.choice:SwagConfig",
+        "fine-tune on multiple choice: SWAG",
+        example="bestiary pretrain\n"
+        "bestiary finetune swag --data docs/examples/swag --model runs/pretrain/model --out runs/swag",
+    ),
+    ("finetune", "codah"): Command(
+        ".finetune.commands.choice:CodahConfig",
+        "fine-tune on multiple choice: CODAH",
+        example="bestiary pretrain\n"
+        "bestiary finetune codah --data docs/examples/codah.tsv --model runs/pretrain/model --out "
+        "runs/codah",
+    ),
     ("finetune", "ner"): Command(
-        ".finetune.commands.tagging:NerConfig", "fine-tune on named entities in CoNLL columns; --crf adds a CRF"
+        ".finetune.commands.tagging:NerConfig",
+        "fine-tune on named entities in CoNLL columns; --crf adds a CRF",
+        example="bestiary pretrain\n"
+        "bestiary finetune ner --data docs/examples/names --model runs/pretrain/model --crf --out "
+        "runs/ner",
     ),
-    ("finetune", "pos"): Command(".finetune.commands.tagging:PosConfig", "fine-tune on parts of speech in CoNLL-U"),
+    ("finetune", "pos"): Command(
+        ".finetune.commands.tagging:PosConfig",
+        "fine-tune on parts of speech in CoNLL-U",
+        example="bestiary pretrain\n"
+        "bestiary finetune pos --data docs/examples/tags --model runs/pretrain/model --out runs/pos",
+    ),
     ("images", "train"): Command(
         ".images.config:TrainConfig",
         "train an image classifier from scratch: MNIST, CIFAR, your own folders",
         ".images.loop",
+        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
+        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes",
     ),
     ("images", "finetune"): Command(
-        ".images.config:FinetuneConfig", "fine-tune an image classifier from a checkpoint", ".images.loop"
+        ".images.config:FinetuneConfig",
+        "fine-tune an image classifier from a checkpoint",
+        ".images.loop",
+        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
+        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
+        "bestiary images finetune --data docs/examples/shapes --model runs/shapes/model --batch-size 8 "
+        "--steps 2 --out runs/shapes-again",
     ),
     ("images", "embed"): Command(
-        ".images.config:EmbedConfig", "compute vectors of images from any layers of an encoder", ".images.embed"
+        ".images.config:EmbedConfig",
+        "compute vectors of images from any layers of an encoder",
+        ".images.embed",
+        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
+        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
+        "bestiary images embed runs/shapes/model docs/examples/shapes/circle --out vectors.npy",
     ),
-    ("images", "predict"): Command(".images.config:PredictConfig", "predict the classes of images", ".images.predict"),
-    ("evaluate",): Command(".finetune.evaluate:EvaluateConfig", "evaluate a fine-tuned model on labelled examples"),
-    ("predict",): Command(".finetune.predict:PredictConfig", "predict new examples with a fine-tuned model"),
+    ("images", "predict"): Command(
+        ".images.config:PredictConfig",
+        "predict the classes of images",
+        ".images.predict",
+        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
+        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
+        "bestiary images predict runs/shapes docs/examples/shapes/circle/0.png",
+    ),
+    ("evaluate",): Command(
+        ".finetune.evaluate:EvaluateConfig",
+        "evaluate a fine-tuned model on labelled examples",
+        example="bestiary pretrain\n"
+        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out "
+        "runs/sst2\n"
+        "bestiary evaluate runs/sst2 --data docs/examples/SST-2",
+    ),
+    ("predict",): Command(
+        ".finetune.predict:PredictConfig",
+        "predict new examples with a fine-tuned model",
+        example="bestiary pretrain\n"
+        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out "
+        "runs/sst2\n"
+        'bestiary predict runs/sst2 --text "a joy from beginning to end"',
+    ),
     ("embed",): Command(
-        ".embed.config:EmbedConfig", "compute vectors of sentences or tokens with a pretrained encoder", ".embed.embed"
+        ".embed.config:EmbedConfig",
+        "compute vectors of sentences or tokens with a pretrained encoder",
+        ".embed.embed",
+        example="bestiary pretrain\n"
+        "bestiary embed --model runs/pretrain/model --out vectors.npy < docs/examples/english.txt",
     ),
     ("probe",): Command(
-        ".embed.config:ProbeConfig", "train a linear head on a pretrained encoder's features", ".embed.probe"
+        ".embed.config:ProbeConfig",
+        "train a linear head on a pretrained encoder's features",
+        ".embed.probe",
+        example="bestiary pretrain\nbestiary probe --task sst2 --data docs/examples/SST-2 --model runs/pretrain/model",
     ),
     ("models",): Command(
-        ".commands.zoo:ModelsConfig", "list the model families: sizes, parameters, heads, objectives, tokenizer, paper"
+        ".commands.zoo:ModelsConfig",
+        "list the model families: sizes, parameters, heads, objectives, tokenizer, paper",
+        example="bestiary models",
     ),
     ("models", "show"): Command(
-        ".commands.zoo:ShowConfig", "list the parameters of one size: shapes, logical axes, bytes"
+        ".commands.zoo:ShowConfig",
+        "list the parameters of one size: shapes, logical axes, bytes",
+        example="bestiary models show bert-base",
     ),
-    ("adapter", "merge"): Command(".commands.adapter:MergeConfig", "merge an adapter saved by peft into its model"),
+    ("adapter", "merge"): Command(
+        ".commands.adapter:MergeConfig",
+        "merge an adapter saved by peft into its model",
+        example="bestiary pretrain\n"
+        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --lora-rank 4 "
+        "--epochs 1 --out runs/lora\n"
+        "bestiary adapter merge runs/pretrain/model runs/lora/adapter --out merged",
+    ),
     ("adapter", "load"): Command(
-        ".commands.adapter:LoadConfig", "check that an adapter saved by peft fits a model, and list it"
+        ".commands.adapter:LoadConfig",
+        "check that an adapter saved by peft fits a model, and list it",
+        example="bestiary pretrain\n"
+        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --lora-rank 4 "
+        "--epochs 1 --out runs/lora\n"
+        "bestiary adapter load runs/pretrain/model runs/lora/adapter",
     ),
     ("parity",): Command(
         ".commands.parity:ParityConfig",
         "compare outputs, losses and gradients with fixtures of the reference implementation",
+        example="bestiary parity tests/models/fixtures/bert_model",
     ),
     ("report",): Command(
-        ".commands.report:ReportConfig", "write one page of one run or several: curves, settings, results, samples"
+        ".commands.report:ReportConfig",
+        "write one page of one run or several: curves, settings, results, samples",
+        example="bestiary pretrain\nbestiary report runs/pretrain --out report.html",
     ),
     ("bench", "pretrain"): Command(
         ".bench.config:PretrainBenchConfig",
         "measure pretraining: real tokens/s, loss, fraction of the matmul rate, data pipeline",
         ".bench.pretrain",
+        example="bestiary bench pretrain --model bert-tiny --sequence-length 128 --steps 12 --skip 4",
     ),
     ("bench", "translate"): Command(
         ".bench.config:TranslateBenchConfig",
         "measure translation: target tokens/s in training, sentences/s in decoding",
         ".bench.translate",
+        example="bestiary translate train\n"
+        "bestiary bench translate --model runs/translate --test docs/examples/english.txt --limit 4",
     ),
     ("bench", "attention"): Command(
         "..kernels.bench.config:AttentionBenchConfig",
         "measure attention kernels and other implementations, or --tune block sizes",
         "..kernels.bench.attention",
+        example="bestiary bench attention --shapes 1x128x2x64 --out runs/bench",
     ),
     ("bench", "layers"): Command(
         "..kernels.bench.config:LayersBenchConfig",
         "measure self-attention, recurrent and convolutional layers by sequence length",
         "..kernels.bench.layers",
+        example="bestiary bench layers --lengths 64 --tokens 256 --width 64 --samples 3 --out runs/bench",
     ),
 }
+
+
+def opening(words: tuple[str, ...]) -> str:
+    """Return what a command's --help opens with: its example, with long lines broken before flags."""
+    shown = []
+    for line in COMMANDS[words].example.splitlines():
+        parts = [""]
+        for part in re.split(r" (?=--|<)", line):
+            if parts[-1] and len(parts[-1]) + len(part) > 76:
+                parts.append(f"    {part}")
+            else:
+                parts[-1] = f"{parts[-1]} {part}" if parts[-1] else part
+        shown.append(" \\\n  ".join(parts))
+    return "example:\n" + "\n".join(f"  {line}" for line in shown) + "\n"
+
 
 USAGE = (
     "usage: bestiary COMMAND [OPTIONS]\n\ncommands:\n{commands}\n\nbestiary COMMAND --help lists a command's options.\n"
@@ -292,6 +446,7 @@ def config_of(words: tuple[str, ...], arguments: list[str]) -> Any:
 def _parse(options: Any, arguments: list[str], name: str) -> Any:
     refuse_renamed(arguments)
     if {"-h", "--help"} & set(arguments):
+        print(opening(tuple(name.split()[1:])))
         reflow_help(options)
     if hasattr(options, "check_arguments"):  # refuses what cannot be seen from the parsed values
         options.check_arguments(arguments)

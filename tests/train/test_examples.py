@@ -1,0 +1,62 @@
+"""Every command's --help opens with an example, whose words, flags and files are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bestiary.train.cli import COMMANDS, config_of, main, opening
+
+# What the examples' earlier lines make, by the run's folder.
+MADE = ("pretrain", "translate", "gpt2-tiny", "text2text", "sst2", "shapes", "lora")
+
+
+@pytest.fixture(scope="module")
+def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a checkout, where the examples' runs have been made."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("docs", "tests", "README.md", "CONTRIBUTING.md"):
+        (root / name).symlink_to(repository / name)
+    for run in MADE:
+        for folder in (f"runs/{run}", f"runs/{run}/model", f"runs/{run}/adapter"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "model.safetensors", "adapter_config.json", "task.json"):
+                (root / folder / name).write_text("{}")
+    return root
+
+
+def lines_of(example: str) -> list[list[str]]:
+    """The words of an example's lines, without `bestiary` and redirections."""
+    return [shlex.split(re.split(r" [<>] ", line)[0])[1:] for line in example.splitlines()]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_an_example_that_it_understands(
+    words: tuple[str, ...], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    example = COMMANDS[words].example
+    assert example.startswith("bestiary ")
+    given = lines_of(example)[-1]
+    assert tuple(given[: len(words)]) == words
+    assert config_of(words, given[len(words) :]) is not None
+    for path in re.findall(r"(?:docs|tests)/\S+|\w+\.md", example):
+        assert (checkout / path).exists(), path
+
+
+def test_an_earlier_line_is_another_commands_example() -> None:
+    """So that an example runs if those of the commands it needs do."""
+    last = {command.example.splitlines()[-1] for command in COMMANDS.values()}
+    pretrained = "bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny"
+    lora = next(line for line in COMMANDS["adapter", "load"].example.splitlines() if "--lora-rank" in line)
+    earlier = {line for command in COMMANDS.values() for line in command.example.splitlines()[:-1]}
+    assert earlier - last == {pretrained, lora}
+
+
+def test_help_opens_with_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("example:\n  bestiary pretrain\n")
+    assert max(map(len, opening(("finetune", "squad")).splitlines())) <= 84

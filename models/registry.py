@@ -25,6 +25,7 @@ FAMILIES = {
     "mt5": ".encoder_decoders.t5:MT5",
     "openai-gpt": ".decoders.gpt1",
     "plain-vit": ".images.plain_vit",
+    "recurrent": ".recurrent.seq2seq",
     "roberta": ".encoders.roberta",
     "spanbert": ".encoders.spanbert",
     "t5": ".encoder_decoders.t5",

@@ -33,6 +33,8 @@ def to_draw(config: Any, layers: Sequence[int], heads: Sequence[int]) -> tuple[l
     Raises:
         RunError: the model has no such layer or head.
     """
+    if not config.decoder_heads:
+        raise RunError("--attention: this model translates without attention; there is nothing to draw.")
     layers = check("layer", layers, config.decoder_layers) or [config.decoder_layers]
     return layers, check("head", heads, config.decoder_heads) or list(range(1, config.decoder_heads + 1))
 

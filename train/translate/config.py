@@ -41,6 +41,15 @@ VASWANI: Mapping[str, Any] = {  # Vaswani et al. 2017, 5 and 6.1: batches of 25,
     "batch_tokens": 25_600,
     "loop": {"evaluate_every": 1000, "checkpoint_every": 1000},
 }
+RECURRENT: Mapping[str, Any] = {
+    "dropout": 0.3,
+    "row_tokens": 48,
+    "batch_tokens": 3072,
+    "steps": 1800,
+    "average": 3,
+    "loop": {"log_every": 50, "evaluate_every": 150, "checkpoint_every": 300},  # 150 updates are an epoch of Multi30k
+    "optim": {"learning_rate": 3e-3, "warmup": 0.1, "cooldown": 0.5, "clip_norm": 1.0},
+}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # Multi30k, English-German (29,000 captions), in the setting of Wu et al. 2021:
     #   bestiary translate train --source train.en.gz --target train.de.gz --dev val.en.gz val.de.gz --moses \
@@ -74,6 +83,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "average": 20,
         "optim": {"learning_rate": 5e-4, "warmup": 4000, "cooldown": 0.0},
     },
+    # Before the Transformer, for Multi30k: a GRU with Bahdanau's attention, an LSTM with Luong's, and one with none.
+    # What they reach stands in bench/recurrent.md.
+    "gru-attention": RECURRENT,
+    "lstm-luong": RECURRENT,
+    "lstm-plain": RECURRENT,
 }
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -129,7 +143,8 @@ class TranslateConfig:
     """Folder to cache tokenised text in, which later runs reuse. None: bestiary/ in the user's cache folder."""
 
     preset: str = "transformer-tiny"
-    """Model size: transformer-tiny (4+4 layers, width 128), -base or -big."""
+    """Model size: transformer-tiny (4+4 layers, width 128), -base or -big; or a recurrent network: gru-attention
+    (Bahdanau's), lstm-luong (with his attention and input feeding) or lstm-plain (without attention)."""
     tying: Literal["all", "decoder", "none"] | None = None
     """Embeddings to share: source, target and output (all), target and output (decoder), or none. None: all if the
     vocabulary is joint, else decoder."""

@@ -98,16 +98,22 @@ def model_config(config: TranslateConfig, tokenizer: PairTokenizer) -> EncoderDe
         vocab_size=source.size,
         target_vocab_size=None if tokenizer.joint else target.size,
         tying=config.tying or ("all" if tokenizer.joint else "decoder"),
-        positions=max(512, *config.lengths),
-        pre_norm=config.pre_norm,
         pad_token_id=target.pad_id,
         eos_token_id=target.eos_id,
         bos_token_id=target.bos_id,
         decoder_start_token_id=target.pad_id,
     )
+    of: Any = presets()[config.preset].config
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    if issubclass(of, TransformerConfig):
+        sizes |= {"positions": max(512, *config.lengths), "pre_norm": config.pre_norm}
+    elif unknown := [name for name in ("pre_norm", *DROPOUTS[1:]) if getattr(config, name)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        raise RunError(f"{flags}: {config.preset} is a recurrent model, and has no such sub-layers. Leave it out.")
+    else:
+        rates = {"dropout": config.dropout}
     try:
-        rates = {name: rate for name, rate in rates.items() if rate is not None}
-        return TransformerConfig.preset(config.preset, **sizes, **run, **rates)
+        return of.preset(config.preset, **sizes, **run, **rates)
     except (ValueError, KeyError) as error:
         raise RunError(str(error)) from None
 

@@ -44,6 +44,15 @@ class AlbertConfig(EncoderConfig):
         "groups": "num_hidden_groups",
         "inner": "inner_group_num",
     }
+    REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **EncoderConfig.REQUIRED,
+        # Experiments of the authors, off in all released files.
+        "net_structure_type": (0,),
+        "gap_size": (0,),
+        "num_memory_blocks": (0,),
+        "down_scale_factor": (1,),
+        "layers_to_keep": ([],),
+    }
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The two small sizes are BERT's (Turc et al. 2019): the paper has base to xxlarge.
         "albert-tiny": _size(2, 128, 2),

@@ -4,7 +4,7 @@
 
 The fraction counts only necessary operations: matrix products on real tokens, attention within each example, logits at
 predicted positions; times three for forward and backward, or once for a teacher. Padding, dropout, norms and the
-optimiser do not count.
+optimiser do not count. By CPU time, of all threads, the fraction is that of a CPU that nobody else uses.
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ from ..pretrain.objectives import make_objective, with_defaults
 from ..progress import Progress
 from ..sharding import start_parallelism
 from .config import PretrainBenchConfig
+
+Clock = Callable[[], float]
 
 
 def main(config: PretrainBenchConfig) -> int:
@@ -68,20 +70,21 @@ def main(config: PretrainBenchConfig) -> int:
     fixed = objective.fixed(parallelism)
     evaluate = Evaluation(training, data, objective, model, parallelism, *fixed)
 
-    matmul = matmul_rate(architecture.dtype)
+    matmul, matmul_cpu = (matmul_rate(architecture.dtype, clock) for clock in (time.perf_counter, time.process_time))
     pipeline = pipeline_rate(PhasedBatches(training, data, objective, parallelism.share), config.steps)
     stream = PhasedBatches(training, data, objective, parallelism.share)
     state = parallelism.initialise(learner.make, learner.specs)
     update = partial(train_step, objective=objective, model=model, learner=learner, accumulate=1)
     step = parallelism.compile_train(update, learner.specs, *fixed)
     networks = objective.networks(architecture)
-    seconds, tokens, needed, losses = [], [], [], []
+    seconds, cpu_seconds, tokens, needed, losses = [], [], [], [], []
     for number in range(config.steps):
         batch = next(stream)
-        clock = time.perf_counter()
+        clock, cpu_clock = time.perf_counter(), time.process_time()
         state, sums = step(state, parallelism.shard_batch(batch))
         sums = jax.device_get(sums)
         seconds.append(time.perf_counter() - clock)
+        cpu_seconds.append(time.process_time() - cpu_clock)
         tokens.append(int((batch["segment_ids"] > 0).sum()))
         needed.append(needed_operations(networks, batch, masked=float(sums.get("mlm_loss", (0, 0))[1])))
         losses.append(float(sums["loss"][0]))
@@ -109,6 +112,10 @@ def main(config: PretrainBenchConfig) -> int:
         "needed_gflops": rate / 1e9,
         "matmul_gflops": matmul / 1e9,
         "share_of_matmul_rate": rate / (matmul * jax.device_count()),
+        "cpu_time": {
+            "median_step_seconds": statistics.median(cpu_seconds[timed]),
+            "share_of_matmul_rate": sum(needed[timed]) / sum(cpu_seconds[timed]) / matmul_cpu,
+        },
         "pipeline_tokens_per_second": pipeline,
         "tokens": sum(tokens),
         "loss_of_last_steps": statistics.mean(losses[-5:]),
@@ -123,21 +130,17 @@ def main(config: PretrainBenchConfig) -> int:
     return 0
 
 
-def matmul_rate(dtype: str, size: int = 2048, repeats: int = 9) -> float:
+def matmul_rate(dtype: str, clock: Clock = time.perf_counter, size: int = 2048, repeats: int = 9) -> float:
     """Return the median rate of one device on square matrix products in `dtype`, in operations per second."""
     product = jax.jit(lambda left, right: left @ right)
     left, right = (jax.random.normal(jax.random.key(seed), (size, size), jnp.dtype(dtype)) for seed in (0, 1))
-    return 2 * size**3 / _median_seconds(lambda: product(left, right), repeats)
-
-
-def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(call())
+    jax.block_until_ready(product(left, right))
     seconds = []
     for _ in range(repeats):
-        clock = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - clock)
-    return statistics.median(seconds)
+        start = clock()
+        jax.block_until_ready(product(left, right))
+        seconds.append(clock() - start)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def pipeline_rate(stream: PhasedBatches, count: int) -> float:

@@ -43,9 +43,11 @@ def test_layers_take_the_sets_of_their_group(layers: int, groups: int, inner: in
         ({"num_hidden_groups": 0}, "num_hidden_groups in config.json.: expected a number at least 1, found 0"),
         ({"inner_group_num": 0}, "inner_group_num in config.json.: expected a number at least 1, found 0"),
         ({"inner_group_num": "two"}, "inner_group_num: expected"),
+        ({"net_structure_type": 1}, "net_structure_type: only 0 is implemented, found 1"),
+        ({"layers_to_keep": [0]}, r"layers_to_keep: only \[\] is implemented"),
     ],
 )
-def test_groups_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_groups_and_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     stored = AlbertConfig(**SIZES, layers=3).to_json()
     with pytest.raises(ConfigError, match=message):
         AlbertConfig.from_json(stored | changes)

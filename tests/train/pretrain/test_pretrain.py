@@ -169,6 +169,7 @@ def test_bench_writes_its_figures(workshop, tmp_path, capsys):
     assert printed["real_tokens_per_second"] > 0
     assert printed["pipeline_tokens_per_second"] > 0
     assert printed["held_out"]["loss"] > 0
+    assert 0 < printed["cpu_time"]["share_of_matmul_rate"] < 1
 
 
 def test_operations_of_several_networks():

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from .arguments import did_you_mean, reflow_help, refuse_renamed
+from .errors import RunError
 from .machine.compiled import keep_compiled_programs
 from .machine.cpu import prepare_cpu
 from .progress import end_line
@@ -106,6 +107,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "train a tokenizer on a corpus",
         example="bestiary tokenizer train --kind wordpiece --vocab-size 1000 --corpus README.md --out "
         "tokenizers/readme",
+    ),
+    ("plan",): Command(
+        ".plan.config:PlanConfig",
+        "plan a training command for TPUs or GPUs that are not here: memory, operations, collectives, speed",
+        example="bestiary plan pretrain --model bert-tiny --batch-tokens 65536 --target v5e:2x2",
     ),
     ("finetune",): Command(
         ".finetune.commands.glue:GlueConfig",
@@ -374,6 +380,8 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
     """Run a command; print any error as a message and return its exit status."""
     try:
         prepare_cpu()
+        if words == ("plan",) and not {"-h", "--help"} & set(arguments[:1]):
+            return _plan(arguments)
         config = config_of(words, arguments)
         if words[0] != "bench":  # which measures compiling
             keep_compiled_programs()
@@ -394,6 +402,35 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
         resumes = " ".join(words).startswith(RESUMING)
         print(f"bestiary: {in_words(error, resumes=resumes)}", file=sys.stderr)
         return 1
+
+
+def _plan(arguments: list[str]) -> int:
+    """Run `bestiary plan COMMAND`, whose flags are the plan's own and those of the command.
+
+    Raises:
+        RunError: there is no such command.
+    """
+    from .plan.arguments import divide
+    from .plan.config import PlanConfig
+
+    own, rest = divide(arguments)
+    trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(RESUMING)}
+    found = [words for words in trains if tuple(rest[: len(words)]) == words and words != ("finetune", "glue")]
+    if not found:
+        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(RESUMING)}.")
+    words = max(found, key=len)
+    command, rest = trains[words], rest[len(words) :]
+    module, _, attribute = command.config.partition(":")
+    options = getattr(import_module(module, __package__), attribute)
+    name = " ".join(("bestiary", *words))
+    config = _parse(PlanConfig, own, f"bestiary plan {' '.join(words)}")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    keep_compiled_programs()
+    from .plan.plan import Command as Planned
+    from .plan.plan import plan
+
+    runs_in = import_module(command.runs_in or module, __package__)
+    return plan(config, Planned(words, rest, options, lambda given: _parse(options, list(given), name), runs_in.main))
 
 
 TRACEBACK = "BESTIARY_TRACEBACK"

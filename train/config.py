@@ -100,7 +100,8 @@ class ParallelConfig:
     parallel: Literal["mesh", "pmap"] = "mesh"
     """mesh: jit over a mesh, which can divide the model; pmap: a replica on each device, gradients averaged."""
     mesh: str = "data=-1"
-    """Number of devices along data, fsdp and tensor: `data=4,fsdp=2`; -1 takes the remaining ones."""
+    """Number of devices along data (rows), fsdp (rows, and parameters), tensor (heads, vocabulary, feed-forward) and
+    sequence (positions of a row): `data=4,fsdp=2`; -1 takes the remaining ones."""
     coordinator: str | None = None
     """Address of process 0, HOST:PORT, if there are several processes. On TPU pods and under SLURM it is detected."""
     processes: int | None = None

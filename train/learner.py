@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from ..kernels.platform import platform
 from .config import OptimConfig
 from .errors import RunError
 from .machine.cpu import lacks_bfloat16
@@ -251,7 +252,7 @@ def compute_dtype(asked: str) -> str:
     """Resolve --dtype: auto is bfloat16 on an accelerator, float32 on a CPU."""
     if asked != "auto":
         return asked
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform() == "cpu" else "bfloat16"
 
 
 UNROLLED = 8  # maximum number of layers to unroll by default
@@ -264,7 +265,7 @@ def scans(asked: bool | None, layers: int) -> bool:
 
 def describe_dtype(dtype: str) -> str:
     """Describe the compute dtype, with a warning if it is the slower choice."""
-    slow = dtype == "bfloat16" and jax.default_backend() == "cpu" and lacks_bfloat16()
+    slow = dtype == "bfloat16" and platform() == "cpu" and lacks_bfloat16()
     return f"{dtype} (slower than float32 here: this CPU has no instructions for it)" if slow else dtype
 
 

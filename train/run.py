@@ -13,7 +13,8 @@ A run starts from, in this order: (1) its own newest whole checkpoint, (2) a che
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -202,6 +203,19 @@ class Run:
         self.progress.line(f"done in {duration(time.perf_counter() - self.started)}; the model is in {exported}")
 
 
+_planner: ContextVar[Callable[[RunConfig], AbstractContextManager[Run]] | None] = ContextVar("planner", default=None)
+
+
+@contextmanager
+def planning(start: Callable[[RunConfig], AbstractContextManager[Run]]) -> Iterator[None]:
+    """Let `start_run` return another run within, for which nothing is trained: that of `bestiary plan`."""
+    token = _planner.set(start)
+    try:
+        yield
+    finally:
+        _planner.reset(token)
+
+
 @contextmanager
 def start_run(
     config: RunConfig,
@@ -223,6 +237,11 @@ def start_run(
     Raises:
         RunError: the devices or the run folder do not fit.
     """
+    planner = _planner.get()
+    if planner is not None:
+        with planner(config) as run:
+            yield run
+        return
     with stop or Stop() as stop:  # before JAX's own handler of SIGTERM, by which several processes coordinate
         parallelism = start_parallelism(config.parallelism)
         folder = RunFolder(config.out, config if command is None else command, frozenset(free), upgrade)

@@ -1,7 +1,7 @@
 """Parallelism of a step over devices: one table of rules, and two ways of using it.
 
-    mesh   jit over a mesh with axes data, fsdp and tensor; the compiler inserts the communication. Parameters are
-           sharded by RULES, batches by rows.
+    mesh   jit over a mesh with axes data, fsdp, tensor and sequence; the compiler inserts the communication. Parameters
+           are sharded by RULES, batches by rows and, along sequence, by positions.
     pmap   every device has a replica of the state and a part of the rows; gradients are averaged with `jax.lax.pmean`.
 
 Both give the same losses as one device, since masking and dropout depend on each row's number in the whole batch, or,
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,8 +29,10 @@ from ..models.registry import init_params
 from .config import ParallelConfig
 from .errors import RunError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
+LEAST_POSITIONS = 8
+"""Least number of positions of a row on each device along the sequence axis; shorter arrays stay whole."""
 ROWS = "rows"
 """Logical axis of a batch's rows, in what a state keeps of each of them; sharded like batches."""
 
@@ -112,10 +114,33 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str) -> Mesh:
-    """Make a mesh with MESH_AXES over all devices of all processes."""
-    sizes = parse_mesh(text, jax.device_count())
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """Make a mesh with MESH_AXES.
+
+    Devices of several slices, or nodes, are connected by a slower network, which carries the data axis alone: its parts
+    in a slice come first.
+
+    Args:
+        text: sizes of the axes, see `parse_mesh`.
+        devices: devices of the mesh; None: all devices of all processes.
+
+    Raises:
+        RunError: the sizes do not fit the devices, or the data axis is no multiple of the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = parse_mesh(text, len(devices))
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    if sizes["data"] % slices:
+        raise RunError(
+            f"--mesh {text}: the {slices} slices are connected along the data axis, whose size must be a multiple of "
+            f"{slices}; it is {sizes['data']}."
+        )
+    within = (sizes["data"] // slices, *(sizes[axis] for axis in MESH_AXES[1:]))
+    across = (slices, *(1 for _ in MESH_AXES[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=kinds)
 
 
 def logical_specs(boxed: Any) -> Any:
@@ -174,9 +199,29 @@ class Parallelism:
         last = max(rows if part.stop is None else part.stop for part in slices)
         return first // (last - first), rows // (last - first)
 
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Sharding of the arrays [rows, ...] of a batch."""
+        return self._batch
+
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Any:
         """Put this process's part of a batch, arrays [rows / count, ...], on its devices."""
         return {name: jax.make_array_from_process_local_data(self._batch, value) for name, value in batch.items()}
+
+    def _by_position(self, batch: Any) -> Any:
+        """Divide arrays [rows, positions, ...] along the mesh's sequence axis; what follows from them is divided too.
+
+        Attention needs all keys of a row, which the compiler gathers.
+        """
+        parts = self.mesh.shape["sequence"]
+
+        def divided(array: jax.Array) -> jax.Array:
+            if array.ndim < 2 or array.shape[1] % parts or array.shape[1] < LEAST_POSITIONS * parts:
+                return array
+            sharding = NamedSharding(self.mesh, P(BATCH_AXES, "sequence"))
+            return jax.lax.with_sharding_constraint(array, sharding)
+
+        return batch if parts == 1 else jax.tree.map(divided, batch)
 
     def _shardings(self, shapes: Any, specs: Any) -> Any:
         return jax.tree.map(lambda leaf, spec: mesh_sharding(self.mesh, spec, leaf.shape), shapes, specs)
@@ -213,15 +258,19 @@ class Parallelism:
             specs: logical specs of the state.
             fixed: trees of arrays on the devices that the step reads and nothing changes: a teacher's parameters.
         """
+        run = self.train_program(step, specs)
+        return lambda state, batch: run(state, batch, *fixed)
+
+    def train_program(self, step: Callable[..., tuple[Any, Any]], specs: Any) -> Any:
+        """Return the jitted (state, batch, *fixed) -> (state, sums) of `compile_train`."""
 
         def sharded(state: Any, batch: Any, *fixed: Any) -> tuple[Any, Any]:
             with self._attention():
-                state, sums = step(state, batch, Replicas(), *fixed)
+                state, sums = step(state, self._by_position(batch), Replicas(), *fixed)
             # The output state is sharded like the input, so that steps never move parameters.
             return jax.lax.with_sharding_constraint(state, self._shardings(state, specs)), sums
 
-        run = jax.jit(sharded, donate_argnums=0)
-        return lambda state, batch: run(state, batch, *fixed)
+        return jax.jit(sharded, donate_argnums=0)
 
     def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
         """Compile (params, batch) -> sums, or anything else that is the same on all devices in the end.
@@ -233,7 +282,7 @@ class Parallelism:
 
         def sharded(params: Any, batch: Any, *fixed: Any) -> Any:
             with self._attention():
-                return step(params, batch, Replicas(), *fixed)
+                return step(params, self._by_position(batch), Replicas(), *fixed)
 
         run = jax.jit(sharded, out_shardings=self._everywhere)
         return (lambda params, batch: run(params, batch, *fixed)) if fixed else run
@@ -249,7 +298,7 @@ class PmapParallelism(Parallelism):
     axis = "replica"
 
     def __init__(self) -> None:
-        devices = np.array(jax.devices()).reshape(-1, 1, 1)
+        devices = np.array(jax.devices()).reshape(-1, *(1 for _ in MESH_AXES[1:]))
         super().__init__(Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
 
     def _shardings(self, shapes: Any, specs: Any) -> Any:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import Initializer
 
+from ...kernels.platform import platform
 from ..checkpoints.tables import Entry, Transposed, same
 from ..layers.linear import Embed, add_bias, matmul, partitioned
 from .losses import CHUNK_LOGITS, cross_entropy
@@ -207,7 +208,7 @@ class AdaptiveSoftmax(nn.Module):
         """Compute the cross-entropies [B, L] in a cluster of its classes, in chunks of columns that need any."""
         batch, length = labels.shape
         first, end = self.clusters.spans[number]
-        columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // ((end - first) * batch))
+        columns = max(1, CHUNK_LOGITS.get(platform(), 1 << 28) // ((end - first) * batch))
         count = -(-length // columns)
         columns = -(-length // count)
         parameters = self._parameters(embedding, number)

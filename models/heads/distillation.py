@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ...kernels.platform import platform
 from .losses import CHUNK_LOGITS
 
 COSINE_EPSILON = 1e-12
@@ -72,7 +73,7 @@ def divergence_of_words(
         [] float32
     """
     batch, length = weights.shape
-    columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // (2 * vocabulary * batch))
+    columns = max(1, CHUNK_LOGITS.get(platform(), 1 << 28) // (2 * vocabulary * batch))
     count = -(-length // columns)
     columns = -(-length // count)
 

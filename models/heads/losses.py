@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ...kernels.platform import platform
 from ..layers.linear import outer_sum
 
 IGNORED_LABEL = -100  # label in the reference implementation's data where nothing is predicted
@@ -182,7 +183,7 @@ def _over_chunks(
     vocab = kernel.shape[0]
     dtype = passes[0].dtype
     # Chunks consist of columns, not rows: rows may be sharded over devices.
-    columns = max(1, CHUNK_LOGITS.get(jax.default_backend(), 1 << 28) // (vocab * batch * len(passes)))
+    columns = max(1, CHUNK_LOGITS.get(platform(), 1 << 28) // (vocab * batch * len(passes)))
     count = -(-length // columns)
     columns = -(-length // count)
     table = kernel.astype(dtype)

@@ -4,17 +4,28 @@ import json
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from bestiary.models.layers.linear import LOGICAL_AXES
+from bestiary.models.registry import init_params, presets
 from bestiary.train.config import ParallelConfig
 from bestiary.train.errors import RunError
-from bestiary.train.sharding import MESH_AXES, RULES, mesh_sharding, parse_mesh, start_parallelism
+from bestiary.train.sharding import (
+    MESH_AXES,
+    RULES,
+    logical_specs,
+    make_mesh,
+    mesh_sharding,
+    parse_mesh,
+    start_parallelism,
+)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -34,7 +45,7 @@ def assert_same_losses(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "flags"),
     [
-        (8, ["--mesh", "data=2,fsdp=2,tensor=2"]),
+        (8, ["--mesh", "fsdp=2,tensor=2,sequence=2"]),
         (1, ["--accumulate", "4"]),
         (1, ["--no-scan-layers", "--remat"]),
     ],
@@ -91,16 +102,16 @@ def test_every_axis_of_the_models_has_a_rule():
 
 
 def test_mesh_sizes():
-    assert parse_mesh("data=-1", 8) == dict(data=8, fsdp=1, tensor=1)
-    assert parse_mesh("data=2, tensor=-1", 8) == dict(data=2, fsdp=1, tensor=4)
-    assert parse_mesh("", 1) == dict(data=1, fsdp=1, tensor=1)
+    assert parse_mesh("data=-1", 8) == dict(data=8, fsdp=1, tensor=1, sequence=1)
+    assert parse_mesh("data=2, tensor=-1", 8) == dict(data=2, fsdp=1, tensor=4, sequence=1)
+    assert parse_mesh("", 1) == dict(data=1, fsdp=1, tensor=1, sequence=1)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data=3", "needs 3 x 1 x 1 devices, but 8 were found"),
-        ("data=3,fsdp=-1", "needs 3 x -1 x 1 devices"),
+        ("data=3", "needs 3 x 1 x 1 x 1 devices, but 8 were found"),
+        ("data=3,fsdp=-1", "needs 3 x -1 x 1 x 1 devices"),
         ("rows=8", "found 'rows=8'"),
         ("data=0", "found 'data=0'"),
         ("data=two", "found 'data=two'"),
@@ -113,7 +124,35 @@ def test_meshes_that_do_not_fit(text, message):
 
 
 def test_a_size_that_the_mesh_does_not_divide_stays_whole():
-    mesh = jax.make_mesh((1, 2, 4), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((1, 2, 4, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     spec = jax.sharding.PartitionSpec("vocab", "embed")
     assert mesh_sharding(mesh, spec, (30_522, 128)).spec == jax.sharding.PartitionSpec(None, "fsdp")
     assert mesh_sharding(mesh, spec, (30_524, 128)).spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+
+
+def sizes():
+    first = {}
+    for name, family in presets().items():
+        first.setdefault(family.title, (name, family))
+    return first.values()
+
+
+@pytest.mark.parametrize(("name", "family"), sizes(), ids=lambda value: value if isinstance(value, str) else "")
+def test_no_matrix_of_a_model_is_whole_on_every_device(name, family):
+    """Each is divided along fsdp or tensor; an axis with a rule is whole only if its size cannot be divided."""
+    mesh = make_mesh("fsdp=2,tensor=2,sequence=2")
+    model = family.architectures[0].build(family.config.preset(name))
+    boxed = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    specs, shapes = logical_specs(boxed), nn.unbox(boxed)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    undivided = set()
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
+        axes = mesh_sharding(mesh, spec, leaf.shape).spec
+        sides = [axis for axis in spec if axis != "layers"]
+        if len(sides) > 1 and not any(axes):
+            assert set(sides) & {"labels", "head_dim"}, (jax.tree_util.keystr(path), leaf.shape, spec)
+        for axis, size, mesh_axis in zip(spec, leaf.shape, axes, strict=True):
+            if axis is not None and RULES[axis] is not None and mesh_axis is None:
+                assert size % 2, (jax.tree_util.keystr(path), leaf.shape, spec)
+                undivided.add(axis)
+    assert undivided <= ({"heads"} if name.endswith("vit-tiny") else {"vocab"})

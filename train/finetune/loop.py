@@ -18,6 +18,7 @@ from ...data.batches import Features, Shapes, TrainingBatches, batches_in_epoch,
 from ...data.json_files import write_json
 from ...data.progress import counted
 from ...data.tokenizers.tokenizer import Tokenizer
+from ...kernels.platform import platform
 from ...models.checkpoints.folder import Loaded
 from ...models.checkpoints.teacher import Teacher
 from ..adapt.adapters import AdaptedModel, adaptation
@@ -218,7 +219,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         epochs=-(-steps // per_epoch),
         positions=min(row_limit(found.config) for found in (loaded, teacher) if found is not None),
         divisor=divisor,
-        multiple=8 if jax.default_backend() == "cpu" else 128,  # of the attention kernels' blocks
+        multiple=8 if platform() == "cpu" else 128,  # of the attention kernels' blocks
     )
     describe(run, c, task.unit, loaded, shapes, features, learner)
     index, count = run.parallelism.share(divisor)

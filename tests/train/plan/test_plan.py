@@ -1,0 +1,176 @@
+"""Plans: what is read out of a compiled program, and that every training command can be planned."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bestiary.models import load
+from bestiary.train.cli import COMMANDS, _parse
+from bestiary.train.errors import RunError
+from bestiary.train.plan.arguments import divide
+from bestiary.train.plan.chips import CHIPS, Chip, Target, parse_target
+from bestiary.train.plan.estimate import make_plan
+from bestiary.train.plan.operations import operations
+from bestiary.train.plan.plan import Command, Planner, candidates, changed, setting
+from bestiary.train.plan.planned import Step
+from bestiary.train.plan.program import Program
+from bestiary.train.plan.stand_ins import StandIns
+
+HERE = Chip("CPU", "cpu", 1e12, 1 << 34, 1e11, 1e10, 1e9, 1, "nowhere")
+LAYERS, ROWS, WIDTH, INNER = 3, 64, 32, 128
+
+
+def layers(remat: bool):
+    """Gradient of a scan of two products, over a mesh of 4 x 2."""
+
+    def one(hidden, weights):
+        return jax.nn.relu(hidden @ weights[0]) @ weights[1], None
+
+    body = jax.checkpoint(one, prevent_cse=False) if remat else one
+
+    def loss(weights, hidden):
+        return jax.lax.scan(body, hidden, weights)[0].sum()
+
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def array(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+    weights = array((LAYERS, WIDTH, INNER), None, None, "tensor"), array((LAYERS, INNER, WIDTH), None, "tensor")
+    given = weights, array((ROWS, WIDTH), "data")
+    return jax.jit(jax.grad(loss)).trace(*given), given
+
+
+FORWARD = 2 * 2 * ROWS * WIDTH * INNER * LAYERS
+
+
+def test_a_program_counts_loops_and_names_the_axes_of_collectives():
+    found = Program(layers(remat=False)[0].lower().compile().as_text(), {"data": 4, "tensor": 2}).totals
+    assert found.flops == 3 * FORWARD / 8  # forward, and two products backward; on each of 8 devices
+    kinds = {(one.kind, one.axes) for one in found.collectives}
+    assert kinds == {("all-reduce", ("data",)), ("all-reduce", ("tensor",))}
+    gradients = [one for one in found.collectives if one.axes == ("data",)]
+    assert sum(one.bytes * one.count for one in gradients) == 2 * LAYERS * WIDTH * INNER / 2 * 4
+    assert gradients[0].sent == pytest.approx(2 * 3 / 4 * gradients[0].bytes * gradients[0].count)
+    assert 0 < found.bytes < 1e8
+
+
+def test_recomputed_operations_are_not_needed():
+    assert operations(layers(remat=False)[0].jaxpr.jaxpr) == 3 * FORWARD
+    assert operations(layers(remat=True)[0].jaxpr.jaxpr) == pytest.approx(3 * FORWARD, rel=0.12)
+    compiled = layers(remat=True)[0].lower().compile().as_text()
+    assert Program(compiled, {"data": 4, "tensor": 2}).totals.flops > 3 * FORWARD / 8
+
+
+def test_a_product_of_batches_that_became_a_convolution_is_counted_without_padding():
+    text = """HloModule m
+ENTRY %main (a: f32[4,8,16], b: f32[4,16,32]) -> f32[8,4,32] {
+  %a = f32[4,8,16]{2,1,0} parameter(0)
+  %b = f32[4,16,32]{2,1,0} parameter(1)
+  ROOT %c = f32[8,4,32]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4},\
+ dim_labels=0bf_0io->b0f
+}
+"""
+    assert Program(text, {"data": 1}).totals.flops == 2 * 4 * 8 * 16 * 32
+
+
+COMMAND_LINES = {
+    "pretrain": "pretrain --model bert-tiny --batch-tokens 4096",
+    "squad": "finetune squad --model bert-tiny --batch-size 8 --max-length 64 --max-question 16 --doc-stride 16",
+    "translate": "translate train --preset transformer-tiny --batch-tokens 2048",
+    "images": "images train --model vit-tiny --batch-size 8 --image-size 32 --patch-size 8 --layers 2",
+}
+
+
+def planner(line: str, folder: Path) -> Planner:
+    words = tuple(line.split())
+    name = max((known for known in COMMANDS if words[: len(known)] == known), key=len)
+    command = COMMANDS[name]
+    module, _, attribute = command.config.partition(":")
+    found = __import__(f"bestiary.train{module}", fromlist=[attribute])
+    options = getattr(found, attribute)
+    runs_in = __import__(f"bestiary.train{command.runs_in or module}", fromlist=["main"])
+    stand_ins = StandIns(name, words[len(name) :], options, folder)
+    settings = _parse(options, stand_ins.arguments(), " ".join(name))
+    target = Target("here:8", HERE, jax.devices(), 1)
+    return Planner(target, Command(name, words[len(name) :], options, None, runs_in.main), settings, folder)  # type: ignore
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_every_training_command_is_traced_without_data_or_weights(name, tmp_path):
+    made = planner(COMMAND_LINES[name], tmp_path / "made")
+    step = made.step(made.settings)
+    assert operations(step.traced.jaxpr.jaxpr) > 1e8
+    assert all(leaf.sharding is not None for leaf in jax.tree.leaves((step.state, step.batch)))
+    rows = {leaf.shape[0] for leaf in step.batch.values()}
+    assert len(rows) == 1
+    assert rows.pop() % 8 == 0
+
+
+def test_the_memory_of_a_plan_is_the_compilers():
+    traced, (weights, hidden) = layers(remat=False)
+    state, batch = SimpleNamespace(params=weights, opt_state=weights), {"input_ids": hidden}
+    step = Step(traced, "cpu", {"data": 4, "tensor": 2}, state, batch, ())
+    plan, compiled = make_plan(step, Target("here:8", HERE, jax.devices(), 1))
+    report = compiled.memory_analysis()
+    assert plan.memory is not None
+    assert plan.memory.peak == (
+        report.argument_size_in_bytes
+        + report.output_size_in_bytes
+        - report.alias_size_in_bytes
+        + report.temp_size_in_bytes
+        + report.generated_code_size_in_bytes
+    )
+    assert plan.memory.parameters == 2 * LAYERS * WIDTH * INNER * 4 / 2  # divided along tensor
+    assert plan.flops * 8 == plan.model_flops
+    assert plan.fits
+    assert plan.seconds["at_least"] <= plan.seconds["at_most"]
+    small = Target("here:8", HERE._replace(memory=plan.memory.peak - 1), jax.devices(), 1)
+    assert not make_plan(step, small)[0].fits
+
+
+def test_a_checkpoint_of_holes_loads(tmp_path):
+    stand_ins = StandIns(("finetune",), ["mrpc", "--model", "bert-tiny"], None, tmp_path)
+    arguments = stand_ins.arguments()
+    folder = Path(arguments[arguments.index("--model") + 1])
+    loaded = load(folder, head="encoder")
+    assert not np.any(loaded.params["embeddings"]["word"]["embedding"])
+    assert loaded.config.vocab_size == 30_522
+    assert folder.joinpath("model.safetensors").stat().st_blocks * 512 < 1 << 20
+
+
+def test_the_flags_of_a_plan_are_told_from_those_of_the_command():
+    text = "translate train --source a.en --target a.de --target v5e:4x4 --search --json p.json --remat"
+    assert divide(text.split()) == (
+        ["--target", "v5e:4x4", "--search", "--json", "p.json"],
+        ["translate", "train", "--source", "a.en", "--target", "a.de", "--remat"],
+    )
+    assert divide(["pretrain", "--target=h200:8"]) == (["--target=h200:8"], ["pretrain"])
+
+
+def test_targets():
+    assert parse_target("2xv5e:16x16") == (2, "v5e", "16x16")
+    assert parse_target("h200:8") == (1, "h200", "8")
+    for text in ("v9:2x2", "v5e", "v5e:axb", "2x"):
+        with pytest.raises(RunError, match=r"expected CHIP:TOPOLOGY with a chip of v4, v5e"):
+            parse_target(text)
+    assert all(chip.source for chip in CHIPS.values())
+
+
+def test_candidates_of_a_search_multiply_to_the_devices():
+    meshes = {mesh for mesh, _, _ in candidates(16, 1)}
+    assert "data=2,fsdp=8" in meshes
+    for mesh in meshes:
+        assert np.prod([int(part.split("=")[1]) for part in mesh.split(",")]) == 16
+
+
+def test_settings_are_changed_wherever_they_are(tmp_path):
+    made = planner("finetune mrpc --model bert-tiny", tmp_path)
+    for name, value in (("remat", True), ("accumulate", 2), ("mesh", "fsdp=8"), ("attention", "xla")):
+        assert setting(changed(made.settings, name, value), name) == value

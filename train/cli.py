@@ -423,6 +423,8 @@ def _plan(arguments: list[str]) -> int:
     module, _, attribute = command.config.partition(":")
     options = getattr(import_module(module, __package__), attribute)
     name = " ".join(("bestiary", *words))
+    if {"-h", "--help"} & set(rest):
+        _parse(options, ["--help"], f"{name} (and what `bestiary plan --help` lists)")
     config = _parse(PlanConfig, own, f"bestiary plan {' '.join(words)}")
     os.environ["JAX_PLATFORMS"] = "cpu"
     keep_compiled_programs()

@@ -411,7 +411,6 @@ def _plan(arguments: list[str]) -> int:
         RunError: there is no such command.
     """
     from .plan.arguments import divide
-    from .plan.config import PlanConfig
 
     own, rest = divide(arguments)
     trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(RESUMING)}
@@ -420,19 +419,18 @@ def _plan(arguments: list[str]) -> int:
         raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(RESUMING)}.")
     words = max(found, key=len)
     command, rest = trains[words], rest[len(words) :]
-    module, _, attribute = command.config.partition(":")
-    options = getattr(import_module(module, __package__), attribute)
-    name = " ".join(("bestiary", *words))
     if {"-h", "--help"} & set(rest):
-        _parse(options, ["--help"], f"{name} (and what `bestiary plan --help` lists)")
-    config = _parse(PlanConfig, own, f"bestiary plan {' '.join(words)}")
+        config_of(words, ["--help"])
+    config = config_of(("plan",), own)
     os.environ["JAX_PLATFORMS"] = "cpu"
     keep_compiled_programs()
     from .plan.plan import Command as Planned
     from .plan.plan import plan
 
+    module, _, attribute = command.config.partition(":")
+    options = getattr(import_module(module, __package__), attribute)
     runs_in = import_module(command.runs_in or module, __package__)
-    return plan(config, Planned(words, rest, options, lambda given: _parse(options, list(given), name), runs_in.main))
+    return plan(config, Planned(words, rest, options, lambda given: config_of(words, list(given)), runs_in.main))
 
 
 TRACEBACK = "BESTIARY_TRACEBACK"

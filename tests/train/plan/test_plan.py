@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bestiary.models import load
-from bestiary.train.cli import COMMANDS, _parse
+from bestiary.train.cli import COMMANDS, config_of
 from bestiary.train.errors import RunError
 from bestiary.train.plan.arguments import divide
 from bestiary.train.plan.chips import CHIPS, Chip, Target, parse_target
@@ -97,7 +97,7 @@ def planner(line: str, folder: Path) -> Planner:
     options = getattr(found, attribute)
     runs_in = __import__(f"bestiary.train{command.runs_in or module}", fromlist=["main"])
     stand_ins = StandIns(name, words[len(name) :], options, folder)
-    settings = _parse(options, stand_ins.arguments(), " ".join(name))
+    settings = config_of(name, stand_ins.arguments())
     target = Target("here:8", HERE, jax.devices(), 1)
     return Planner(target, Command(name, words[len(name) :], options, None, runs_in.main), settings, folder)  # type: ignore
 

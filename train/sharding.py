@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..kernels import splitting
+from ..models.once import jit_once
 from ..models.registry import init_params
 from .config import ParallelConfig
 from .errors import RunError
@@ -228,7 +229,7 @@ class Parallelism:
 
     def initialise(self, make: Callable[[], Any], specs: Any) -> Any:
         """Run `make` on the devices; return the state, sharded by its logical `specs`."""
-        return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make), specs))()
+        return jit_once(make, out_shardings=self._shardings(jax.eval_shape(make), specs))()
 
     def abstract(self, make: Callable[[], Any], specs: Any) -> Any:
         """Return the shapes, dtypes and shardings of `initialise`'s result, without computing it."""

@@ -30,6 +30,7 @@ from ...data.images.processor import FILE as PROCESSOR_FILE
 from ...data.images.processor import Processor
 from ...data.json_files import read_object, value_of, write_json
 from ..family import Architecture, Family, FamilyConfig
+from ..once import jit_once
 from ..registry import FAMILIES, families, family_of_model, init_params, stored_family
 from .config import ConfigError, require_checkpoint
 from .tables import CheckpointError, Params, Placed, Table, flatten, merge, shortened
@@ -393,7 +394,7 @@ def _initialise(model: nn.Module, table: Table, placed: Placed, seed: int) -> Pa
         return {path: leaf for path, leaf in flatten(params) if path in paths}
 
     drawn: dict[str, Any] = {}
-    for path, leaf in jax.jit(draw)(jax.random.key(seed)).items():
+    for path, leaf in jit_once(draw)(jax.random.key(seed)).items():
         branch: dict[str, Any] = {}
         inner = branch
         for key in path[:-1]:

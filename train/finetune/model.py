@@ -14,6 +14,7 @@ from ...models.checkpoints.config import read_labels
 from ...models.checkpoints.folder import Loaded, check_head, family_of_folder, load_with_report, read_config
 from ...models.family import EncoderConfig
 from ...models.heads.with_head import is_head_parameter
+from ...models.once import jit_once
 from ...models.registry import family_of_model, init_params
 from ..adapt.layer_rates import both, boxed_shapes, layer_rates, parameter_depths
 from ..errors import RunError
@@ -134,7 +135,7 @@ def new_head(model: Any, seed: int) -> dict[str, Any]:
         params = nn.unbox(init_params(model, key))
         return {name: part for name, part in params.items() if is_head_parameter((name,))}
 
-    return jax.device_get(jax.jit(draw)(jax.random.key(seed)))
+    return jax.device_get(jit_once(draw)(jax.random.key(seed)))
 
 
 def make_optimiser(

@@ -8,7 +8,6 @@ differs. If a folder names no class, its tokenizer.json is used as it is.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from .sentence_piece import (
     parse_model,
     t5_backend,
     t5_template,
+    unigram_pieces,
     xlm_roberta_backend,
     xlm_roberta_template,
 )
@@ -426,14 +426,7 @@ def _pieces(folder: _Folder) -> tuple[Pieces, bytes, SentencePieceModel | None]:
         if not model.unigram:
             raise DataError(f"{folder.where}: a BPE model; its class, {folder.cls}, expects a unigram model.")
         return model.pieces, model.characters, model
-    try:
-        pieces = [(str(piece), float(score)) for piece, score in folder.whole["model"]["vocab"]]
-        normalizer = folder.whole.get("normalizer") or {}
-        steps = normalizer.get("normalizers", [normalizer])
-        compiled = next((step["precompiled_charsmap"] for step in steps if step.get("type") == "Precompiled"), "")
-        return pieces, base64.b64decode(compiled or ""), None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder.where}: not a unigram tokenizer ({type(error).__name__}: {error}).") from None
+    return (*unigram_pieces(folder.whole, str(folder.where)), None)
 
 
 _BUILD = {
@@ -509,27 +502,30 @@ def _as_it_is(folder: _Folder) -> Tokenizer:
             )
         special = _wordpiece_tokens(folder.special_tokens(SPECIAL_TOKENS), backend.get_vocab())
         _add_tokens(backend, folder, special)
-        stated = {"template": _stated(folder, backend), "settings": settings, "where": where}
-        return WordPieceTokenizer(backend, _contents(special), **stated)
+        template = _stated(folder, backend)
+        return WordPieceTokenizer(backend, _contents(special), settings=settings, template=template, where=where)
     special = folder.special_tokens({})
     merged = bool(folder.whole["model"].get("merges") or pre_tokenizer)
-    if kind == "WordLevel" or (kind == "BPE" and unknown is not None and not merged):
-        cls = WordTokenizer if kind == "WordLevel" else CharacterTokenizer
-        return cls(backend, _stated(folder, backend), _contents(special), settings=settings, where=where)
-    if kind == "BPE" and '"ByteLevel"' in json.dumps(pre_tokenizer):
-        _add_tokens(backend, folder, special)
-        template = _stated(folder, backend)
-        backend.post_processor = write_template(template, backend)
-        return ByteBpeTokenizer(backend, template, _contents(special), settings=settings, where=where)
     if kind == "Unigram" and folder.whole["model"].get("unk_id") is None:
         raise DataError(f"{where}: a Unigram tokenizer without unk_id, the id of the unknown token.")
-    if kind == "Unigram" or (kind == "BPE" and SPACE in json.dumps(folder.whole["decoder"], ensure_ascii=False)):
+    cls: type[Tokenizer]
+    if kind == "WordLevel":
+        cls = WordTokenizer
+    elif kind == "BPE" and unknown is not None and not merged:
+        cls = CharacterTokenizer
+    elif kind == "BPE" and '"ByteLevel"' in json.dumps(pre_tokenizer):
+        cls = ByteBpeTokenizer
+    elif kind == "Unigram" or (kind == "BPE" and SPACE in json.dumps(folder.whole["decoder"], ensure_ascii=False)):
+        cls = SentencePieceTokenizer
+    else:
+        expected = "WordPiece, byte-level BPE, SentencePiece's pieces, words or characters"
+        raise DataError(f"{where}: a {kind} tokenizer; expected {expected}.")
+    if cls is not WordTokenizer:  # whose special tokens are words
         _add_tokens(backend, folder, special)
-        return SentencePieceTokenizer(
-            backend, _stated(folder, backend), _contents(special), settings=settings, where=where
-        )
-    expected = "WordPiece, byte-level BPE, SentencePiece's pieces, words or characters"
-    raise DataError(f"{where}: a {kind} tokenizer; expected {expected}.")
+    template = _stated(folder, backend)
+    if cls is ByteBpeTokenizer:
+        backend.post_processor = write_template(template, backend)
+    return cls(backend, template, _contents(special), settings=settings, where=where)
 
 
 # Parts

@@ -15,6 +15,7 @@ special token, and a digit before a comma for ALBERT.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -300,3 +301,19 @@ def train_unigram(
         backend.add_special_tokens([piece for piece, _ in extra_ids(EXTRA_IDS)])
     backend.add_special_tokens(list(dict.fromkeys(tokens.values())))
     return SentencePieceTokenizer(backend, template, tokens, settings=settings, model=model.state)
+
+
+def unigram_pieces(whole: Mapping[str, Any], where: str) -> tuple[Pieces, bytes]:
+    """Return (pieces and scores, the compiled character table) of a tokenizer.json.
+
+    Raises:
+        DataError: it has no unigram model.
+    """
+    try:
+        pieces = [(str(piece), float(score)) for piece, score in whole["model"]["vocab"]]
+        normalizer = whole.get("normalizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        compiled = next((step["precompiled_charsmap"] for step in steps if step.get("type") == "Precompiled"), "")
+        return pieces, base64.b64decode(compiled or "")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: not a unigram tokenizer ({type(error).__name__}: {error}).") from None

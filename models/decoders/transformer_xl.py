@@ -4,12 +4,9 @@ Dai et al. 2019, "Transformer-XL: Attentive Language Models Beyond a Fixed-Lengt
 
 What sets it apart from its neighbours: each layer's keys and values are of its inputs now and before, the *memory*, to
 which no gradient flows (3.2); positions enter each layer's attention as distances (3.3); post-norm; an adaptive
-softmax. The score of query i and key j, with R the sinusoids of their distance and u, v vectors of each head, is
-
-    ((W_q x_i + u) . W_k x_j + (W_q x_i + v) . W_r R_{i-j}) / sqrt(D)
-
-The sinusoids are all sines and then all cosines, their distances at most `clamp` (for evaluation with a memory longer
-than in training). With `same_length`, every token attends to as many tokens as the memory has slots, itself included.
+softmax. The score of query and key is that of `layers.relative_attention`, with distances of at most `clamp` (for
+evaluation with a memory longer than in training). With `same_length`, every token attends to as many tokens as the
+memory has slots, itself included.
 
 New weights are drawn from N(0, 0.02²), norms' gains from N(1, 0.02²), projections of words from N(0, 0.01²).
 
@@ -18,38 +15,37 @@ begins with an empty memory. (The reference begins with zeros that are attended 
 if a memory's differ from a row's, the row does not see it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.nn.initializers import Initializer
 
-from ...kernels import DistanceKeys, attention
-from ...kernels.hash import row_seeds
 from ..checkpoints.tables import Entry, Table, fused_entries, linear_entries, norm_entries, same
+from ..encoder import Encoded
 from ..family import Architecture, EncoderConfig, Family
 from ..heads.adaptive_softmax import (
     AdaptiveEmbedding,
     AdaptiveSoftmax,
     Clusters,
-    Vectors,
     embedding_entries,
     softmax_entries,
     tied_names,
 )
-from ..heads.losses import IGNORED_LABEL, WeightedSum
-from ..layers.dropout import Dropout, dropout_seed
+from ..heads.memory_lm import Memory, MemoryLanguageModel, empty_memory
+from ..heads.with_head import EncoderParts, Form, WithHead
+from ..incremental_memory import IncrementalWithMemory
+from ..layers.dropout import Dropout
 from ..layers.feed_forward import FeedForward
-from ..layers.linear import Linear
 from ..layers.norms import LayerNorm
-from ..layers.segments import row_numbers
+from ..layers.relative_attention import Biases, Distances, RelativeAttention, frequencies, head_bias, sinusoids
+from ..layers.segments import Segments, row_numbers, split_segments
 from ..layers.stack import run_layers
 
 
@@ -182,6 +178,21 @@ class TransformerXLConfig(EncoderConfig):
         return draw
 
     @property
+    def pooling(self) -> str:
+        """See `EncoderConfig.pooling`: "last", the last token, which has seen all others."""
+        return "last"
+
+    def head_dropout(self, head: str) -> float:
+        """See `EncoderConfig.head_dropout`: there is none."""
+        del head
+        return 0.0
+
+    @property
+    def span(self) -> int | None:
+        """Number of tokens that a token attends to, its own included; None for all of its segment and the memory."""
+        return self.memory if self.same_length else None
+
+    @property
     def clusters(self) -> Clusters:
         """The clusters of words."""
         sizes = (self.embedding_size, self.divisor, self.width)
@@ -215,75 +226,6 @@ class TransformerXLConfig(EncoderConfig):
         return {**stored, **lists, "clamp_len": -1 if self.clamp is None else self.clamp}
 
 
-class Memory(NamedTuple):
-    """What was read before: each layer's last inputs. Slots are in the order of the text, the newest last."""
-
-    hidden: Array  # [N, B, M, E], without gradient
-    segment_ids: Array  # [B, M] int32, 0 for an empty slot
-
-
-class Distances(NamedTuple):
-    """What all layers share about positions; S keys are those of the memory's first slots that any token attends to."""
-
-    sinusoids: Array  # [1, S, E], of distances S - 1 to 0
-    query_segment_ids: Array  # [B, L]
-    key_segment_ids: Array  # [B, S]
-
-
-class RelativeAttention(nn.Module):
-    """Attention to the layer's input and its memory, by contents and distances (3.3)."""
-
-    config: TransformerXLConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        hidden: Array,
-        context: Array,
-        rows: Array,
-        distances: Distances,
-        biases: tuple[Array, Array] | None,
-        *,
-        deterministic: bool,
-    ) -> Array:
-        """Attend from hidden [B, L, E] to context [B, S, E], whose end it is; `biases` are u and v, None for own ones.
-
-        Returns:
-            [B, L, E]
-        """
-        c = self.config
-        shape, axes = (c.heads, c.head_size), ("embed", "heads", "head_dim")
-        project = partial(Linear, shape, axes, c.initializer, c.dtype, use_bias=False)
-        query, key, value = project(name="query")(hidden), project(name="key")(context), project(name="value")(context)
-        keys = project(name="position")(distances.sinusoids)[0]
-        u, v = biases or tuple(_head_bias(c, name=name).bias for name in ("content", "distance"))
-        past = context.shape[1] - hidden.shape[1]  # token i is number past + i of the context
-        left = c.memory - 1 - past if c.same_length else None
-        attended = attention(
-            query + u.astype(query.dtype)[None, None],
-            key,
-            value,
-            bias=DistanceKeys(query + v.astype(query.dtype)[None, None], keys),
-            window=(left, past),
-            query_segment_ids=distances.query_segment_ids,
-            key_segment_ids=distances.key_segment_ids,
-            implementation=c.attention_implementation,
-            **self._dropout(rows, deterministic),
-        )
-        return Linear((c.width,), ("heads", "head_dim", "embed"), c.initializer, c.dtype, False, name="out")(attended)
-
-    def _dropout(self, rows: Array, deterministic: bool) -> dict[str, Any]:
-        rate = self.config.attention_dropout
-        if deterministic or not rate:
-            return {}
-        return {"dropout_rate": rate, "dropout_seed": row_seeds(dropout_seed(self), rows)}
-
-
-def _head_bias(c: TransformerXLConfig, name: str | None = None) -> Vectors:
-    """Return the module of u or v, [H, D]."""
-    return Vectors((c.heads, c.head_size), ("heads", "head_dim"), c.initializer, "bias", name=name)
-
-
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each added and then normalised, or normalised before (`pre_norm`)."""
 
@@ -295,7 +237,7 @@ class Block(nn.Module):
         hidden: Array,
         rows: Array,
         distances: Distances,
-        biases: tuple[Array, Array] | None,
+        biases: Biases | None,
         memory: Array,
         *,
         deterministic: bool,
@@ -304,7 +246,18 @@ class Block(nn.Module):
         c = self.config
         norm = partial(LayerNorm, c.norm_epsilon, c.dtype, scale_init=c.gain_initializer)
         attention_norm, feed_forward_norm = norm(name="attention_norm"), norm(name="feed_forward_norm")
-        relative = RelativeAttention(c, name="attention")
+        relative = RelativeAttention(
+            c.width,
+            c.heads,
+            c.head_size,
+            c.attention_dropout,
+            c.initializer,
+            c.untied_biases,
+            c.span,
+            c.dtype,
+            c.attention_implementation,
+            name="attention",
+        )
         feed_forward = FeedForward(c.feed_forward, c.activation, c.initializer, c.dtype, c.dropout, name="feed_forward")
         drop = Dropout(c.dropout)
 
@@ -334,28 +287,54 @@ class TransformerXL(nn.Module):
         self.layers = Block(c)
         self.drop = Dropout(c.dropout)
         if not c.untied_biases:
-            self.content, self.distance = _head_bias(c), _head_bias(c)
+            self.content, self.distance = (head_bias(c.heads, c.head_size, c.initializer) for _ in range(2))
 
     def __call__(
-        self, input_ids: Array, memory: Memory, segment_ids: Array, rows: Array, *, deterministic: bool
-    ) -> tuple[Array, Memory]:
-        """Read rows of tokens; see `TransformerXLModel.read`."""
+        self,
+        input_ids: Array,
+        segment_ids: Segments = None,
+        position_ids: Array | None = None,
+        *,
+        rows: Any = None,
+        deterministic: bool = True,
+        every_layer: bool = False,
+    ) -> Encoded:
+        """Read whole texts, with no memory before them.
+
+        Args:
+            input_ids: [B, L] int32.
+            segment_ids: [B, L] int32, 0 for padding; tokens attend to those of their own segment. None for ones.
+            position_ids: not used: distances within a segment are those within the row.
+            rows: [B] uint32, row numbers; see `read`.
+            deterministic: disable dropout.
+            every_layer: also return the embeddings and every layer's hidden states.
+        """
+        del position_ids
+        segments, _ = split_segments(segment_ids)
+        segments = jnp.ones(input_ids.shape, jnp.int32) if segments is None else segments
+        none, numbers = empty_memory(self.config, len(input_ids), 0), row_numbers(rows, input_ids)
+        hidden, _, inputs = self.read(input_ids, none, segments, numbers, deterministic=deterministic)
+        every = jnp.concatenate([inputs, hidden[None]]) if every_layer else None
+        return Encoded(hidden, hidden[:, 0], None, every)
+
+    def read(
+        self, input_ids: Array, memory: Memory, segment_ids: Array, rows: Any, *, deterministic: bool
+    ) -> tuple[Array, Memory, Array]:
+        """Read rows of tokens; see `MemoryLanguageModel.read`. The third result is each layer's input [N, B, L, E]."""
         c = self.config
         length, slots = input_ids.shape[1], memory.segment_ids.shape[1]
         seen = jnp.concatenate([memory.segment_ids, segment_ids], axis=1)
         # With `same_length`, no token attends to the first slots of a memory of at least that length.
         unseen = max(0, slots - c.memory + 1) if c.same_length else 0
-        count = length + slots - unseen
-        distances = Distances(self._sinusoids(count, deterministic), segment_ids, seen[:, unseen:])
-        biases = None if c.untied_biases else (self.content.bias, self.distance.bias)
-        embedded = self.embeddings(input_ids) * jnp.asarray(c.width**0.5, c.dtype)
-        entered = self.drop(embedded, rows, deterministic=deterministic)
+        positions = sinusoids(length + slots - unseen, c.width, c.clamp, c.dtype)
+        positions = self.drop(positions, jnp.zeros(1, jnp.uint32), deterministic=deterministic)
+        entered = self.drop(self.embed(input_ids), rows, deterministic=deterministic)
         hidden, outputs = run_layers(
             self.layers,
             entered,
             rows,
-            distances,
-            biases,
+            Distances(positions, segment_ids, seen[:, unseen:]),
+            self.biases(),
             count=c.layers,
             scan=c.scan_layers,
             remat=c.remat,
@@ -367,150 +346,96 @@ class TransformerXL(nn.Module):
         inputs = jnp.concatenate([entered[None], outputs[:-1]])
         kept = jnp.concatenate([memory.hidden, inputs], axis=2)[:, :, length:]
         new = Memory(jax.lax.stop_gradient(kept), seen[:, length:])
-        return self.drop(hidden, rows, deterministic=deterministic), new
+        return self.drop(hidden, rows, deterministic=deterministic), new, inputs
 
-    def _sinusoids(self, count: int, deterministic: bool) -> Array:
-        """Return the sinusoids of distances count - 1 to 0, [1, count, E]."""
-        c = self.config
-        distances = np.arange(count - 1, -1, -1, dtype=np.float32)
-        distances = distances if c.clamp is None else np.minimum(distances, np.float32(c.clamp))
-        angles = jnp.asarray(distances)[:, None] * jnp.asarray(_frequencies(c.width))[None]
-        found = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[None].astype(c.dtype)
-        return self.drop(found, jnp.zeros(1, jnp.uint32), deterministic=deterministic)
+    def embed(self, input_ids: Array) -> Array:
+        """Look up scaled word vectors: [B, L] -> [B, L, E]."""
+        return self.embeddings(input_ids) * jnp.asarray(self.config.width**0.5, self.config.dtype)
 
-
-def _frequencies(width: int) -> np.ndarray:
-    """Return the frequencies of the sinusoids, 10000^(-2i / E), [E / 2] float32, in the reference's order."""
-    return np.float32(1) / np.power(np.float32(10_000), np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    def biases(self) -> Biases | None:
+        """Return u and v; None if each layer has its own."""
+        return None if self.config.untied_biases else (self.content.bias, self.distance.bias)
 
 
-class TransformerXLModel(nn.Module):
+class TransformerXLModel(MemoryLanguageModel):
     """Transformer-XL with its softmax: a language model with a memory."""
 
-    config: TransformerXLConfig
+    config: TransformerXLConfig  # pyright: ignore[reportIncompatibleVariableOverride] (modules are frozen)
 
     def setup(self) -> None:
         c = self.config
         self.encoder = TransformerXL(c)
         self.head = AdaptiveSoftmax(c.clusters, c.initializer, nn.initializers.normal(c.projection_range), c.dtype)
 
-    def __call__(self, input_ids: Array) -> Array:
-        """Compute the log-probabilities of each next token, [B, L, V] float32, of texts [B, L] int32 from the start."""
-        return self.log_probabilities(self.output_states(input_ids))
+    @nn.nowrap
+    def incremental(self) -> IncrementalWithMemory:
+        """Return the model for incremental decoding, one token at a time.
 
-    def read(
-        self,
-        input_ids: Array,
-        memory: Memory,
-        segment_ids: Array | None = None,
-        *,
-        rows: Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Array, Memory]:
-        """Read the next tokens of texts.
-
-        Args:
-            input_ids: [B, L] int32.
-            memory: of what was read before.
-            segment_ids: [B, L] int32, 0 for padding; tokens attend to those of their own segment, in the memory too.
-                None for ones.
-            rows: [B] uint32, row numbers, which determine with the "dropout" stream what is dropped; None for 0, 1, ...
-            deterministic: disable dropout.
-
-        Returns:
-            (the last layer's output [B, L, E], the memory after these tokens, of as many slots)
+        Raises:
+            ValueError: it has no memory, so that a token would see nothing but itself.
         """
-        segment_ids = jnp.ones(input_ids.shape, jnp.int32) if segment_ids is None else segment_ids
-        numbers: Any = row_numbers(rows, input_ids)
-        return self.encoder(input_ids, memory, segment_ids, numbers, deterministic=deterministic)
-
-    def output_states(
-        self,
-        input_ids: Array,
-        segment_ids: Array | None = None,
-        *,
-        rows: Array | None = None,
-        deterministic: bool = True,
-    ) -> Array:
-        """Read whole texts, with no memory before them; as `read`, but [B, L, E] alone."""
-        none = self.empty_memory(len(input_ids), 0)
-        return self.read(input_ids, none, segment_ids, rows=rows, deterministic=deterministic)[0]
-
-    def log_probabilities(self, states: Array) -> Array:
-        """Compute the log-probabilities of all words, [..., V] float32, from states [..., E] of `read`."""
-        return self.head.log_probabilities(states, self.encoder.embeddings)
-
-    def token_losses(self, states: Array, labels: Array) -> Array:
-        """Compute -log p of the tokens after others: states [B, L, E] and labels [B, L] int -> [B, L] float32."""
-        return self.head.token_losses(states, labels, self.encoder.embeddings)
-
-    def loss(self, states: Array, labels: Array, label_weights: Array | None = None) -> WeightedSum:
-        """Compute the sum of the losses of next tokens; `losses.IGNORED_LABEL` has weight 0."""
-        ignored = labels == IGNORED_LABEL
-        weights = jnp.ones(labels.shape, jnp.float32) if label_weights is None else label_weights
-        weights = jnp.where(ignored, 0.0, weights)
-        losses = self.token_losses(states, jnp.where(ignored, 0, labels))
-        return WeightedSum((losses * weights).sum(), weights.sum())
-
-    @nn.nowrap
-    def empty_memory(self, rows: int, slots: int | None = None) -> Memory:
-        """Return an empty memory of `slots` tokens for each of `rows` rows; None for the config's number."""
-        c = self.config
-        slots = c.memory if slots is None else slots
-        hidden = jnp.zeros((c.layers, rows, slots, c.width), c.dtype)
-        return Memory(hidden, jnp.zeros((rows, slots), jnp.int32))
-
-    @nn.nowrap
-    def incremental(self) -> NoReturn:
-        """Raise NotImplementedError: a batch of prompts of unlike lengths would need a memory of each."""
-        raise NotImplementedError("Transformer-XL: generation is not implemented.")
+        if not self.config.memory:
+            raise ValueError("a Transformer-XL without a memory (mem_len 0) does not generate text")
+        return IncrementalWithMemory(self, Block(self.config))
 
 
-def checkpoint_table(c: TransformerXLConfig) -> Table:
-    """Return the table of the model's parameters and their names in checkpoints."""
+def decoder_entries(c: TransformerXLConfig, prefix: str, path: tuple[str, ...], *, pooler: bool = False) -> list[Entry]:
+    """Return the decoder's entries, with stored names under `prefix` and parameters at `path`; there is no pooler."""
+    del pooler
     n, width, heads = c.layers, (c.width,), (c.heads, c.head_size)
-    layer, at = "transformer.layers.{layer}.", ("encoder", "layers")
+    layer, at = f"{prefix}layers.{{layer}}.", (*path, "layers")
     attention_name, parts = f"{layer}dec_attn", [(*at, "attention", part) for part in ("query", "key", "value")]
-    words, softmax = "transformer.word_emb", "crit"
-    tied = tied_names(c.clusters, words, softmax)
-    biases = {"r_w_bias": "content", "r_r_bias": "distance"}
-    if c.untied_biases:
-        own = [
-            Entry(f"{attention_name}.{stored}", (*at, "attention", name, "bias"), same(*heads), n)
-            for stored, name in biases.items()
-        ]
-    else:
-        own = [Entry(f"transformer.{s}", ("encoder", name, "bias"), same(*heads)) for s, name in biases.items()]
-        tied |= {
-            f"{attention_name.format(layer=number)}.{stored}": f"transformer.{stored}"
-            for number in range(n)
-            for stored in biases
-        }
+    stored, where, count = (f"{attention_name}.", (*at, "attention"), n) if c.untied_biases else (prefix, path, None)
     linear = partial(linear_entries, layers=n)
-    entries = [
-        *embedding_entries(c.clusters, words, ("encoder", "embeddings")),
+    return [
+        *embedding_entries(c.clusters, f"{prefix}word_emb", (*path, "embeddings")),
         *fused_entries(f"{attention_name}.qkv_net", parts, width, heads, n, bias=False),
         *linear(f"{attention_name}.r_net", (*at, "attention", "position"), width, heads, bias=False),
         *linear(f"{attention_name}.o_net", (*at, "attention", "out"), heads, width, bias=False),
-        *own,
+        *(Entry(f"{stored}{name}", (*where, part, "bias"), same(*heads), count) for name, part in BIASES.items()),
         *norm_entries(f"{attention_name}.layer_norm", (*at, "attention_norm"), c.width, n),
         *linear(f"{layer}pos_ff.CoreNet.0", (*at, "feed_forward", "inner"), width, (c.feed_forward,)),
         *linear(f"{layer}pos_ff.CoreNet.3", (*at, "feed_forward", "outer"), (c.feed_forward,), width),
         *norm_entries(f"{layer}pos_ff.layer_norm", (*at, "feed_forward_norm"), c.width, n),
-        *softmax_entries(c.clusters, softmax, ("head",)),
     ]
-    computed = {"transformer.pos_emb.inv_freq": _frequencies(c.width)}
-    return Table(tuple(entries), tied=tied, computed=computed)
 
 
+def _table(c: TransformerXLConfig, head: Sequence[Entry] = (), *, softmax: bool = False, bare: bool = False) -> Table:
+    """Return the table of a model, with a head's entries or the softmax; `bare`: of the decoder alone."""
+    prefix, path = ("", ()) if bare else (PREFIX, ("encoder",))
+    entries, tied = [*decoder_entries(c, prefix, path), *head], {}
+    if softmax:
+        entries += softmax_entries(c.clusters, SOFTMAX, ("head",))
+        tied |= tied_names(c.clusters, f"{prefix}word_emb", SOFTMAX)
+    if not c.untied_biases:
+        own = ((f"layers.{number}.dec_attn.{name}", name) for number in range(c.layers) for name in BIASES)
+        tied |= {f"{prefix}{copy}": f"{prefix}{name}" for copy, name in own}
+    computed = {f"{prefix}pos_emb.inv_freq": frequencies(c.width)}
+    return Table(tuple(entries), prefix=PREFIX, tied=tied, computed=computed)
+
+
+def _classifier_table(c: TransformerXLConfig) -> Table:
+    return _table(c, linear_entries("score", ("classifier",), (c.width,), (c.num_labels,), bias=False))
+
+
+def _classifier(c: TransformerXLConfig) -> WithHead:
+    return WithHead(c, "classification", Form(names=("score",), last_bias=False), PARTS)
+
+
+PREFIX, SOFTMAX = "transformer.", "crit"  # in the names of checkpoints
+BIASES = {"r_w_bias": "content", "r_r_bias": "distance"}
+PARTS = EncoderParts(TransformerXL, decoder_entries, prefix=PREFIX, classes="TransfoXL", pooler=False)
 FAMILY = Family(
     config=TransformerXLConfig,
     title="Transformer-XL",
     paper="Dai et al. 2019",
-    tokenizers=("byte-bpe",),
+    tokenizers=("byte-bpe", "words", "characters"),
     tokenizer_like="gpt2",
-    architectures=(Architecture("TransfoXLLMHeadModel", "causal_lm", TransformerXLModel, checkpoint_table),),
+    architectures=(
+        Architecture("TransfoXLLMHeadModel", "causal_lm", TransformerXLModel, partial(_table, softmax=True)),
+        Architecture("TransfoXLModel", "encoder", TransformerXL, partial(_table, bare=True)),
+        Architecture("TransfoXLForSequenceClassification", "classification", _classifier, _classifier_table),
+    ),
     objectives=("causal+memory",),
     above=("content", "distance"),
-    one_kind=True,
 )

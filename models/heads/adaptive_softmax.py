@@ -28,7 +28,7 @@ from jax.nn.initializers import Initializer
 
 from ...kernels.platform import platform
 from ..checkpoints.tables import Entry, Transposed, same
-from ..layers.linear import Embed, add_bias, matmul, partitioned
+from ..layers.linear import Embed, Vectors, add_bias, matmul
 from .losses import CHUNK_LOGITS, cross_entropy
 
 
@@ -81,20 +81,6 @@ class Clusters:
     def own_projections(self) -> list[int]:
         """Clusters for which the softmax has a projection of its own."""
         return [i for i in range(len(self.spans)) if self.projections and not self.tied[i]]
-
-
-class Vectors(nn.Module):
-    """A parameter [...], named as what it is for the optimiser: a kernel, or a bias."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    initializer: Initializer
-    kind: str
-
-    def setup(self) -> None:
-        setattr(
-            self, self.kind, self.param(self.kind, partitioned(self.initializer, *self.axes), self.shape, jnp.float32)
-        )
 
 
 class AdaptiveEmbedding(nn.Module):

@@ -182,12 +182,7 @@ class Attention(nn.Module):
             places: int32 [B, K], the slot of the S that each token is written to; S for none.
             position_ids: int [B, K], position of each token in its text; only rotary attention needs it.
         """
-        rows = jnp.arange(len(hidden))[:, None]
-        key = self._turned(self.key(hidden), position_ids)
-        return (
-            keys.at[rows, :, :, places].set(key, mode="drop"),
-            values.at[rows, :, places].set(self.value(hidden), mode="drop"),
-        )
+        return write_slots(keys, values, self._turned(self.key(hidden), position_ids), self.value(hidden), places)
 
     def step(
         self,
@@ -218,22 +213,8 @@ class Attention(nn.Module):
         parts = [(keys, values, mask)] if before is None else [before, (keys, values, mask)]
         scale = self._size**-0.5 if self.scale is None else self.scale
         query = self._turned(self.query(hidden), position_ids) * jnp.asarray(scale, self.dtype)
-        products = partial(jnp.einsum, "bkhd,bhds->bhks", query, preferred_element_type=jnp.float32)
-        scores = _joined([products(keys) for keys, _, _ in parts])
-        if bias is not None:
-            scores = scores + bias
-        scores = jnp.where(_joined([mask for _, _, mask in parts])[:, None], scores, -jnp.inf)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
-        total = weights.sum(axis=-1, keepdims=True)
-        weights = weights / jnp.where(total == 0.0, 1.0, total)
-        # The axes are swapped separately: as part of the product, XLA's CPU compiler makes it five times slower.
-        ends = np.cumsum([values.shape[2] for _, values, _ in parts])[:-1]
-        shares = jnp.split(weights.astype(self.dtype), ends, axis=-1)
-        attended = sum(
-            jnp.einsum("bhks,bhsd->bhkd", share, values) for share, (_, values, _) in zip(shares, parts, strict=True)
-        )
-        return self.out(jnp.swapaxes(attended, 1, 2)), weights
+        attended, weights = attend_slots(query, parts, bias)
+        return self.out(attended), weights
 
     def _turned(self, vectors: Array, position_ids: Array | None) -> Array:
         """Rotate a step's queries or keys [B, K, H, D] if this attention is rotary."""
@@ -242,6 +223,38 @@ class Attention(nn.Module):
         if position_ids is None:
             raise ValueError("Attention: position_ids: expected int [B, K] for rotary attention, found None")
         return rotate(vectors, position_ids, self.rotary)
+
+
+def write_slots(keys: Array, values: Array, key: Array, value: Array, places: Array) -> tuple[Array, Array]:
+    """Write one token's key and value [B, K, H, D] per beam to slots `places` [B, K]; see `Attention.write`."""
+    rows = jnp.arange(len(key))[:, None]
+    return keys.at[rows, :, :, places].set(key, mode="drop"), values.at[rows, :, places].set(value, mode="drop")
+
+
+def attend_slots(
+    query: Array, parts: list[tuple[Array, Array, Array]], bias: Array | None = None
+) -> tuple[Array, Array]:
+    """Attend from scaled queries [B, K, H, D] to (keys, values, mask) of several parts; see `Attention.step`.
+
+    Returns:
+        ([B, K, H, D], the probabilities [B, H, K, S] float32)
+    """
+    products = partial(jnp.einsum, "bkhd,bhds->bhks", query, preferred_element_type=jnp.float32)
+    scores = _joined([products(keys) for keys, _, _ in parts])
+    if bias is not None:
+        scores = scores + bias
+    scores = jnp.where(_joined([mask for _, _, mask in parts])[:, None], scores, -jnp.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0.0, 1.0, total)
+    # The axes are swapped separately: as part of the product, XLA's CPU compiler makes it five times slower.
+    ends = np.cumsum([values.shape[2] for _, values, _ in parts])[:-1]
+    shares = jnp.split(weights.astype(query.dtype), ends, axis=-1)
+    attended = sum(
+        jnp.einsum("bhks,bhsd->bhkd", share, values) for share, (_, values, _) in zip(shares, parts, strict=True)
+    )
+    return jnp.swapaxes(attended, 1, 2), weights
 
 
 def _joined(parts: list[Array]) -> Array:

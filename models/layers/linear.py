@@ -173,3 +173,17 @@ class Embed(nn.Module):
     def attend(self, inputs: Array) -> Array:
         """Multiply [..., E] with every vector -> [..., count] float32, in the compute dtype, accumulated in float32."""
         return matmul(inputs, self.embedding, 1, self.dtype, "float32")
+
+
+class Vectors(nn.Module):
+    """A parameter [...], named as what it is for the optimiser: a kernel, or a bias."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    initializer: Initializer
+    kind: str
+
+    def setup(self) -> None:
+        setattr(
+            self, self.kind, self.param(self.kind, partitioned(self.initializer, *self.axes), self.shape, jnp.float32)
+        )

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 from bestiary import models
 from bestiary.models import registry
 from bestiary.models.checkpoints.tables import CheckpointError
-from bestiary.models.decoders.transformer_xl import Memory, TransformerXLConfig, TransformerXLModel
+from bestiary.models.decoders.transformer_xl import TransformerXLConfig, TransformerXLModel
 from bestiary.models.heads import adaptive_softmax
 from bestiary.models.heads.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Clusters
+from bestiary.models.heads.memory_lm import Memory
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SIZES: dict[str, Any] = dict(

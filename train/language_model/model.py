@@ -1,5 +1,6 @@
 """A language model from a folder, with what all commands of this folder do with it."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,42 @@ class LanguageModel:
         before = self.tokenizer.template.before
         return [[*before, *ids] for ids in self.tokenizer.encode_batch(texts)]
 
+    @property
+    def memory(self) -> int | None:
+        """Number of slots of the model's memory of the text before; None if it is no model with a memory."""
+        return getattr(self.model.config, "memory", None)
+
+    def losses_with_memory(self, ids: Sequence[int], window: int, slots: int, columns: int = 1) -> Iterator[np.ndarray]:
+        """Compute -log p of every token of a text but the first, which is read in order with a memory.
+
+        Args:
+            ids: the text, at least two tokens.
+            window: number of tokens that are read together.
+            slots: number of slots of the memory, which is empty at first.
+            columns: number of parts that the text is cut into, which are read together, each with its own memory.
+
+        Yields:
+            [number of predicted tokens of each window] float32
+        """
+        size = -(-(len(ids) - 1) // columns)  # predicted tokens of a column; the last may have fewer
+        windows = -(-size // window)
+        shape = (columns, windows * window)
+        inputs, labels, segments = (np.zeros(shape, np.int32) for _ in range(3))
+        text = np.asarray(ids, np.int32)
+        for column in range(columns):
+            part = text[column * size : (column + 1) * size + 1]
+            count = max(0, len(part) - 1)
+            inputs[column, :count], labels[column, :count], segments[column, :count] = part[:-1], part[1:], 1
+        c = self.model.config
+        same = {"same_length": c.same_length and slots > 0}  # which means as many tokens as there are slots
+        model = self.model.clone(config=dataclasses.replace(c, memory=slots, **same))
+        memory = model.empty_memory(columns)
+        for first in range(0, shape[1], window):
+            own = slice(first, first + window)
+            given = (inputs[:, own], segments[:, own], labels[:, own])
+            losses, memory = _losses_and_memory(model, self.params, memory, *given)
+            yield np.asarray(losses)[segments[:, own] > 0]
+
     def losses(
         self, texts: Sequence[Sequence[int]], counts: Sequence[int], rows: int = 16
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -95,6 +132,19 @@ def _token_losses(
     def run(model: Any) -> jax.Array:
         states = model.output_states(ids, segments)
         return model.token_losses(gather_positions(states, places), labels)
+
+    return model.apply({"params": params}, method=run)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _losses_and_memory(
+    model: Any, params: Any, memory: Any, ids: jax.Array, segments: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Compute -log p of `labels` [B, L] after tokens [B, L], and the memory after them."""
+
+    def run(model: Any) -> tuple[jax.Array, Any]:
+        states, after = model.read(ids, memory, segments)
+        return model.token_losses(states, labels), after
 
     return model.apply({"params": params}, method=run)
 

@@ -2,8 +2,11 @@
 
 bestiary perplexity --model gpt2 --text wiki.test.tokens --stride 512
 
+bestiary perplexity --model runs/transformer-xl --text wiki.test.tokens --memory 512
+
 The text is read through windows of the model's length, each `stride` tokens after the one before. Every token but the
-first is predicted once, by the window in which it has the most context that the stride allows.
+first is predicted once, by the window in which it has the most context that the stride allows. A model with a memory
+(Transformer-XL) reads windows that do not overlap, and remembers those before.
 """
 
 import json as json_text
@@ -33,12 +36,15 @@ class PerplexityConfig:
     """Number of new tokens per window. A smaller one gives each token more context, and takes longer. 0: the window's
     length, so that windows do not overlap."""
     window: int = 0
-    """Length of a window, in tokens. 0: the model's number of positions; a model without such a limit
-    (Transformer-XL) needs a length, and reads each window without its memory of the text before."""
+    """Length of a window, in tokens. 0: the model's number of positions, or of slots of its memory."""
+    memory: int | None = None
+    """Of a model with a memory (Transformer-XL): number of tokens before a window whose hidden states it sees; 0: none.
+    None: the model's own number."""
     begin: bool = False
     """Put the model's end-of-text token before the text, so that its first token is predicted too."""
-    batch: int = 4
-    """Windows computed together."""
+    batch: int = 0
+    """Windows computed together; with a memory: parts that the text is cut into, which are read together, each with an
+    empty memory at first. 0: 4 windows, or 1 part."""
     encoding: str = "utf-8"
     """Character encoding of the file."""
     json: bool = False
@@ -47,8 +53,10 @@ class PerplexityConfig:
     """Data type of the computation."""
 
     def __post_init__(self) -> None:
-        for name, least in (("stride", 0), ("window", 0), ("batch", 1)):
+        for name, least in (("stride", 0), ("window", 0), ("batch", 0)):
             check_setting(self, name, least=least)
+        if self.memory is not None:
+            check_setting(self, "memory", least=0)
         if not self.text.is_file():
             raise RunError(f"--text {self.text}: there is no such file.")
 
@@ -78,9 +86,12 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
         if language_model.first_id is None:
             raise RunError("--begin: the model has no end-of-text token.")
         ids = [language_model.first_id, *ids]
-    positions = language_model.positions
-    window = config.window or positions
-    if window is None:
+    positions, own = language_model.positions, language_model.memory
+    if config.memory is not None and own is None:
+        raise RunError("--memory: the model has none; it is for Transformer-XL.")
+    slots = own if config.memory is None else config.memory
+    window = config.window or positions or own
+    if not window:
         raise RunError("--window: the model has no limit of positions. Give the length of a window, in tokens.")
     if positions is not None and window > positions:
         raise RunError(f"--window {window}: the model has {positions} positions.")
@@ -89,10 +100,17 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
         raise RunError(f"--stride {stride}: more than the window's {window} tokens, so that some would be left out.")
     if len(ids) < 2:
         raise RunError(f"{config.text}: {counted(len(ids), 'token')}: nothing to predict.")
-    parts = windows(len(ids), window, stride)
-    total, done, begun = 0.0, 0, time.perf_counter()
-    texts = [ids[first:end] for first, end, _ in parts]
-    for _, losses in language_model.losses(texts, [count for *_, count in parts], config.batch):
+    total, done, count, begun = 0.0, 0, 0, time.perf_counter()
+    if slots is None:
+        parts = windows(len(ids), window, stride)
+        texts = [ids[first:end] for first, end, _ in parts]
+        read = (losses for _, losses in language_model.losses(texts, [n for *_, n in parts], config.batch or 4))
+    else:
+        if config.stride:
+            raise RunError("--stride: windows of a model with a memory follow each other; leave it out.")
+        read = language_model.losses_with_memory(ids, window, slots, min(config.batch or 1, len(ids) - 1))
+    for losses in read:
+        count += 1
         total += float(losses.sum(dtype="float64"))
         done += len(losses)
         rate = done / (time.perf_counter() - begun)
@@ -109,9 +127,9 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
         "words": words,
         "characters": characters,
         "bytes": size,
-        "windows": len(parts),
+        "windows": count,
         "window": window,
-        "stride": stride,
+        **({"stride": stride} if slots is None else {"memory": slots}),
     }
 
 
@@ -140,7 +158,8 @@ def main(config: PerplexityConfig) -> int:
         f"{counted(found['words'], 'word')} between white space, {counted(found['characters'], 'character')}, "
         f"{counted(found['bytes'], 'byte')}"
     )
-    print(f"in {counted(found['windows'], 'window')} of {found['window']:,} tokens, {found['stride']:,} apart")
+    last = f"{found['stride']:,} apart" if "stride" in found else f"with a memory of {found['memory']:,}"
+    print(f"in {counted(found['windows'], 'window')} of {found['window']:,} tokens, {last}")
     return 0
 
 

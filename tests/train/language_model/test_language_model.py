@@ -18,6 +18,7 @@ from bestiary.data import Corpus, Tokenizer, train_tokenizer
 from bestiary.data.tokenizers.text_stream import TextStream
 from bestiary.models import registry
 from bestiary.models.decoders.gpt2 import GPT2Config
+from bestiary.models.decoders.transformer_xl import TransformerXLConfig, TransformerXLModel
 from bestiary.train.cli import main
 from bestiary.train.language_model import generate
 from bestiary.train.language_model.generate import GenerateConfig, PromptDecodeConfig, one_line
@@ -218,6 +219,34 @@ def test_a_model_without_a_limit_needs_a_window(
     path.write_text(TEXT)
     status, _, said = run(capsys, "perplexity", "--model", folder, "--text", path)
     assert (status, "--window: the model has no limit of positions" in said) == (1, True)
+
+
+def test_perplexity_with_a_memory_of_the_text_before(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With enough of it, windows are the text at once."""
+    vocabulary = TransformerXLConfig.vocabulary_fields(tokenizer.vocab_size, tokenizer.special_ids)
+    sizes: dict[str, Any] = dict(width=16, embedding_size=16, layers=1, heads=2, head_size=8, feed_forward=32)
+    model = TransformerXLModel(TransformerXLConfig(**sizes, divisor=1, memory=16, **vocabulary))
+    params = nn.unbox(registry.init_params(model, jax.random.key(1)))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) * (1 if leaf.ndim == 1 else 15), params)
+    models.save(tmp_path / "model", model, params, tokenizer)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    (ids,) = tokenizer.encode_batch([TEXT])
+    scores = jax.jit(lambda ids: model.apply({"params": params}, ids))
+    half = len(ids) // 2  # in two parts, each with a memory of its own
+    expected = 0.0
+    for part in (ids[: half + 1], ids[half : 2 * half + 1]):
+        found = np.asarray(scores(jnp.array([part])))[0]
+        expected -= float(found[np.arange(len(part) - 1), part[1:]].sum())
+    command = ("perplexity", "--model", tmp_path / "model", "--text", path, "--json", "--window", 16)
+    status, out, _ = run(capsys, *command, "--memory", 512, "--batch", 2)
+    found = json.loads(out)
+    assert (status, found["memory"], found["tokens_predicted"]) == (0, 512, len(ids) - 1)
+    assert found["nats"] == pytest.approx(expected, rel=1e-5)
+    status, _, said = run(capsys, *command, "--stride", 8)
+    assert (status, "--stride: windows of a model with a memory follow each other" in said) == (1, True)
 
 
 def test_perplexity_is_that_of_the_probabilities(

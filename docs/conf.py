@@ -17,6 +17,7 @@ author = project_copyright = "the authors of bestiary"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/README"
+exclude_patterns = ["docs/examples"]
 include_patterns = ["README.md", "CONTRIBUTING.md", "models/README.md", "bench/*.md", "docs/*.md", "docs/*/*.md"]
 source_suffix = {".md": "markdown"}
 

@@ -17,8 +17,10 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *MEASURED, *s
 
 def commands_of(page: Path) -> list[list[str]]:
     """The words of each `bestiary ...` line in a page's code blocks, redirections and comments left out."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^ {4}(?:.*&& )?(?:uv run (?:--extra \w+ )?)?bestiary (.+)$", text, re.MULTILINE)
+    text = page.read_text(encoding="utf-8")
+    marked = re.sub(r"^```sh\n(.*?)^```", lambda block: re.sub("^", " " * 4, block[1], flags=re.MULTILINE), text,
+                    flags=re.MULTILINE | re.DOTALL).replace("\\\n", " ")  # fmt: skip
+    lines = re.findall(r"^ {4}(?:.*(?:&&|\|) )?(?:uv run (?:--extra \w+ )?)?bestiary (.+)$", marked, re.MULTILINE)
     return [shlex.split(re.split(r" [<>] ", line)[0], comments=True) for line in lines]
 
 

@@ -1,9 +1,11 @@
 """The command line. A command's module is imported only when the command is called."""
 
+import io
 import os
 import re
 import sys
 import traceback
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
@@ -129,7 +131,12 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "--out runs/glue",
     ),
     ("finetune", "glue", "--as-text"): Command(
-        ".text2text.config:GlueTextConfig", "the same with T5, BART or the like, as text to text", ".text2text.glue"
+        ".text2text.config:GlueTextConfig",
+        "the same with T5, BART or the like, as text to text",
+        ".text2text.glue",
+        example="bestiary translate train\n"
+        "bestiary finetune glue --as-text --tasks sst2 --data docs/examples --model runs/translate/model --steps 2 "
+        "--out runs/as-text",
     ),
     ("finetune", "classification"): Command(
         ".finetune.commands.table:TableConfig",
@@ -313,7 +320,8 @@ def opening(words: tuple[str, ...]) -> str:
 
 
 USAGE = (
-    "usage: bestiary COMMAND [OPTIONS]\n\ncommands:\n{commands}\n\nbestiary COMMAND --help lists a command's options.\n"
+    "usage: bestiary COMMAND [OPTIONS]\n\ncommands:\n{commands}\n\nbestiary COMMAND --help lists a command's options;\n"
+    "bestiary --completion bash (zsh, tcsh) prints a script that completes them.\n"
 )
 
 
@@ -333,12 +341,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"bestiary {version('bestiary')}")
         return 0
+    if arguments[0] == "--completion":
+        return _print_completion(arguments[1:])
     arguments = _chosen_by_flag(arguments)
     longest_first = sorted(COMMANDS.items(), key=lambda command: -len(command[0]))
     for words, command in longest_first:
         if tuple(arguments[: len(words)]) == words:
             rest = arguments[len(words) :]
-            return _unknown_subcommand(words, command, rest) or _guarded(words, command, rest)
+            return _unknown_subcommand(words, rest) or _guarded(words, command, rest)
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-"))
     parts = [" ".join(words) for words in COMMANDS if words[:-1] == (asked,)]
     if parts:
@@ -359,17 +369,43 @@ def _chosen_by_flag(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _unknown_subcommand(words: tuple[str, ...], command: Command, rest: list[str]) -> int:
+def _print_completion(given: list[str]) -> int:
+    """Print the script that completes commands and flags in a shell; return the exit status."""
+    from .commands.completion import script
+
+    def help_of(words: tuple[str, ...]) -> str:
+        shown = io.StringIO()
+        with redirect_stdout(shown), suppress(SystemExit):
+            config_of(words, ["--help"])
+        return shown.getvalue()
+
+    try:
+        whats = {words: command.what for words, command in COMMANDS.items()}
+        print(script(given[0] if given else "", whats, help_of, _first_values))
+    except RunError as error:
+        print(f"bestiary: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _first_values(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the values that a command's first argument may have, if it has subcommands too."""
+    command = COMMANDS.get(words)
+    if command is None or command.first is None:
+        return ()
+    module, _, name = command.first.partition(":")
+    return tuple(getattr(import_module(module, __package__), name))
+
+
+def _unknown_subcommand(words: tuple[str, ...], rest: list[str]) -> int:
     """Refuse a mistyped subcommand of a command that can also be called by itself; return 2, or 0 if it is none."""
     subcommands = [other[-1] for other in COMMANDS if other[:-1] == words and not other[-1].startswith("-")]
     if not subcommands or not rest or rest[0].startswith("-"):
         return 0
-    if command.first is not None:
-        module, _, name = command.first.partition(":")
-        values = getattr(import_module(module, __package__), name)
-        if rest[0] in values:
-            return 0
-        subcommands = [*values, *subcommands]
+    values = _first_values(words)
+    if rest[0] in values:
+        return 0
+    subcommands = [*values, *subcommands]
     name = " ".join(words)
     meant = did_you_mean(rest[0], subcommands) or f" Expected one of {', '.join(subcommands)}."
     print(f"bestiary {name}: there is no {rest[0]!r}.{meant}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,27 @@ def test_help_opens_with_the_example(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert shown.startswith("example:\n  bestiary pretrain\n")
     assert max(map(len, opening(("finetune", "squad")).splitlines())) <= 84
+
+
+def test_a_shell_completes_commands_flags_and_choices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {words: COMMANDS[words] for words in (("pretrain",), ("finetune",), ("finetune", "squad"))}
+    monkeypatch.setattr("bestiary.train.cli.COMMANDS", kept)
+    assert main(["--completion", "bash"]) == 0
+    (tmp_path / "bestiary").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        line = f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _shtab_bestiary; echo "${{COMPREPLY[@]}}"'
+        script = f"source {tmp_path / 'bestiary'}; {line}"
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("bestiary", "pre") == ["pretrain"]
+    assert completed("bestiary", "pretrain", "--learning-r") == ["--learning-rate"]
+    assert completed("bestiary", "pretrain", "--optimizer", "la") == ["lamb"]
+    assert completed("bestiary", "finetune", "s") == ["sst2", "stsb", "squad"]
+
+
+def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion", "dos"]) == 2
+    assert "--completion dos: expected one of bash" in capsys.readouterr().err

@@ -11,13 +11,13 @@ from ...data.files import write_text
 from ...data.json_files import read_object
 from ...data.tokenizers.kinds import TITLES
 from ...models.family import Family
-from ...models.registry import families
+from ...models.registry import FAMILIES, families
 from .diagram import draw, module_tree
 from .listing import count_parameters
 from .recipes import RECIPES
 
 COMMAND = "bestiary models --pages docs/zoo --parity bench/parity.json"
-MEASURES = {"outputs": "outputs", "loss": "loss", "gradient": "gradients", "trajectory": "training"}
+MEASURES = ("outputs", "loss", "gradients", "training")
 WIDTH = 108  # of a command, in characters
 LARGE = 40_000_000
 """Parameters above which a family's smallest size is only tried here for a few steps."""
@@ -28,7 +28,7 @@ def write_pages(folder: Path, parity: Path | None) -> list[Path]:
 
     Args:
         folder: where to write them, which is created.
-        parity: what `bestiary parity --json` printed; None: pages without errors.
+        parity: what `bestiary parity --record` wrote; None: pages without errors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     measured = {} if parity is None else read_object(parity)
@@ -69,17 +69,16 @@ def page(family: Family, measured: Mapping[str, Any]) -> str:
 
     Args:
         family: the family.
-        measured: what `bestiary parity --json` printed; empty: nothing was measured.
+        measured: what `bestiary parity --record` wrote; empty: nothing was measured.
     """
-    module = sys.modules[family.config.__module__]
-    code = family.config.__module__.removeprefix("bestiary.").replace(".", "/") + ".py"
+    code = f"models/{FAMILIES[family.name].partition(':')[0].removeprefix('.').replace('.', '/')}.py"
     reads = ", ".join(TITLES[kind] for kind in family.tokenizers) or family.reads
     return "\n".join(
         [
             f"# {family.title}\n",
             f"{family.paper}. Reads {reads}. `model_type` in config.json: "
             f"`{family.config.STORED_TYPE or family.name}`. Code: [{code}](../../{code}).\n",
-            inspect.cleandoc(module.__doc__ or ""),
+            _docstring(family),
             f"\n![The modules of {family.title}, in the order of their calls]({family.name}.svg)\n",
             *_sizes(family),
             *_heads(family),
@@ -151,33 +150,20 @@ def small_command(family: Family) -> str | None:
 
 
 def _parity(family: Family, measured: Mapping[str, Any]) -> list[str]:
-    names = {architecture.name for architecture in family.architectures}
-    found = [report for report in measured.get("folders", []) if report["model"] in names]
-    found = [report for report in found if _owner(report["model"]) == family.name]
-    if not found:
+    if family.name not in measured:
         return []
-    rows = []
-    for report in found:
-        worst = {**report, "outputs": max(report["outputs"].values(), default=None)}
-        cells = " | ".join("" if worst[key] is None else f"{float(worst[key]):.1e}" for key in MEASURES)
-        same = "same bytes" if not report["saved_differently"] else "differs"
-        rows.append(f"| {Path(report['folder']).name} | `{report['model']}` | {cells} | {same} |")
+    own = measured[family.name]
+    cells = " | ".join("" if own[name] is None else f"{own[name]:.1e}" for name in MEASURES)
+    fixtures = ", ".join(f"`{name}`" for name in own["fixtures"])
     return [
         "## Parity\n",
-        f"Largest errors against {measured['reference']}, on {measured['machine']}, {measured['date']}: absolute for "
-        "outputs and loss, relative for gradients and for the losses of 20 training steps. How: "
-        "[parity.md](../../bench/parity.md).\n",
-        f"| fixture | class | {' | '.join(MEASURES.values())} | saved again |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
-        "",
+        f"Largest errors against the reference implementation, {own['date']}, {own['machine']}: absolute for outputs "
+        "and loss, relative for gradients and for the losses of 20 training steps ([how](../../bench/parity.md)).\n",
+        f"| {' | '.join(MEASURES)} | saved again |",
+        "| --- | --- | --- | --- | --- |",
+        f"| {cells} | {'the same bytes' if own['same_bytes'] else 'differs'} |",
+        f"\nCheckpoints: {fixtures}.\n",
     ]
-
-
-def _owner(model: str) -> str:
-    """Return the first family with this class: SpanBERT's checkpoints have BERT's."""
-    owners = [f.name for f in families() if any(architecture.name == model for architecture in f.architectures)]
-    return owners[0]
 
 
 def _objectives(family: Family) -> str:
@@ -186,8 +172,15 @@ def _objectives(family: Family) -> str:
 
 def _what(family: Family) -> str:
     """Return the first sentence about a family, without its name."""
-    first = inspect.cleandoc(sys.modules[family.config.__module__].__doc__ or "").partition("\n")[0]
-    return first.partition(": ")[2].rstrip(".")
+    first = _docstring(family).partition("\n")[0].rstrip(".")
+    name, _, rest = first.partition(": ")
+    return rest if rest and len(name) < 20 else first
+
+
+def _docstring(family: Family) -> str:
+    """Return what a family's file says about it."""
+    module = f"bestiary.models{FAMILIES[family.name].partition(':')[0]}"
+    return inspect.cleandoc(sys.modules[module].__doc__ or "")
 
 
 def _wrapped(command: str) -> str:

@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from ...data.json_files import read_object, write_json
 
 if TYPE_CHECKING:
     from ...models.checkpoints.parity import Report
@@ -22,6 +28,9 @@ class ParityConfig:
     trajectory.json; generate.json where the reference generated too."""
     json: bool = False
     """Print one JSON object instead of text."""
+    record: Path | None = None
+    """JSON file to write the largest errors of each family to, in the place of earlier ones; what it has of other
+    families stays."""
     output_tolerance: float = 1e-5
     """Largest absolute error of any output, and of the loss."""
     gradient_tolerance: float = 1e-4
@@ -45,6 +54,8 @@ def main(config: ParityConfig) -> int:
     how = {"make_optimiser": reference_optimizer, "generate": reference_generate}
     reports = [check(folder, **tolerances, **how) for folder in config.folders]
     passed = all(report.passed for report in reports)
+    if config.record is not None:
+        record(config.record, reports)
     if config.json:
         # Infinity and NaN are not valid JSON, so they are shown as text.
         finite = json.loads(json.dumps([dataclasses.asdict(r) for r in reports]), parse_constant=str)
@@ -53,6 +64,42 @@ def main(config: ParityConfig) -> int:
         for report in reports:
             print("\n".join(describe(report)))
     return 0 if passed else 1
+
+
+def record(path: Path, reports: Sequence["Report"]) -> None:
+    """Write the largest errors of each family of the reports to a JSON file: family -> measure -> error.
+
+    Args:
+        path: the file; what it has of other families stays.
+        reports: of fixtures that could be compared.
+    """
+    from ...models.registry import families
+
+    owners = {
+        architecture.name: family.name for family in reversed([*families()]) for architecture in family.architectures
+    }
+    found: dict[str, list[Report]] = {}
+    for report in reports:
+        if report.error is None and report.model is not None:
+            found.setdefault(owners[report.model], []).append(report)
+    recorded = read_object(path) if path.exists() else {}
+    for family, own in found.items():
+        errors = {
+            "outputs": [error for report in own for error in report.outputs.values()],
+            "loss": [report.loss for report in own],
+            "gradients": [report.gradient for report in own],
+            "training": [report.trajectory for report in own],
+        }
+        recorded[family] = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()} CPU, jax {version('jax')}",
+            "fixtures": sorted(Path(report.folder).resolve().name for report in own),
+            **{
+                name: max((error for error in some if error is not None), default=None) for name, some in errors.items()
+            },
+            "same_bytes": not any(report.saved_differently for report in own),
+        }
+    write_json(path, dict(sorted(recorded.items())))
 
 
 def describe(report: "Report") -> list[str]:

@@ -19,7 +19,7 @@ class ModelsConfig:
     pages: Path | None = None
     """Folder to write a page and a diagram of each family to, instead of printing."""
     parity: Path | None = None
-    """What `bestiary parity --json` printed, for the errors on the pages."""
+    """What `bestiary parity --record` wrote, for the errors on the pages."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Attention = Literal["hopper", "tpu", "cudnn", "xla"]
 """Names of attention backends, those of `kernels.BACKENDS`; here, since that module imports JAX."""
-Optimizer = Literal["adamw", "lamb", "stable-adamw", "adafactor", "muon"]
+Optimizer = Literal["adamw", "lamb", "stable-adamw", "adafactor", "muon", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "t5", "wsd"]
 
 
@@ -22,7 +22,8 @@ class OptimConfig:
     """Optimiser: adamw (Loshchilov and Hutter 2017); lamb (You et al. 2019) for batches of thousands of rows;
     stable-adamw (Wortsman et al. 2023), ModernBERT's, whose clipping by tensor replaces --clip-norm; adafactor (Shazeer
     and Stern 2018), T5's, whose steps are relative to the parameters' size (a rate of 1e-3 to 1e-2); muon (Jordan et
-    al. 2024) for the matrices of the layers, with Adam for everything else."""
+    al. 2024) for the matrices of the layers, with Adam for everything else; sgd, with a momentum of --beta1, by which
+    ViT's paper fine-tunes (a rate of 1e-3 to 6e-2, no --weight-decay)."""
     learning_rate: float = 1e-4
     """Peak learning rate, reached at the end of the warmup."""
     warmup: float = 0.01
@@ -44,7 +45,7 @@ class OptimConfig:
     decay_embeddings: bool = True
     """Apply weight decay to embeddings too. Off: to kernels alone."""
     beta1: float = 0.9
-    """Decay rate of Adam's first moment."""
+    """Decay rate of Adam's first moment, or of the momentum of sgd."""
     beta2: float = 0.999
     """Decay rate of Adam's second moment."""
     epsilon: float = 1e-6

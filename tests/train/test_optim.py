@@ -55,6 +55,8 @@ def reference(config: OptimConfig, params, gradients, rates):
             if config.bias_correction:
                 mean, spread = mean / (1 - config.beta1**number), spread / (1 - config.beta2**number)
             update = mean / (np.sqrt(spread) + config.epsilon)
+            if config.optimizer == "sgd":  # heavy-ball momentum: v = b v + g, whose moving mean is (1 - b) v
+                update = first[name] / (1 - config.beta1)
             decays = name.endswith(("kernel", "embedding") if config.decay_embeddings else "kernel")
             strength = config.weight_decay / (config.learning_rate if config.independent_decay else 1)
             if decays:
@@ -78,6 +80,7 @@ def reference(config: OptimConfig, params, gradients, rates):
         dict(optimizer="stable-adamw", clip_norm=0.0, independent_decay=True, decay_embeddings=False),
         dict(optimizer="adamw", bias_correction=False),
         dict(optimizer="lamb", clip_norm=0.5),
+        dict(optimizer="sgd", clip_norm=0.5),
         dict(optimizer="lamb", bias_correction=False),
         dict(optimizer="stable-adamw", clip_norm=0.0, beta2=0.9),
     ],

@@ -76,6 +76,7 @@ def optimizer(
         "stable-adamw": lambda: [stable_adam(config, shapes)],
         "adafactor": lambda: [adafactor(shapes), decay],
         "muon": lambda: [muon(config, shapes), decay],
+        "sgd": lambda: [optax.trace(config.beta1), decay],
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     steps = [clip, *rules[config.optimizer]()]

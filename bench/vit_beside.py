@@ -1,24 +1,25 @@
 """Train a ViT beside the reference implementation, on identical batches from identical weights, and compare the losses.
 
-    uv run python bench/vit_beside.py ours DATA OUT [START]    writes the batches, the weights and our losses to OUT
-    PEER/bin/python bench/vit_beside.py reference OUT          trains the same in PyTorch with transformers; prints both
+    uv run python bench/vit_beside.py ours OUT --data DATA    writes the batches, the weights and our losses to OUT
+    PEER/bin/python bench/vit_beside.py reference OUT         trains the same in PyTorch with transformers; prints both
 
-DATA is a folder as `bestiary images train` reads it. START is the folder of a run's model to start from; without it,
-weights are new, with a standard deviation of 0.1: with 0.02, so narrow a model begins on a plateau, where rounding
-errors grow. Everything is as that command does it: AdamW with a decay of the kernels independent of the learning rate,
+DATA is a folder as `bestiary images train` reads it. --start is the folder of a run's model to start from; without it,
+weights are new, with a standard deviation of 0.1: with 0.02, a model 64 wide begins on a plateau, where rounding errors
+grow. Everything is as that command does it: AdamW with a decay of the kernels independent of the learning rate,
 warm-up and cosine, clipping at a norm of 1, random shifts.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 STEPS, BATCH, PEAK, DECAY = 100, 64, 1e-3, 1e-4
 
 
-def ours(data: Path, out: Path, begin: Path | None = None) -> None:
+def ours(data: Path, out: Path, begin: Path | None, sizes: dict[str, Any]) -> None:
     """Train with this package."""
     from functools import partial
 
@@ -36,8 +37,7 @@ def ours(data: Path, out: Path, begin: Path | None = None) -> None:
     from bestiary.train.optim.schedule import schedule
     from bestiary.train.sharding import Replicas
 
-    sizes = dict(width=64, layers=6, heads=4, patch_size=7, initializer_range=0.1)
-    config = TrainConfig(data=data, out=out, augment=AugmentConfig("shift"), **sizes)
+    config = TrainConfig(data=data, out=out, augment=AugmentConfig("shift"), patch_size=7, **sizes)
     images = read_images(data)["train"]
     start = new_model(config, images)
     rate = schedule(config.optim, [(STEPS, None)])
@@ -102,5 +102,16 @@ def reference(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    kind, *paths = sys.argv[1:]
-    {"ours": ours, "reference": reference}[kind](*map(Path, paths))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=("ours", "reference"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--start", type=Path)
+    for name, default in (("width", 64), ("layers", 6), ("heads", 4), ("initializer-range", 0.1)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    a = parser.parse_args()
+    if a.side == "reference":
+        reference(a.out)
+    else:
+        given = {name: getattr(a, name) for name in ("width", "layers", "heads", "initializer_range")}
+        ours(a.data, a.out, a.start, given)

@@ -7,19 +7,16 @@ the classes, the tanh GELU, and kernels of Xavier's uniform distribution. [CLS] 
 added as in the released code: a position for each patch, none for [CLS].
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jax import Array
 from jax.nn.initializers import Initializer
 
 from ..family import Family
 from ..heads.with_head import Form, architectures
+from ..layers.linear import xavier
 from .vit import PARTS, ViT, ViTConfig, pixels
 
 
@@ -71,14 +68,7 @@ class PlainViTConfig(ViTConfig):
     @property
     def initializer(self) -> Initializer:
         """Initialiser of new kernels: Xavier's, uniform, of the map from and to all heads together."""
-
-        def draw(key: Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Array:
-            del out_sharding
-            fans = 2 * self.width if len(shape) == 3 else sum(shape)
-            limit = math.sqrt(6 / fans)
-            return jax.random.uniform(key, shape, jnp.float32 if dtype is None else dtype, -limit, limit)
-
-        return draw
+        return xavier(self.width)
 
     @property
     def input_initializers(self) -> tuple[Initializer, Initializer, Initializer]:

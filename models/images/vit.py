@@ -9,7 +9,7 @@ first. Images of another size have as many patches as they have, and positions r
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -153,6 +153,10 @@ class Embeddings(nn.Module):
             self.position = Embed(c.positions, c.width, "positions", position_init, c.dtype)
         self.drop = Dropout(c.dropout)
 
+    def patches(self, pixel_values: Array) -> Array:
+        """Compute a vector of each patch, [B, H, W, C] -> [B, patches, E], row by row."""
+        return self.patch(patchify(pixel_values, self.config.patch_size).astype(self.config.dtype))
+
     def __call__(self, pixel_values: Array, *, rows: Rows, deterministic: bool) -> Array:
         """Embed images [B, H, W, C] -> [B, L, E]."""
         c = self.config
@@ -163,7 +167,7 @@ class Embeddings(nn.Module):
                 f"that are multiples of the patch size {c.patch_size}"
             )
         grid = height // c.patch_size, width // c.patch_size
-        hidden = self.patch(patchify(pixel_values, c.patch_size).astype(c.dtype))
+        hidden = self.patches(pixel_values)
         first: list[Array] = [self.cls(jnp.zeros((1,), jnp.int32))] if c.has_cls else []
         if c.learnt_positions:
             table = self.position.embedding
@@ -214,11 +218,15 @@ class ViT(StackEncoder):
 
     def setup(self) -> None:
         c = self.config
-        self.embeddings = Embeddings(c)
+        self.embeddings = self.make_embeddings()
         self.layers = Block(c)
         self.final_norm = LayerNorm(c.norm_epsilon, c.dtype)
         if self.pooler:
             self.pool = self.make_pooler()
+
+    def make_embeddings(self) -> Embeddings:
+        """Return what embeds images."""
+        return Embeddings(self.config)
 
     def leave(self, hidden: Array) -> Array:
         """Compute the encoder's output from the last layer's."""
@@ -290,15 +298,27 @@ def resized(model: Any, params: Mapping[str, Any], image_size: int) -> tuple[Any
 # The two-way table between the parameters and the released checkpoints' names.
 
 
-def encoder_entries(c: ViTConfig, prefix: str, path: tuple[str, ...], *, pooler: bool) -> list[Entry]:
+def patch_entries(c: ViTConfig, prefix: str, path: tuple[str, ...]) -> list[Entry]:
+    """Return the entries of the patches' linear map, with stored names under `prefix`, of the embeddings at `path`."""
+    name = f"{prefix}embeddings.patch_embeddings.projection"
+    return [
+        Entry(f"{name}.weight", (*path, "patch", "kernel"), Convolved(c.patch_size, c.channels, c.width)),
+        Entry(f"{name}.bias", (*path, "patch", "bias"), same(c.width)),
+    ]
+
+
+def encoder_entries(
+    c: ViTConfig,
+    prefix: str,
+    path: tuple[str, ...],
+    *,
+    pooler: bool,
+    patches: Callable[..., list[Entry]] = patch_entries,
+) -> list[Entry]:
     """Return the encoder's entries, with stored names under `prefix` and parameters at `path`."""
     n, width, heads, inner = c.layers, (c.width,), (c.heads, c.width // c.heads), (c.feed_forward,)
     layer, at, embeddings = f"{prefix}encoder.layer.{{layer}}.", (*path, "layers"), (*path, "embeddings")
-    patches = f"{prefix}embeddings.patch_embeddings.projection"
-    entries = [
-        Entry(f"{patches}.weight", (*embeddings, "patch", "kernel"), Convolved(c.patch_size, c.channels, c.width)),
-        Entry(f"{patches}.bias", (*embeddings, "patch", "bias"), same(c.width)),
-    ]
+    entries = patches(c, prefix, embeddings)
     if c.has_cls:
         token = Reshaped((1, 1, c.width), (1, c.width))
         entries.append(Entry(f"{prefix}embeddings.cls_token", (*embeddings, "cls", "embedding"), token))

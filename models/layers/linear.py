@@ -37,6 +37,17 @@ def partitioned(initializer: Initializer, *axes: str) -> Callable[..., Any]:
     return nn.with_logical_partitioning(initializer, axes)
 
 
+def xavier(width: int) -> Initializer:
+    """Return Xavier's uniform initialiser; a kernel of three axes is a map of `width` from or to all heads together."""
+
+    def draw(key: Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Array:
+        del out_sharding
+        limit = math.sqrt(6 / (2 * width if len(shape) == 3 else sum(shape)))
+        return jax.random.uniform(key, shape, jnp.float32 if dtype is None else dtype, -limit, limit)
+
+    return draw
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str) -> Array:
     """Compute inputs [..., I] · kernel -> [..., O] in `dtype`, accumulated in float32, returned as `out_dtype`.

@@ -46,3 +46,29 @@ class RandomStream:
             words[starts] >>= spare
             result[tossed] = np.add.reduceat(np.bitwise_count(words), starts, dtype=np.int64)
         return result
+
+
+class EpochOrders:
+    """The order of n things in each epoch of an endless numbering, drawn when it is asked for.
+
+    Args:
+        count: number of things.
+        key: key of the random numbers, before the epoch's number.
+    """
+
+    def __init__(self, count: int, *key: int):
+        self.count, self._key = count, key
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, place: int) -> int:
+        """Return the thing at a place of the numbering."""
+        epoch, within = divmod(place, self.count)
+        order = self._orders.get(epoch)
+        if order is None:  # two threads may both draw it, which gives the same
+            order = self.draw(epoch)
+            self._orders = {**{e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}, epoch: order}
+        return int(order[within])
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Draw an epoch's order, [count] int64."""
+        return RandomStream(*self._key, epoch).permutation(self.count)

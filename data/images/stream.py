@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from ..errors import DataError
-from ..random import RandomStream
+from ..random import EpochOrders, RandomStream
 from .augment import Augmentation, mixing_share
 from .processor import Processor
 from .sets import ImageSet
@@ -41,16 +41,11 @@ class Rows:
         if processor.output is None:
             raise DataError("The preprocessing gives images of several sizes; expected one size for training.")
         self.images, self.processor, self.augmentation, self.seed = images, processor, augmentation, seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders = EpochOrders(len(images.labels), seed, ORDER)
 
     def image_of(self, row: int) -> int:
         """Return the number of a row's image."""
-        epoch, place = divmod(row, len(self.images.labels))
-        order = self._orders.get(epoch)
-        if order is None:  # two threads may both draw it, which gives the same
-            order = RandomStream(self.seed, ORDER, epoch).permutation(len(self.images.labels))
-            self._orders = {**{e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}, epoch: order}
-        return int(order[place])
+        return self._orders[row]
 
     def batch(self, rows: range) -> Batch:
         """Assemble rows.

@@ -1,0 +1,1 @@
+"""Examples of several tasks, of images and of texts, and batches of one task each."""

@@ -308,8 +308,10 @@ class Family:
     """fraction of the tokens to predict in pretraining"""
     evaluation_mask_rate: float | None = None
     """the same in evaluation, for masked words; None: that of the training"""
-    reads: Literal["text", "images"] = "text"
+    reads: Literal["text", "images", "images and text"] = "text"
     """what its models take; those of images have no tokenizers"""
+    members: tuple[tuple[str, str], ...] = ()
+    """(field of the config, key in config.json) of each `Member`, for a model that contains models of other families"""
     example: Callable[[Any], tuple[Any, ...]] = token_ids
     """config -> shapes and dtypes of inputs for initialising a model"""
     below: tuple[str, ...] = ("embeddings",)
@@ -394,6 +396,13 @@ class Family:
                 depth = np.array(count if self.is_encoder_parameter(entry.path) else count + 1)
             found[entry.path[:-1]] = depth
         return found
+
+
+class Member(NamedTuple):
+    """A model of one family inside a model of another."""
+
+    family: Family
+    config: Any
 
 
 def _in_encoder(path: Path) -> str:

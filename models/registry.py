@@ -15,6 +15,7 @@ FAMILIES = {
     "albert": ".encoders.albert",
     "bart": ".encoder_decoders.bart",
     "bert": ".encoders.bert",
+    "conv-vit": ".images.conv_vit",
     "distilbert": ".encoders.distilbert",
     "electra": ".encoders.electra",
     "gpt2": ".decoders.gpt2",
@@ -31,6 +32,7 @@ FAMILIES = {
     "t5": ".encoder_decoders.t5",
     "transfo-xl": ".decoders.transformer_xl",
     "transformer": ".encoder_decoders.transformer",
+    "unit": ".multimodal.unit",
     "vit": ".images.vit",
     "xlm-roberta": ".encoders.roberta:XLM",
 }

@@ -29,7 +29,7 @@ from ...data.files import replacing, temporary
 from ...data.images.processor import FILE as PROCESSOR_FILE
 from ...data.images.processor import Processor
 from ...data.json_files import read_object, value_of, write_json
-from ..family import Architecture, Family, FamilyConfig
+from ..family import Architecture, Family, FamilyConfig, Member
 from ..once import jit_once
 from ..registry import FAMILIES, families, family_of_model, init_params, stored_family
 from .config import ConfigError, require_checkpoint
@@ -249,8 +249,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _config_of(family: Family, stored: Mapping[str, Any], folder: Path) -> FamilyConfig:
+    members = {}
+    for name, key in family.members:
+        inner = value_of(stored, key, dict | None, str(folder / "config.json"), None)
+        if inner is not None:
+            other = family_of_folder(inner, folder)
+            members[name] = Member(other, _config_of(other, inner, folder))
     try:
-        return family.config.from_json(stored)
+        return family.config.from_json(stored, **members)
     except ConfigError as error:  # which cannot know the folder
         raise ConfigError(str(error).replace("config.json", str(folder / "config.json"), 1)) from None
 

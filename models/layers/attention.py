@@ -77,6 +77,8 @@ class Attention(nn.Module):
         rows: Rows,
         *,
         memory: Array | None = None,
+        places: Array | None = None,
+        memory_places: Array | None = None,
         bias: Bias | None = None,
         position_ids: Array | None = None,
         query_positions: Array | None = None,
@@ -89,6 +91,9 @@ class Attention(nn.Module):
             segment_ids: [B, L], or a pair (of the queries, of the keys), or None if everything is one segment.
             rows: [B] uint32, row numbers, or `ByExample` of the tokens.
             memory: [B, S, E], what to attend to; None for `hidden` itself.
+            places: [B or 1, L, E], added to what queries are projected from, and in self-attention keys too, but not
+                values (Carion et al. 2020, A.4); None for nothing.
+            memory_places: [B or 1, S, E], the same for the keys of a memory.
             bias: bias added to the scores.
             position_ids: int [B or 1, L], each token's position in its example, for rotary attention; None counts from
                 0 along the row.
@@ -119,10 +124,12 @@ class Attention(nn.Module):
             and not deterministic
         ):
             raise NotImplementedError("Attention: dropout by example of another sequence takes the same places of both")
+        memory_places = places if memory is None else memory_places
         memory = hidden if memory is None else memory
         own = rows if query_positions is None else rows_at(rows, query_positions)
-        query = self.project(self.query, hidden, own)
-        key, value = self.project(self.key, memory, rows), self.project(self.value, memory, rows)
+        query = self.project(self.query, hidden if places is None else hidden + places, own)
+        key = self.project(self.key, memory if memory_places is None else memory + memory_places, rows)
+        value = self.project(self.value, memory, rows)
         if self.rotary is not None:
             if position_ids is None:
                 position_ids = jnp.arange(memory.shape[1])[None]

@@ -16,6 +16,7 @@ JOB_IMPORTS = {
     "text2text": {"train.translate", "train.generate", "train.finetune.tasks"},
     "embed": {"train.finetune.tasks"},
     "language_model": {"train.generate", "train.finetune.tasks"},
+    "multitask": {"train.images.loss", "train.images.model", "train.images.prediction"},
     "commands": {"train.generate.released"},
     "bench": {"train.pretrain", "train.translate", "train.generate"},
 }

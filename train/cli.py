@@ -212,6 +212,20 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
         "bestiary images predict runs/shapes docs/examples/shapes/circle/0.png",
     ),
+    ("multitask", "train"): Command(
+        ".multitask.config:TrainConfig",
+        "train one model for several tasks of images, texts and questions about images (UniT)",
+        ".multitask.loop",
+        example="bestiary multitask train --config docs/examples/tasks.toml --batch-size 8 --steps 20 --out runs/unit",
+    ),
+    ("multitask", "predict"): Command(
+        ".multitask.config:PredictConfig",
+        "answer one of the tasks of such a model",
+        ".multitask.predict",
+        example="bestiary multitask train --config docs/examples/tasks.toml --batch-size 8 --steps 20 --out runs/unit\n"
+        "bestiary multitask predict runs/unit --task vqa --image docs/examples/shapes/circle/0.png "
+        '--question "what shape is it?"',
+    ),
     ("evaluate",): Command(
         ".finetune.evaluate:EvaluateConfig",
         "evaluate a fine-tuned model on labelled examples",
@@ -473,7 +487,7 @@ TRACEBACK = "BESTIARY_TRACEBACK"
 """Environment variable: if set, errors show where they were raised."""
 RESUMING = (
     *("pretrain", "distill", "finetune", "translate train", "text2text train"),
-    *("images train", "images finetune"),
+    *("images train", "images finetune", "multitask train"),
 )
 """Commands that resume if they are given again."""
 

@@ -1,0 +1,1 @@
+"""Training of one model for several tasks, of images and of texts, and its predictions."""

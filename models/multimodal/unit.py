@@ -30,8 +30,10 @@ from ...data.json_files import fits
 from ..checkpoints.config import ConfigError
 from ..checkpoints.tables import Entry, Table, linear_entries, norm_entries, same
 from ..encoder import StackEncoder
+from ..encoders.bert import FAMILY as BERT
 from ..family import Architecture, Family, FamilyConfig, Member
 from ..images.patches import sines_2d
+from ..images.vit import FAMILY as VIT
 from ..layers.activations import ACTIVATIONS
 from ..layers.dropout import Dropout
 from ..layers.linear import Embed, Linear, xavier
@@ -64,7 +66,10 @@ class UnitTask(NamedTuple):
 
 @dataclass(frozen=True)
 class UnitConfig(FamilyConfig):
-    """Sizes and settings of a UniT model. The defaults are those of the paper's decoder, shared by all tasks."""
+    """Sizes and settings of a UniT model. The defaults are those of the paper's decoder, shared by all tasks.
+
+    "unit-base" has three of the paper's tasks, and a ViT where the paper has a ResNet.
+    """
 
     MODEL_TYPE: ClassVar[str] = "unit"
     KEYS: ClassVar[Mapping[str, str]] = {
@@ -82,6 +87,17 @@ class UnitConfig(FamilyConfig):
         "activation_function": tuple(ACTIVATIONS),
     }
     WRITTEN_ANEW: ClassVar[tuple[str, ...]] = (*FamilyConfig.WRITTEN_ANEW, "image_config", "text_config", "tasks")
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "unit-base": {
+            "image": Member(VIT, VIT.config.preset("vit-base")),
+            "text": Member(BERT, BERT.config.preset("bert-base")),
+            "tasks": (
+                UnitTask("vqa2", "image and text", tuple(map(str, range(3129))), loss="sigmoid"),
+                UnitTask("snli-ve", "image and text", ("entailment", "neutral", "contradiction")),
+                UnitTask("sst2", "text", ("negative", "positive")),
+            ),
+        }
+    }
 
     width: int = 768
     """size of the decoder's hidden states, E; a multiple of 4"""

@@ -11,7 +11,7 @@ from bestiary.train.cli import COMMANDS, config_of, main, opening
 from bestiary.train.plan.arguments import divide
 
 # What the examples' earlier lines make, by the run's folder.
-MADE = ("pretrain", "translate", "gpt2-tiny", "text2text", "sst2", "shapes", "lora")
+MADE = ("pretrain", "translate", "gpt2-tiny", "text2text", "sst2", "shapes", "unit", "lora")
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,8 @@ def picture(family: Family) -> str:
     sizes = list(family.config.PRESETS)
     named = next((size for size in sizes if size.endswith("-base")), sizes[0] if sizes else None)
     config = family.config() if named is None else family.config.preset(named)
-    told = [head for head in ("pretraining", "masked_lm", "causal_lm", "generation") if head in family.heads]
-    return draw(module_tree(family, (told or ["classification"])[0], config))
+    heads = ("pretraining", "masked_lm", "causal_lm", "generation", "classification", *family.heads)
+    return draw(module_tree(family, next(head for head in heads if head in family.heads), config))
 
 
 def _sizes(family: Family) -> list[str]:

@@ -19,6 +19,7 @@ from ...data.multitask.mixture import Mixture, of_task
 from ...data.progress import counted
 from ...models.multimodal.unit import Unit, UnitTask
 from ...models.registry import init_params
+from ..adapt.layer_rates import boxed_shapes
 from ..errors import RunError
 from ..images.loss import class_sums, evaluate
 from ..learner import (
@@ -177,9 +178,9 @@ def _train(run: Run, c: TrainConfig, file: TaskFile) -> int:
     start = make_start(c, file, [one.task for one in data.values()], texts)
     model, inputs = start.model, start.inputs
     examples = {name: encode(one, inputs.tokenizer, inputs.longest, c.seed, run.progress) for name, one in data.items()}
-    learner = make_learner(
-        partial(init_params, model), optim=c.optim, rate=schedule(c.optim, [(c.steps, None)]), seed=c.seed
-    )
+    rate = schedule(c.optim, [(c.steps, None)])
+    initialise = partial(_zeros if start.loaded else init_params, model)
+    learner = make_learner(initialise, optim=c.optim, rate=rate, seed=c.seed)
     _describe(run, c, start, learner)
     index, count = run.parallelism.share(c.batch_size)
     rows = {
@@ -248,6 +249,11 @@ def _train(run: Run, c: TrainConfig, file: TaskFile) -> int:
     ]
     run.finish(model, params, inputs, results, lines)
     return fitted.exit_status
+
+
+def _zeros(model: Unit, _: jax.Array) -> Any:
+    """Return parameters that loaded ones replace: drawing others first would only take time to compile."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed_shapes(model))
 
 
 def augmentation(part: TaskPart) -> Augmentation:

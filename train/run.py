@@ -244,7 +244,9 @@ def start_run(
         return
     with stop or Stop() as stop:  # before JAX's own handler of SIGTERM, by which several processes coordinate
         parallelism = start_parallelism(config.parallelism)
-        folder = RunFolder(config.out, config if command is None else command, frozenset(free), upgrade)
+        folder = RunFolder(
+            config.out, config if command is None else command, frozenset(free), upgrade, config.loop.track
+        )
         with closing(folder):
             yield Run(config, folder, parallelism, Progress(shown=jax.process_index() == 0), stop)
 

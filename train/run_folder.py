@@ -23,6 +23,7 @@ from ..data.files import replacing, write_text
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
 from .errors import RunError
 from .lock import Lock
+from .machine.tracking import Tracker, Tracking
 from .sharding import in_any_process
 
 LOCK = "run.lock"
@@ -36,6 +37,7 @@ class RunFolder:
         config: a frozen dataclass, the run's whole configuration.
         free: names of fields (`optim.beta1` for nested ones) that may change when the run is resumed.
         upgrade: converts config.json of earlier versions; None: nothing changed.
+        track: where metrics go too; None: nowhere.
 
     Raises:
         RunError: the folder contains a run with another configuration, or something that is not a run; or another
@@ -48,8 +50,11 @@ class RunFolder:
         config: Any,
         free: frozenset[str],
         upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        track: Tracker | None = None,
     ):
         self.folder = folder
+        self._track = track
+        self._tracking: Tracking | None = None
         self.main = jax.process_index() == 0
         self._events: Any = None
         self._asked = to_json(config)
@@ -158,6 +163,9 @@ class RunFolder:
             self._events = Writer(str(self.folder / "tensorboard"))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._track is not None:
+            self._tracking = self._tracking or Tracking(self._track, self.folder, self._asked)
+            self._tracking.log(step, values)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
@@ -183,9 +191,11 @@ class RunFolder:
             write_json(self.folder / "results.json", results)
 
     def close(self) -> None:
-        """Flush the TensorBoard events, and release the lock."""
+        """Flush the TensorBoard events, end the tracker's run, and release the lock."""
         if self._events is not None:
             self._events.close()
+        if self._tracking is not None:
+            self._tracking.close()
         if self._lock is not None:
             self._lock.release()
 

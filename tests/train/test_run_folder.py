@@ -16,6 +16,7 @@ from bestiary.data.errors import DataError
 from bestiary.data.files import replacing, temporary
 from bestiary.data.json_files import read_object_lines
 from bestiary.train.checkpoint import damage, read_params, write_manifest, write_params
+from bestiary.train.config import LoopConfig
 from bestiary.train.errors import RunError
 from bestiary.train.run_folder import LOCK, RunFolder, panels
 
@@ -195,3 +196,40 @@ def test_what_has_no_value_or_is_always_zero_gets_no_panel():
     ]
     assert panels(records) == ["loss", "f1"]
     assert panels([{"step": 1, "loss": 0.0}]) == []
+
+
+class Recorder:
+    """Stands in for wandb or trackio, whose three functions it has."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def init(self, **settings) -> None:
+        self.calls.append(("init", settings))
+
+    def log(self, values, step) -> None:
+        self.calls.append(("log", step, values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_metrics_go_to_a_tracker_too(tmp_path, monkeypatch, name):
+    tracker = Recorder()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = RunFolder(tmp_path / "run", Settings(), frozenset({"out"}), track=name)
+    run.begin()
+    run.write_metrics(10, {"loss": 2.0}, {"tokens_per_second": 5.0})
+    run.close()
+    (_, settings), *rest = tracker.calls
+    assert settings["config"]["steps"] == 10
+    assert settings["name"] == "run"
+    assert settings.get("mode") == ("offline" if name == "wandb" else None)
+    assert rest == [("log", 10, {"loss": 2.0, "tokens_per_second": 5.0}), ("finish",)]
+
+
+def test_a_tracker_that_is_not_installed_is_refused():
+    with pytest.raises(RunError, match="--track trackio: trackio is not installed"):
+        LoopConfig(track="trackio")

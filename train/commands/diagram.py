@@ -138,4 +138,4 @@ def _cut(text: str, width: int) -> str:
 
 def _most(width: int) -> int:
     """Return the number of characters that fit into a box."""
-    return (width - 2 * PAD) // 6
+    return 2 * (width - 2 * PAD) // 13

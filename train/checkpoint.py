@@ -12,7 +12,8 @@ import errno
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,9 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Checkpoints of one run folder.
 
+    A save that fails, on a full disk or one that cannot be written any more, is reported; the training goes on, and the
+    newest whole checkpoint stays. With several processes it ends the run, since they save together.
+
     Args:
         folder: folder of the checkpoints, created if missing.
         keep: number of most recent checkpoints to keep; at least 2, in case the newest is damaged.
@@ -58,10 +62,14 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._set_broken_aside()
         _barrier("checkpoints_ready")
-        self._manager = ocp.CheckpointManager(
+        self._keep = keep
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=self._keep,
                 step_format_fixed_length=None,
                 # On a CPU, the next step reuses the memory of the arrays, so a save must finish first.
                 enable_async_checkpointing=jax.default_backend() != "cpu",
@@ -75,11 +83,29 @@ class Checkpoints:
     def save(self, step: int, state: Any, extra_state: dict[str, Any]) -> None:
         """Save a checkpoint; on an accelerator, writing continues in the background."""
         self.finish()
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(extra_state))
-        )
-        self._pending = step
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(extra_state))
+        with self._reporting(step):
+            self._manager.save(step, args=args)
+            self._pending = step
         self.poll()
+
+    @contextmanager
+    def _reporting(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise
+            self._pending = None
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            whole = [int(path.stem) for path in self.folder.glob("*.json")]
+            last = f"the newest one is of step {max(whole)}" if whole else "there is none yet"
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            self._report(
+                f"CHECKPOINT OF STEP {step} NOT SAVED: {said}. The training goes on without it; {last}. "
+                f"Free some space on, or make writable, the disk of {self.folder}."
+            )
+            self._manager = self._new_manager()
 
     def poll(self) -> None:
         """Write the manifest of a save that has finished; cheap enough to call at every step."""
@@ -90,13 +116,14 @@ class Checkpoints:
         """Wait for a save in progress and write its manifest."""
         if self._pending is None:
             return
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            write_manifest(self.folder, self._pending)
-            kept = {str(step) for step in self._manager.all_steps()}
-            for manifest in self.folder.glob("*.json"):
-                if manifest.stem not in kept:
-                    manifest.unlink()
+        with self._reporting(self._pending):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.folder, self._pending)
+                kept = {str(step) for step in self._manager.all_steps()}
+                for manifest in self.folder.glob("*.json"):
+                    if manifest.stem not in kept:
+                        manifest.unlink()
         self._pending = None
 
     def restore(self, abstract: Any) -> Restored | None:
@@ -172,9 +199,38 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
             raise
         raise RunError(
             f"{manager.directory}, step {step}: the arrays belong to another model or optimiser. Give the options they "
-            "were saved with, or start a new run from the weights alone."
+            f"were saved with, or start a new run from the weights alone.{_differences(manager, step, abstract)}"
         ) from error
     return Restored(found.state, step, found.progress)
+
+
+SHOWN = 12
+"""Number of arrays that differ to list."""
+
+
+def _differences(manager: ocp.CheckpointManager, step: int, abstract: Any) -> str:
+    """Return lines with the arrays that a checkpoint has otherwise than asked for."""
+    state: Any = manager.item_metadata(step)
+    there, here = _shapes(state.state), _shapes(abstract)
+    lines = [
+        f"\n  {name}: {there.get(name, 'not there')} there, {here.get(name, 'not there')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return "".join(lines[:SHOWN]) + more
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """Return name -> shape of all arrays, named alike in a state and in a checkpoint's metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(getattr(tree, "tree", tree), is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path): list(
+            leaf.shape
+        )
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
 
 
 def write_params(path: Path, params: Any) -> None:

@@ -91,11 +91,18 @@ class LoopConfig:
     """Number of newest checkpoints to keep."""
     track: Tracker | None = None
     """Record the metrics with wandb or trackio too, if installed: offline, unless WANDB_MODE says otherwise."""
+    hang_after: int = 1800
+    """Seconds without the end of a step or an evaluation after which the stacks of all threads are reported, and which
+    process is behind; 0: never."""
+    profile: int = 0
+    """Number of steps, from the tenth on, to trace for TensorBoard's profiler (`profile/` in the run folder)."""
 
     def __post_init__(self) -> None:
         require_tracker(self.track)
         for name, least in (("log_every", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1)):
             check_setting(self, name, least=least)
+        for name in ("hang_after", "profile"):
+            check_setting(self, name, least=0)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,11 @@ class ParallelConfig:
     """Number of processes, with --coordinator."""
     process: int | None = None
     """Index of this process, from 0, with --coordinator."""
+    join_timeout: int = 300
+    """Seconds to wait for the other processes at the start."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "join_timeout", least=1)
 
 
 @dataclass(frozen=True)
@@ -155,5 +167,7 @@ FREE = (
     "loop.keep",
     "loop.track",
     "loop.checkpoint_every",
+    "loop.hang_after",
+    "loop.profile",
     *(f"parallelism.{setting.name}" for setting in fields(ParallelConfig)),
 )

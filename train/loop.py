@@ -18,10 +18,15 @@ from .checkpoint import Checkpoints
 from .config import LoopConfig
 from .errors import RunError
 from .learner import Learner, TrainState
+from .machine.speed import Speed
+from .machine.watchdog import Watchdog
 from .metrics import Meter, Sums, finite
 from .progress import Progress, duration
 from .run_folder import RunFolder
 from .sharding import Parallelism
+
+RESTART = 75
+"""Exit status of a run that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, try again."""
 
 
 class Stop:
@@ -47,7 +52,7 @@ class Stop:
 
     def _request(self, number: int, _: FrameType | None) -> None:
         if self.preparing and number == signal.SIGTERM:
-            raise SystemExit(0)
+            raise SystemExit(RESTART)
         if number == signal.SIGINT and (self.preparing or self.signal is not None or jax.process_count() > 1):
             raise KeyboardInterrupt
         self.signal = number
@@ -126,8 +131,10 @@ class Fitted(NamedTuple):
 
     @property
     def exit_status(self) -> int:
-        """Exit status of the command: 0, also after SIGTERM; 130 after an interrupt."""
-        return 0 if self.stopped in (None, signal.SIGTERM) else 128 + self.stopped
+        """Exit status of the command: 0; after SIGTERM 75, to be started again; 130 after an interrupt."""
+        if self.stopped is None:
+            return 0
+        return RESTART if self.stopped == signal.SIGTERM else 128 + self.stopped
 
 
 class Session(Protocol):
@@ -165,10 +172,19 @@ class _Counters:
     def new_window(self) -> None:
         self._window = dict.fromkeys(self.totals, 0.0)
         self._window_seconds, self._window_steps = 0.0, 0
+        self._waited = 0.0
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step, spent on logging, evaluating or saving."""
         self._clock = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Add time of waiting for a batch."""
+        self._waited += seconds
+
+    def share_waiting(self) -> float:
+        """Return the share of the window's time that was spent waiting for batches."""
+        return min(1.0, self._waited / self._window_seconds) if self._window_seconds else 0.0
 
     def add(self, sums: Mapping[str, tuple[Any, Any]], *, timed: bool) -> None:
         """Count a step that has just ended; one that was compiled for is not timed."""
@@ -229,6 +245,10 @@ class _EarlyStopping:
         return {"best": self.at, "since_best": self._since}
 
 
+PROFILED_FROM = 10
+"""Steps after the start of a run at which --profile begins."""
+
+
 class _InFlight(NamedTuple):
     """A step whose sums are still to be read."""
 
@@ -269,6 +289,11 @@ class Loop:
         self._early_stopping = _EarlyStopping(training.best, saved)
         self._in_flight: _InFlight | None = None
         self._compiled: set[Any] = set()  # shapes of batches
+        self._whole: int | None = start  # step whose state and position in the data belong together; None within a step
+        self._saved = start
+        self._speed = Speed(session.folder.main)
+        stacks = session.folder.folder
+        self._watchdog = Watchdog(session.intervals.hang_after, session.progress.warn, stacks)
 
     def run(self) -> Fitted:
         """Train.
@@ -276,6 +301,22 @@ class Loop:
         Raises:
             RunError: a step's metrics are not finite; the batch was saved.
         """
+        with self._watchdog:
+            try:
+                return self._run()
+            except Exception:
+                self._save_in_an_emergency()
+                raise
+
+    def _save_in_an_emergency(self) -> None:
+        """Save the state if it is whole: an evaluation or a log has failed. Of several processes, only one may know."""
+        if self._whole is not None and self._whole > self._saved and jax.process_count() == 1:
+            self._session.progress.line(f"step {self._whole} is saved before the error is reported")
+            self._evaluation_due = False
+            self._save(self._whole)
+            self._checkpoints.finish()
+
+    def _run(self) -> Fitted:
         training, intervals, stop = self._training, self._session.intervals, self._session.stop
         stop.preparing = False
         if self._evaluation_due and not self._evaluate(self._start):
@@ -283,13 +324,20 @@ class Loop:
         if self._early_stopping.should_stop:
             return self._fitted(self._start, None)
         evaluate_every = intervals.evaluate_every if training.evaluate_every is None else training.evaluate_every
-        train = self._session.parallelism.compile_train(training.step, training.learner.specs, *training.fixed)
+        parallelism = self._session.parallelism
+        train = parallelism.compile_train(training.step, training.learner.specs, *training.fixed)
+        program = parallelism.train_program(training.step, training.learner.specs)
         for step in range(self._start + 1, training.steps + 1):
+            clock = time.perf_counter()
+            self._whole = None
             batch = next(training.batches)
+            self._counters.waited(time.perf_counter() - clock)
+            self._profile(step)
             placed = self._session.parallelism.shard_batch(batch)
             shape = tuple((name, array.shape) for name, array in batch.items())
             compiles = shape not in self._compiled
             if compiles:
+                self._speed.compiles(lambda: program.trace(self._state, placed, *training.fixed))  # noqa: B023
                 self._flush_metrics()  # the step before takes its own time
                 self._state, sums = self._compiling(step, batch, lambda: train(self._state, placed))  # noqa: B023
                 self._compiled.add(shape)
@@ -297,6 +345,8 @@ class Loop:
                 self._state, sums = train(self._state, placed)
                 self._flush_metrics()
             self._in_flight = _InFlight(step, sums, batch, compiles)
+            self._whole = step
+            self._watchdog.ended(step)
             last = step == training.steps
             stopping = stop.agreed(step)
             log = last or step % intervals.log_every == 0
@@ -320,6 +370,18 @@ class Loop:
                 self._say(step, f"no improvement since step {since}: early stopping")
                 return self._fitted(step, None)
         return self._fitted(training.steps, None)
+
+    def _profile(self, step: int) -> None:
+        """Start or end the trace of some steps."""
+        first, count = self._start + PROFILED_FROM, self._session.intervals.profile
+        if not count or not self._session.folder.main:
+            return
+        if step == first:
+            jax.profiler.start_trace(str(self._session.folder.folder / "profile"))
+        elif step == min(first + count, self._training.steps):
+            self._flush_metrics()
+            jax.profiler.stop_trace()
+            self._say(step, f"steps {first} to {step - 1} are traced in {self._session.folder.folder / 'profile'}")
 
     def _compiling(self, step: int, batch: Mapping[str, np.ndarray], call: Callable[[], Any]) -> Any:
         """Call a step for the first time with this shape, and say how long that took."""
@@ -356,6 +418,9 @@ class Loop:
         means |= {"learning_rate": float(np.asarray(training.learner.rate(step - 1)))}
         means |= {f"total_{name}": total for name, total in self._counters.totals.items()}
         speeds = {f"{name}_per_second": rate for name, rate in rates.items()}
+        between = self._counters.seconds_per_step()
+        if between is not None:
+            speeds |= self._speed.of_step(between) | {"share_waiting_for_data": self._counters.share_waiting()}
         self._session.folder.write_metrics(step, means, speeds)
         parts = [f"step {step}/{training.steps}", *(f"{n} {means[n]:.4g}" for n in training.shown if n in means)]
         parts += [f"{rate:,.0f} {training.counted[name]}" for name, rate in rates.items()]
@@ -369,6 +434,7 @@ class Loop:
     def _evaluate(self, step: int) -> bool:
         """Evaluate on held-out data; return False if stopped before the end."""
         values = self._training.evaluate(self._state, self._session.stop)
+        self._watchdog.ended(step)
         if values is None:
             return False
         self._session.folder.write_metrics(step, {f"eval/{name}": value for name, value in values.items()})
@@ -386,6 +452,7 @@ class Loop:
         }
         self._session.folder.require_lock()
         self._checkpoints.save(step, self._state, extra_state)
+        self._saved = step
 
     def _say(self, step: int, text: str) -> None:
         self._session.progress.line(f"step {step}/{self._training.steps}  {text}")

@@ -51,6 +51,11 @@ class Progress:
             end_line()
             print(text, file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Print a line that stays, in every process."""
+        end_line()
+        print(text, file=sys.stderr, flush=True)
+
 
 def end_line() -> None:
     """End the line that is being rewritten, if there is one, before something else is printed."""

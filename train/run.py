@@ -29,8 +29,9 @@ from .config import LoopConfig, ParallelConfig
 from .errors import RunError
 from .learner import TrainState, count_bytes, ema_or_params, on_host, with_params
 from .loop import Fitted, Loop, Stop, Training
+from .machine.agreement import require_agreement
 from .progress import Progress, duration
-from .run_folder import RunFolder
+from .run_folder import RunFolder, flatten, to_json
 from .sharding import Parallelism, start_parallelism
 
 
@@ -92,6 +93,7 @@ class Run:
         named = self._named_checkpoint(training.steps, abstract) if new else None
         if named is not None:
             training.batches.set_state(named.extra_state["batches"])
+        require_agreement("The data", {"the training data": training.batches.get_state(), "steps": training.steps})
         self.folder.begin()
         checkpoints = Checkpoints(self.folder.checkpoints, keep=self.intervals.keep, report=self.progress.line)
         with closing(checkpoints):
@@ -203,6 +205,9 @@ class Run:
         self.progress.line(f"done in {duration(time.perf_counter() - self.started)}; the model is in {exported}")
 
 
+SHARED = ("parallelism.parallel", "parallelism.mesh", "parallelism.processes")
+"""Ends of settings that may change when a run is resumed, but not between its processes."""
+
 _planner: ContextVar[Callable[[RunConfig], AbstractContextManager[Run]] | None] = ContextVar("planner", default=None)
 
 
@@ -248,6 +253,9 @@ def start_run(
             config.out, config if command is None else command, frozenset(free), upgrade, config.loop.track
         )
         with closing(folder):
+            settings = flatten(to_json(config if command is None else command))
+            together = {name: value for name, value in settings.items() if name not in free or name.endswith(SHARED)}
+            require_agreement("The settings", together)
             yield Run(config, folder, parallelism, Progress(shown=jax.process_index() == 0), stop)
 
 

@@ -6,7 +6,9 @@ or the file system lost the lock, writes nothing more.
 
 A line of `metrics.jsonl` has the means over the steps since the line before, and as `total_...` the sums over the run.
 It contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
-that of an uninterrupted one. Speeds are on the progress line, in TensorBoard and in results.json.
+that of an uninterrupted one. Speeds are on the progress line, in TensorBoard, in results.json, and in
+`speeds.jsonl`: seconds per step, tokens per second, the share of the time spent waiting for data and, on a TPU or an
+H100 or H200, model FLOPs utilisation and memory.
 """
 
 import dataclasses
@@ -154,6 +156,9 @@ class RunFolder:
         line = json_text({"step": step, **values}, f"{self.folder}, step {step}")
         with (self.folder / "metrics.jsonl").open("a") as handle:
             handle.write(f"{line}\n")
+        if speeds:
+            with (self.folder / "speeds.jsonl").open("a") as handle:
+                handle.write(f"{json_text({'step': step, **speeds}, f'{self.folder}, step {step}')}\n")
         self._write_events(step, {**values, **(speeds or {})})
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:

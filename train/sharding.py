@@ -29,6 +29,7 @@ from ..models.once import jit_once
 from ..models.registry import init_params
 from .config import ParallelConfig
 from .errors import RunError
+from .machine.watchdog import Joining
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -362,7 +363,7 @@ def start_parallelism(config: ParallelConfig) -> Parallelism:
     Raises:
         RunError: the mesh does not fit the devices, or shards parameters with pmap.
     """
-    start_processes(config.coordinator, config.processes, config.process)
+    start_processes(config.coordinator, config.processes, config.process, config.join_timeout)
     if config.parallel == "mesh":
         return Parallelism(make_mesh(config.mesh))
     sizes = parse_mesh(config.mesh, jax.device_count())
@@ -373,15 +374,21 @@ def start_parallelism(config: ParallelConfig) -> Parallelism:
     return PmapParallelism()
 
 
-def start_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def start_processes(
+    coordinator: str | None, processes: int | None, process: int | None, join_timeout: int = 300
+) -> None:
     """Join the other processes: by flags, else by the environment of a TPU pod or of SLURM, else stay alone.
+
+    If not all of them have joined after `join_timeout` seconds, the process ends with exit status 1.
 
     Raises:
         RunError: some but not all of the three flags were given.
     """
     given = [value is not None for value in (coordinator, processes, process)]
+    joining = Joining(process, processes, coordinator, join_timeout)
     if all(given):
-        jax.distributed.initialize(coordinator, processes, process)
+        with joining:
+            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=join_timeout + 30)
     elif any(given):
         raise RunError("Several processes need --coordinator, --processes and --process together.")
     elif (
@@ -389,7 +396,8 @@ def start_processes(coordinator: str | None, processes: int | None, process: int
         or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
         or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     ):
-        jax.distributed.initialize()
+        with joining:
+            jax.distributed.initialize(initialization_timeout=join_timeout + 30)
 
 
 def in_any_process(flag: bool) -> bool:

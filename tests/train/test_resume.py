@@ -34,10 +34,10 @@ def test_killed_at_several_moments(workshop, uninterrupted):
     assert_same_run(out, uninterrupted)
 
 
-def test_terminated_saves_and_exits_0(workshop, uninterrupted):
+def test_terminated_saves_and_exits_with_the_status_to_restart_on(workshop, uninterrupted):
     out = workshop.folder / "terminated"
     status, seconds = start_and_send(workshop, out, signal.SIGTERM, after_step=4)
-    assert status == 0
+    assert status == 75
     assert seconds < 20
     assert max(int(path.stem) for path in (out / "checkpoints").glob("*.json")) >= 4
     workshop.pretrain(out)

@@ -1,1 +1,1 @@
-"""What the machine needs before JAX starts: its CPU and its cache of compiled programs."""
+"""What the machine needs and is: its CPU, its cache of compiled programs, its chips, its processes."""

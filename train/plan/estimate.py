@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from ..learner import count_parameters
-from .chips import GIB, Target
-from .operations import operations
+from ..machine.chips import GIB, Target
+from ..machine.operations import operations
 from .planned import Step
 from .program import Collective, Program
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ...data.files import replacing, write_text
 from ...data.json_files import write_json
-from .chips import Target, open_target
+from ..machine.chips import Target, open_target
+from ..machine.operations import operations
 from .config import PlanConfig
 from .estimate import Plan, gib, make_plan
-from .operations import operations
 from .planned import KERNELS, Step, trace
 from .report import draw, lines, tensor_lines, tensors
 from .stand_ins import StandIns

@@ -14,11 +14,11 @@ import numpy as np
 from ...kernels.platform import compiling_for
 from ..errors import RunError
 from ..loop import Stop, Training
+from ..machine.chips import Target
 from ..progress import Progress
 from ..run import Run, RunConfig, planning
 from ..run_folder import RunFolder
 from ..sharding import Parallelism, make_mesh
-from .chips import Target
 
 LOWERED = {"gpu": "cuda"}
 """Platforms by the names that programs are lowered for, where they differ."""

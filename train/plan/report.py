@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from .chips import Chip
+from ..machine.chips import Chip
 from .estimate import Plan, gib
 from .planned import Step
 

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from bestiary.models import load
 from bestiary.train.cli import COMMANDS, config_of
 from bestiary.train.errors import RunError
+from bestiary.train.machine.chips import CHIPS, Chip, Target, parse_target
+from bestiary.train.machine.operations import operations
 from bestiary.train.plan.arguments import divide
-from bestiary.train.plan.chips import CHIPS, Chip, Target, parse_target
 from bestiary.train.plan.estimate import make_plan
-from bestiary.train.plan.operations import operations
 from bestiary.train.plan.plan import Command, Planner, candidates, changed, setting
 from bestiary.train.plan.planned import Step
 from bestiary.train.plan.program import Program

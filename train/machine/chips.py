@@ -6,6 +6,7 @@ import re
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from ...kernels.tuning import chip_name
 from ..errors import RunError
 
 
@@ -35,6 +36,12 @@ CHIPS: dict[str, Chip] = {
 """Network of TPUs: the published interconnect bandwidth of a chip in both directions, half of it; between slices, the
 hosts' data-centre network, 100 to 200 Gbit/s of a host, divided by its chips. NVLink 4: half of 900 GB/s; between nodes
 one 400 Gbit/s adapter for each GPU."""
+
+
+def chip_of(kind: str) -> Chip | None:
+    """Return the chip of a device kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if it is not known."""
+    return CHIPS.get(chip_name(kind))
+
 
 PER_NODE = 8  # GPUs
 PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda13_plugin", "cuda")}

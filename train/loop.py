@@ -427,7 +427,8 @@ class Loop:
         seconds = self._counters.seconds_per_step()
         if seconds is not None:
             parts.append(f"{duration((training.steps - step) * seconds)} left")
-        self._session.progress.update("  ".join(parts), force=step == training.steps)
+        done = step / training.steps
+        self._session.progress.update("  ".join(parts), done=done, force=step == training.steps)
         self._meter.reset()
         self._counters.new_window()
 

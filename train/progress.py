@@ -16,6 +16,9 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
+BAR = 16  # width of a bar, in characters
+
+
 class Progress:
     """One line that is rewritten in place on a terminal; plain lines, at intervals, without a terminal.
 
@@ -33,14 +36,21 @@ class Progress:
         self._every = every
         self._last = -float("inf")
 
-    def update(self, text: str, *, force: bool = False) -> None:
-        """Show the state of the work, replacing the last update."""
+    def update(self, text: str, *, done: float | None = None, force: bool = False) -> None:
+        """Show the state of the work, replacing the last update.
+
+        Args:
+            text: the state.
+            done: fraction of the work that is done, which a terminal shows as a bar; None: no bar.
+            force: show it even if the last update was just now.
+        """
         now = time.monotonic()
         if not self._shown or not (force or now - self._last >= self._every / (10 if self._terminal else 1)):
             return
         self._last = now
         if self._terminal:  # one line of the terminal, since a longer one could not be rewritten
-            print(f"\r\x1b[K{text[: _columns() - 1]}", end="", file=sys.stderr, flush=True)
+            shown = text if done is None else f"{bar(done)} {text}"
+            print(f"\r\x1b[K{shown[: _columns() - 1]}", end="", file=sys.stderr, flush=True)
             Progress.open = True
         else:
             print(text, file=sys.stderr, flush=True)
@@ -55,6 +65,13 @@ class Progress:
         """Print a line that stays, in every process."""
         end_line()
         print(text, file=sys.stderr, flush=True)
+
+
+def bar(done: float) -> str:
+    """Draw a fraction as a bar of `BAR` characters, each of eight parts."""
+    eighths = round(max(0.0, min(1.0, done)) * BAR * 8)
+    whole, rest = divmod(eighths, 8)
+    return f"{'█' * whole}{' ▏▎▍▌▋▊▉'[rest] if rest else ''}".ljust(BAR) + "▏"
 
 
 def end_line() -> None:
@@ -91,4 +108,5 @@ class Work:
             rate = done / max(time.monotonic() - self._started, 1e-9)
             of = f"{self._task}: {done:,} of {self._total:,} {self._unit}"
             left = duration((self._total - done) / rate)
-            self._progress.update(f"{of}, {rate:,.0f} {self._unit}/s, {left} left")
+            text = f"{of}, {rate:,.0f} {self._unit}/s, {left} left"
+            self._progress.update(text, done=done / self._total)

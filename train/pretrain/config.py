@@ -138,6 +138,9 @@ class PretrainConfig:
     init_from: Path | None = None
     """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run, and with its tokenizer
     unless --tokenizer is given."""
+    vectors: Path | None = None
+    """File of word vectors, such as `bestiary words train` writes: initial embeddings of a new model's tokens that are
+    words. They must be as wide as its embeddings."""
 
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
@@ -168,6 +171,8 @@ class PretrainConfig:
             require_checkpoint(self.init_from)
             if self.generator_size is not None:
                 raise RunError(f"--generator-size: the generator is as wide as {self.init_from} says. Leave it out.")
+        if self.vectors is not None and (self.init_from is not None or isinstance(self, DistillConfig)):
+            raise RunError("--vectors is for new embeddings; this model starts from a checkpoint's. Leave it out.")
         if self.phases and (self.sequence_length is not None or self.steps is not None):
             raise RunError("--phases includes lengths and steps: leave out --sequence-length and --steps.")
         check_setting(self, "mask_rate", above=0, most=1)

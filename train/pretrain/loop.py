@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from ...data import evaluation_batches
 from ...data.progress import counted
 from ...models.heads.losses import PredictionSums, WeightedSum
+from ...models.registry import init_params
 from ..errors import RunError
 from ..learner import (
     Learner,
@@ -33,6 +34,7 @@ from ..loop import Fitted, Stop, Training
 from ..metrics import Meter, Sums
 from ..run import Run, start_run
 from ..sharding import Parallelism, Replicas
+from ..vectors import vectors_weights
 from .config import FREE, PretrainConfig, upgrade
 from .data import Data, PhasedBatches, make_rows, prepare_data, prepare_tokenizer
 from .model import asked_family, describe_tokenizer, make_model, model_config
@@ -202,6 +204,10 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         run.progress.line(remark)
     fixed = objective.fixed(run.parallelism)
     evaluate = Evaluation(config, data, objective, model, run.parallelism, *fixed)
+    initial = objective.initial(config, model)
+    if config.vectors is not None:
+        new = partial(init_params, model, jax.random.key(config.seed))
+        initial = vectors_weights(config.vectors, new, {"word": tokenizer.tokens})
     training = Training(
         learner=learner,
         step=partial(train_step, objective=objective, model=model, learner=learner, accumulate=config.accumulate),
@@ -210,7 +216,7 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
         evaluate=evaluate,
         shown=("loss", *objective.shown),
         counted={"tokens": "real tokens/s"},
-        initial=objective.initial(config, model),
+        initial=initial,
         fixed=fixed,
     )
     fitted = run.fit(training)

@@ -219,6 +219,9 @@ class TranslateConfig:
     init_from: Path | None = None
     """Checkpoint folder (config.json, model.safetensors) with the initial weights of a new run, and with its tokenizer
     unless --tokenizer is given: a translator, BART, T5."""
+    vectors: Path | None = None
+    """File of word vectors, such as `bestiary words train` writes: initial embeddings of a new model's tokens that are
+    words. They must be as wide as its embeddings."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -240,6 +243,8 @@ class TranslateConfig:
             RunError: one is invalid.
         """
         check_setting(self, "seed", least=0, most=MOST_SEED)
+        if self.vectors is not None and self.init_from is not None:
+            raise RunError("--vectors is for new embeddings; --init-from has its own. Leave one of them out.")
         if len(self.dev) > 2:
             raise RunError(f"--dev names {len(self.dev)} files; expected two, or one that holds both sides.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing", "sample_subwords"):

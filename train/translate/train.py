@@ -33,7 +33,7 @@ from ...models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from ...models.encoder_decoders.marian import from_transformer
 from ...models.encoder_decoders.transformer import Transformer, TransformerConfig
 from ...models.heads.losses import SmoothedSums
-from ...models.registry import family_of, presets
+from ...models.registry import family_of, init_params, presets
 from ..checkpoint import read_params, write_params
 from ..errors import RunError
 from ..generate.config import DecodeConfig
@@ -53,6 +53,7 @@ from ..metrics import Meter, Sums
 from ..optim.schedule import schedule, warmup_steps
 from ..run import Run, start_run
 from ..sharding import Replicas
+from ..vectors import vectors_weights
 from .config import FREE, RECIPES, TranslateConfig, upgrade
 from .data import Data, Texts, make_rows, prepare_data
 from .score import Bleu, Scores, Scoring, bleu_language
@@ -426,6 +427,12 @@ def translate(
         accumulate=config.accumulate,
     )
     init, warmup = config.init_from, warmup_steps(config.optim, config.steps)
+    initial = init and InitialWeights(lambda: load_generator(init).params, f"the weights of {init}")
+    if config.vectors is not None:
+        new = partial(init_params, model, jax.random.key(config.seed))
+        sides = {"source": data.tokenizer.source, "target": data.tokenizer.target}
+        tokens = {name: sorted(side.vocabulary, key=side.vocabulary.__getitem__) for name, side in sides.items()}
+        initial = vectors_weights(config.vectors, new, tokens)
     training = Training(
         learner=learner,
         step=step,
@@ -434,7 +441,7 @@ def translate(
         evaluate=evaluate,
         shown=("loss", "nll", "accuracy"),
         counted={"target_tokens": "target tokens/s"},
-        initial=init and InitialWeights(lambda: load_generator(init).params, f"the weights of {init}"),
+        initial=initial,
         best=Best(evaluate.deciding, config.patience, run.keep_best, counts_after=warmup),
     )
     fitted = run.fit(training)

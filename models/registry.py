@@ -18,6 +18,7 @@ FAMILIES = {
     "conv-vit": ".images.conv_vit",
     "distilbert": ".encoders.distilbert",
     "electra": ".encoders.electra",
+    "elmo": ".recurrent.elmo",
     "gpt2": ".decoders.gpt2",
     "gpt3": ".decoders.gpt2:GPT3",
     "gpt_neo": ".decoders.gptneo",

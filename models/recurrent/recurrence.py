@@ -210,12 +210,14 @@ class Matrix(nn.Module):
     outputs: int
     kernel_init: Any
     use_bias: bool = False
+    bias_init: Any = None  # None: that of the kernel
 
     def setup(self) -> None:
         shape, draw = (self.inputs, self.outputs), self.kernel_init
         self.kernel = self.param("kernel", partitioned(draw, "embed", "embed_out"), shape, jnp.float32)
         if self.use_bias:
-            self.bias = self.param("bias", partitioned(draw, "embed_out"), (self.outputs,), jnp.float32)
+            bias = partitioned(self.bias_init or draw, "embed_out")
+            self.bias = self.param("bias", bias, (self.outputs,), jnp.float32)
 
     def __call__(self) -> Array:
         """Return the kernel."""

@@ -8,6 +8,7 @@ from ...data import Tokenizer
 from ...data.corpus.document_store import Unit
 from ...models.family import Family
 from ..errors import RunError
+from .bilm import BothDirections
 from .causal import NextTokens
 from .causal_memory import NextTokensWithMemory
 from .config import DistillConfig, MaskingKind, PretrainConfig
@@ -60,6 +61,7 @@ OBJECTIVES: Mapping[str, ObjectiveClass] = {
     "span-corruption": SpanCorruption,
     "denoise": Denoising,
     "causal+memory": NextTokensWithMemory,
+    "bilm": BothDirections,
 }
 
 

@@ -50,7 +50,10 @@ class AttentionBenchConfig:
 
 @dataclass(frozen=True)
 class LayersBenchConfig:
-    """Measure self-attention, recurrent, convolutional and restricted self-attention layers by sequence length."""
+    """Measure self-attention, recurrent, convolutional and restricted self-attention layers by sequence length.
+
+    With --runs, compare translators that were trained with such layers instead.
+    """
 
     lengths: str = "64,128,256,512,1024"
     """Sequence lengths, in positions, separated by commas."""
@@ -70,5 +73,8 @@ class LayersBenchConfig:
     """Minimum duration of a sample, in seconds."""
     seed: int = 0
     """Seed of the inputs and weights."""
+    runs: tuple[Path, ...] = ()
+    """Run folders of `bestiary translate train`, finished ones: one table and chart of their BLEU, parameters, target
+    tokens/s and time to half of the best BLEU, instead of measuring layers."""
     out: Path = Path("bench")
     """Folder to write the results to."""

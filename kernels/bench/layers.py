@@ -1,6 +1,7 @@
 """Measure the comparison of layers in Vaswani et al. 2017, table 1.
 
     bestiary bench layers --lengths 128,256,512,1024,2048 --out bench/
+    bestiary bench layers --runs runs/plain runs/attention runs/transformer --out bench/    # trained.py
 
 For a sequence of n positions of width d, a convolution of kernel width k and a neighbourhood of r positions:
 
@@ -34,6 +35,7 @@ from matplotlib.figure import Figure
 
 from ..dispatch import attention
 from ..tuning import chip
+from . import trained
 from .cases import BenchError
 from .config import LayersBenchConfig
 from .report import command, png
@@ -112,6 +114,8 @@ def layers(config: LayersBenchConfig, dtype: str) -> list[tuple[Layer, tuple[Arr
 def main(config: LayersBenchConfig) -> int:
     """Run `bestiary bench layers`; return the exit status."""
     try:
+        if config.runs:
+            return trained.compare(config)
         lengths = check(config)
     except BenchError as error:
         print(f"bestiary bench layers: {error}", file=sys.stderr)

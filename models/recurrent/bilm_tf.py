@@ -81,10 +81,10 @@ def _from_bilm(c: ElmoConfig, stored: Mapping[str, np.ndarray], where: str) -> d
         return np.concatenate([enter, forget, candidate, leave], axis=-1)
 
     size = sum(count for _, count in c.pairs)
-    words: dict[str, Any] = {"characters": take("char_embed", CHARACTERS - 1, c.character_width)}
+    words: dict[str, Any] = {"characters": {"embedding": take("char_embed", CHARACTERS - 1, c.character_width)}}
     for number, (width, count) in enumerate(c.pairs):
-        words[f"filter_{number}"] = take(f"CNN/W_cnn_{number}", 1, width, c.character_width, count)[0]
-        words[f"filter_bias_{number}"] = take(f"CNN/b_cnn_{number}", count)
+        kernel = take(f"CNN/W_cnn_{number}", 1, width, c.character_width, count)
+        words[f"filter_{number}"] = {"kernel": kernel.reshape(-1, count), "bias": take(f"CNN/b_cnn_{number}", count)}
     for number in range(c.highways):
         # What the code calls carry is the gate of what is transformed.
         for name, theirs in (("gate", "carry"), ("change", "transform")):

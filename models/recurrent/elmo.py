@@ -10,6 +10,8 @@ added to its output. The state is carried from one batch of rows to the next, an
     ids = character_ids([["<S>", "A", "dog", "</S>"]])
     layers, state = model.apply({"params": params}, ids)      # [B, N + 1, L, 2 E]: the words, then each layer's
 
+A task learns what of each layer it takes (equation 1) by `heads.pooling.mix`, as `bestiary probe --mix` does.
+
 bilm-tf's own files are read by `bilm_tf.read_bilm`.
 """
 
@@ -28,7 +30,7 @@ from ..checkpoints.tables import Entry, Table, linear_entries, same
 from ..family import Architecture, Family, FamilyConfig
 from ..heads.losses import SmoothedSums, projected_sums
 from ..layers.dropout import Dropout
-from ..layers.linear import Embed, Linear, add_bias, matmul, partitioned
+from ..layers.linear import Embed, Linear, add_bias, matmul
 from ..layers.segments import Rows, row_numbers
 from .recurrence import Matrix, Product, loop, uniform
 
@@ -148,24 +150,19 @@ class CharacterEncoder(nn.Module):
     @nn.compact
     def __call__(self, characters: Array) -> Array:
         c = self.config
-        draw = partitioned(uniform(1.0), "vocab", "embed")
-        table = self.param("characters", draw, (CHARACTERS - 1, c.character_width), jnp.float32)
+        table = Embed(CHARACTERS - 1, c.character_width, "vocab", uniform(1.0), name="characters")
         # Padding's vector is zero; it is not stored.
-        vectors = jnp.where(
-            (characters > 0)[..., None], jnp.take(table, jnp.maximum(characters - 1, 0), axis=0, mode="fill"), 0.0
-        )
+        vectors = jnp.where((characters > 0)[..., None], table(jnp.maximum(characters - 1, 0)), 0.0)
         vectors = vectors.reshape(-1, *vectors.shape[-2:])
         pooled = []
         for number, (width, count) in enumerate(c.pairs):
-            normal = nn.initializers.normal((width * c.character_width) ** -0.5)
-            shape = (width, c.character_width, count)
-            kernel = self.param(f"filter_{number}", partitioned(normal, "positions", "embed", "embed_out"), shape)
-            zeros = partitioned(nn.initializers.zeros_init(), "embed_out")
-            bias = self.param(f"filter_bias_{number}", zeros, (count,), jnp.float32)
-            found = jax.lax.conv_general_dilated(
-                vectors, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
-            )
-            pooled.append(jax.nn.relu(add_bias(found.max(axis=1), bias)))
+            inputs = width * c.character_width
+            start, zeros = nn.initializers.normal(inputs**-0.5), nn.initializers.zeros_init()
+            linear = Matrix(inputs, count, start, use_bias=True, bias_init=zeros, name=f"filter_{number}")
+            places = vectors.shape[1] - width + 1
+            windows = jnp.concatenate([vectors[:, at : at + places] for at in range(width)], axis=-1)
+            found = matmul(windows, linear(), 0, "float32", "float32")
+            pooled.append(jax.nn.relu(add_bias(found.max(axis=1), linear.bias)))
         words = jnp.concatenate(pooled, axis=-1)
         size, glorot = words.shape[-1], nn.initializers.glorot_uniform()
         for number in range(c.highways):
@@ -285,16 +282,14 @@ class BidirectionalLM(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.encoder = Elmo(c)
-        self.output = Embed(c.vocab_size, c.width, "vocab", nn.initializers.normal(c.width**-0.5))
-        self.output_bias = self.param(
-            "output_bias", partitioned(nn.initializers.zeros_init(), "vocab"), (c.vocab_size,), jnp.float32
-        )
+        draw, zeros = nn.initializers.normal(c.width**-0.5), nn.initializers.zeros_init()
+        self.output = Matrix(c.width, c.vocab_size, draw, use_bias=True, bias_init=zeros)
 
     def __call__(self, characters: Array) -> Array:
         """Compute the logits of the next word and of the word before: [B, L, most] int32 -> [B, 2, L, V] float32."""
         layers, _ = self.encoder(characters)
         both = jnp.stack(jnp.split(layers[:, -1], 2, axis=-1), axis=1)
-        return add_bias(self.output.attend(both), self.output_bias)
+        return add_bias(matmul(both, self.output(), 0, "float32", "float32"), self.output.bias)
 
     def start(self, rows: int) -> State:
         """See `Elmo.start`."""
@@ -313,23 +308,12 @@ class BidirectionalLM(nn.Module):
         """
         layers, state = self.encoder(characters, state, **mode)
         # The bias is the weight of a state that is always one.
-        table = jnp.concatenate([self.output.embedding, self.output_bias[:, None]], axis=1)
+        table = jnp.concatenate([self.output(), self.output.bias[None]], axis=0).T
         found = []
         for hidden, label, weight in zip(jnp.split(layers[:, -1], 2, axis=-1), labels, weights, strict=True):
             one = jnp.ones((*hidden.shape[:2], 1))
             found.append(projected_sums([jnp.concatenate([hidden, one], axis=-1)], table, label, weight))
         return (found[0], found[1]), state
-
-
-class ScalarMix(nn.Module):
-    """Mix layers for a task: gamma times their mean by softmax(w) (equation 1); at first the plain mean."""
-
-    @nn.compact
-    def __call__(self, layers: Array) -> Array:
-        """Mix [B, N + 1, L, E] -> [B, L, E]."""
-        weights = self.param("mix", partitioned(nn.initializers.zeros_init(), "layers"), (layers.shape[1],))
-        gamma = self.param("gamma", partitioned(nn.initializers.ones_init()), ())
-        return gamma * jnp.einsum("n,bnle->ble", jax.nn.softmax(weights), layers)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -338,11 +322,11 @@ class ScalarMix(nn.Module):
 def elmo_table(c: ElmoConfig) -> Table:
     """Return the table of a `BidirectionalLM`'s parameters and their names in checkpoints."""
     words, size = ("encoder", "words"), sum(count for _, count in c.pairs)
-    entries = [Entry("words.characters", (*words, "characters"), same(CHARACTERS - 1, c.character_width))]
+    table = ("encoder", "words", "characters", "embedding")
+    entries = [Entry("words.characters.weight", table, same(CHARACTERS - 1, c.character_width))]
     for number, (width, count) in enumerate(c.pairs):
-        shape = (width, c.character_width, count)
-        entries.append(Entry(f"words.filters.{number}.weight", (*words, f"filter_{number}"), same(*shape)))
-        entries.append(Entry(f"words.filters.{number}.bias", (*words, f"filter_bias_{number}"), same(count)))
+        inputs = (width * c.character_width,)
+        entries += linear_entries(f"words.filters.{number}", (*words, f"filter_{number}"), inputs, (count,))
     for number in range(c.highways):
         for name in ("gate", "change"):
             at = (*words, f"{name}_{number}")
@@ -354,8 +338,7 @@ def elmo_table(c: ElmoConfig) -> Table:
             entries += linear_entries(f"{stored}.input", (*at, "input"), (c.width,), (4 * c.cells,))
             entries += linear_entries(f"{stored}.state", (*at, "state"), (c.width,), (4 * c.cells,), bias=False)
             entries += linear_entries(f"{stored}.project", (*at, "project"), (c.cells,), (c.width,), bias=False)
-    entries.append(Entry("output.weight", ("output", "embedding"), same(c.vocab_size, c.width)))
-    return Table((*entries, Entry("output.bias", ("output_bias",), same(c.vocab_size))))
+    return Table((*entries, *linear_entries("output", ("output",), (c.width,), (c.vocab_size,))))
 
 
 FAMILY = Family(

@@ -342,3 +342,26 @@ def test_machine_names_what_was_used(monkeypatch):
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", client=types.SimpleNamespace())
     monkeypatch.setattr(bench_timing.jax, "devices", lambda: [device])
     assert bench_timing.machine()["device"] == "NVIDIA H200"
+
+
+def test_trained_translators_are_compared_by_their_runs(tmp_path, capsys):
+    for name, bleu in (("lstm-plain", 8.0), ("gru-attention", 20.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"preset": name}))
+        results = {"held_out": {"bleu_lowercase": bleu}, "parameters": 2_000_000, "steps": 100, "target_tokens": 1e6}
+        results |= {"target_tokens_per_second": 1000.0, "seconds_in_steps": 600.0}
+        (folder / "results.json").write_text(json.dumps(results))
+        lines = [
+            {"step": 50, "loss": 1.0},
+            *({"step": step, "eval/bleu_lowercase": bleu * step / 100} for step in (50, 100)),
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = [str(tmp_path / "lstm-plain"), str(tmp_path / "gru-attention")]
+    assert cli.main(["bench", "layers", "--runs", *runs, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"lstm-plain +\| +2.00 \| +8.00 \| +1.00 \| +1,000 \| +not reached", shown)
+    assert re.search(r"gru-attention +\| +2.00 \| +20.00 \| +1.00 \| +1,000 \| +5.0 ", shown)
+    assert (tmp_path / "layers-trained.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["bench", "layers", "--runs", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err

@@ -23,7 +23,8 @@ from ...data.progress import counted
 from ...data.reading import lines_of
 from ..progress import Progress
 from .config import EmbedConfig
-from .extract import Extractor, windows
+from .elmo import open_extractor
+from .extract import windows
 
 
 class ArrayFile:
@@ -76,7 +77,7 @@ def main(config: EmbedConfig) -> int:
     first = next(lines, None)  # report empty input before loading the model
     if first is None:
         raise DataError(f"{config.input or 'standard input'}: empty. Expected one text per line.")
-    extract = Extractor(config)
+    extract = open_extractor(config)
     tokens_too = not extract.settings.pooling
     started, done = time.perf_counter(), 0
     with ExitStack() as stack:

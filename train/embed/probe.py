@@ -40,6 +40,7 @@ from ..finetune.tasks.text import TextTask
 from ..progress import Progress, Work, duration
 from ..run_folder import RunFolder
 from .config import FeatureConfig, ProbeConfig
+from .elmo import ElmoExtractor, open_extractor
 from .extract import Extractor, Settings, windows
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -91,7 +92,7 @@ def read_data(config: ProbeConfig) -> tuple[TextTask, TaskData]:
 class FeatureStore:
     """Features of texts, computed once and stored as files."""
 
-    def __init__(self, extract: Extractor, folder: Path, progress: Progress):
+    def __init__(self, extract: Extractor | ElmoExtractor, folder: Path, progress: Progress):
         self._extract, self._folder, self._progress = extract, folder, progress
         self.truncated = 0  # truncated tokens of all texts so far
 
@@ -297,7 +298,7 @@ def probe(run: RunFolder, config: ProbeConfig, progress: Progress) -> None:
     wanted = config.features
     if config.mix and wanted.layers == FeatureConfig.layers:
         wanted = dataclasses.replace(wanted, layers="all")
-    extract = Extractor(wanted, apart=config.mix)
+    extract = open_extractor(wanted, apart=config.mix)
     store = FeatureStore(extract, (config.cache or user_cache_folder()) / "features", progress)
     run.begin()
     splits = {"train": data.train, **data.evaluation, **data.prediction}

@@ -133,7 +133,8 @@ class Generator:
         positions, longest = self._model.positions, self.config.max_length
         for number, (source, prefix) in enumerate(zip(sources, prefixes, strict=True)):
             if not 0 < len(source) <= (positions or len(source)):
-                raise RunError(f"source {number}: expected 1 to {positions} tokens, found {len(source)}")
+                wanted = "at least 1 token" if positions is None else f"1 to {positions} tokens"
+                raise RunError(f"source {number}: expected {wanted}, found {len(source)}")
             before = len(prefix) + (len(source) if self._model.start_id is None else 0)
             if positions is not None and before + longest > positions:
                 what = "prefix" if self._model.start_id is not None else "prompt"

@@ -8,9 +8,7 @@ from ...data import Tokenizer
 from ...data.corpus.document_store import Unit
 from ...models.family import Family
 from ..errors import RunError
-from .bilm import BothDirections
 from .causal import NextTokens
-from .causal_memory import NextTokensWithMemory
 from .config import DistillConfig, MaskingKind, PretrainConfig
 from .denoising.denoise import Denoising
 from .denoising.span_corruption import SpanCorruption
@@ -20,6 +18,8 @@ from .mlm_pairs import MaskedWordsAndNextSentence, MaskedWordsAndSentenceOrder
 from .objective import Objective
 from .rtd import ReplacedTokens
 from .span_sbo import MaskedSpans
+from .streams.bilm import BothDirections
+from .streams.causal_memory import NextTokensWithMemory
 
 
 class ObjectiveClass(Protocol):

@@ -162,6 +162,8 @@ class Translator:
         self.longest = longest or tokenizer.longest or positions or ROW
         self.longest = self.longest if positions is None else min(positions, self.longest)
         self.findings, self.lines, self._sentences = Findings(), 0, 0
+        if decode.coverage_penalty and not model.config.decoder_heads:
+            raise RunError("coverage_penalty: this model translates without attention; no source word is ever covered")
         # Padding is never generated, as in the reference's generation settings of Marian.
         decode = self.decode = dataclasses.replace(
             decode,

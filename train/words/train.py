@@ -34,6 +34,8 @@ from ..progress import Progress, Work
 from .config import WordsConfig
 
 LETTERS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+UNKNOWN = "<unk>"
+"""What stands for a rare word in WikiText."""
 BATCHES = 64
 """Batches that are computed before the host looks again."""
 
@@ -58,7 +60,8 @@ def read_words(config: WordsConfig, progress: Progress) -> Words:
     ids, lengths = array("i"), array("i")
     for document in corpus:
         for paragraph in document.paragraphs():
-            text = paragraph.lower() if config.lowercase else paragraph
+            text = paragraph.replace(UNKNOWN, " ")
+            text = text.lower() if config.lowercase else text
             found = LETTERS.findall(text) if config.split == "letters" else text.split()
             ids.extend([numbers.setdefault(word, len(numbers)) for word in found])
             lengths.append(len(found))

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from bestiary.models.checkpoints.tables import CheckpointError
 from bestiary.models.recurrent.bilm_tf import read_bilm
-from bestiary.models.recurrent.elmo import CHARACTERS, Elmo, ElmoConfig, ScalarMix, character_ids
+from bestiary.models.recurrent.elmo import CHARACTERS, Elmo, ElmoConfig, character_ids
 
 SMALL = ElmoConfig(character_width=3, filters=(1, 4, 2, 4), most_characters=12, width=6, cells=8)
 WORDS = ["<S>", "a", "bestiary", "of", "élans", "</S>"]
@@ -73,15 +73,6 @@ def test_words_become_bytes_between_marks() -> None:
     assert ids.max() < CHARACTERS
     with pytest.raises(ValueError, match="a word is empty"):
         character_ids([["a", ""]])
-
-
-def test_a_new_mix_is_the_mean() -> None:
-    layers = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 5)), jnp.float32)
-    mix = ScalarMix()
-    params = nn.unbox(mix.init(jax.random.key(0), layers))
-    np.testing.assert_allclose(mix.apply(params, layers), layers.mean(axis=1), atol=1e-6)
-    params = {"params": {"mix": jnp.array([0.0, 100.0, 0.0]), "gamma": jnp.float32(2)}}
-    np.testing.assert_allclose(mix.apply(params, layers), 2 * layers[:, 1], atol=1e-5)
 
 
 def test_files_that_are_no_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

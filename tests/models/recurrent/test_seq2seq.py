@@ -17,6 +17,7 @@ from bestiary.models.incremental import cross_attention_maps
 from bestiary.models.recurrent import g2p, recurrence
 from bestiary.models.recurrent.config import RecurrentConfig
 from bestiary.models.recurrent.seq2seq import FAMILY, recurrent_table
+from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.generate.generator import Generator
 
@@ -224,3 +225,9 @@ def test_g2p_reads_letters_to_phonemes(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", enc_emb=arrays["enc_emb"])
     with pytest.raises(CheckpointError, match="it has no dec_emb"):
         g2p.read_g2p(tmp_path / "other.npz")
+
+
+def test_sources_of_length_0_are_refused() -> None:
+    model, params = make("none")
+    with pytest.raises(RunError, match="source 1: expected at least 1 token, found 0"):
+        Generator(model, params, DecodeConfig(max_length=6))([[5, 2], []])

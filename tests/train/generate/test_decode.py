@@ -325,7 +325,7 @@ def test_a_decoder_continues_its_prompts(monkeypatch: pytest.MonkeyPatch) -> Non
             assert [[*prefix, *h.tokens] for h in row] == [h.tokens for h in other]
             np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
     assert greedy([]) == []
-    with pytest.raises(RunError, match="source 1: expected 1 to None tokens"):
+    with pytest.raises(RunError, match="source 1: expected at least 1 token"):
         greedy([[2], []])
     with pytest.raises(RunError, match="no source"):
         Generator(Decoder(), chain(), DecodeConfig(beam=2, max_length=9, coverage_penalty=0.1), rows=4)

@@ -15,7 +15,7 @@ from bestiary.models import load
 from bestiary.models.recurrent.elmo import BidirectionalLM, ElmoConfig, elmo_table
 from bestiary.models.registry import init_params
 from bestiary.train.cli import main
-from bestiary.train.pretrain.bilm import BothDirections
+from bestiary.train.pretrain.streams.bilm import BothDirections
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefg"]
 CONFIG = ElmoConfig(
@@ -65,8 +65,8 @@ def test_a_run_is_exported_and_refuses_other_tokens(tmp_path: Path, capsys: pyte
     lines = [f"the ship number {n % 7} of line {n % 5} went by , and the sea was calm ." for n in range(120)]
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
     given = ["pretrain", "--model", "elmo-small", "--corpus", tmp_path / "text.txt", "--vocab-size", 40]
-    given += ["--cache", tmp_path / "cache", "--sequence-length", 8, "--batch-tokens", 64, "--steps", 4]
-    given += ["--validation-fraction", "0.5", "--validation-corpus", tmp_path / "text.txt", "--evaluation-rows", 16]
+    given += ["--cache", tmp_path / "cache", "--sequence-length", 8, "--batch-tokens", 64, "--steps", 2]
+    given += ["--validation-fraction", "0.5", "--validation-corpus", tmp_path / "text.txt", "--evaluation-rows", 8]
     given = [str(part) for part in given if part not in ("--validation-fraction", "0.5")]
     assert main([*given, "--out", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())

@@ -16,8 +16,8 @@ from bestiary.models.registry import init_params
 from bestiary.train.cli import main
 from bestiary.train.config import OptimConfig
 from bestiary.train.learner import make_learner
-from bestiary.train.pretrain.causal_memory import NextTokensWithMemory
 from bestiary.train.pretrain.loop import train_step
+from bestiary.train.pretrain.streams.causal_memory import NextTokensWithMemory
 from bestiary.train.sharding import Parallelism, PmapParallelism, Replicas, make_mesh
 
 ROWS, LENGTH = 8, 6

@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 
-from ...data import DocumentStore, Tokenizer
-from ...data.corpus.document_store import Split
-from ...data.rows.streams import StreamRows
-from ...data.stream import RowSource
-from ...models.heads.losses import LossSum
-from ..errors import RunError
-from .causal import NextTokens
-from .config import PretrainConfig
-from .objective import Batch, LossSums
+from ....data import DocumentStore, Tokenizer
+from ....data.corpus.document_store import Split
+from ....data.rows.streams import StreamRows
+from ....data.stream import RowSource
+from ....models.heads.losses import LossSum
+from ...errors import RunError
+from ..causal import NextTokens
+from ..config import PretrainConfig
+from ..objective import Batch, LossSums
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...data import DocumentStore, Tokenizer
-from ...data.corpus.document_store import Split, Unit
-from ...data.rows.streams import StreamRows
-from ...data.stream import RowSource
-from ...models.heads.losses import PredictionSums
-from ...models.recurrent.elmo import character_ids
-from ..errors import RunError
-from .config import PretrainConfig
-from .objective import Batch, LossSums, Objective, Term
+from ....data import DocumentStore, Tokenizer
+from ....data.corpus.document_store import Split, Unit
+from ....data.rows.streams import StreamRows
+from ....data.stream import RowSource
+from ....models.heads.losses import PredictionSums
+from ....models.recurrent.elmo import character_ids
+from ...errors import RunError
+from ..config import PretrainConfig
+from ..objective import Batch, LossSums, Objective, Term
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,7 +173,7 @@ class Program:
             to = i.called("to_apply") or called
             return NOTHING if to is None else self._totals(to)
         moved = 0.0 if i.opcode in FREE or i.opcode.endswith("-done") else self._moved(i, here)
-        if i.opcode == "fusion" and called is not None:
+        if base == "fusion" and called is not None:
             return self._totals(called)._replace(bytes=moved)
         if i.opcode == "async-start" and called is not None:
             return self._totals(called)
@@ -212,7 +212,7 @@ class Program:
             return 2 * sum(array.moved for array in i.arrays)
         if i.opcode == "dynamic-update-slice":
             return 2 * here[i.operands[1]].arrays[0].moved
-        called = i.called() if i.opcode == "fusion" else None
+        called = i.called() if i.opcode in ("fusion", "fusion-start") else None
         if called is None:
             read = sum(array.moved for name in i.operands if name in here for array in here[name].arrays)
             return read + sum(array.moved for array in i.arrays)

@@ -44,6 +44,13 @@ RECIPES = {
         "--sequence-length 128 --batch-tokens 16384 --steps 1000000 --learning-rate 5e-4 --warmup 10000 "
         "--no-bias-correction --out runs/electra-small",
     ),
+    "elmo": Recipe(
+        "bestiary pretrain --model elmo-original --objective bilm --corpus one-billion-words/ --sequence-length 20 "
+        "--batch-tokens 2560 --steps 3000000 --optimizer adamw --schedule constant --warmup 0 "
+        "--learning-rate 1e-3 --weight-decay 0 --clip-norm 10 --out runs/elmo",
+        "Ten epochs of the 1 Billion Word Benchmark; the authors' optimiser is Adagrad with a rate of 0.2, which is "
+        "not here.",
+    ),
     "gpt2": Recipe(
         "bestiary pretrain --model gpt2-small --objective causal --corpus webtext/ --vocab-size 50257 "
         "--sequence-length 1024 --batch-tokens 524288 --steps 600000 --learning-rate 6e-4 --schedule cosine "

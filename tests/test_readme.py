@@ -60,3 +60,17 @@ def test_snippets_run(tmp_path, monkeypatch):
     for snippet in snippets:
         exec(snippet.replace('"FOLDER"', repr(str(folder))), {})
     assert (tmp_path / "copy" / "model.safetensors").is_file()
+
+
+def test_the_script_finds_the_guides_commands(tmp_path):
+    found = importlib.util.spec_from_file_location("run", REPOSITORY / "docs" / "run.py")
+    assert found is not None
+    assert found.loader is not None
+    script = importlib.util.module_from_spec(found)
+    found.loader.exec_module(script)
+    page = tmp_path / "page.md"
+    page.write_text("```sh\na --b \\\n    c\nd\n```\n\n    shown only\n\n```python\nno\n```\n\n```sh\ne\n```\n")
+    assert list(script.commands_of(page)) == ["a --b c", "d", "e"]
+    script.prepare(tmp_path / "work", tmp_path)
+    assert (tmp_path / "work" / "data" / "page.md").is_file()
+    assert (tmp_path / "work" / "docs" / "run.py").is_file()

@@ -51,6 +51,9 @@ class Settings:
 def apart(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put each example of a corrupted batch in a row of its own, and labels at their tokens, -100 elsewhere."""
     segments, length = batch["segment_ids"], batch["segment_ids"].shape[1]
+    if "label_weights" in batch:  # running text, whose documents see each other
+        labels = np.where(batch["label_weights"] > 0, batch["labels"], -100)
+        return {"input_ids": batch["input_ids"], "attention_mask": (segments > 0).astype(np.int32), "labels": labels}
     found: dict[str, list[np.ndarray]] = {}
     order = LABELS["order"]
     for row in range(len(segments)):

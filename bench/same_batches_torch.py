@@ -72,6 +72,8 @@ class Losses(nn.Module):
             self.sbo = Boundaries(load_file(model / "model.safetensors"), self.net.config.layer_norm_eps, decoder)
         elif objective == "mlm+sop":
             self.net = transformers.AlbertForPreTraining.from_pretrained(model, **options)
+        elif objective == "causal":
+            self.net = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
         else:
             self.net = transformers.AutoModelForMaskedLM.from_pretrained(model, **options)
         self.types = stored.get("type_vocab_size", 0) > 1

@@ -93,6 +93,9 @@ class TransformerXLConfig(EncoderConfig):
         "problem_type": "problem_type",
     }
     REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "add_cross_attention": (False,),
+        "is_encoder_decoder": (False,),
+        "problem_type": EncoderConfig.REQUIRED["problem_type"],
         "adaptive": (True,),
         "attn_type": (0,),
         "init": ("normal",),
@@ -100,7 +103,7 @@ class TransformerXLConfig(EncoderConfig):
         "tie_word_embeddings": (True,),
         "quantization_config": (None,),
     }
-    WRITTEN_ANEW: ClassVar[tuple[str, ...]] = ("model_type", "architectures", "proj_share_all_but_first")
+    WRITTEN_ANEW: ClassVar[tuple[str, ...]] = (*EncoderConfig.WRITTEN_ANEW, "proj_share_all_but_first")
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The authors' scripts, run_wt103_base.sh and run_enwik8_base.sh (PyTorch), and the released checkpoint.
         "transformer-xl-base": _size(16, 410, 10, 41, 2100, 150, divisor=1, untied_biases=False, **WT103),

@@ -3,6 +3,7 @@
 bestiary ask --model gpt2 --task sst2 --data glue/SST-2 --shots 4
 bestiary ask --model gpt2 --task codah --data codah/full_data.tsv --by per-token
 bestiary ask --model gpt2 --task squad --data dev-v1.1.json --train train-v1.1.json --shots 1
+bestiary ask --model t5 --task translation --data pairs.tsv --prompt "translate English to German: {first}"
 
 Brown et al. 2020, 2.4: each example is asked after K examples with their answers, drawn from the training set. The
 answer is the candidate that the model finds most likely, or what it generates.
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from .model import LanguageModel
 
 TASKS = Literal[
-    "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "swag", "codah", "squad", "classification"
-]
+    "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "swag", "codah", "squad", "translation",
+    "classification",
+]  # fmt: skip
 By = Literal["likelihood", "per-token", "calibrated", "generation"]
-LONGEST_ANSWER = 24  # tokens of an answer that is generated, if no candidate is longer
+FREE = ("squad", "translation")  # answers are texts, and no candidates
 BETWEEN = "\n\n"  # after each example that is shown
 
 
@@ -41,12 +43,18 @@ class AskConfig:
     """Let a language model do a task by prompts, and compute the official metrics."""
 
     model: Path
-    """Checkpoint folder of a language model (GPT-2, ...) with its tokenizer, or run folder."""
+    """Checkpoint folder of a language model (GPT-2, ...) or an encoder-decoder (T5, BART), whose source is the prompt,
+    with its tokenizer; or run folder."""
     task: TASKS
-    """The task: one of GLUE, swag, codah, squad, or classification, for a table of your own."""
+    """The task: one of GLUE, swag, codah, squad, translation, or classification, for a table of your own."""
     data: Path
     """Data of the task, as for `bestiary finetune`: GLUE's folder, the folder or file of SWAG or CODAH, SQuAD's file to
-    answer, or a table (.tsv, .csv, .jsonl)."""
+    answer, a table (.tsv, .csv, .jsonl), or the texts to translate, one per line."""
+    target: Path | None = None
+    """Of translation: file of the translations of --data's lines. None: --data holds both, as the columns of a .tsv or
+    the fields --text and --label of JSON lines."""
+    train_target: Path | None = None
+    """The same for --train."""
     train: Path | None = None
     """Examples to show: SQuAD's training file, or a table. None: the training split in --data; of CODAH's single file,
     all folds but the first, which is answered."""
@@ -57,8 +65,8 @@ class AskConfig:
     by: By | None = None
     """How answers are found. likelihood: the candidate of the highest probability; per-token: its logarithm divided by
     the candidate's number of tokens; calibrated: divided by its probability without the question (Brown et al. 2020,
-    2.4); generation: what the model generates up to the end of the line. None: generation for squad, else likelihood.
-    """
+    2.4); generation: what the model generates up to the end of the line. None: generation for squad and translation,
+    else likelihood."""
     prompt: str | None = None
     """Prompt instead of the task's own, with {first} and {second} for an example's texts. An example is never shown
     before the same prompt."""
@@ -86,8 +94,12 @@ class AskConfig:
     def __post_init__(self) -> None:
         for name, least in (("shots", 0), ("seed", 0), ("limit", 0), ("batch", 1)):
             check_setting(self, name, least=least)
-        if self.task == "squad" and self.by not in (None, "generation"):
-            raise RunError(f"--by {self.by}: answers of squad are generated; it has no candidates.")
+        if self.task in FREE and self.by not in (None, "generation"):
+            raise RunError(f"--by {self.by}: answers of {self.task} are generated; it has no candidates.")
+        if self.task != "translation" and (self.target or self.train_target) is not None:
+            raise RunError(f"--target and --train-target are for translation, found --task {self.task}.")
+        if self.train_target is not None and self.train is None:
+            raise RunError("--train-target: it holds the translations of --train, which is missing.")
         if self.prompt is not None and "{first}" not in self.prompt:
             raise RunError("--prompt: expected {first}, where an example's text goes.")
         if self.out is not None and not self.out.absolute().parent.is_dir():
@@ -132,16 +144,17 @@ def encode(
     Raises:
         RunError: a prompt does not fit, or is empty although the model has no token that begins a text.
     """
-    positions, found = language_model.positions, language_model.encode(prompts)
+    found = language_model.encode(prompts)
     first = language_model.first_id
     found = [ids or ([] if first is None else [first]) for ids in found]
     for name, ids in zip(names, found, strict=True):
         if not ids:
             raise RunError(f"{name} is empty, and the model has no token that begins a text.")
-        if positions is not None and len(ids) + longest > positions:
+        if not language_model.fits(len(ids), longest):
             raise RunError(
                 f"{name} with {counted(shots, 'shot')} takes {len(ids):,} tokens, and "
-                f"{longest} more are needed for an answer; the model has {positions:,} positions. Give fewer --shots."
+                f"{longest} more are needed for an answer; the model has {language_model.positions:,} positions. Give "
+                "fewer --shots."
             )
     return found
 
@@ -164,7 +177,7 @@ def encode_answers(language_model: "LanguageModel", item: "Item", *, common: boo
     """
     answers = item.answers
     where, advice = ("", "; give other --answers.") if common else (f"example {item.key}: ", ".")
-    found = language_model.tokenizer.encode_batch(answers)
+    found = language_model.encode_answers(answers)
     for number, ids in enumerate(found):
         if not ids:
             raise RunError(f"{where}the answer {answers[number]!r} has no tokens{advice}")
@@ -206,18 +219,17 @@ def _log_probabilities(
     progress: Progress,
 ) -> list[np.ndarray]:
     """Return log p of each prompt's candidates; the same text is computed once."""
-    texts: dict[tuple[tuple[int, ...], int], int] = {}
+    texts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     for prompt, answers in zip(prompts, candidates, strict=True):
         for answer in answers:
-            texts.setdefault(((*prompt, *answer), len(answer)), len(texts))
+            texts.setdefault((tuple(prompt), tuple(answer)), len(texts))
     found = np.zeros(len(texts))
     keys = list(texts)
-    computed = language_model.losses([text for text, _ in keys], [count for _, count in keys], batch)
-    for done, (i, losses) in enumerate(computed, 1):
+    for done, (i, losses) in enumerate(language_model.answer_losses(keys, batch), 1):
         found[i] = -losses.sum(dtype=np.float64)
         progress.update(f"{done:,} of {len(keys):,} answers")
     return [
-        np.array([found[texts[(*prompt, *answer), len(answer)]] for answer in answers])
+        np.array([found[texts[tuple(prompt), tuple(answer)]] for answer in answers])
         for prompt, answers in zip(prompts, candidates, strict=True)
     ]
 
@@ -230,12 +242,12 @@ def by_generation(
     from ..generate.config import DecodeConfig
     from ..generate.generator import Generator, Watch
 
-    longest = LONGEST_ANSWER
+    longest = task.longest
     if not task.free:  # room for every candidate, and the end of the line
         answers = sorted({answer for item in task.items for answer in item.answers})
-        longest = max(longest, 1 + max(map(len, language_model.tokenizer.encode_batch(answers))))
+        longest = max(longest, 1 + max(map(len, language_model.encode_answers(answers))))
     encoded = encode(language_model, prompts, prompt_names(task), config.shots, longest)
-    streams = [TextStream(language_model.tokenizer, ids, ("\n",)) for ids in encoded]
+    streams = [TextStream(language_model.tokenizer, language_model.begun(ids), ("\n",)) for ids in encoded]
     finished = 0
 
     def seen(number: int, tokens: list[int], ended: bool) -> bool:
@@ -292,7 +304,7 @@ def main(config: AskConfig) -> int:
     from .asked_tasks import asked_task, default_template
     from .model import open_language_model
 
-    config = dataclasses.replace(config, by=config.by or ("generation" if config.task == "squad" else "likelihood"))
+    config = dataclasses.replace(config, by=config.by or ("generation" if config.task in FREE else "likelihood"))
     template = default_template(config.task, config.text_pair is not None)
     if config.prompt is not None:
         if "{second}" in template.prompt and "{second}" not in config.prompt:
@@ -300,13 +312,14 @@ def main(config: AskConfig) -> int:
         template = template._replace(prompt=config.prompt)
     if config.answers:
         count = None if template.answers is None else len(template.answers)
-        if config.task in ("swag", "codah", "squad") or count not in (None, len(config.answers)):
+        if config.task in ("swag", "codah", *FREE) or count not in (None, len(config.answers)):
             expected = "its answers are in the data" if count is None else f"expected {count}"
             raise RunError(f"--answers: {config.task}: {expected}, found {len(config.answers)}.")
         template = template._replace(answers=tuple(f" {word.strip()}" for word in config.answers))
     columns = {"text": config.text, "text_pair": config.text_pair, "label": config.label}
+    columns |= {"target": config.target, "train_target": config.train_target} if config.task == "translation" else {}
     task = asked_task(config.task, config.data, config.train, config.split, config.limit or None, template, columns)
-    language_model, progress = open_language_model(config.model, config.dtype), Progress()
+    language_model, progress = open_language_model(config.model, config.dtype, encoder_decoder=True), Progress()
     predictions, counts = answer(language_model, task, config, progress)
     results = {
         "task": config.task,

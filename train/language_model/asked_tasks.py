@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...data.corpus.parallel import ParallelText
 from ...data.tasks.glue import FINETUNED, GLUE
 from ...data.tasks.multiple_choice import Choice, split_fold
 from ...data.tasks.squad import Question, read_squad
@@ -18,7 +19,7 @@ from ..finetune.tasks.squad_metrics import metrics_v1, metrics_v2
 from ..finetune.tasks.table import table_task
 from .templates import TEMPLATES, UNANSWERABLE, Template
 
-NAMES = (*FINETUNED, "swag", "codah", "squad", "classification")
+NAMES = (*FINETUNED, "swag", "codah", "squad", "translation", "classification")
 
 
 class Item(NamedTuple):
@@ -40,6 +41,7 @@ class AskedTask(NamedTuple):
     metrics: Callable[[Sequence[Any]], dict[str, float]]  # of predictions: candidates' numbers, or texts
     baseline: Sequence[Any]  # predictions of the most frequent answer, or of none
     values: bool = False  # predictions are values: the candidates' mean
+    longest: int = 24  # maximum number of tokens of an answer that is generated, if no candidate is longer
 
 
 def asked_task(
@@ -60,7 +62,7 @@ def asked_task(
         split: split to answer, where `data` is a folder.
         limit: number of examples to answer, the first ones; None: all.
         template: the template.
-        columns: for a table: text, text_pair, label.
+        columns: for a table: text, text_pair, label; for translation: text, label, target, train_target.
 
     Raises:
         DataError: the data is invalid.
@@ -68,6 +70,8 @@ def asked_task(
     """
     if name == "squad":
         return _squad(data, train, limit, template)
+    if name == "translation":
+        return _translation(data, train, limit, template, columns)
     if name in ("swag", "codah"):
         return _choice(ChoiceTask(name, 0), data, train, split, limit, template)
     if name == "classification":
@@ -178,6 +182,31 @@ def _squad(data: Path, train: Path | None, limit: int | None, template: Template
         return (metrics_v2 if second else metrics_v1)(questions, found)
 
     return AskedTask(template, items(questions), items(shown), True, metrics, [""] * len(questions))
+
+
+def _translation(
+    data: Path, train: Path | None, limit: int | None, template: Template, columns: dict[str, Any]
+) -> AskedTask:
+    fields = (columns["text"], columns["label"])
+
+    def items(path: Path, target: Path | None) -> list[Item]:
+        text = ParallelText([path] if target is None else [path, target])
+        if text.form == "json":
+            text.fields = fields
+        return [Item(str(pair.line), template.fill(pair.source, None), (f" {pair.target}",), 0) for pair in text]
+
+    questions = items(data, columns["target"])[:limit]
+    shown = [] if train is None else items(train, columns["train_target"])
+    right = [item.answers[0].strip() for item in questions]
+
+    def metrics(texts: Sequence[str]) -> dict[str, float]:
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+
+        lists = list(texts), [right]
+        return {"bleu": BLEU().corpus_score(*lists).score, "chrf": CHRF().corpus_score(*lists).score}
+
+    return AskedTask(template, questions, shown, True, metrics, [""] * len(right), longest=64)
 
 
 def default_template(name: str, pairs: bool) -> Template:

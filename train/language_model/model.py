@@ -13,6 +13,7 @@ import numpy as np
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models import load
 from ...models.checkpoints.folder import family_of_folder, read_config
+from ...models.heads.losses import cross_entropy
 from ...models.layers.segments import gather_positions
 from ..errors import RunError
 from ..run_folder import model_folder
@@ -55,6 +56,32 @@ class LanguageModel:
     def memory(self) -> int | None:
         """Number of slots of the model's memory of the text before; None if it is no model with a memory."""
         return getattr(self.model.config, "memory", None)
+
+    def fits(self, prompt: int, answer: int) -> bool:
+        """Tell whether the model has positions for a prompt and an answer of these numbers of tokens."""
+        return self.positions is None or prompt + answer <= self.positions
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of answers to prompts."""
+        return self.tokenizer.encode_batch(texts)
+
+    def begun(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Return the tokens that an output after a prompt continues."""
+        return prompt
+
+    def answer_losses(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Compute -log p of the tokens of answers, given their prompts.
+
+        Args:
+            pairs: (prompt, answer) tokens.
+            rows: maximum number of pairs at a time.
+
+        Yields:
+            (index of the pair, [tokens of its answer] float32), in any order.
+        """
+        return self.losses([(*prompt, *answer) for prompt, answer in pairs], [len(a) for _, a in pairs], rows)
 
     def losses_with_memory(self, ids: Sequence[int], window: int, slots: int, columns: int = 1) -> Iterator[np.ndarray]:
         """Compute -log p of every token of a text but the first, which is read in order with a memory.
@@ -149,17 +176,80 @@ def _losses_and_memory(
     return model.apply({"params": params}, method=run)
 
 
-def open_language_model(folder: Path, dtype: str = "float32") -> LanguageModel:
+@dataclass(frozen=True, eq=False)
+class PromptedEncoderDecoder(LanguageModel):
+    """An encoder-decoder that answers prompts: they are its source, and an answer is its output."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of prompts, with the tokenizer's special tokens around them."""
+        return self.tokenizer.encode_batch(texts, add_special_tokens=True)
+
+    def fits(self, prompt: int, answer: int) -> bool:
+        """See `LanguageModel.fits`: each side has positions of its own."""
+        return self.positions is None or max(prompt, answer + 1) <= self.positions
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of answers, which are texts of their own."""
+        return self.tokenizer.encode_batch([text.strip() for text in texts])
+
+    def begun(self, prompt: Sequence[int]) -> Sequence[int]:
+        """See `LanguageModel.begun`: nothing, an output is a text of its own."""
+        del prompt
+        return ()
+
+    def answer_losses(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """See `LanguageModel.answer_losses`. A token that every output begins with is read, and does not count."""
+        c = self.model.config
+        start = [c.decoder_start_token_id, *([] if c.forced_bos_token_id is None else [c.forced_bos_token_id])]
+        order = sorted(range(len(pairs)), key=lambda i: tuple(map(len, pairs[i])))
+        for first in range(0, len(order), rows):
+            chosen = order[first : first + rows]
+            count = 1 << (len(chosen) - 1).bit_length()
+            source = _rounded(max(len(pairs[i][0]) for i in chosen), self.positions)
+            target = _rounded(len(start) - 1 + max(len(pairs[i][1]) for i in chosen), self.positions)
+            ids, segments = (np.zeros((count, source), np.int32) for _ in range(2))
+            inputs, labels = (np.zeros((count, target), np.int32) for _ in range(2))
+            for row, i in enumerate(chosen):
+                prompt, answer = pairs[i]
+                ids[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+                output = [*start, *answer]
+                inputs[row, : len(output) - 1], labels[row, : len(output) - 1] = output[:-1], output[1:]
+            found = np.asarray(_output_losses(self.model, self.params, ids, segments, inputs, labels))
+            for row, i in enumerate(chosen):
+                yield i, found[row, len(start) - 1 :][: len(pairs[i][1])]
+
+
+@partial(jax.jit, static_argnums=0)
+def _output_losses(
+    model: Any, params: Any, ids: jax.Array, segments: jax.Array, inputs: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Compute -log p of outputs `labels` [B, T] of sources [B, S], whose decoder reads `inputs` [B, T]."""
+    logits = model.apply({"params": params}, ids, segments, None, inputs)
+    return cross_entropy(logits, labels)[0]
+
+
+def open_language_model(folder: Path, dtype: str = "float32", *, encoder_decoder: bool = False) -> LanguageModel:
     """Load the language model of a run folder or a checkpoint folder.
 
+    Args:
+        folder: the folder.
+        dtype: compute dtype.
+        encoder_decoder: also take a model that generates texts from a source.
+
     Raises:
-        RunError: it is no language model, or has no tokenizer.
+        RunError: it is no language model, or has no tokenizer for texts.
     """
     folder = model_folder(folder)
     family = family_of_folder(read_config(folder), folder)
-    if "causal_lm" not in family.heads:
+    found: Any = LanguageModel if "causal_lm" in family.heads else None
+    if encoder_decoder and "generation" in family.heads:
+        found = PromptedEncoderDecoder
+    if found is None:
         raise RunError(f"{folder}: holds a {family.title}, which is no language model that predicts the next token.")
-    loaded = load(folder, head="causal_lm", dtype=dtype)
-    if loaded.tokenizer is None:
+    head = "causal_lm" if found is LanguageModel else None if family.one_kind else "generation"
+    loaded = load(folder, head=head, dtype=dtype)
+    if not isinstance(loaded.tokenizer, Tokenizer):
         raise RunError(f"{folder}: no tokenizer files. Put those of the model's tokenizer there.")
-    return LanguageModel(loaded.model, jax.device_put(loaded.params), loaded.tokenizer)
+    return found(loaded.model, jax.device_put(loaded.params), loaded.tokenizer)

@@ -50,6 +50,7 @@ TEMPLATES: Mapping[str, Template] = {
     "swag": Template("{first}"),
     "codah": Template("{first}"),
     "squad": Template("{first}\n\nQ: {second}\n\nA:"),
+    "translation": Template("{first} ="),
     "classification": Template("Text: {first}\nLabel:"),
     "pairs": Template("Text 1: {first}\nText 2: {second}\nLabel:"),
 }

@@ -65,6 +65,7 @@ NAMES = (
     "gptneo_classification",
     "transformer_xl_lm",
     "transformer_xl_shared",
+    "transformer_xl_classification",
 )
 
 

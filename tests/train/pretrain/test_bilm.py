@@ -74,6 +74,6 @@ def test_a_run_is_exported_and_refuses_other_tokens(tmp_path: Path, capsys: pyte
     assert 0 < results["held_out"]["backward_loss"] < 2 * np.log(40)
     found = load(tmp_path / "run/model")
     assert found.config.filters == (1, 16, 2, 16, 3, 32)
-    wrong = ["--batch-ramp", "128:2", "--out", str(tmp_path / "other")]
+    wrong = ["--batch-ramp", "128:1", "--out", str(tmp_path / "other")]
     assert main([*given, *wrong]) == 1
     assert "one phase and one batch size" in capsys.readouterr().err

@@ -55,7 +55,7 @@ class RunFolder:
         track: Tracker | None = None,
     ):
         self.folder = folder
-        self._track = track
+        self._track: Tracker | None = track
         self._tracking: Tracking | None = None
         self.main = jax.process_index() == 0
         self._events: Any = None

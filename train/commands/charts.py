@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 COLOURS = ("#3b82f6", "#f97316", "#22a55b", "#e5484d", "#a855f7", "#0ea5b7", "#b7791f", "#ec4899")
 GREY = "#7d8590"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "bestiary",  # the same chart is the same file
     "font.family": "sans-serif",

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import shtab
 
@@ -28,7 +29,7 @@ def script(shell: str, commands: Mapping[tuple[str, ...], str], help_of: Callabl
         raise RunError(f"--completion {shell}: expected one of {', '.join(shtab.SUPPORTED_SHELLS)}.")
     commands = {words: what for words, what in commands.items() if not words[-1].startswith("--")}  # no variants
     root = argparse.ArgumentParser("bestiary")
-    groups = {(): root.add_subparsers()}
+    groups: dict[tuple[str, ...], Any] = {(): root.add_subparsers()}
     parents = {words[:most]: "" for words in commands for most in range(1, len(words))}
     for words, what in sorted((parents | dict(commands)).items(), key=lambda command: len(command[0])):
         parser = groups[words[:-1]].add_parser(words[-1], help=_plain(what))

@@ -45,12 +45,16 @@ class Generator:
             rows: maximum number of sentences searched at a time.
 
         Raises:
-            RunError: an output could be longer than the model has positions, or the model lacks a requested token.
+            RunError: an output could be longer than the model has positions, or the model lacks a requested token, or
+                a memory.
         """
         if rows < 1:
             raise RunError(f"rows: expected at least 1, found {rows}")
         self.config = config
-        self._model = model.incremental()
+        try:
+            self._model = model.incremental()
+        except ValueError as error:
+            raise RunError(str(error)) from None
         positions, words = self._model.positions, self._model.vocabulary
         if positions is not None and config.max_length > positions:
             raise RunError(f"max_length {config.max_length}: the model has {positions} positions")

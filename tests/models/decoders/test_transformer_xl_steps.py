@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary.models.decoders.transformer_xl import TransformerXLConfig, TransformerXLModel
+from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.generate.generator import Generator
 
@@ -76,5 +77,5 @@ def test_generated_together_as_alone(random_params: Any) -> None:
 
 def test_without_a_memory_nothing_is_generated(random_params: Any) -> None:
     model = TransformerXLModel(TransformerXLConfig(**{**SIZES, "memory": 0}))
-    with pytest.raises(ValueError, match="without a memory"):
+    with pytest.raises(RunError, match="without a memory"):
         Generator(model, random_params(model), DecodeConfig(), rows=1)

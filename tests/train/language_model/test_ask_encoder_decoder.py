@@ -55,14 +55,20 @@ def test_the_likeliest_output(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert tokenizer is not None
     answers = [tokenizer.encode_batch([text])[0] for text in ("negative", "positive")]
     longest = max(map(len, answers))
-    scores = jax.jit(lambda ids, inputs: jax.nn.log_softmax(model.apply({"params": params}, ids, None, None, inputs)))
+
+    @jax.jit
+    def scores(ids: Any, segments: Any, inputs: Any) -> Any:
+        return jax.nn.log_softmax(model.apply({"params": params}, ids, segments, None, inputs))
+
     expected = []
     for text, _ in REVIEWS:
         (ids,) = tokenizer.encode_batch([f"Review: {text}\nSentiment:"], add_special_tokens=True)
+        row, segments = np.zeros((1, 64), np.int32), np.zeros((1, 64), np.int32)
+        row[0, : len(ids)], segments[0, : len(ids)] = ids, 1
         values = []
         for answer in answers:
             inputs = [2, 0, *answer, *[1] * (longest - len(answer))]
-            found = scores(jnp.array([ids]), jnp.array([inputs]))[0]
+            found = scores(row, segments, jnp.array([inputs]))[0]
             values.append(float(found[1 + jnp.arange(len(answer)), jnp.array(answer)].mean()))
         expected.append(int(np.argmax(values)))
     assert list(json.loads(out.read_text())["answers"].values()) == expected

@@ -1,12 +1,12 @@
 """Measure the pretraining of encoders beside PyTorch with transformers, in turn, on one core.
 
-    taskset -c 0 uv run python bench/encoders.py --corpus BOOKS --peer PEER/bin/python step_torch.py
+    taskset -c 0 uv run python bench/encoders.py --corpus BOOKS --tokenizers DIR --peer PEER/bin/python step_torch.py
 
 Ours is `bestiary bench pretrain` with the objective of each family's paper, on packed rows of text. The peer is a
 script that prints the tokens/s of training steps of a model of the same size on full rows of random ids: of each
-family's masked language model, with logits at all positions, and for ELECTRA of the discriminator alone. Times are CPU
-time, so that other work on the machine counts little. Prints a JSON line per family: real tokens/s of each run, and the
-median over the pairs of their ratio.
+family's masked language model, with logits at all positions, and for ELECTRA of the discriminator alone. Both have the
+vocabulary of a released tokenizer. Times are CPU time, so that other work on the machine counts little. Prints a JSON
+line per family: real tokens/s of each run, and the median over the pairs of their ratio.
 """
 
 import argparse
@@ -18,15 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FAMILIES: dict[str, tuple[str, str, dict[str, int]]] = {  # our size; the peer's family, and its size beside 4 x 256
-    "bert": ("bert-mini", "bert", {}),
-    "roberta": ("roberta-mini", "roberta", {}),
-    "albert": ("albert-mini", "albert", {}),
-    "electra": ("electra-mini", "electra", {}),
-    "spanbert": ("spanbert-mini", "bert", {}),
-    "modernbert": ("ettin-encoder-17m", "modernbert", {"layers": 7, "feed-forward": 384}),
-    "distilbert": ("distilbert-mini", "distilbert", {"layers": 2}),
+FAMILIES: dict[str, tuple[str, str, dict[str, int], str]] = {
+    # our size; the peer's family, and its size beside 4 x 256; the released tokenizer of both
+    "bert": ("bert-mini", "bert", {}, "bert-base-uncased"),
+    "roberta": ("roberta-mini", "roberta", {}, "roberta-base"),
+    "albert": ("albert-mini", "albert", {}, "albert-base-v2"),
+    "electra": ("electra-mini", "electra", {}, "bert-base-uncased"),
+    "spanbert": ("spanbert-mini", "bert", {}, "bert-base-uncased"),
+    "modernbert": ("ettin-encoder-17m", "modernbert", {"layers": 7, "feed-forward": 384}, "roberta-base"),
+    "distilbert": ("distilbert-mini", "distilbert", {"layers": 2}, "bert-base-uncased"),
 }
+VOCABULARIES = {"bert-base-uncased": 30_522, "roberta-base": 50_265, "albert-base-v2": 30_000}
 
 CPU_TIME = "import runpy, sys, time; time.perf_counter = time.process_time; sys.argv = sys.argv[1:]"
 """Begins the peer's program: its clock is CPU time."""
@@ -36,14 +38,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", nargs="+", required=True)
     parser.add_argument("--cache", help="as for `bestiary pretrain`")
+    parser.add_argument("--tokenizers", required=True, help=f"folder with {', '.join(VOCABULARIES)}")
     parser.add_argument("--peer", nargs=2, required=True, metavar=("PYTHON", "SCRIPT"))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    for name, default in dict(pairs=3, length=512, rows=4, vocab=4096, steps=9, skip=3).items():
+    for name, default in dict(pairs=3, length=512, rows=4, steps=9, skip=3).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     for family in a.families:
-        size, peer, sizes = FAMILIES[family]
-        pairs = [(ours(a, size), theirs(a, peer, sizes)) for _ in range(a.pairs)]
+        size, peer, sizes, tokenizer = FAMILIES[family]
+        sizes = {**sizes, "vocab": VOCABULARIES[tokenizer]}
+        pairs = [(ours(a, size, tokenizer), theirs(a, peer, sizes)) for _ in range(a.pairs)]
         found = {
             "family": family,
             "ours": [round(ours) for ours, _ in pairs],
@@ -53,12 +57,13 @@ def main() -> None:
         print(json.dumps(found), flush=True)
 
 
-def ours(a: argparse.Namespace, size: str) -> float:
+def ours(a: argparse.Namespace, size: str, tokenizer: str) -> float:
     """Return the real tokens of the median step per second of CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [str(Path(sys.executable).with_name("bestiary")), "bench", "pretrain", "--corpus", *a.corpus]
-        flags = {"model": size, "sequence-length": a.length, "rows": a.rows, "steps": a.steps, "skip": a.skip}
+        flags = {"model": size, "tokenizer": Path(a.tokenizers) / tokenizer, "sequence-length": a.length}
+        flags |= {"rows": a.rows, "steps": a.steps, "skip": a.skip, "warmup": 1}
         run(command + options({**flags, "out": out, **({"cache": a.cache} if a.cache else {})}))
         found = json.loads(out.read_text(encoding="utf-8"))
     tokens = found["real_tokens_per_second_of_median_step"] * found["step_seconds"]["median"]
@@ -69,7 +74,7 @@ def theirs(a: argparse.Namespace, family: str, sizes: dict[str, int]) -> float:
     """Return the tokens/s that the peer prints."""
     python, script = a.peer
     command = [python, "-c", f"{CPU_TIME}; runpy.run_path(sys.argv[0], run_name='__main__')", script, "train"]
-    flags = {"family": family, "vocab": a.vocab, "length": a.length, "rows": a.rows, "steps": a.steps, "skip": a.skip}
+    flags = {"family": family, "length": a.length, "rows": a.rows, "steps": a.steps, "skip": a.skip}
     return json.loads(run(command + options({**flags, "threads": 1, **sizes})).splitlines()[-1])["tokens_per_s"]
 
 

@@ -199,6 +199,8 @@ class _Counters:
             self.seconds += now - self._clock
             self._window_seconds += now - self._clock
             self._window_steps += 1
+        else:
+            self._waited = 0.0  # the first batch is waited for longest, and belongs to no timed step
         self._clock = now
 
     def rates(self) -> dict[str, float]:
@@ -381,6 +383,7 @@ class Loop:
         elif step == min(first + count, self._training.steps):
             self._flush_metrics()
             jax.profiler.stop_trace()
+            self._counters.restart_clock()
             self._say(step, f"steps {first} to {step - 1} are traced in {self._session.folder.folder / 'profile'}")
 
     def _compiling(self, step: int, batch: Mapping[str, np.ndarray], call: Callable[[], Any]) -> Any:

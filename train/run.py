@@ -93,7 +93,7 @@ class Run:
         named = self._named_checkpoint(training.steps, abstract) if new else None
         if named is not None:
             training.batches.set_state(named.extra_state["batches"])
-        require_agreement("The data", {"the training data": training.batches.get_state(), "steps": training.steps})
+        require_agreement("The data", {"training data": training.batches.get_state(), "steps": training.steps})
         self.folder.begin()
         checkpoints = Checkpoints(self.folder.checkpoints, keep=self.intervals.keep, report=self.progress.line)
         with closing(checkpoints):

@@ -24,14 +24,14 @@ def require_agreement(what: str, values: Mapping[str, Any]) -> None:
     names = sorted(values)
     every = multihost_utils.process_allgather(_digest(names))
     if (every != every[0]).any():
-        raise RunError(f"{what}: processes {_apart(every)} have other settings than process 0. Is it the same version?")
+        raise RunError(f"{what} differ: processes {_apart(every)} have others than process 0. Is it the same version?")
     digests = multihost_utils.process_allgather(np.stack([_digest(values[name]) for name in names]))
     differ = [name for number, name in enumerate(names) if (digests[:, number] != digests[0, number]).any()]
     if differ:
         apart = _apart(digests.reshape(len(digests), -1))
         raise RunError(
-            f"{what}: {', '.join(differ)} differ between the processes: process {apart} and process 0. Start the same "
-            "command on every host."
+            f"{what} differ between the processes: {', '.join(differ)}, in process {apart} from process 0. Start the "
+            "same command on every host."
         )
 
 

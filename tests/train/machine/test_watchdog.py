@@ -39,8 +39,11 @@ def test_steps_that_end_are_not_reported(tmp_path):
     ("theirs", "message"),
     [
         ({"seed": 0, "optim.beta1": 0.9}, None),
-        ({"seed": 0, "optim.beta1": 0.8}, "The settings: optim.beta1 differ between the processes: process 1 and"),
-        ({"seed": 0, "optim.beta3": 0.9}, "The settings: processes 1 have other settings than process 0"),
+        (
+            {"seed": 0, "optim.beta1": 0.8},
+            "The settings differ between the processes: optim.beta1, in process 1 from process 0",
+        ),
+        ({"seed": 0, "optim.beta3": 0.9}, "The settings differ: processes 1 have others than process 0"),
     ],
 )
 def test_processes_that_disagree_are_named(monkeypatch, theirs, message):

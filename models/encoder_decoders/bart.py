@@ -203,7 +203,7 @@ class BartConfig(EncoderDecoderConfig):
         stored = super().to_json() | ({} if names is None else write_labels(self.num_labels, names))
         if self.problem_type is None:
             del stored["problem_type"]
-        return stored
+        return stored | {"normalize_before": False}  # which CTranslate2's converter reads, as released ones have it
 
 
 class BartBase(EncoderDecoder):

@@ -22,6 +22,7 @@ from bestiary.models.encoder_decoders.t5 import FAMILY as T5
 from bestiary.models.registry import init_params
 from bestiary.train.cli import main
 from bestiary.train.generate.config import DecodeConfig
+from bestiary.train.loop import RESTART, Stop
 from bestiary.train.text2text.metrics import GlueScoring, text_scores
 from bestiary.train.translate.translator import Translation, open_translator
 
@@ -119,6 +120,44 @@ def test_a_run_folder_and_its_outputs(trained: Path, folders, monkeypatch, capsy
     hypothesis = ["--hypothesis", str(reference), "--reference", str(reference)]
     assert main(["text2text", "score", *hypothesis, "--metric", "rouge"]) == 0
     assert '"rouge": 100.0' in capsys.readouterr().out
+
+
+class StopAfter(Stop):
+    """As if a signal came during a step."""
+
+    def agreed(self, step: int) -> bool:
+        if step == 4:
+            self.signal = 15
+        return step == 4
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(trained: Path, folders, monkeypatch) -> None:
+    """The second half begins from the checkpoint of the first, as after a kill."""
+    out = folders["root"] / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr("bestiary.train.run.Stop", StopAfter)
+        assert train(folders, out, "--prefix", "summarize: ", "--metric", "rouge") == RESTART
+    assert not (out / "model").exists()
+    assert train(folders, out, "--prefix", "summarize: ", "--metric", "rouge") == 0
+    weights = "model/model.safetensors"
+    assert (out / weights).read_bytes() == (trained / weights).read_bytes()
+    first, again = (json.loads((folder / "results.json").read_text())["held_out"] for folder in (trained, out))
+    assert first == again
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_translation_starts_from_a_pretrained_model(folders, tmp_path, family) -> None:
+    lines = [line.split("\t") for line in folders["pairs"].read_text().splitlines()]
+    for number, side in enumerate(("en", "de")):
+        (tmp_path / side).write_text("".join(f"{line[number]}\n" for line in lines))
+    flags = ["--init-from", folders[family], "--cache", folders["root"] / "cache", "--out", tmp_path / "run"]
+    flags += ["--source", tmp_path / "en", "--target", tmp_path / "de", "--dev-pairs", 8, "--final-beam", 1]
+    flags += ["--row-tokens", 32, "--batch-tokens", 256, "--steps", 1, "--warmup", 0, "--average", 0, "--patience", 0]
+    assert main(["translate", "train", *map(str, flags)]) == 0
+    before, after = models.load(folders[family]), models.load(tmp_path / "run" / "model")
+    assert after.config.MODEL_TYPE == before.config.MODEL_TYPE
+    assert jax.tree.map(np.shape, after.params) == jax.tree.map(np.shape, before.params)
+    assert "bleu" in json.loads((tmp_path / "run" / "results.json").read_text())["held_out"]
 
 
 def test_bart_reads_and_writes_texts_with_both_ends(folders, tmp_path) -> None:

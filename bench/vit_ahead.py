@@ -78,7 +78,7 @@ def main() -> None:
             partial(train_step, model=model, learner=learner, config=settings), learner.specs
         )
         start = time.perf_counter()
-        lowered = jax.jit(step).trace(state, batch).lower(lowering_platforms=(target["platform"],))
+        lowered = jax.jit(step, donate_argnums=0).trace(state, batch).lower(lowering_platforms=(target["platform"],))
         compiled = lowered.compile()
     memory = compiled.memory_analysis()
     tokens = config.positions * a.batch
@@ -97,8 +97,6 @@ def main() -> None:
                 "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 2),
                 "gflop_an_image": round(operations / a.batch / 1e9, 1),
                 "images_a_second_at_40_percent_of_peak": round(0.4 * peak * 1e12 / (operations / a.batch)),
-                "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"')
-                + compiled.as_text().count("mosaic_gpu"),
                 "compile_s": round(time.perf_counter() - start, 1),
             }
         )

@@ -220,17 +220,19 @@ def test_from_checkpoints_of_both_encoders(data: Path, sentence_encoder: Path, t
     encoders = f'[image]\ncheckpoint = "{tmp_path}/vit/model"\nimage_size = 12\n'
     encoders += f'[text]\ncheckpoint = "{sentence_encoder}"\nmax_length = 30\n'
     decoder = PARTS[PARTS.index("[decoder]") :]
-    file = data / "loaded.toml"
-    file.write_text(encoders + decoder + VQA)
-    assert train(data, tmp_path / "out", "--steps", "1", "--learning-rate", "1e-9", file="loaded.toml") == 0
-    assert "starting from the checkpoints' encoders" in capsys.readouterr().err
-    found = models.load(tmp_path / "out" / "model")
-    assert found.config.image.config.image_size == 12
+    path = data / "loaded.toml"
+    path.write_text(encoders + decoder + VQA)
+    config, file = TrainConfig(config=path, out=tmp_path / "out"), read_task_file(path)
+    start = make_start(config, file, [read_task("vqa", file.tasks["vqa"]).task], [])
+    assert start.loaded
+    assert start.model.config.image.config.image_size == start.inputs.processor.output[0] == 12
+    found = start.params(seed=0)
     for side, folder in (("text", sentence_encoder), ("image", tmp_path / "vit" / "model")):
         before = models.load(folder, head="encoder").params["layers"]["attention"]["query"]["kernel"]
-        after = found.params[f"{side}_encoder"]["layers"]["attention"]["query"]["kernel"]
-        np.testing.assert_allclose(before, after, atol=1e-6)
-    file.write_text(encoders.replace("image_size", "width") + decoder + VQA)
+        np.testing.assert_array_equal(before, found[f"{side}_encoder"]["layers"]["attention"]["query"]["kernel"])
+    shapes = jax.eval_shape(lambda: nn.unbox(registry.init_params(start.model, jax.random.key(0))))
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, shapes)
+    path.write_text(encoders.replace("image_size", "width") + decoder + VQA)
     assert train(data, tmp_path / "other", file="loaded.toml") == 1
     assert "[image]: width goes with a size by model, not with a checkpoint" in capsys.readouterr().err
 

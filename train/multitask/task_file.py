@@ -205,11 +205,12 @@ def _part(of: Any, stored: Any, where: str, folder: Path) -> Any:
                 raise RunError(f"{where}: the key {one.name!r} is missing.")
             continue
         value, kind = stored[one.name], hints[one.name]
-        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
         is_path = Path in options
-        if not (isinstance(value, str) if is_path else fits(value, kind)):
-            raise RunError(f"{where}: {one.name}: expected {type_name(str if is_path else kind)}, "
-                           f"found {in_words(value)}.")  # fmt: skip
+        kinds = [str if option is Path else option for option in options if option is not types.NoneType]
+        if not any(fits(value, option) for option in kinds):
+            expected = " or ".join(map(type_name, kinds))
+            raise RunError(f"{where}: {one.name}: expected {expected}, found {in_words(value)}.")
         values[one.name] = value if not is_path or value.startswith("tfds:") else folder / value
     part = of(**values)
     for name in ("image_size", "patch_size", "width", "layers", "heads", "feed_forward", "queries", "vocab_size"):

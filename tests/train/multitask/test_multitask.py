@@ -62,6 +62,7 @@ kind = "image-classification"
 data = "pictures"
 held_out = 0.25
 queries = 1
+loss = "softmax"
 """
 MOOD = """
 [tasks.mood]
@@ -254,6 +255,10 @@ WHOLE = PARTS + VQA + BRIGHT
         (WHOLE.replace("question-answering", "question-answer"), "there is no kind of task 'question-answer'. Did you"),
         (WHOLE.replace("question-answering", "detection"), r"\[tasks.vqa\]: detection is not implemented"),
         (WHOLE.replace("queries = 2", 'head = "detection"'), r"\[tasks.vqa\]: detection is not implemented"),
+        (
+            WHOLE.replace("queries = 2", 'loss = "hinge"'),
+            r'\[tasks.vqa\]: loss: expected "softmax" or "sigmoid", found "h',
+        ),
         (WHOLE.replace("queries = 2", 'head = "span"'), "there is no head 'span'. Expected classification"),
         (WHOLE.replace("[text]", "[txt]"), "there is no table 'txt'. Did you mean 'text'?"),
         (WHOLE.replace('\ndata = "vqa.csv"', ""), r"\[tasks.vqa\]: the key 'data' is missing"),

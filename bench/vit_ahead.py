@@ -56,11 +56,8 @@ def main() -> None:
     config: Any = dataclasses.replace(family.config.preset(a.model), **fields)  # pyright: ignore[reportArgumentType]
     model = family.build("classification", config)
     settings = TrainConfig(data=Path("unread"), out=Path("unwritten"), batch_size=a.batch)
-    mesh = Mesh(
-        np.array(topologies.get_topology_desc(**target).devices[:1]).reshape(1, 1, 1),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
-    )
+    one = np.array(topologies.get_topology_desc(**target).devices[:1]).reshape((1,) * len(MESH_AXES))
+    mesh = Mesh(one, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     parallelism = Parallelism(mesh)
     rate = schedule(settings.optim, [(1000, None)])
     by_rows = NamedSharding(mesh, P(BATCH_AXES))

@@ -78,14 +78,16 @@ def test_it_learns_and_leaves_everything_behind(run: Path):
     assert (stored["size"], stored["image_mean"]) == ({"height": 8, "width": 8}, [0.5])
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_happened(run: Path, data: Path, tmp_path: Path):
+def test_a_stopped_run_goes_on_as_if_nothing_happened(run: Path, data: Path, tmp_path: Path, capsys):
     """The steps to 50 by one start, the rest by another, from the checkpoint."""
     settings = json.loads((run / "config.json").read_text())
     out = tmp_path / "again"
     out.mkdir()
     (out / "config.json").write_text(json.dumps(settings | {"out": str(out)}))
     shutil.copytree(run / "checkpoints" / "50", out / "checkpoints" / "50")
+    shutil.copy(run / "checkpoints" / "50.json", out / "checkpoints")
     assert main(arguments(data, out, *REGULARISED)) == 0
+    assert "resuming from step 50" in capsys.readouterr().err
     assert (out / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
 
 

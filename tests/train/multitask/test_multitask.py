@@ -136,7 +136,7 @@ def test_it_learns_and_leaves_everything_behind(run: Path):
     assert {"preprocessor_config.json", "tokenizer.json", "config.json", "model.safetensors"} <= names
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_happened(run: Path, data: Path, tmp_path: Path):
+def test_a_stopped_run_goes_on_as_if_nothing_happened(run: Path, data: Path, tmp_path: Path, capsys):
     """The steps to 15 by one start, the rest by another, from the checkpoint."""
     settings = json.loads((run / "config.json").read_text())
     out = tmp_path / "again"
@@ -144,7 +144,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_happened(run: Path, data: Path, tmp
     settings["run"]["out"] = str(out)
     (out / "config.json").write_text(json.dumps(settings))
     shutil.copytree(run / "checkpoints" / "15", out / "checkpoints" / "15")
+    shutil.copy(run / "checkpoints" / "15.json", out / "checkpoints")
     assert train(data, out) == 0
+    assert "resuming from step 15" in capsys.readouterr().err
     assert (out / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
 
 

@@ -108,7 +108,7 @@ class IncrementalWithMemory(IncrementalDecoder):
         ) -> Array:
             slots = Slots(*attention.write(hidden, *slots, places))
             filled.append(slots)
-            parts = [(*before, seen[0]), (*slots, seen[1])]
+            parts = [(one.keys, one.values, where) for one, where in zip((before, slots), seen, strict=True)]
             *_, biases = given
             return attention.step(hidden, biases, keys[:, :, :count], parts, distances)
 

@@ -33,7 +33,7 @@ def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[s
         RunError: the vectors have another width than the embeddings, or no token is among their words.
     """
     vectors = read_vectors(path)
-    shapes = flatten_dict(nn.unbox(jax.eval_shape(initialise)))
+    shapes: dict[Any, Any] = flatten_dict(nn.unbox(jax.eval_shape(initialise)))
     found = {at: at[-2] for at in shapes if at[-1] == "embedding" and at[-2] in tokens}
     for at in found:
         width = shapes[at].shape[1]
@@ -45,7 +45,7 @@ def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[s
         raise RunError(f"--vectors {path}: none of its {len(vectors.words):,} words is a token of this model's.")
 
     def load() -> Any:
-        params = flatten_dict(jax.device_get(nn.unbox(initialise())))
+        params: dict[Any, Any] = flatten_dict(jax.device_get(nn.unbox(initialise())))
         for at, name in found.items():
             ids, numbers = rows[name]
             table, new = np.array(params[at]), vectors.vectors[numbers]

@@ -28,9 +28,18 @@ PHONEMES = (
 CONFIG = RecurrentConfig(
     vocab_size=len(LETTERS),
     target_vocab_size=len(PHONEMES),
-    **dict(width=256, embedding_width=256, encoder_width=256, cell="gru-reset-after", bidirectional=False),
-    **dict(attention="none", output="state", bridge="last", logits_bias=True),
-    **dict(bos_token_id=2, decoder_start_token_id=2, eos_token_id=3),
+    width=256,
+    embedding_width=256,
+    encoder_width=256,
+    cell="gru-reset-after",
+    bidirectional=False,
+    attention="none",
+    output="state",
+    bridge="last",
+    logits_bias=True,
+    bos_token_id=2,
+    decoder_start_token_id=2,
+    eos_token_id=3,
 )
 # Name in this package's checkpoints -> name in the file.
 STORED = {

@@ -86,9 +86,9 @@ class Read(NamedTuple):
     """What a step gives to the output, each [B, ..., size] float32; None for what this config has no use for."""
 
     hidden: Array  # the last layer's state
-    before: Array | None  # the same before the step
-    context: Array | None  # the mean of the memory that attention takes
-    attentional: Array | None  # the output's state, if it is fed to the next step
+    before: Any  # the same before the step
+    context: Any  # the mean of the memory that attention takes
+    attentional: Any  # the output's state, if it is fed to the next step
 
 
 @jax.checkpoint

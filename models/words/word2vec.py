@@ -18,7 +18,8 @@ Skip-gram").
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Literal, NamedTuple
 
 import jax
@@ -127,8 +128,8 @@ def update(
     used = (pairs[:, :, None] & counted[:, None]).astype(jnp.float32)
     loss = (used * (jax.nn.softplus(logits) - labels[:, None] * logits)).sum()
     error = rate * used * (labels[:, None] - chance)
-    to_inputs = sum(error[:, :, k, None] * against[:, None, k] for k in drawn_)
-    to_outputs = sum(error[:, place, :, None] * vectors[:, place, None] for place in places_)
+    to_inputs = reduce(add, [error[:, :, k, None] * against[:, None, k] for k in drawn_])
+    to_outputs = reduce(add, [error[:, place, :, None] * vectors[:, place, None] for place in places_])
     if c.kind == "cbow":
         share = jnp.ones(count) if c.cbow_gradient == "sum" else share
         to_inputs = jnp.broadcast_to(to_inputs * share[:, None, None], (*context.shape, c.width))

@@ -40,10 +40,9 @@ def operations(jaxpr: Any) -> float:
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                yield part.jaxpr
-            elif isinstance(part, core.Jaxpr):
-                yield part
+            jaxpr = getattr(part, "jaxpr", part)  # of a closed one
+            if isinstance(jaxpr, core.Jaxpr):
+                yield jaxpr
 
 
 def _product(equation: Any) -> float:

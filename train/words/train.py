@@ -105,7 +105,7 @@ def batches(config: WordsConfig, words: Words, epoch: int, keep: np.ndarray) -> 
     rows = np.arange(BATCHES)[:, None] * size + np.arange(size + 2 * edge)[None]
     for start in range(0, padded, block):
         last = min(start + block, len(left)) - 1
-        yield Stream(ids[start + rows], sentences[start + rows]), int(left[last]) + 1
+        yield Stream(jnp.asarray(ids[start + rows]), jnp.asarray(sentences[start + rows])), int(left[last]) + 1
 
 
 def main(config: WordsConfig) -> int:

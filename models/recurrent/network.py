@@ -141,7 +141,9 @@ def decode(
         between: factors of dropout on what each layer but the last gives to the next; empty for none.
         constants: by `Decoder.constants`.
     """
-    before, context, attentional, attention = states[-1][0], None, None, None
+    before: Any = states[-1][0]
+    context: Any = None
+    attentional, attention = None, None
     if c.attention == "additive":
         context, attention = attend(c, product, before, mask, constants)
         fed = context

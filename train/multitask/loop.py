@@ -89,7 +89,8 @@ def train_step(
 def forward(model: Unit, params: Any, task: UnitTask, batch: Mapping[str, Any], **mode: Any) -> jax.Array:
     """Compute the logits [B, classes] of a batch of a task; see `Examples.batch`."""
     inputs = (batch.get(name) for name in ("pixel_values", "input_ids", "segment_ids", "token_type_ids"))
-    return model.apply({"params": params}, *inputs, task=task.name, has_image=batch.get("has_image"), **mode)
+    logits: Any = model.apply({"params": params}, *inputs, task=task.name, has_image=batch.get("has_image"), **mode)
+    return logits
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

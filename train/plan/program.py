@@ -68,14 +68,14 @@ class Collective(NamedTuple):
     axes: tuple[str, ...]  # of the mesh, along which devices take part
     devices: int  # that take part
     bytes: float  # of one device's data, at each run: of the whole result for all-gather
-    count: int
+    runs: int  # in a step
 
     @property
     def sent(self) -> float:
         """Bytes that a device sends in a step, by the usual algorithms on a ring."""
         n = max(1, self.devices)
         factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
-        return factor * self.bytes * self.count
+        return factor * self.bytes * self.runs
 
 
 class Totals(NamedTuple):
@@ -87,7 +87,7 @@ class Totals(NamedTuple):
     kernels: dict[str, int]  # custom kernels, whose operations are not in the program -> runs
 
     def times(self, count: int) -> "Totals":
-        collectives = tuple(one._replace(count=one.count * count) for one in self.collectives)
+        collectives = tuple(one._replace(runs=one.runs * count) for one in self.collectives)
         kernels = {name: runs * count for name, runs in self.kernels.items()}
         return Totals(self.flops * count, self.bytes * count, collectives, kernels)
 
@@ -121,9 +121,9 @@ class Program:
         found = self._totals(self._entry)
         merged: dict[Collective, int] = {}
         for one in found.collectives:
-            key = one._replace(count=0)
-            merged[key] = merged.get(key, 0) + one.count
-        collectives = tuple(one._replace(count=count) for one, count in merged.items())
+            key = one._replace(runs=0)
+            merged[key] = merged.get(key, 0) + one.runs
+        collectives = tuple(one._replace(runs=count) for one, count in merged.items())
         return found._replace(collectives=tuple(sorted(collectives, key=lambda one: -one.sent)))
 
     # --- text ---

@@ -44,7 +44,7 @@ def lines(plan: Plan, chip: Chip) -> Iterator[str]:
     for one in plan.collectives[:MOST_COLLECTIVES]:
         over = " x ".join(one.axes) or "nothing"
         yield (
-            f"             {one.count:>5} x {one.kind} of {one.bytes / 2**20:,.2f} MiB over {over} ({one.devices} "
+            f"             {one.runs:>5} x {one.kind} of {one.bytes / 2**20:,.2f} MiB over {over} ({one.devices} "
             f"devices): {gib(one.sent)}"
         )
     if len(plan.collectives) > MOST_COLLECTIVES:

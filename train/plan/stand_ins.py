@@ -147,8 +147,8 @@ class StandIns:
             rows.append("\t".join(values.get(column, str(number)) for column in names))
         table = "\n".join(([] if of.header else ["\t".join(names)]) + rows) + "\n"
         for split in ("train", *of.evaluation):
-            path = self._write(f"glue/{of.folder}/{split}.tsv", table)
-        return path.parent
+            self._write(f"glue/{of.folder}/{split}.tsv", table)
+        return self._folder / "glue" / of.folder
 
     def _translate(self) -> None:
         self._add("cache", self._folder / "cache")
@@ -160,7 +160,7 @@ class StandIns:
             self._add("target", self._write("target.txt", lines))
             self._add("dev-pairs", "32")
         if not {"tokenizer", "init_from"} & set(self._given):
-            size = self._given.get("vocab_size", self._options.defaults([*self._after, *self._before]).vocab_size)
+            size = self._given.get("vocab_size") or self._options.defaults([*self._after, *self._before]).vocab_size
             self._add("tokenizer", self._tokenizer("unigram", "t5", int(size)) / "spiece.model")
 
     def _text2text(self) -> None:

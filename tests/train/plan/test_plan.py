@@ -56,8 +56,8 @@ def test_a_program_counts_loops_and_names_the_axes_of_collectives():
     kinds = {(one.kind, one.axes) for one in found.collectives}
     assert kinds == {("all-reduce", ("data",)), ("all-reduce", ("tensor",))}
     gradients = [one for one in found.collectives if one.axes == ("data",)]
-    assert sum(one.bytes * one.count for one in gradients) == 2 * LAYERS * WIDTH * INNER / 2 * 4
-    assert gradients[0].sent == pytest.approx(2 * 3 / 4 * gradients[0].bytes * gradients[0].count)
+    assert sum(one.bytes * one.runs for one in gradients) == 2 * LAYERS * WIDTH * INNER / 2 * 4
+    assert gradients[0].sent == pytest.approx(2 * 3 / 4 * gradients[0].bytes * gradients[0].runs)
     assert 0 < found.bytes < 1e8
 
 

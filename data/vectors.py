@@ -65,7 +65,7 @@ def write_vectors(path: Path, found: WordVectors, *, binary: bool | None = None)
     with replacing(path) as unfinished, unfinished.open("wb") as handle:
         handle.write("{} {}\n".format(*vectors.shape).encode())
         for word, vector in zip(found.words, vectors, strict=True):
-            numbers = vector.tobytes() if binary else " ".join(f"{number:.8g}" for number in vector.tolist()).encode()
+            numbers = vector.tobytes() if binary else " ".join(f"{number:.9g}" for number in vector.tolist()).encode()
             handle.write(word.encode() + b" " + numbers + b"\n")
 
 
@@ -92,10 +92,7 @@ def read_vectors(path: Path) -> WordVectors:
     if size - len(header) < count * (width + 2):
         raise DataError(f"{path}: too short for {count:,} vectors of {width} numbers. Copy the file again.")
     first = body.split(b"\n", 1)[0].rstrip().split(b" ")
-    try:
-        is_text = len(first) > 1 and bool([float(number) for number in first[1:]])
-    except ValueError:
-        is_text = False
+    is_text = 2 * sum(map(_is_number, first[1:])) > len(first) - 1  # most of them, so that a mistake is named
     words, vectors = (_read_text if is_text else _read_binary)(path, body, count, width)
     index: dict[str, int] = {}
     for number, word in enumerate(words, 1):
@@ -105,6 +102,14 @@ def read_vectors(path: Path) -> WordVectors:
     if len(bad):
         raise DataError(f"{path}: the vector of word {bad[0] + 1:,}, {words[bad[0]]!r}, is NaN or infinite.")
     return WordVectors(words, vectors)
+
+
+def _is_number(part: bytes) -> bool:
+    try:
+        float(part)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_text(path: Path, body: bytes, count: int, width: int) -> tuple[list[str], np.ndarray]:
@@ -124,7 +129,9 @@ def _read_text(path: Path, body: bytes, count: int, width: int) -> tuple[list[st
         try:
             vectors[number] = np.array(numbers, "S").astype(np.float32)
         except ValueError:
-            raise DataError(f"{path}, line {number + 2}: the vector of {word.decode()!r} has no numbers.") from None
+            raise DataError(
+                f"{path}, line {number + 2}: the vector of {word.decode(errors='replace')!r} has no numbers."
+            ) from None
         words.append(_decoded(word, f"{path}, line {number + 2}"))
     return words, vectors
 

@@ -37,6 +37,8 @@ class FamilyConfig:
     """key in config.json -> the implemented values; any other is refused"""
     WRITTEN_ANEW: ClassVar[tuple[str, ...]] = ("model_type", "architectures")
     """keys that are written from the model, whatever the file had"""
+    DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    """data types that the model computes in"""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """name of a released size -> its fields"""
 

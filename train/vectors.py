@@ -35,6 +35,8 @@ def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[s
     vectors = read_vectors(path)
     shapes: dict[Any, Any] = flatten_dict(nn.unbox(jax.eval_shape(initialise)))
     found = {at: at[-2] for at in shapes if at[-1] == "embedding" and at[-2] in tokens}
+    if not found:
+        raise RunError(f"--vectors {path}: this model has no table of word embeddings. Leave it out.")
     for at in found:
         width = shapes[at].shape[1]
         if width != vectors.vectors.shape[1]:

@@ -69,8 +69,10 @@ def bilm_config(options: Path) -> ElmoConfig:
 def _from_bilm(c: ElmoConfig, stored: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
     """Name bilm-tf's arrays as the model does. TensorFlow's gates are input, candidate, forget, output."""
     lacking: list[str] = []
+    taken: set[str] = set()
 
     def take(name: str, *shape: int) -> np.ndarray:
+        taken.add(name)
         if name not in stored or stored[name].shape != shape:
             lacking.append(f"{name} {list(shape)}")
             return np.zeros(shape, np.float32)
@@ -109,4 +111,6 @@ def _from_bilm(c: ElmoConfig, stored: Mapping[str, np.ndarray], where: str) -> d
             }
     if lacking:
         raise CheckpointError(f"{where}: arrays that are missing or of another shape: {', '.join(lacking[:20])}")
+    if surplus := sorted(set(stored) - taken):
+        raise CheckpointError(f"{where}: arrays that options.json does not describe: {', '.join(surplus[:20])}")
     return params

@@ -108,6 +108,10 @@ class RecurrentConfig(EncoderDecoderConfig):
             raise ValueError(f"{name}: input feeding is of the output 'attentional', not {self.output!r}")
         if self.output == "maxout" and self.attention != "additive":
             raise ValueError(f"{name}: output 'maxout' belongs to additive attention, not {self.attention!r}")
+        if self.attention in ("dot", "general", "concat") and self.output != "attentional":
+            raise ValueError(
+                f"{name}: attention {self.attention!r} needs the output 'attentional', not {self.output!r}"
+            )
         if self.tying == "all" and self.target_words != self.vocab_size:
             raise ValueError(
                 f"{name}: tying 'all' shares one table, but the source has {self.vocab_size} words and the target"

@@ -10,6 +10,7 @@ The package g2p-en on PyPI has its weights as plain arrays in `g2p_en/checkpoint
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def read_g2p(path: Path) -> tuple[Recurrent, dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, BadZipFile) as error:
         raise CheckpointError(f"{path}: expected g2p-en's checkpoint20.npz: {error}") from None
     table = recurrent_table(CONFIG)
     placed = table.place(name for name, other in STORED.items() if other in stored)

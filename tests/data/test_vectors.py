@@ -17,7 +17,7 @@ def test_vectors_are_read_as_they_were_written(tmp_path: Path, name: str) -> Non
     write_vectors(tmp_path / name, VECTORS)
     found = read_vectors(tmp_path / name)
     assert found.words == WORDS
-    np.testing.assert_allclose(found.vectors, VECTORS.vectors, rtol=1e-7)
+    np.testing.assert_array_equal(found.vectors, VECTORS.vectors)
 
 
 def test_binary_files_without_line_feeds_are_read(tmp_path: Path) -> None:

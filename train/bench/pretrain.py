@@ -23,6 +23,7 @@ import numpy as np
 
 from ...data.json_files import json_text, write_json
 from ..config import OptimConfig
+from ..errors import RunError
 from ..learner import count_parameters
 from ..loop import Stop
 from ..pretrain.config import DistillConfig, PretrainConfig
@@ -65,6 +66,8 @@ def main(config: PretrainBenchConfig) -> int:
     tokenizer = prepare_tokenizer(training, progress)
     objective = make_objective(training, tokenizer)
     architecture = objective.fitted(model_config(training, tokenizer, objective.head))
+    if not hasattr(architecture, "feed_forward"):
+        raise RunError(f"--model {training.model}: the operations that a step needs are counted for Transformers only.")
     data = prepare_data(training, tokenizer, progress, objective.text)
     model, learner = make_model(training, architecture, objective.head, objective.memory)
     fixed = objective.fixed(parallelism)

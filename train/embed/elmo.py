@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...data.json_files import read_object
 from ...models import load
 from ...models.checkpoints.config import require_checkpoint
 from ...models.heads.pooling import normalize
@@ -37,7 +38,7 @@ def is_elmo(folder: Path) -> bool:
     if (folder / OPTIONS).is_file():
         return True
     path = folder / "config.json"
-    return path.is_file() and json.loads(path.read_text()).get("model_type") == "elmo"
+    return path.is_file() and read_object(path).get("model_type") == "elmo"
 
 
 def open_extractor(config: FeatureConfig, *, apart: bool = False) -> "Extractor | ElmoExtractor":
@@ -86,6 +87,7 @@ class ElmoExtractor:
             *(self._lowercase, "", 0, config.dtype),
         )
         self.truncated = 0  # truncated words so far
+        self._texts = 0  # so far
         self._most = c.most_characters
         self._params = jax.device_put(params)
         self._step = jax.jit(lambda params, ids: model.apply({"params": params}, ids)[0])
@@ -99,9 +101,10 @@ class ElmoExtractor:
         if seconds is not None:
             raise RunError("--pairs together: ELMo reads one text at a time; give --pairs apart.")
         words = [(text.lower() if self._lowercase else text).split() for text in texts]
-        for number, own in enumerate(words, 1):
+        for number, own in enumerate(words, self._texts + 1):
             if not own:
                 raise RunError(f"text {number}: it has no words, and so no vector. Leave it out.")
+        self._texts += len(words)
         room = self.settings.max_length - 2
         self.truncated += sum(max(0, len(own) - room) for own in words)
         words = [own[:room] for own in words]

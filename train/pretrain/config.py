@@ -140,7 +140,7 @@ class PretrainConfig:
     unless --tokenizer is given."""
     vectors: Path | None = None
     """File of word vectors, such as `bestiary words train` writes: initial embeddings of a new model's tokens that are
-    words. They must be as wide as its embeddings."""
+    words; of byte-level BPE's, those in ASCII. They must be as wide as its embeddings."""
 
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 

@@ -207,7 +207,8 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
     initial = objective.initial(config, model)
     if config.vectors is not None:
         new = partial(init_params, model, jax.random.key(config.seed))
-        initial = vectors_weights(config.vectors, new, {"word": tokenizer.tokens})
+        tables = dict.fromkeys(("word", "source"), tokenizer.tokens)  # of encoders and decoders, and of both in one
+        initial = vectors_weights(config.vectors, new, tables)
     training = Training(
         learner=learner,
         step=partial(train_step, objective=objective, model=model, learner=learner, accumulate=config.accumulate),

@@ -56,8 +56,11 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
     Raises:
         RunError: the vocabularies or the lengths do not fit.
     """
+    dtype = compute_dtype(config.dtype)
+    if config.dtype == "auto" and dtype not in asked_family(config).config.DTYPES:
+        dtype = "float32"
     run: dict[str, Any] = dict(
-        dtype=compute_dtype(config.dtype),
+        dtype=dtype,
         scan_layers=config.scan_layers,
         remat=config.remat,
         **({} if config.generator_size is None else {"generator_fraction": config.generator_size}),
@@ -79,7 +82,10 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer, head: str) -> Enc
             )
     else:
         found = new_config(config, tokenizer)
-    model = dataclasses.replace(found, **run, **found.dropout_fields(config.dropout))
+    try:
+        model = dataclasses.replace(found, **run, **found.dropout_fields(config.dropout))
+    except ValueError as error:
+        raise RunError(f"{error}.") from None
     longest = max(phase.length for phase in config.plan)
     if model.max_length is not None and longest > model.max_length:
         raise RunError(f"The sequence length {longest} is beyond the model's {model.max_length} positions.")

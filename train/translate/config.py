@@ -84,7 +84,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "optim": {"learning_rate": 5e-4, "warmup": 4000, "cooldown": 0.0},
     },
     # Before the Transformer, for Multi30k: a GRU with Bahdanau's attention, an LSTM with Luong's, and one with none.
-    # What they reach stands in bench/recurrent.md.
+    # Not tuned; their BLEU was not measured.
     "gru-attention": RECURRENT,
     "lstm-luong": RECURRENT,
     "lstm-plain": RECURRENT,
@@ -221,7 +221,7 @@ class TranslateConfig:
     unless --tokenizer is given: a translator, BART, T5."""
     vectors: Path | None = None
     """File of word vectors, such as `bestiary words train` writes: initial embeddings of a new model's tokens that are
-    words. They must be as wide as its embeddings."""
+    words; of byte-level BPE's, those in ASCII. They must be as wide as its embeddings."""
     parallelism: Annotated[ParallelConfig, tyro.conf.arg(name="")] = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

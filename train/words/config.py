@@ -65,7 +65,8 @@ class WordsConfig:
     @property
     def rate(self) -> float:
         """Initial learning rate."""
-        return self.learning_rate or (0.05 if self.kind == "cbow" else 0.025)
+        default = 0.05 if self.kind == "cbow" else 0.025
+        return default if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)

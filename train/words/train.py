@@ -84,8 +84,10 @@ def read_words(config: WordsConfig, progress: Progress) -> Words:
     return Words([names[number] for number in order], counts[order], kept[frequent], sentences[frequent])
 
 
-def batches(config: WordsConfig, words: Words, epoch: int, keep: np.ndarray) -> Iterator[tuple[Stream, int]]:
-    """Yield what is left of an epoch's text, `BATCHES` batches at a time, each with the number of words up to its end.
+def batches(
+    config: WordsConfig, words: Words, epoch: int, keep: np.ndarray
+) -> Iterator[tuple[Stream, np.ndarray, int]]:
+    """Yield what is left of an epoch's text, `BATCHES` batches at a time, with the words before each and up to the end.
 
     Raises:
         RunError: too few words are left.
@@ -105,7 +107,9 @@ def batches(config: WordsConfig, words: Words, epoch: int, keep: np.ndarray) -> 
     rows = np.arange(BATCHES)[:, None] * size + np.arange(size + 2 * edge)[None]
     for start in range(0, padded, block):
         last = min(start + block, len(left)) - 1
-        yield Stream(jnp.asarray(ids[start + rows]), jnp.asarray(sentences[start + rows])), int(left[last]) + 1
+        before = left[np.minimum(start + size * np.arange(BATCHES), len(left) - 1)]
+        stream = Stream(jnp.asarray(ids[start + rows]), jnp.asarray(sentences[start + rows]))
+        yield stream, before, int(left[last]) + 1
 
 
 def main(config: WordsConfig) -> int:
@@ -122,17 +126,15 @@ def main(config: WordsConfig) -> int:
     number, loss = 0, float("nan")
     for epoch in range(config.epochs):
         sums: list[tuple[jax.Array, jax.Array]] = []
-        done = epoch * total
-        for streams, until in batches(config, words, epoch, keep):
-            upto = epoch * total + until
-            share = 1 - np.linspace(done, upto, BATCHES, endpoint=False) / (total * config.epochs)
+        for streams, before, until in batches(config, words, epoch, keep):
+            share = 1 - (epoch * total + before) / (total * config.epochs)
             rates = (config.rate * np.maximum(share, 1e-4)).astype(np.float32)
             tables, *found = updates(model, tables, streams, bounds, rates, jax.random.fold_in(key, number))
             sums.append((found[0], found[1]))
-            number, done = number + 1, upto
+            number += 1
             if len(sums) % 8 == 0:
                 sums[-1][0].block_until_ready()
-                work.update(done)
+                work.update(epoch * total + until)
         losses, pairs = (float(np.sum(jax.device_get(part))) for part in zip(*sums, strict=True))
         loss = losses / max(pairs, 1.0)
         progress.line(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.4f} a pair")

@@ -77,6 +77,7 @@ def test_a_picture_of_neighbours_is_drawn(vectors: Path, tmp_path: Path) -> None
         (["--sample", "1e-12"], "--sample 1e-12: it leaves 0 words"),
         (["--cbow-gradient", "mean"], "is for --kind cbow"),
         (["--window", "0"], "--window is 0"),
+        (["--learning-rate", "0"], "--learning-rate is 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

@@ -1,6 +1,6 @@
 """Kill processes of a run at random, start it again with other numbers of processes, and compare with a run left alone.
 
-    python bench/hosts.py --out /tmp/hosts --kills 10
+    python bench/hosts.py --out DIR --kills 10
 
 Eight CPU devices are divided over one, two or four processes. Compared are the losses, the final parameters, and the
 rows of the data that each step read, by all processes together. Started again, it goes on with the runs that are left.

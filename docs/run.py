@@ -2,7 +2,7 @@
 
     uv run python docs/run.py --data ../shared/data                      # the commands of all guides
     uv run python docs/run.py --data ../shared/data docs/guides/pretrain.md
-    uv run python docs/run.py --data ../shared/data --examples           # the examples of every command's --help
+    uv run --extra plan python docs/run.py --data ../shared/data --examples   # the examples of every command's --help
 
 The commands of a page are those of its blocks marked ```sh; what is only shown is in other blocks. They run in one
 folder, in which `data` leads to the data sets, `minilm` to the encoder of the development dependencies, and `docs`,

@@ -54,7 +54,8 @@ def contents() -> str:
     return "\n".join(
         [
             "# The zoo\n",
-            f"{len(rows)} families. A page has the sizes, heads, objectives, checkpoints and measured errors of one.",
+            f"{len(rows)} families. A page has the sizes, heads, objectives, checkpoints and, where measured, errors "
+            "of one.",
             f"The pages are written from the code:\n\n    {COMMAND}\n",
             "| family | paper | parameters | pretraining | what it is |",
             "| --- | --- | --- | --- | --- |",
@@ -103,12 +104,17 @@ def _sizes(family: Family) -> list[str]:
     rows = []
     for name in family.config.PRESETS:
         config: Any = family.config.preset(name)
-        cells = [getattr(config, field, None) for field in ("layers", "width", "heads", "feed_forward")]
-        shown = " | ".join("" if cell is None else f"{cell:,}" for cell in cells)
+        shown = " | ".join(_size(config, field) for field in ("layers", "width", "heads", "feed_forward"))
         rows.append(f"| `{name}` | {count_parameters(family, config):,} | {shown} |")
     head = ["| size | parameters | layers | width | heads | feed-forward |", "| --- | --- | --- | --- | --- | --- |"]
     more = f"\n`bestiary models show {next(iter(family.config.PRESETS))}` lists the parameters.\n"
     return ["## Sizes\n", *head, *rows, more]
+
+
+def _size(config: Any, field: str) -> str:
+    sides = [getattr(config, f"{side}_{field}", None) for side in ("encoder", "decoder")]
+    found = [getattr(config, field, None)] if None in sides else sides
+    return " + ".join(f"{size:,}" for size in found if size is not None)
 
 
 def _heads(family: Family) -> list[str]:

@@ -82,7 +82,8 @@ def open_target(text: str) -> Target:
     package, extra = PACKAGES[chip.platform]
     if find_spec(package) is None:
         raise RunError(
-            f"--target {text}: the compiler for it is not installed: `pip install 'bestiary[plan]'` (the chip is not "
+            f"--target {text}: the compiler for it is not installed: `uv run --extra plan ...`, or `pip install "
+            "'.[plan]'` (the chip is not "
             f"needed; {package} is what the extra {extra} has too)."
         )
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs on a chip here

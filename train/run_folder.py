@@ -134,19 +134,14 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def rewind(self, step: int) -> list[int]:
-        """Remove the metrics after `step`, and damaged lines; return the numbers of the latter.
+        """Remove the metrics and speeds after `step`, and damaged lines; return the numbers of those of the metrics.
 
         A last line without its line end was being written when the run was killed; it does not count as damaged.
         """
-        path, damaged = self.folder / "metrics.jsonl", []
-        if self.main and path.exists():
-            lines = path.read_bytes().split(b"\n")[:-1]
-            steps = [_step_of(line) for line in lines]
-            damaged = [number for number, at in enumerate(steps, 1) if at is None]
-            kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
-            with replacing(path) as unfinished:
-                unfinished.write_bytes(b"".join(kept))
-        return damaged
+        if not self.main:
+            return []
+        _rewind(self.folder / "speeds.jsonl", step)
+        return _rewind(self.folder / "metrics.jsonl", step)
 
     def write_metrics(self, step: int, values: Mapping[str, float], speeds: Mapping[str, float] | None = None) -> None:
         """Append a line to metrics.jsonl, and the same with the speeds to TensorBoard."""
@@ -271,8 +266,19 @@ def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _rewind(path: Path, step: int) -> list[int]:
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    steps = [_step_of(line) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(b"".join(kept))
+    return [number for number, at in enumerate(steps, 1) if at is None]
+
+
 def _step_of(line: bytes) -> int | None:
-    """Return the step of a line of metrics.jsonl; None if it is damaged."""
+    """Return the step of a line of metrics.jsonl or speeds.jsonl; None if it is damaged."""
     try:
         return value_of(expect(parse_line(line.decode(), ""), dict, ""), "step", int, "")
     except (DataError, UnicodeDecodeError):

@@ -113,8 +113,10 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_counted(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     good = [f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3, 4)]
     path.write_bytes("".join([good[0], '{"step": "2"}\n', "[]\n", *good[1:]]).encode() + b"\xff\n" + b'{"step": 5, "lo')
+    speeds = path.with_name("speeds.jsonl")
+    speeds.write_text("".join(good) + '{"step": 5, "seco')
     assert run.rewind(3) == [2, 3, 7]
-    assert path.read_text() == "".join(good[:3])
+    assert path.read_text() == speeds.read_text() == "".join(good[:3])
     run.close()
 
 

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,13 +71,18 @@ class Watchdog:
     def _tell(self) -> None:
         client = _client()
         if client is not None:
-            client.key_value_set(f"{STEPS}{jax.process_index()}", str(self._step), allow_overwrite=True)
+            with suppress(jax.errors.JaxRuntimeError):  # process 0, which has the store, is gone: a step will hang
+                client.key_value_set(f"{STEPS}{jax.process_index()}", str(self._step), allow_overwrite=True)
 
     def _others(self) -> str:
         client = _client()
         if client is None:
             return ""
-        told = {int(name.removeprefix(STEPS)): int(step) for name, step in client.key_value_dir_get(STEPS)}
+        try:
+            kept = client.key_value_dir_get(STEPS)
+        except jax.errors.JaxRuntimeError:
+            return "; process 0 does not answer"
+        told = {int(name.removeprefix(STEPS)): int(step) for name, step in kept}
         last = max(told.values(), default=0)
         behind = [f"{process} (after step {step})" for process, step in sorted(told.items()) if step < last]
         silent = [str(process) for process in range(jax.process_count()) if process not in told]

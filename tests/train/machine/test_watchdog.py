@@ -1,5 +1,6 @@
 """What is reported of a step that hangs, and of processes that disagree."""
 
+import re
 import time
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from bestiary.train.errors import RunError
+from bestiary.train.machine import watchdog as watchdogs
 from bestiary.train.machine.agreement import require_agreement
 from bestiary.train.machine.watchdog import Watchdog
 
@@ -22,7 +24,7 @@ def test_a_step_that_hangs_is_reported_once_with_its_stacks(tmp_path):
         watchdog.ended(6)
         a_step_that_hangs(0.9)
     assert len(said) == 1
-    assert said[0].startswith("step 7 has not ended for 0 s in process 0 of 1 on ")
+    assert re.match("step 7 has not ended for [01] s in process 0 of 1 on ", said[0])
     assert "a_step_that_hangs" in (tmp_path / "hang-step-7-process-0.txt").read_text()
 
 
@@ -33,6 +35,24 @@ def test_steps_that_end_are_not_reported(tmp_path):
             watchdog.ended(step)
             time.sleep(0.1)
     assert said == []
+
+
+def test_the_store_of_the_processes_may_be_gone(tmp_path, monkeypatch):
+    """It is process 0's. Those that wait for it still report."""
+
+    class Gone:
+        def key_value_set(self, *_, **__):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+        key_value_dir_get = key_value_set
+
+    monkeypatch.setattr(watchdogs, "_client", Gone)
+    said: list[str] = []
+    with Watchdog(0.2, said.append, tmp_path) as watchdog:
+        watchdog.ended(6)
+        time.sleep(0.9)
+    assert len(said) == 1
+    assert "; process 0 does not answer; the stacks" in said[0]
 
 
 @pytest.mark.parametrize(

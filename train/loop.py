@@ -7,6 +7,7 @@ read on the host one step late, after the next step was dispatched, so that the 
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -26,7 +27,7 @@ from .run_folder import RunFolder
 from .sharding import Parallelism
 
 RESTART = 75
-"""Exit status of a run that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, try again."""
+"""Exit status of a run that SIGTERM has stopped, and that may be started again: EX_TEMPFAIL of sysexits.h."""
 
 
 class Stop:
@@ -257,6 +258,7 @@ class _InFlight(NamedTuple):
     step: int
     sums: Any
     batch: dict[str, np.ndarray]
+    shape: Any  # of the batch
     compiled: bool  # whether it had to be compiled first
 
 
@@ -294,6 +296,7 @@ class Loop:
         self._whole: int | None = start  # step whose state and position in the data belong together; None within a step
         self._saved = start
         self._speed = Speed(session.folder.main)
+        self._traced_from: int | None = None
         stacks = session.folder.folder
         self._watchdog = Watchdog(session.intervals.hang_after, session.progress.warn, stacks)
 
@@ -303,18 +306,22 @@ class Loop:
         Raises:
             RunError: a step's metrics are not finite; the batch was saved.
         """
+        self._watchdog.ended(self._start)
         with self._watchdog:
             try:
                 return self._run()
             except Exception:
                 self._save_in_an_emergency()
                 raise
+            finally:
+                self._end_trace()
 
     def _save_in_an_emergency(self) -> None:
         """Save the state if it is whole: an evaluation or a log has failed. Of several processes, only one may know."""
+        with suppress(Exception):  # the first error is reported; after another one here, nothing is whole
+            self._flush_metrics()
         if self._whole is not None and self._whole > self._saved and jax.process_count() == 1:
             self._session.progress.line(f"step {self._whole} is saved before the error is reported")
-            self._evaluation_due = False
             self._save(self._whole)
             self._checkpoints.finish()
 
@@ -323,6 +330,7 @@ class Loop:
         stop.preparing = False
         if self._evaluation_due and not self._evaluate(self._start):
             return self._fitted(self._start, stop.signal)
+        self._evaluation_due = False
         if self._early_stopping.should_stop:
             return self._fitted(self._start, None)
         evaluate_every = intervals.evaluate_every if training.evaluate_every is None else training.evaluate_every
@@ -339,14 +347,14 @@ class Loop:
             shape = tuple((name, array.shape) for name, array in batch.items())
             compiles = shape not in self._compiled
             if compiles:
-                self._speed.compiles(lambda: program.trace(self._state, placed, *training.fixed))  # noqa: B023
+                self._speed.compiles(shape, lambda: program.trace(self._state, placed, *training.fixed))  # noqa: B023
                 self._flush_metrics()  # the step before takes its own time
                 self._state, sums = self._compiling(step, batch, lambda: train(self._state, placed))  # noqa: B023
                 self._compiled.add(shape)
             else:
                 self._state, sums = train(self._state, placed)
                 self._flush_metrics()
-            self._in_flight = _InFlight(step, sums, batch, compiles)
+            self._in_flight = _InFlight(step, sums, batch, shape, compiles)
             self._whole = step
             self._watchdog.ended(step)
             last = step == training.steps
@@ -354,6 +362,7 @@ class Loop:
             log = last or step % intervals.log_every == 0
             evaluate = last or (evaluate_every > 0 and step % evaluate_every == 0)
             save = last or step % intervals.checkpoint_every == 0
+            self._evaluation_due = evaluate
             if log or evaluate or save or stopping:
                 self._flush_metrics()
             if log:
@@ -380,11 +389,20 @@ class Loop:
             return
         if step == first:
             jax.profiler.start_trace(str(self._session.folder.folder / "profile"))
-        elif step == min(first + count, self._training.steps):
+            self._traced_from = step
+        elif self._traced_from is not None and step == min(first + count, self._training.steps):
             self._flush_metrics()
-            jax.profiler.stop_trace()
+            self._end_trace()
             self._counters.restart_clock()
-            self._say(step, f"steps {first} to {step - 1} are traced in {self._session.folder.folder / 'profile'}")
+
+    def _end_trace(self) -> None:
+        """End the trace, if one is running."""
+        if self._traced_from is not None:
+            first, self._traced_from = self._traced_from, None
+            jax.profiler.stop_trace()
+            self._session.progress.line(
+                f"steps from {first} on are traced in {self._session.folder.folder / 'profile'}"
+            )
 
     def _compiling(self, step: int, batch: Mapping[str, np.ndarray], call: Callable[[], Any]) -> Any:
         """Call a step for the first time with this shape, and say how long that took."""
@@ -402,7 +420,8 @@ class Loop:
         """Wait for the step in flight, read its sums and count it."""
         if self._in_flight is None:
             return
-        step, sums, batch, compiled = self._in_flight
+        step, sums, batch, shape, compiled = self._in_flight
+        whole, self._whole = self._whole, None  # a state that is not finite must not be saved
         sums, self._in_flight = jax.device_get(sums), None
         if not finite(sums):
             values = ", ".join(f"{name} {float(total):g}" for name, (total, _) in sums.items())
@@ -413,6 +432,9 @@ class Loop:
             )
         self._meter.add(sums)
         self._counters.add(sums, timed=not compiled)
+        if not compiled:
+            self._speed.ended(shape)
+        self._whole = whole
 
     def _log(self, step: int) -> None:
         """Write and show the means since the last line."""

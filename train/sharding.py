@@ -334,6 +334,17 @@ class PmapParallelism(Parallelism):
 
         return over_processes
 
+    def train_program(self, step: Callable[..., tuple[Any, Any]], specs: Any) -> Any:
+        """Return the step over the rows of all replicas, on one device: it is only traced, to count its operations."""
+
+        def whole(state: Any, batch: Any, *fixed: Any) -> tuple[Any, Any]:
+            def rows(array: jax.Array) -> jax.Array:
+                return jnp.concatenate([array.reshape(-1, *array.shape[2:])] * jax.process_count())
+
+            return step(state, jax.tree.map(rows, batch), Replicas(), *fixed)
+
+        return jax.jit(whole)
+
     def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
         axes = (None, 0, *(None for _ in fixed))
         run = jax.pmap(self._replica(step), axis_name=self.axis, in_axes=axes, out_axes=None)

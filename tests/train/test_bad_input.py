@@ -167,3 +167,5 @@ def test_a_loss_that_is_not_finite_saves_the_batch(workshop, tmp_path, capsys):
     assert f"Step {step}: " in said
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, step))
+    saved = [int(path.stem) for path in (tmp_path / "run" / "checkpoints").glob("*.json")]
+    assert all(at < step for at in saved), "a state that is not finite would be resumed from for ever"

@@ -15,11 +15,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from bestiary.data.json_files import read_object_lines
+from bestiary.train import loop
 from bestiary.train.checkpoint import Checkpoints, restore_from
 from bestiary.train.config import FREE, LoopConfig, OptimConfig, Optimizer, ParallelConfig
 from bestiary.train.errors import RunError
 from bestiary.train.learner import gradient_step, make_learner
 from bestiary.train.loop import Best, Training
+from bestiary.train.machine import speed
+from bestiary.train.machine.chips import CHIPS
 from bestiary.train.optim.schedule import schedule
 from bestiary.train.run import start_run
 from bestiary.train.sharding import Replicas, start_parallelism
@@ -198,6 +201,48 @@ def test_no_step_that_compiles_counts_towards_the_rates(tmp_path, capsys):
     assert "compiled the training step for rows of 16x3 in " in said
     lines = read_object_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["total_tokens"] for line in lines if "total_tokens" in line] == [80.0]
+
+
+def chip(_):
+    """Stands in for a chip whose peak is known, of one operation a second."""
+    return CHIPS["v5e"]._replace(flops=1.0)
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_operations_are_those_of_each_shape(parallel, tmp_path, monkeypatch):
+    """A batch of twice the rows has twice the operations, on however many devices."""
+    monkeypatch.setattr(speed, "chip_of", chip)
+    settings = {"parallelism": ParallelConfig(parallel=parallel), "loop": LoopConfig(log_every=1)}
+    run_once(tmp_path / "run", [0.0] * STEPS, [], patience=0, batches=Growing, **settings)
+    lines = read_object_lines(tmp_path / "run" / "speeds.jsonl")
+    found = {line["step"]: line["mfu"] * line["seconds_per_step"] * jax.device_count() for line in lines}
+    assert sorted(found) == [2, 4, 5, 6, 7, 8], "all but the first of each shape"
+    assert found[2] >= 2 * 2 * 8 * 3, "two products of [8, 3] and [3, 1] at least, forward and backward"
+    for step in found:
+        assert found[step] == pytest.approx(found[2] * (2 if step % 3 == 0 else 1))
+
+
+def test_an_evaluation_that_failed_is_made_up_for(tmp_path):
+    """The state is saved in front of it: nothing has to be trained again."""
+    with pytest.raises(IndexError):
+        run_once(tmp_path / "run", [1.0, 2.0], [], patience=0)
+    kept: list[int] = []
+    again = run_once(tmp_path / "run", [1.0, 2.0, 3.0, *[0.0] * 5], kept, patience=0)
+    assert (again.best, kept) == ((3, 3.0), [3])
+    lines = read_object_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval/score" in line] == list(range(1, STEPS + 1))
+
+
+def test_a_trace_ends_with_the_run(tmp_path, monkeypatch, capsys):
+    """One that the run's end, or an error, cuts short too."""
+    calls: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    monkeypatch.setattr(loop, "PROFILED_FROM", 3)
+    with pytest.raises(IndexError):
+        run_once(tmp_path / "run", [1.0] * 4, [], patience=0, loop=LoopConfig(evaluate_every=1, profile=4))
+    assert calls == ["start", "stop"]
+    assert "steps from 3 on are traced in " in capsys.readouterr().err
 
 
 def test_patience_begins_when_evaluations_count(tmp_path):

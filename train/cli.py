@@ -483,10 +483,11 @@ def _plan(arguments: list[str]) -> int:
     from .plan.arguments import divide
 
     own, rest = divide(arguments)
-    trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(RESUMING)}
-    found = [words for words in trains if tuple(rest[: len(words)]) == words and words != ("finetune", "glue")]
-    if not found:
-        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(RESUMING)}.")
+    planned = tuple(name for name in RESUMING if name != "multitask train")  # whose steps are of several programs
+    trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(planned)}
+    found = [words for words in trains if tuple(rest[: len(words)]) == words]
+    if not found or rest[:2] == ["finetune", "glue"]:
+        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(planned)}.")
     words = max(found, key=len)
     command, rest = trains[words], rest[len(words) :]
     if {"-h", "--help"} & set(rest):

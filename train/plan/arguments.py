@@ -16,7 +16,7 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     own: list[str] = []
     rest: list[str] = []
     left = list(arguments)
-    translates = "translate" in arguments[:1]
+    translates = "translate" in arguments  # not always first: flags of the plan may precede it
     while left:
         argument = left.pop(0)
         flag, equals, value = argument.partition("=")

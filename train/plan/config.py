@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import check_setting
+from ..errors import RunError, check_setting
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_setting(self, "tries", least=1)
+        of_one = {"--shardings": self.shardings, "--chart": self.chart, "--program": self.program}
+        given = [flag for flag, value in of_one.items() if value]
+        if self.search and given:
+            raise RunError(f"{given[0]} is of a single plan: leave out --search, and give the settings that it found.")

@@ -13,7 +13,7 @@ from ..machine.chips import Target, open_target
 from ..machine.operations import operations
 from .config import PlanConfig
 from .estimate import Plan, gib, make_plan
-from .planned import KERNELS, Step, trace
+from .planned import Step, trace
 from .report import draw, lines, tensor_lines, tensors
 from .stand_ins import StandIns
 
@@ -37,7 +37,8 @@ def plan(config: PlanConfig, command: Command) -> int:
     target = open_target(config.target)
     with tempfile.TemporaryDirectory(prefix="bestiary-plan-") as folder:
         stand_ins = StandIns(command.words, command.arguments, command.options, Path(folder))
-        settings = command.parse(stand_ins.arguments())
+        settings, stage = largest_stage(command.parse(stand_ins.arguments()))
+        stand_ins.remarks += stage
         planner = Planner(target, command, settings, Path(folder))
         if config.search:
             return _search(config, planner, stand_ins.remarks)
@@ -58,8 +59,11 @@ def plan(config: PlanConfig, command: Command) -> int:
     if config.chart is not None:
         with replacing(config.chart) as unfinished:
             draw(found, unfinished)
-    if config.program is not None and compiled is not None:
-        write_text(config.program, compiled.as_text())
+    if config.program is not None:
+        if compiled is None:
+            print("program      none was compiled, so that none is written")
+        else:
+            write_text(config.program, compiled.as_text())
     return 0 if found.fits else 1
 
 
@@ -82,9 +86,20 @@ class Planner:
             settings = changed(settings, name, value)
         step = self.step(settings)
         needed = None
-        if setting(settings, "attention") in KERNELS:  # whose operations are counted as those of plain attention
+        if setting(settings, "attention") not in (None, "xla"):  # kernels' operations are those of plain attention
             needed = operations(self.step(changed(settings, "attention", "xla")).traced.jaxpr.jaxpr)
         return step, *make_plan(step, self.target, needed)
+
+
+def largest_stage(settings: Any) -> tuple[Any, list[str]]:
+    """Return settings of the largest of several stages (--phases, --batch-ramp) alone, and remarks on it."""
+    stages = {(stage.rows * stage.length, stage.length) for stage in getattr(settings, "plan", ())}
+    if len(stages) < 2:
+        return settings, []
+    tokens, length = max(stages)
+    alone = {"phases": (), "batch_ramp": (), "sequence_length": length, "batch_tokens": tokens}
+    remark = f"the largest of {len(stages)} kinds of batches: {tokens // length:,} rows of {length:,} tokens"
+    return dataclasses.replace(settings, **alone), [remark]
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

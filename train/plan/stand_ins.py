@@ -78,6 +78,8 @@ class StandIns:
             asked = self._given.get("vocab_size")
             preset: Any = family.config.preset(name)
             size = int(asked) if asked else preset.vocab_size
+            if family.tokenizers[0] == "word-bpe":
+                raise RunError(f"--model {name}: its kind of tokenizer is not trained here; give --tokenizer.")
             self._add("tokenizer", self._tokenizer(family.tokenizers[0], family.tokenizer_like, size))
             if not asked:
                 self.remarks.append(f"the released vocabulary of {size:,}; or give --tokenizer or --vocab-size")
@@ -298,4 +300,9 @@ def _fill_up(folder: Path, kind: str, size: int) -> None:
         vocabulary = json.loads((folder / "vocab.json").read_text())
         vocabulary |= {f"⁂{number}": number for number in range(len(vocabulary), size)}
         (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        if kind in ("words", "characters"):  # which are read from the whole tokenizer alone
+            whole = json.loads((folder / "tokenizer.json").read_text())
+            whole["model"]["vocab"] = vocabulary
+            (folder / "tokenizer.json").write_text(json.dumps(whole))
+            return
     (folder / "tokenizer.json").unlink()

@@ -10,14 +10,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bestiary.data import load_tokenizer
 from bestiary.models import load
-from bestiary.train.cli import COMMANDS, config_of
+from bestiary.train.cli import COMMANDS, config_of, main
 from bestiary.train.errors import RunError
 from bestiary.train.machine.chips import CHIPS, Chip, Target, parse_target
 from bestiary.train.machine.operations import operations
 from bestiary.train.plan.arguments import divide
+from bestiary.train.plan.config import PlanConfig
 from bestiary.train.plan.estimate import make_plan
-from bestiary.train.plan.plan import Command, Planner, candidates, changed, setting
+from bestiary.train.plan.plan import Command, Planner, candidates, changed, largest_stage, setting
 from bestiary.train.plan.planned import Step
 from bestiary.train.plan.program import Program
 from bestiary.train.plan.stand_ins import StandIns
@@ -152,6 +154,36 @@ def test_the_flags_of_a_plan_are_told_from_those_of_the_command():
         ["translate", "train", "--source", "a.en", "--target", "a.de", "--remat"],
     )
     assert divide(["pretrain", "--target=h200:8"]) == (["--target=h200:8"], ["pretrain"])
+    text = "--target v5e:4x4 translate train --target a.de"
+    assert divide(text.split()) == (["--target", "v5e:4x4"], ["translate", "train", "--target", "a.de"])
+
+
+@pytest.mark.parametrize("line", ["multitask train --config c.toml", "finetune glue", "finetune glue --as-text"])
+def test_commands_of_several_programs_are_not_planned(line, capsys):
+    assert main(["plan", *line.split(), "--target", "v5e:2x2"]) == 1
+    assert "the commands are pretrain, distill, finetune, translate train" in capsys.readouterr().err
+
+
+def test_what_a_search_does_not_make_is_refused():
+    with pytest.raises(RunError, match="--chart is of a single plan: leave out --search"):
+        PlanConfig("v5e:2x2", search=True, chart=Path("chart.png"))
+
+
+def test_the_largest_batches_of_a_run_are_planned():
+    arguments = ["--phases", "128:900", "512:100", "--batch-ramp", "1024:10", "--batch-tokens", "4096", "--out", "run"]
+    settings, (remark,) = largest_stage(config_of(("pretrain",), arguments))
+    (stage,) = settings.plan
+    assert (stage.rows, stage.length) == (8, 512)
+    assert remark == "the largest of 3 kinds of batches: 8 rows of 512 tokens"
+    assert largest_stage(settings) == (settings, [])
+
+
+def test_a_vocabulary_of_words_is_as_large_as_the_models(tmp_path):
+    stand_ins = StandIns(("pretrain",), ["--model", "elmo-small", "--vocab-size", "2000"], None, tmp_path)
+    arguments = stand_ins.arguments()
+    assert load_tokenizer(arguments[arguments.index("--tokenizer") + 1]).vocab_size == 2000
+    with pytest.raises(RunError, match="--model openai-gpt: its kind of tokenizer is not trained here; give --tok"):
+        StandIns(("pretrain",), ["--model", "openai-gpt"], None, tmp_path / "other").arguments()
 
 
 def test_targets():

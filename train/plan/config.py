@@ -13,7 +13,7 @@ class PlanConfig:
     bestiary plan COMMAND --target CHIP:TOPOLOGY, with the flags of the command: pretrain, distill, finetune TASK,
     translate train, text2text train, images train or images finetune. Its training step is compiled as it would be
     there. Data, tokenizers and checkpoints that are not given are replaced by others of the same sizes; --model may be
-    a size of `bestiary models` everywhere.
+    a size of `bestiary models` everywhere. Of the batches of --phases and --batch-ramp, the largest are planned.
     """
 
     target: str

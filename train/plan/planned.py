@@ -103,6 +103,9 @@ def trace(main: Callable[[Any], int], config: Any, target: Target, attention: st
         RunError: what the command raises.
     """
 
+    if attention == "cudnn":
+        raise RunError("--attention cudnn: only a machine with such a GPU compiles it; plan with hopper, or without.")
+
     @contextmanager
     def start(run: RunConfig) -> Iterator[Run]:
         if run.parallelism.parallel != "mesh":

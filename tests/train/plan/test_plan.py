@@ -164,6 +164,12 @@ def test_commands_of_several_programs_are_not_planned(line, capsys):
     assert "the commands are pretrain, distill, finetune, translate train" in capsys.readouterr().err
 
 
+def test_attention_that_needs_the_gpu_is_refused(tmp_path):
+    made = planner("pretrain --model bert-tiny --attention cudnn", tmp_path)
+    with pytest.raises(RunError, match="--attention cudnn: only a machine with such a GPU compiles it; plan with hop"):
+        made.step(made.settings)
+
+
 def test_what_a_search_does_not_make_is_refused():
     with pytest.raises(RunError, match="--chart is of a single plan: leave out --search"):
         PlanConfig("v5e:2x2", search=True, chart=Path("chart.png"))

@@ -66,14 +66,23 @@ def test_a_run_is_exported_and_refuses_other_tokens(tmp_path: Path, capsys: pyte
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
     given = ["pretrain", "--model", "elmo-small", "--corpus", tmp_path / "text.txt", "--vocab-size", 40]
     given += ["--cache", tmp_path / "cache", "--sequence-length", 8, "--batch-tokens", 64, "--steps", 2]
-    given += ["--validation-fraction", "0.5", "--validation-corpus", tmp_path / "text.txt", "--evaluation-rows", 8]
-    given = [str(part) for part in given if part not in ("--validation-fraction", "0.5")]
+    given += ["--validation-corpus", tmp_path / "text.txt", "--evaluation-rows", 8]
+    given = [str(part) for part in given]
     assert main([*given, "--out", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["objective"] == "bilm"
     assert 0 < results["held_out"]["backward_loss"] < 2 * np.log(40)
     found = load(tmp_path / "run/model")
     assert found.config.filters == (1, 16, 2, 16, 3, 32)
+    assert main(["embed", "--model", str(tmp_path / "run/model"), "--input", str(tmp_path / "text.txt"),
+                 "--out", str(tmp_path / "vectors.npy")]) == 1  # fmt: skip
+    assert "text 2: it has no words" in capsys.readouterr().err
+    (tmp_path / "lines.txt").write_text("\n".join(lines[:4]))
+    assert main(["embed", "--model", str(tmp_path / "run/model"), "--input", str(tmp_path / "lines.txt"),
+                 "--out", str(tmp_path / "vectors.npy")]) == 0  # fmt: skip
+    vectors = np.load(tmp_path / "vectors.npy")
+    assert vectors.shape == (4, 2 * found.config.width)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-6
     wrong = ["--batch-ramp", "128:1", "--out", str(tmp_path / "other")]
     assert main([*given, *wrong]) == 1
     assert "one phase and one batch size" in capsys.readouterr().err

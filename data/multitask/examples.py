@@ -16,7 +16,7 @@ from ..random import EpochOrders, RandomStream
 
 Batch = dict[str, np.ndarray]
 ORDER, ROW = 1, 2  # purposes of random numbers
-MULTIPLE = 16  # tokens: of which the length of a batch's rows is a multiple
+MULTIPLE = 16  # tokens: of which the length of a batch's rows is a multiple, or it is the longest that there may be
 WINDOW = 16  # batches whose examples are sorted by length
 
 
@@ -33,6 +33,7 @@ class Texts(NamedTuple):
     ids: Sequence[np.ndarray]  # int32 [length] each
     types: Sequence[np.ndarray]
     pad_id: int
+    longest: int | None = None  # maximum length of a row, padding included; None: any
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Examples:
         if self.texts is not None:
             ids, types = ([of[n] for n in numbers] for of in (self.texts.ids, self.texts.types))
             length = max(1, -(-max(map(len, ids)) // MULTIPLE)) * MULTIPLE
+            length = length if self.texts.longest is None else min(length, self.texts.longest)
             batch["input_ids"] = np.full((len(ids), length), self.texts.pad_id, np.int32)
             batch["segment_ids"], batch["token_type_ids"] = (np.zeros((len(ids), length), np.int32) for _ in range(2))
             for row, (own, own_types) in enumerate(zip(ids, types, strict=True)):
@@ -146,7 +148,8 @@ class TaskRows:
     """The numbered rows of a task's training: every n rows are an epoch over its n examples, in an order of its own.
 
     Examples of similar length are neighbours, so that batches have little padding: within a window of batches they are
-    sorted by length, and then the batches are shuffled.
+    sorted by length, and then the batches are shuffled. Windows begin where batches do, which within an epoch differs
+    from epoch to epoch unless the batch divides n.
 
     Args:
         examples: the examples.
@@ -189,7 +192,7 @@ class _ByLength(EpochOrders):
         if not self._lengths.any():
             return order
         size, random = WINDOW * self._batch, RandomStream(*self._key, epoch, 1)
-        for first in range(0, self.count, size):
+        for first in range(-epoch * self.count % self._batch, self.count, size):
             part = order[first : first + size]
             part = part[np.argsort(self._lengths[part], kind="stable")]
             whole = len(part) // self._batch * self._batch

@@ -61,6 +61,8 @@ def read_questions(
     Raises:
         DataError: it is neither, or a row is invalid; with file and line.
     """
+    if evaluation is not None and path.is_dir():
+        raise DataError(f"{path}: not a table, so that {evaluation} cannot be its evaluation set.")
     if path.is_dir():
         files = sorted(path.glob(f"*{ENDING}"))
         if files:

@@ -94,5 +94,7 @@ def test_mistakes_in_a_table(tmp_path: Path, row: str, message: str):
 def test_nothing_there(tmp_path: Path):
     with pytest.raises(DataError, match=r"no questions in it\. Expected a folder with train_questions.json"):
         read_questions(tmp_path)
+    with pytest.raises(DataError, match=r"not a table, so that more\.csv cannot be its evaluation set"):
+        read_questions(tmp_path, Path("more.csv"))
     with pytest.raises(DataError, match="there is no such folder or file"):
         read_questions(tmp_path / "none")

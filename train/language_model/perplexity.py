@@ -101,14 +101,16 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
     if len(ids) < 2:
         raise RunError(f"{config.text}: {counted(len(ids), 'token')}: nothing to predict.")
     total, done, count, begun = 0.0, 0, 0, time.perf_counter()
+    parts = 1
     if slots is None:
-        parts = windows(len(ids), window, stride)
-        texts = [ids[first:end] for first, end, _ in parts]
-        read = (losses for _, losses in language_model.losses(texts, [n for *_, n in parts], config.batch or 4))
+        cut = windows(len(ids), window, stride)
+        texts = [ids[first:end] for first, end, _ in cut]
+        read = (losses for _, losses in language_model.losses(texts, [n for *_, n in cut], config.batch or 4))
     else:
         if config.stride:
             raise RunError("--stride: windows of a model with a memory follow each other; leave it out.")
-        read = language_model.losses_with_memory(ids, window, slots, min(config.batch or 1, len(ids) - 1))
+        parts = min(config.batch or 1, len(ids) - 1)
+        read = language_model.losses_with_memory(ids, window, slots, parts)
     for losses in read:
         count += 1
         total += float(losses.sum(dtype="float64"))
@@ -129,7 +131,7 @@ def measure(language_model: "LanguageModel", text: str, config: PerplexityConfig
         "bytes": size,
         "windows": count,
         "window": window,
-        **({"stride": stride} if slots is None else {"memory": slots}),
+        **({"stride": stride} if slots is None else {"memory": slots, "parts": parts}),
     }
 
 
@@ -159,7 +161,9 @@ def main(config: PerplexityConfig) -> int:
         f"{counted(found['bytes'], 'byte')}"
     )
     last = f"{found['stride']:,} apart" if "stride" in found else f"with a memory of {found['memory']:,}"
-    print(f"in {counted(found['windows'], 'window')} of {found['window']:,} tokens, {last}")
+    parts = f"{counted(found['parts'], 'part')} that are read together, " if found.get("parts", 1) > 1 else ""
+    each = "each in " if parts else ""
+    print(f"in {parts}{each}{counted(found['windows'], 'window')} of {found['window']:,} tokens, {last}")
     return 0
 
 

@@ -191,6 +191,8 @@ def _translation(
 
     def items(path: Path, target: Path | None) -> list[Item]:
         text = ParallelText([path] if target is None else [path, target])
+        if text.form == "tfds":  # of which its training split would be read
+            raise RunError(f"{path}: a data set. Expected lines, with --target for their translations, .tsv or .jsonl.")
         if text.form == "json":
             text.fields = fields
         return [Item(str(pair.line), template.fill(pair.source, None), (f" {pair.target}",), 0) for pair in text]

@@ -250,6 +250,8 @@ def open_language_model(folder: Path, dtype: str = "float32", *, encoder_decoder
         raise RunError(f"{folder}: holds a {family.title}, which is no language model that predicts the next token.")
     head = "causal_lm" if found is LanguageModel else None if family.one_kind else "generation"
     loaded = load(folder, head=head, dtype=dtype)
-    if not isinstance(loaded.tokenizer, Tokenizer):
+    if loaded.tokenizer is None:
         raise RunError(f"{folder}: no tokenizer files. Put those of the model's tokenizer there.")
+    if not isinstance(loaded.tokenizer, Tokenizer):
+        raise RunError(f"{folder}: its tokenizer is one of two languages, for `bestiary translate`, not of prompts.")
     return found(loaded.model, jax.device_put(loaded.params), loaded.tokenizer)

@@ -1,6 +1,7 @@
 """Tasks by prompts with an encoder-decoder: the prompt is its source, an answer its output; and translation."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from flax import linen as nn
 
 from bestiary import models
 from bestiary.data import Corpus, train_tokenizer
+from bestiary.data.tokenizers.pairs import TextForm
+from bestiary.data.tokenizers.pairs_training import train_subwords
 from bestiary.models.encoder_decoders.bart import Bart, BartConfig
 from bestiary.train.cli import main
 
@@ -97,9 +100,21 @@ def test_translation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (found["examples"], found["by"], set(found["metrics"])) == (2, "generation", {"bleu", "chrf"})
     assert found["baseline"] == {"bleu": 0, "chrf": 0}
     for more, message in (
+        (("--data", "tfds:pairs"), "tfds:pairs: a data set. Expected lines, with --target for their translations"),
         ((*target, "--by", "likelihood"), "answers of translation are generated"),
         ((*target, "--train-target", tmp_path / "a.de"), "--train-target: it holds the translations of --train"),
         ((*target, "--task", "sst2"), "--target and --train-target are for translation"),
     ):
         status, _, said = run(capsys, *model, *more)
         assert (status, message in said) == (1, True), said
+
+
+def test_a_translator_has_no_tokenizer_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixture = Path(__file__).parents[2] / "models" / "fixtures" / "marian_translation"
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(fixture / name, tmp_path)
+    texts = [text for text, _ in REVIEWS]
+    train_subwords("bpe", lambda: texts, lambda: texts, vocab_size=40, joint=True, form=TextForm()).save(tmp_path)
+    (tmp_path / "a.tsv").write_text("warm\twarm\n")
+    status, _, said = run(capsys, "--model", tmp_path, "--task", "translation", "--data", tmp_path / "a.tsv")
+    assert (status, "its tokenizer is one of two languages, for `bestiary translate`" in said) == (1, True), said

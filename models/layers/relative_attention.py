@@ -58,8 +58,10 @@ class RelativeAttention(nn.Module):
         heads: number of heads, H.
         head_size: D.
         dropout: dropout rate of the attention probabilities.
+        kernel_init: initialiser of the projections' kernels, and of u and v if they are this module's.
         own_biases: whether u and v are this module's parameters.
         span: number of tokens that each token attends to, its own included; None for all before it.
+        dtype: data type of the computation.
         implementation: backend of `kernels.attention`; None for the fastest.
     """
 

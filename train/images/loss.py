@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_expit, log_softmax
 
 from ..metrics import Sums
 
@@ -44,22 +45,27 @@ def class_sums(logits: jax.Array, batch: dict[str, jax.Array], kind: str, smooth
     return {"loss": (losses.sum(), count), "accuracy": (hits.sum(), count)}
 
 
-def evaluate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Compute the metrics of labelled images.
+def evaluate(logits: np.ndarray, labels: np.ndarray, kind: str = "softmax") -> dict[str, float]:
+    """Compute the metrics of labelled examples.
 
     Args:
         logits: [n, classes] float32.
         labels: [n] int.
+        kind: what loss and probabilities are those of; see `class_sums`.
 
     Returns:
-        loss, the mean cross-entropy; accuracy; top5, the fraction of labels among the five most probable classes, if
+        loss, its mean; accuracy; top5, the fraction of labels among the five most probable classes, if
         there are more classes than that; calibration_error (Guo et al. 2017, ECE with 15 bins).
     """
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    wide = logits.astype(np.float64)
+    log_probabilities = log_softmax(wide, axis=-1) if kind == "softmax" else log_expit(wide)
     own = np.take_along_axis(log_probabilities, labels[:, None], axis=-1)
+    losses = -own[:, 0]
+    if kind == "sigmoid":
+        against = log_expit(-wide)
+        losses = losses - against.sum(axis=-1) + np.take_along_axis(against, labels[:, None], axis=-1)[:, 0]
     predicted = logits.argmax(axis=-1)
-    metrics = {"loss": float(-own.mean()), "accuracy": float((predicted == labels).mean())}
+    metrics = {"loss": float(losses.mean()), "accuracy": float((predicted == labels).mean())}
     if logits.shape[-1] > 5:
         metrics["top5"] = float(((log_probabilities > own).sum(axis=-1) < 5).mean())
     confidence = np.exp(log_probabilities.max(axis=-1))

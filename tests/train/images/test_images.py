@@ -285,6 +285,9 @@ def test_losses_by_their_formulas():
     sigmoid = 1 / (1 + np.exp(-logits))
     expected = -(wanted * np.log(sigmoid) + (1 - wanted) * np.log(1 - sigmoid)).sum()
     assert float(class_sums(jnp.asarray(logits), batch, "sigmoid", 0.0)["loss"][0]) == pytest.approx(expected, rel=1e-5)
+    for kind in ("softmax", "sigmoid"):
+        total, _ = class_sums(jnp.asarray(logits), {"labels": batch["labels"]}, kind, 0.0)["loss"]
+        assert 4 * evaluate(logits, np.array([0, 2, 1, 1]), kind)["loss"] == pytest.approx(float(total), rel=1e-5)
 
 
 def test_metrics():

@@ -57,6 +57,7 @@ class UnitTask(NamedTuple):
     labels: tuple[str, ...]  # names of the classes
     queries: int = 25  # number of query vectors
     loss: Loss = "softmax"  # what it is trained by: one class of all, or independent yes-or-no classes
+    pairs: bool = False  # whether its texts are pairs
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -81,6 +82,7 @@ class UnitConfig(FamilyConfig):
         "dropout": "dropout",
         "attention_dropout": "attention_dropout",
         "norm_epsilon": "layer_norm_eps",
+        "text_length": "max_text_length",
     }
     REQUIRED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **FamilyConfig.REQUIRED,
@@ -119,6 +121,8 @@ class UnitConfig(FamilyConfig):
     """the encoder of images"""
     text: Member | None = None
     """the encoder of texts"""
+    text_length: int | None = None
+    """maximum length of a text in training, in tokens; None: the encoder's positions"""
     tasks: tuple[UnitTask, ...] = ()
 
     def __post_init__(self) -> None:
@@ -145,6 +149,9 @@ class UnitConfig(FamilyConfig):
             member = getattr(self, side)
             if member is not None and not isinstance(bare_encoder(member).build(member.config), StackEncoder):
                 raise ValueError(f"UnitConfig: {member.family.title} is no encoder of one stack of layers")
+        positions = None if self.text is None else self.text.config.max_length
+        if self.text_length is not None and not 1 <= self.text_length <= (positions or self.text_length):
+            raise ValueError(f"UnitConfig: text_length {self.text_length}: expected 1 to the encoder's {positions}")
 
     @property
     def vocab_size(self) -> int:
@@ -154,7 +161,9 @@ class UnitConfig(FamilyConfig):
     @property
     def max_length(self) -> int | None:
         """Maximum length of a text, in tokens."""
-        return None if self.text is None else self.text.config.max_length
+        if self.text is None or self.text_length is not None:
+            return self.text_length
+        return self.text.config.max_length  # type: ignore[no-any-return]
 
     @property
     def initializer(self) -> Initializer:
@@ -185,18 +194,20 @@ class UnitConfig(FamilyConfig):
         listed = stored.get("tasks", {})
         tasks = []
         for name, task in listed.items() if isinstance(listed, dict) else [("tasks", None)]:
-            kinds = {"reads": Reads, "labels": list[str], "queries": int, "loss": Loss}
-            if not isinstance(task, dict) or not all(fits(task.get(key), kind) for key, kind in kinds.items()):
+            kinds = {"reads": Reads, "labels": list[str], "queries": int, "loss": Loss, "pairs": bool}
+            own = {"pairs": False, **task} if isinstance(task, dict) else {}
+            if not all(fits(own.get(key), kind) for key, kind in kinds.items()):
                 raise ConfigError(f"config.json:\n  tasks: {name}: expected reads, labels, queries and loss")
-            tasks.append(UnitTask(name, task["reads"], tuple(task["labels"]), task["queries"], task["loss"]))
+            found = own["reads"], tuple(own["labels"]), own["queries"], own["loss"], own["pairs"]
+            tasks.append(UnitTask(name, *found))
         return super().from_json(stored, tasks=tuple(tasks), **more)
 
     def to_json(self) -> dict[str, Any]:
         """See `FamilyConfig.to_json`."""
-        tasks = {
-            task.name: {"reads": task.reads, "labels": list(task.labels), "queries": task.queries, "loss": task.loss}
-            for task in self.tasks
-        }
+        tasks = {}
+        for task in self.tasks:
+            own = task._asdict() | {"labels": list(task.labels)}
+            tasks[own.pop("name")] = own
         members = {key: getattr(self, side) for side, key in MEMBERS}
         return (
             super().to_json()

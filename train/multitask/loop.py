@@ -145,8 +145,8 @@ class Answerer:
 class Evaluation:
     """Evaluation of every task on the first of its splits; `latest` is the last evaluated state and its logits."""
 
-    def __init__(self, answerer: Answerer, splits: Mapping[str, Mapping[str, Examples]]):
-        self._answerer = answerer
+    def __init__(self, answerer: Answerer, splits: Mapping[str, Mapping[str, Examples]], losses: Mapping[str, str]):
+        self._answerer, self._losses = answerer, losses
         self._first = {name: next(iter(own.items())) for name, own in splits.items()}
         self.latest: tuple[TrainState, dict[tuple[str, str], np.ndarray]] | None = None
 
@@ -157,7 +157,7 @@ class Evaluation:
             if logits is None:
                 return None
             found[name, split] = logits
-            metrics = evaluate(logits, examples.labels)
+            metrics = evaluate(logits, examples.labels, self._losses[name])
             values |= {f"{name}/{key}": metrics[key] for key in ("loss", "accuracy")}
         self.latest = state, found
         return {"accuracy": float(np.mean([values[f"{name}/accuracy"] for name in self._first])), **values}
@@ -198,7 +198,7 @@ def _train(run: Run, c: TrainConfig, file: TaskFile) -> int:
     shares = {name: part.share for name, part in file.tasks.items()}
     splits = {name: {key: own for key, own in found.items() if key != "train"} for name, found in examples.items()}
     answerer = Answerer(model, inputs, run.parallelism, run.progress)
-    evaluation = Evaluation(answerer, splits)
+    evaluation = Evaluation(answerer, splits, {task.name: task.loss for task in model.config.tasks})
     initial = InitialWeights(lambda: start.params(c.seed), "the checkpoints' encoders") if start.loaded else None
     training = Training(
         learner=learner,
@@ -226,7 +226,7 @@ def _train(run: Run, c: TrainConfig, file: TaskFile) -> int:
             logits = known.get((name, split))
             logits = answerer(chosen, name, some) if logits is None else logits
             assert logits is not None
-            metrics.setdefault(name, {})[split] = evaluate(logits, some.labels)
+            metrics.setdefault(name, {})[split] = evaluate(logits, some.labels, model.config.task(name).loss)
             if run.main:
                 classified = Classified(some.classes, some.labels, logits.argmax(axis=-1))
                 write_report(c.out / "report", f"{name}-{split}", classified)

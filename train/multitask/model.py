@@ -105,6 +105,7 @@ def make_start(config: TrainConfig, file: TaskFile, tasks: Sequence[UnitTask], t
             feed_forward=decoder.feed_forward,
             dropout=decoder.dropout,
             attention_dropout=decoder.dropout,
+            text_length=longest or None,
             tasks=tuple(tasks),
             **{side: encoder.member for side, encoder in encoders.items()},
             **_run_fields(config, [decoder.layers, *(encoder.member.config.layers for encoder in encoders.values())]),
@@ -134,7 +135,6 @@ def image_encoder(part: ImagePart, config: TrainConfig) -> tuple[Encoder, Proces
         member = _changed(Member(family, preset), where, changes, part.dropout)
         half = (0.5,) * 3
         return Encoder(member, None), Processor((side, side), mean=half, std=half)
-    _refuse_sizes(part, where, ("patch_size", "width", "layers", "heads"))
     loaded, _ = load_with_report(part.checkpoint, head="encoder")
     member = _member(loaded.config, "images", f"{where}: {part.checkpoint}")
     model, params = loaded.model, loaded.params
@@ -167,7 +167,6 @@ def text_encoder(part: TextPart, config: TrainConfig, texts: Sequence[str]) -> t
         changes = family.config.vocabulary_fields(tokenizer.vocab_size, tokenizer.special_ids)  # type: ignore[attr-defined]
         member = _changed(Member(family, preset), where, _sizes(part) | changes, part.dropout)
         return Encoder(member, None), tokenizer
-    _refuse_sizes(part, where, ("tokenizer", "width", "layers", "heads"))
     loaded, _ = load_with_report(part.checkpoint, head="encoder")
     member = _member(loaded.config, "text", f"{where}: {part.checkpoint}")
     if loaded.tokenizer is None:
@@ -196,12 +195,6 @@ def _sizes(part: ImagePart | TextPart) -> dict[str, Any]:
     """Return the sizes that a table gives; the inner width is four times the width."""
     found = {name: getattr(part, name) for name in ("width", "layers", "heads") if getattr(part, name) is not None}
     return found | ({"feed_forward": 4 * part.width} if part.width is not None else {})
-
-
-def _refuse_sizes(part: Any, where: str, names: Sequence[str]) -> None:
-    given = [name for name in names if getattr(part, name) is not None]
-    if given:
-        raise RunError(f"{where}: {given[0]} goes with a size by model, not with a checkpoint.")
 
 
 def _changed(member: Member, where: str, changes: Mapping[str, Any], dropout: float) -> Member:

@@ -66,7 +66,7 @@ def read_examples(config: PredictConfig, task: UnitTask, inputs: Inputs) -> tupl
         (for each example, what it is, to print; the examples, whose labels mean nothing)
 
     Raises:
-        RunError: the task reads something else, or the numbers of images and texts do not fit.
+        RunError: the task reads something else, or pairs, or the numbers of images and texts do not fit.
         DataError: an image cannot be read, or a question is too long.
     """
     given = {name: getattr(config, name) for name in ("image", "text", "text_pair", "question")}
@@ -79,6 +79,13 @@ def read_examples(config: PredictConfig, task: UnitTask, inputs: Inputs) -> tupl
         raise RunError(f"--task {task.name} reads {task.reads}: expected {flags}, {found}.")
     if task.reads == "text":
         first, second = config.text, config.text_pair
+        if task.pairs != bool(second):
+            said = (
+                "pairs of texts: expected a --text-pair for each --text"
+                if task.pairs
+                else "texts alone: leave out --text-pair"
+            )
+            raise RunError(f"--task {task.name} was trained on {said}.")
         if second and len(second) != len(first):
             raise RunError(f"Give as many --text-pair as --text; found {len(second)} and {len(first)}.")
         pairs: Sequence[str | None] = second or [None] * len(first)

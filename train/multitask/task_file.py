@@ -21,7 +21,7 @@ Every mistake is named with its table and key.
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,11 @@ READS = {
     "image-classification": "image",
     "text-classification": "text",
     "question-answering": "image and text",
+}
+KEYS = {  # of tasks of some kinds only
+    "image-classification": ("image", "label", "crop", "shift", "flip"),
+    "text-classification": ("glue", "text", "text_pair", "label"),
+    "question-answering": ("question", "answer", "image", "crop", "shift", "flip"),
 }
 
 
@@ -165,7 +170,7 @@ def read_task_file(path: Path) -> TaskFile:
         _part(DecoderPart, stored.get("decoder", {}), f"{path}, [decoder]", path.parent),
         {name: _task(task, f"{path}, [tasks.{name}]", path.parent) for name, task in tasks.items()},
         *(
-            None if stored.get(side) is None else _part(of, stored[side], f"{path}, [{side}]", path.parent)
+            None if stored.get(side) is None else _encoder(of, stored[side], f"{path}, [{side}]", path.parent)
             for side, of in (("image", ImagePart), ("text", TextPart))
         ),
     )
@@ -187,9 +192,29 @@ def _task(stored: Any, where: str, folder: Path) -> TaskPart:
         if head != "classification":
             raise RunError(f"{where}: there is no head {head!r}. Expected classification.")
     task: TaskPart = _part(TaskPart, stored, where, folder)
-    if task.glue is not None and task.kind != "text-classification":
-        raise RunError(f"{where}: glue goes with text-classification, not {task.kind}.")
+    others = {key for keys in KEYS.values() for key in keys} - set(KEYS[task.kind])
+    _refuse(stored, others, task.kind, where)
+    if task.glue is not None:
+        _refuse(stored, ("eval_data", "text", "text_pair", "label"), "glue", where)
     return task
+
+
+def _encoder(of: Any, stored: Any, where: str, folder: Path) -> Any:
+    part = _part(of, stored, where, folder)
+    if part.checkpoint is not None:
+        _refuse(
+            stored, ("model", "patch_size", "tokenizer", "vocab_size", "width", "layers", "heads"), "checkpoint", where
+        )
+    if "tokenizer" in stored:
+        _refuse(stored, ("vocab_size",), "tokenizer", where)
+    return part
+
+
+def _refuse(stored: Mapping[str, Any], keys: Collection[str], beside: str, where: str) -> None:
+    """Refuse keys that would have no effect beside another."""
+    given = next((key for key in stored if key in keys), None)
+    if given is not None:
+        raise RunError(f"{where}: {given} does not go with {beside}.")
 
 
 def _part(of: Any, stored: Any, where: str, folder: Path) -> Any:
@@ -211,7 +236,9 @@ def _part(of: Any, stored: Any, where: str, folder: Path) -> Any:
         if not any(fits(value, option) for option in kinds):
             expected = " or ".join(map(type_name, kinds))
             raise RunError(f"{where}: {one.name}: expected {expected}, found {in_words(value)}.")
-        values[one.name] = value if not is_path or value.startswith("tfds:") else folder / value
+        if is_path:
+            value = Path(value) if value.startswith("tfds:") else folder / value
+        values[one.name] = value
     part = of(**values)
     for name in ("image_size", "patch_size", "width", "layers", "heads", "feed_forward", "queries", "vocab_size"):
         _bounds(part, name, where, least=1)

@@ -53,7 +53,9 @@ class TaskData:
         """The task as the model has it."""
         loss = self.part.loss or ("sigmoid" if self.part.kind == "question-answering" else "softmax")
         reads: Any = READS[self.part.kind]
-        return UnitTask(self.name, reads, self.classes, self.part.queries, loss)
+        train = self.splits["train"]
+        pairs = isinstance(train, Sentences) and train.examples[0].second is not None
+        return UnitTask(self.name, reads, self.classes, self.part.queries, loss, pairs)
 
     def training_texts(self) -> list[str]:
         """Return the training texts, for a tokenizer."""
@@ -183,7 +185,7 @@ def question_texts(questions: Sequence[str], where: Sequence[str], tokenizer: To
         [np.array([] if none else row, np.int32) for row, none in zip(rows, empty, strict=True)]
         for rows in (encoded.ids, encoded.types)
     )
-    return Texts(ids, types, tokenizer.pad_id)
+    return Texts(ids, types, tokenizer.pad_id, longest)
 
 
 def sentence_texts(examples: Sequence[TextExample], tokenizer: Tokenizer, longest: int) -> tuple[Texts, int]:
@@ -192,4 +194,4 @@ def sentence_texts(examples: Sequence[TextExample], tokenizer: Tokenizer, longes
     second = [example.second or "" for example in examples] if pairs else None
     encoded = tokenizer.encode([example.first for example in examples], second, longest)
     ids, types = ([np.array(row, np.int32) for row in rows] for rows in (encoded.ids, encoded.types))
-    return Texts(ids, types, tokenizer.pad_id), encoded.truncated
+    return Texts(ids, types, tokenizer.pad_id, longest), encoded.truncated

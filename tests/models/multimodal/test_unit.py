@@ -153,6 +153,7 @@ def test_a_model_of_one_modality(random_params):
         ({"heads": 3}, "width 16: expected a multiple of heads 3"),
         ({"tasks": (TASKS[1], TASKS[1])}, "two tasks have one name"),
         ({"tasks": (TASKS[1]._replace(name="A b"),)}, "task 'A b': expected a name of letters"),
+        ({"text_length": 17}, "text_length 17: expected 1 to the encoder's 16"),
         ({"text": Member(registry.family_named("t5"), None)}, "T5 has no encoder by itself"),
     ],
 )
@@ -164,7 +165,7 @@ def test_mistakes_in_a_config(changes: dict[str, Any], message: str):
 def test_tasks_in_config_json_are_checked():
     stored = config().to_json()
     assert stored["tasks"]["vqa"] == {"reads": "image and text", "labels": ["a", "b", "c"], "queries": 3,
-                                      "loss": "sigmoid"}  # fmt: skip
+                                      "loss": "sigmoid", "pairs": False}  # fmt: skip
     stored["tasks"]["vqa"]["reads"] = "sound"
     with pytest.raises(ConfigError, match="tasks: vqa: expected reads, labels, queries and loss"):
         UnitConfig.from_json(stored, image=member("vit"), text=member("bert"))

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,12 @@ from flax import linen as nn
 from PIL import Image
 
 from bestiary import models
+from bestiary.data.multitask.examples import Examples
 from bestiary.models import registry
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError
 from bestiary.train.multitask.config import PredictConfig, TrainConfig
-from bestiary.train.multitask.loop import forward
+from bestiary.train.multitask.loop import Evaluation, forward
 from bestiary.train.multitask.model import make_start
 from bestiary.train.multitask.predict import read_examples
 from bestiary.train.multitask.task_file import read_task_file
@@ -132,6 +134,8 @@ def test_it_learns_and_leaves_everything_behind(run: Path):
     loaded = models.load(run / "model")
     assert [task.name for task in loaded.config.tasks] == ["vqa", "bright"]
     assert loaded.config.task("vqa").loss == "sigmoid"
+    assert loaded.config.max_length == 12
+    assert results["metrics"]["vqa"]["dev"]["loss"] == pytest.approx(line["eval/vqa/loss"], rel=1e-5)
     names = {path.name for path in (run / "model").iterdir()}
     assert {"preprocessor_config.json", "tokenizer.json", "config.json", "model.safetensors"} <= names
 
@@ -148,6 +152,20 @@ def test_a_stopped_run_goes_on_as_if_nothing_happened(run: Path, data: Path, tmp
     assert train(data, out) == 0
     assert "resuming from step 15" in capsys.readouterr().err
     assert (out / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_an_evaluation_is_by_the_loss_of_training():
+    examples = Examples(np.zeros(1, np.int32), ("a", "b"))
+    answerer: Any = lambda *_: np.array([[1.0, 1.0]], np.float32)  # noqa: E731
+    evaluation = Evaluation(
+        answerer, {"x": {"dev": examples}, "y": {"dev": examples}}, {"x": "softmax", "y": "sigmoid"}
+    )
+    state: Any = SimpleNamespace(opt_state=(), params={})
+    stop: Any = None
+    found = evaluation(state, stop)
+    assert found is not None
+    assert found["x/loss"] == pytest.approx(np.log(2))
+    assert found["y/loss"] == pytest.approx(np.log1p(np.exp(-1)) + np.log1p(np.exp(1)))
 
 
 def test_another_file_of_tasks_is_not_resumed(run: Path, data: Path, capsys):
@@ -190,6 +208,10 @@ def test_a_third_task_by_the_file_alone(data: Path, tmp_path: Path):
     said, examples = read_examples(asked, task, start.inputs)
     assert [one["text"] for one in said] == ["good fun", "bad"]
     assert examples.lengths.tolist() == [4, 3]
+    with pytest.raises(RunError, match="--task mood was trained on texts alone: leave out --text-pair"):
+        read_examples(replace(asked, text_pair=("a", "b")), task, start.inputs)
+    with pytest.raises(RunError, match="--task mood was trained on pairs of texts: expected a --text-pair for each"):
+        read_examples(asked, task._replace(pairs=True), start.inputs)
 
 
 @pytest.mark.parametrize(
@@ -202,14 +224,13 @@ def test_a_third_task_by_the_file_alone(data: Path, tmp_path: Path):
         ),
         ("--task bright --text x", "--task bright reads image: expected --image, found --text"),
         ("--task vqa --question 'is it is it is it is it is it is it is it?'", "--question: a question of"),
+        ("--task vqa --text-pair x --question y", "expected --image and --question, found --text-pair"),
         ("--task vqa --image pictures --question a b", "24 images and 2 questions"),
         ("--task bright --image nowhere.png", "nowhere.png: there is no such file"),
     ],
 )
 def test_mistaken_questions_are_named(run: Path, data: Path, monkeypatch, capsys, words: str, message: str):
     monkeypatch.chdir(data)
-    if "is it is it" in words:  # as long as the text encoder's positions allow
-        words = words.replace("is it?", "is it? " * 300)
     assert main(["multitask", "predict", str(run), *shlex.split(words)]) == 1
     assert message in capsys.readouterr().err
 
@@ -237,7 +258,7 @@ def test_from_checkpoints_of_both_encoders(data: Path, sentence_encoder: Path, t
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, shapes)
     path.write_text(encoders.replace("image_size", "width") + decoder + VQA)
     assert train(data, tmp_path / "other", file="loaded.toml") == 1
-    assert "[image]: width goes with a size by model, not with a checkpoint" in capsys.readouterr().err
+    assert "[image]: width does not go with checkpoint" in capsys.readouterr().err
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -264,7 +285,16 @@ WHOLE = PARTS + VQA + BRIGHT
         (WHOLE.replace("queries = 2", 'head = "span"'), "there is no head 'span'. Expected classification"),
         (WHOLE.replace("[text]", "[txt]"), "there is no table 'txt'. Did you mean 'text'?"),
         (WHOLE.replace('\ndata = "vqa.csv"', ""), r"\[tasks.vqa\]: the key 'data' is missing"),
-        (WHOLE.replace("queries = 2", 'glue = "sst2"'), "glue goes with text-classification, not question-answering"),
+        (WHOLE.replace("queries = 2", 'glue = "sst2"'), "glue does not go with question-answering"),
+        (WHOLE.replace("queries = 1", 'question = "q"'), "question does not go with image-classification"),
+        (WHOLE + MOOD + "flip = true\n", r"\[tasks.mood\]: flip does not go with text-classification"),
+        (WHOLE + MOOD + 'glue = "sst2"\n', r"\[tasks.mood\]: text does not go with glue"),
+        (WHOLE.replace("[text]", '[text]\ntokenizer = "x"\nvocab_size = 99'), "vocab_size does not go with tokenizer"),
+        (WHOLE.replace("[text]", '[text]\ncheckpoint = "x"'), r"\[text\]: width does not go with checkpoint"),
+        (
+            WHOLE.replace('model = "vit', 'checkpoint = "x"\nmodel = "vit'),
+            r"\[image\]: model does not go with checkpoint",
+        ),
         (WHOLE.replace("share = 3.0", "share = 0.0"), "share is 0.0; it must be above 0"),
         (VQA, r"\[tasks.vqa\]: question-answering needs an encoder: a table \[image\]"),
     ],
@@ -285,6 +315,7 @@ def test_mistakes_in_the_file(tmp_path: Path, content: str, message: str):
         ("max_length = 12", "max_length = 1000", "max_length is 1000, beyond the encoder's 512 positions"),
         ("patch_size = 4", "patch_size = 3", "image size 8 is not a multiple of patch size 3"),
         ("feed_forward = 32", "feed_forward = 32\nwidth = 18", "Cannot overwrite a value"),
+        ('data = "pictures"', 'data = "tfds:none"\neval_data = "vqa.csv"', "cannot be its evaluation set"),
         (
             '"vqa.csv"\neval',
             '"none.csv"\neval',

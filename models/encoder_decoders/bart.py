@@ -77,7 +77,7 @@ class BartConfig(EncoderDecoderConfig):
     }
     WRITTEN_ANEW: ClassVar[tuple[str, ...]] = (
         *EncoderDecoderConfig.WRITTEN_ANEW,
-        *("id2label", "label2id", "num_labels"),
+        *("id2label", "label2id", "num_labels", "normalize_before"),
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "bart-base": _size(6, 768, 12),

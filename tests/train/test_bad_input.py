@@ -73,7 +73,7 @@ def test_a_length_beyond_the_positions(refused):
 
 
 def test_a_mesh_that_does_not_divide_the_devices(refused):
-    assert "--mesh data=3 needs 3 x 1 x 1 devices, but 8 were found" in refused("--mesh", "data=3")
+    assert "--mesh data=3 needs 3 x 1 x 1 x 1 devices, but 8 were found" in refused("--mesh", "data=3")
 
 
 def test_a_mesh_that_does_not_divide_the_batch(refused):
@@ -147,14 +147,17 @@ def test_a_full_disk_is_seen_before_the_start(workshop, tmp_path, capsys, monkey
     assert "MiB are needed for the checkpoints, 0 MiB are free" in said
 
 
-def test_a_disk_that_fills_up_names_itself(workshop, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_fills_up_does_not_end_the_training(workshop, tmp_path, capsys, monkeypatch):
     def full(folder: Path, step: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / f"{step}.json"))
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    assert main(workshop.arguments(tmp_path / "run", evaluate_every="0", checkpoint_every="1")) == 1
-    said = capsys.readouterr().err
-    assert "The disk is full: free some space" in said
+    assert main(workshop.arguments(tmp_path / "run", evaluate_every="0", checkpoint_every="1")) == 0
+    said = capsys.readouterr()
+    assert "No space left on device" in said.out + said.err
+    assert f"the disk of {tmp_path / 'run' / 'checkpoints'}" in said.out + said.err
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.json"))
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_a_loss_that_is_not_finite_saves_the_batch(workshop, tmp_path, capsys):

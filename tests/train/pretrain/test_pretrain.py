@@ -35,7 +35,7 @@ def test_run_folder_is_complete(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "results.json", "curves.png", "checkpoints", "tensorboard", "model",
-        "run.lock",
+        "run.lock", "samples.txt", "speeds.jsonl",
     }  # fmt: skip
     assert (uninterrupted / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((uninterrupted / "results.json").read_text())

@@ -33,11 +33,12 @@ def read_images(
     Raises:
         DataError: it is none of these, or damaged.
     """
-    if str(path).startswith(TFDS_PREFIX):
-        path = prepared_folder(str(path).removeprefix(TFDS_PREFIX))
+    prepared = str(path).startswith(TFDS_PREFIX)
     archive = path.suffix.lower() == ".zip"
-    if evaluation is not None and (archive or not path.is_file()):
+    if evaluation is not None and (prepared or archive or not path.is_file()):
         raise DataError(f"{path}: not a table, so that {evaluation} cannot be its evaluation set.")
+    if prepared:
+        path = prepared_folder(str(path).removeprefix(TFDS_PREFIX))
     if path.is_file():
         if archive:
             return class_folders(zip_tree(path))

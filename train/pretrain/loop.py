@@ -207,7 +207,8 @@ def pretrain(run: Run, config: PretrainConfig) -> int:
     initial = objective.initial(config, model)
     if config.vectors is not None:
         new = partial(init_params, model, jax.random.key(config.seed))
-        tables = dict.fromkeys(("word", "source"), tokenizer.tokens)  # of encoders and decoders, and of both in one
+        # "source" is the table of T5 and BART.
+        tables: dict[str, list[str]] = dict.fromkeys(("word", "source"), tokenizer.tokens)
         initial = vectors_weights(config.vectors, new, tables)
     training = Training(
         learner=learner,

@@ -27,7 +27,7 @@ from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
 from bestiary.train.learner import TrainState, ema_or_params
 from bestiary.train.lines import Lines
-from bestiary.train.loop import Stop
+from bestiary.train.loop import RESTART, Stop
 from bestiary.train.optim.optimizer import running_mean
 from bestiary.train.optim.schedule import schedule
 from bestiary.train.run import start_run
@@ -144,7 +144,7 @@ def test_the_run_folder_is_whole(trained: Path):
 
 def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, trained: Path):
     config = make_config(folder, "stopped")
-    assert train(config, StopAfter(7)) == 0
+    assert train(config, StopAfter(7)) == RESTART
     assert not (config.out / "results.json").exists()
     assert train(config) == 0
     for name in ("metrics.jsonl", "model/model.safetensors"):

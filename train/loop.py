@@ -334,9 +334,7 @@ class Loop:
         if self._early_stopping.should_stop:
             return self._fitted(self._start, None)
         evaluate_every = intervals.evaluate_every if training.evaluate_every is None else training.evaluate_every
-        parallelism = self._session.parallelism
-        train = parallelism.compile_train(training.step, training.learner.specs, *training.fixed)
-        program = parallelism.train_program(training.step, training.learner.specs)
+        train = self._session.parallelism.compile_train(training.step, training.learner.specs, *training.fixed)
         for step in range(self._start + 1, training.steps + 1):
             clock = time.perf_counter()
             self._whole = None
@@ -347,7 +345,7 @@ class Loop:
             shape = tuple((name, array.shape) for name, array in batch.items())
             compiles = shape not in self._compiled
             if compiles:
-                self._speed.compiles(shape, lambda: program.trace(self._state, placed, *training.fixed))  # noqa: B023
+                self._speed.compiles(shape, lambda: train.trace(self._state, placed))  # noqa: B023
                 self._flush_metrics()  # the step before takes its own time
                 self._state, sums = self._compiling(step, batch, lambda: train(self._state, placed))  # noqa: B023
                 self._compiled.add(shape)

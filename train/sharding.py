@@ -173,6 +173,22 @@ def mesh_sharding(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, P(*axes))
 
 
+@dataclass(frozen=True)
+class TrainStep:
+    """A compiled training step, (state, batch) -> (state, sums)."""
+
+    run: Callable[..., tuple[Any, Any]]  # the same with `fixed`
+    traced: Callable[..., Any]  # what `jax.jit` traces of it, whose program counts the operations
+    fixed: tuple[Any, ...]  # what the step reads and nothing changes
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        return self.run(state, batch, *self.fixed)
+
+    def trace(self, state: Any, batch: Any) -> Any:
+        """Trace the step, which the call that follows then need not do."""
+        return self.traced(state, batch, *self.fixed)
+
+
 class Parallelism:
     """Parallelism by jit over a mesh: sharding of the state, and compilation of steps."""
 
@@ -250,9 +266,7 @@ class Parallelism:
         """Put a model's parameters on the devices, sharded as if it were trained."""
         return self.place(params, logical_specs(jax.eval_shape(partial(init_params, model), jax.random.key(0))))
 
-    def compile_train(
-        self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any
-    ) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def compile_train(self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any) -> TrainStep:
         """Compile (state, batch) -> (state, sums); the old state's memory is reused.
 
         Args:
@@ -260,11 +274,6 @@ class Parallelism:
             specs: logical specs of the state.
             fixed: trees of arrays on the devices that the step reads and nothing changes: a teacher's parameters.
         """
-        run = self.train_program(step, specs)
-        return lambda state, batch: run(state, batch, *fixed)
-
-    def train_program(self, step: Callable[..., tuple[Any, Any]], specs: Any) -> Any:
-        """Return the jitted (state, batch, *fixed) -> (state, sums) of `compile_train`."""
 
         def sharded(state: Any, batch: Any, *fixed: Any) -> tuple[Any, Any]:
             with self._attention():
@@ -272,7 +281,8 @@ class Parallelism:
             # The output state is sharded like the input, so that steps never move parameters.
             return jax.lax.with_sharding_constraint(state, self._shardings(state, specs)), sums
 
-        return jax.jit(sharded, donate_argnums=0)
+        run = jax.jit(sharded, donate_argnums=0)
+        return TrainStep(run, run.trace, fixed)
 
     def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
         """Compile (params, batch) -> sums, or anything else that is the same on all devices in the end.
@@ -314,9 +324,7 @@ class PmapParallelism(Parallelism):
     # Axes of None: state and sums are the same in all replicas. pmap holds them on this process's devices alone;
     # between steps the state is one array on the devices of all processes, which is what checkpoints are written of.
 
-    def compile_train(
-        self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any
-    ) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def compile_train(self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any) -> TrainStep:
         run = jax.pmap(
             self._replica(step),
             axis_name=self.axis,
@@ -324,26 +332,25 @@ class PmapParallelism(Parallelism):
             out_axes=None,
             donate_argnums=0,
         )
-        if jax.process_count() == 1:
-            return lambda state, batch: run(state, batch, *fixed)
-        here = [self._placed(tree, jax.local_devices()) for tree in fixed]
-
-        def over_processes(state: Any, batch: Any) -> tuple[Any, Any]:
-            state, sums = run(self._placed(state, jax.local_devices()), batch, *here)
-            return self._placed(state, jax.devices()), sums
-
-        return over_processes
-
-    def train_program(self, step: Callable[..., tuple[Any, Any]], specs: Any) -> Any:
-        """Return the step over the rows of all replicas, on one device: it is only traced, to count its operations."""
 
         def whole(state: Any, batch: Any, *fixed: Any) -> tuple[Any, Any]:
+            """The step over the rows of all replicas, on one device: it is only traced, to count its operations."""
+
             def rows(array: jax.Array) -> jax.Array:
                 return jnp.concatenate([array.reshape(-1, *array.shape[2:])] * jax.process_count())
 
             return step(state, jax.tree.map(rows, batch), Replicas(), *fixed)
 
-        return jax.jit(whole)
+        trace = jax.jit(whole).trace
+        if jax.process_count() == 1:
+            return TrainStep(run, trace, fixed)
+        here = [self._placed(tree, jax.local_devices()) for tree in fixed]
+
+        def over_processes(state: Any, batch: Any, *_: Any) -> tuple[Any, Any]:
+            state, sums = run(self._placed(state, jax.local_devices()), batch, *here)
+            return self._placed(state, jax.devices()), sums
+
+        return TrainStep(over_processes, trace, fixed)
 
     def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
         axes = (None, 0, *(None for _ in fixed))

@@ -81,8 +81,7 @@ class PlannedRun(Run):
         parallelism, learner = self.parallelism, training.learner
         state = parallelism.abstract(learner.make, learner.specs)
         batch = parallelism.shard_batch(next(training.batches))
-        program = parallelism.train_program(training.step, learner.specs)
-        traced = program.trace(state, batch, *training.fixed)
+        traced = parallelism.compile_train(training.step, learner.specs, *training.fixed).trace(state, batch)
         raise Planned(Step(traced, self.platform, dict(parallelism.mesh.shape), state, batch, training.fixed))
 
 

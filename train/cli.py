@@ -35,68 +35,83 @@ class Command(NamedTuple):
     """values that its first argument may have, if it has subcommands too, as `module:name`"""
 
 
+# Lines that make what several commands' examples need.
+PRETRAINED = "bestiary pretrain\n"
+FINETUNED = PRETRAINED + (
+    "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out runs/sst2\n"
+)
+ADAPTED = PRETRAINED + (
+    "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --lora-rank 4 --epochs 1 "
+    "--out runs/lora\n"
+)
+TRANSLATED = "bestiary translate train\n"
+REWRITING = TRANSLATED + (
+    "bestiary text2text train --train docs/examples/pairs.tsv --model runs/translate/model --steps 10\n"
+)
+CAUSAL = "bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
+SHAPES = (
+    "bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 --layers 2 --heads 2 "
+    "--batch-size 8 --epochs 2 --out runs/shapes\n"
+)
+SEVERAL = "bestiary multitask train --config docs/examples/tasks.toml --batch-size 8 --steps 20 --out runs/unit\n"
+VECTORS = "bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt\n"
+
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("pretrain",): Command(
         ".pretrain.config:PretrainConfig",
         "pretrain a model on text; without arguments, a small ModernBERT on Python's own documentation",
         ".pretrain.loop",
-        example="bestiary pretrain",
+        example=PRETRAINED,
     ),
     ("distill",): Command(
         ".pretrain.config:DistillConfig",
         "distil a masked language model into a smaller one, on text",
         ".pretrain.loop",
-        example="bestiary pretrain\nbestiary distill --teacher runs/pretrain/model --steps 20",
+        example=PRETRAINED + "bestiary distill --teacher runs/pretrain/model --steps 20",
     ),
     ("translate", "train"): Command(
         ".translate.config:TranslateConfig",
         "train a translator; without arguments, on built-in English-German phrases",
         ".translate.train",
-        example="bestiary translate train",
+        example=TRANSLATED,
     ),
     ("translate", "run"): Command(
         ".translate.run:RunConfig",
         "translate lines of text; --attention draws attention maps",
-        example="bestiary translate train\nbestiary translate run --model runs/translate < docs/examples/english.txt",
+        example=TRANSLATED + "bestiary translate run --model runs/translate < docs/examples/english.txt",
     ),
     ("translate", "score"): Command(
         ".translate.score:ScoreConfig",
         "score translations: BLEU and chrF by sacreBLEU, and tokenised BLEU",
-        example="bestiary translate train\n"
-        "bestiary translate score --model runs/translate --source docs/examples/english.txt --reference "
+        example=TRANSLATED
+        + "bestiary translate score --model runs/translate --source docs/examples/english.txt --reference "
         "docs/examples/german.txt",
     ),
     ("generate",): Command(
         ".language_model.generate:GenerateConfig",
         "continue texts with a language model",
-        example="bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
-        'bestiary generate --model runs/gpt2-tiny --prompt "The" --max-length 20',
+        example=CAUSAL + 'bestiary generate --model runs/gpt2-tiny --prompt "The" --max-length 20',
     ),
     ("perplexity",): Command(
         ".language_model.perplexity:PerplexityConfig",
         "measure how well a language model predicts a text: per token, word and character",
-        example="bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
-        "bestiary perplexity --model runs/gpt2-tiny --text CONTRIBUTING.md",
+        example=CAUSAL + "bestiary perplexity --model runs/gpt2-tiny --text CONTRIBUTING.md",
     ),
     ("ask",): Command(
         ".language_model.ask:AskConfig",
         "let a language model do tasks by prompts, with examples in them or without",
-        example="bestiary pretrain --model gpt2-tiny --steps 20 --out runs/gpt2-tiny\n"
-        "bestiary ask --model runs/gpt2-tiny --task sst2 --data docs/examples/SST-2 --shots 1",
+        example=CAUSAL + "bestiary ask --model runs/gpt2-tiny --task sst2 --data docs/examples/SST-2 --shots 1",
     ),
     ("text2text", "train"): Command(
         ".text2text.config:Text2TextConfig",
         "train T5, BART or the like on pairs of texts: summaries, rewriting, GLUE as text",
         ".text2text.train",
-        example="bestiary translate train\n"
-        "bestiary text2text train --train docs/examples/pairs.tsv --model runs/translate/model --steps 10",
+        example=REWRITING,
     ),
     ("text2text", "run"): Command(
         ".text2text.run:Text2TextRun",
         "write an output for each line of text",
-        example="bestiary translate train\n"
-        "bestiary text2text train --train docs/examples/pairs.tsv --model runs/translate/model --steps 10\n"
-        "bestiary text2text run --model runs/text2text < docs/examples/english.txt",
+        example=REWRITING + "bestiary text2text run --model runs/text2text < docs/examples/english.txt",
     ),
     ("text2text", "score"): Command(
         ".text2text.score:Text2TextScore",
@@ -119,161 +134,139 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".finetune.commands.glue:GlueConfig",
         "fine-tune on a GLUE task: cola, mrpc, mnli, ...",
         first="..data.tasks.glue:FINETUNED",
-        example="bestiary pretrain\n"
-        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out "
-        "runs/sst2",
+        example=FINETUNED,
     ),
     ("finetune", "glue"): Command(
         ".finetune.commands.glue_suite:GlueSuiteConfig",
         "fine-tune on several GLUE tasks and write one table",
-        example="bestiary pretrain\n"
-        "bestiary finetune glue --tasks sst2 --data docs/examples --model runs/pretrain/model --epochs 1 "
+        example=PRETRAINED
+        + "bestiary finetune glue --tasks sst2 --data docs/examples --model runs/pretrain/model --epochs 1 "
         "--out runs/glue",
     ),
     ("finetune", "glue", "--as-text"): Command(
         ".text2text.config:GlueTextConfig",
         "the same with T5, BART or the like, as text to text",
         ".text2text.glue",
-        example="bestiary translate train\n"
-        "bestiary finetune glue --as-text --tasks sst2 --data docs/examples --model runs/translate/model --steps 2 "
+        example=TRANSLATED
+        + "bestiary finetune glue --as-text --tasks sst2 --data docs/examples --model runs/translate/model --steps 2 "
         "--out runs/as-text",
     ),
     ("finetune", "classification"): Command(
         ".finetune.commands.table:TableConfig",
         "fine-tune on your own table: classify or score texts or pairs of texts",
-        example="bestiary pretrain\n"
-        "bestiary finetune classification --train docs/examples/SST-2/train.tsv --dev "
+        example=PRETRAINED + "bestiary finetune classification --train docs/examples/SST-2/train.tsv --dev "
         "docs/examples/SST-2/dev.tsv --text sentence --label label --model runs/pretrain/model --epochs 1 "
         "--out runs/table",
     ),
     ("finetune", "squad"): Command(
         ".finetune.commands.squad:SquadConfig",
         "fine-tune on extractive question answering: SQuAD 1.1 and 2.0",
-        example="bestiary pretrain\n"
-        "bestiary finetune squad --data docs/examples/questions.json --eval-data "
+        example=PRETRAINED + "bestiary finetune squad --data docs/examples/questions.json --eval-data "
         "docs/examples/questions.json --model runs/pretrain/model --max-length 64 --doc-stride 16 "
         "--max-question 16 --out runs/squad",
     ),
     ("finetune", "swag"): Command(
         ".finetune.commands.choice:SwagConfig",
         "fine-tune on multiple choice: SWAG",
-        example="bestiary pretrain\n"
-        "bestiary finetune swag --data docs/examples/swag --model runs/pretrain/model --out runs/swag",
+        example=PRETRAINED
+        + "bestiary finetune swag --data docs/examples/swag --model runs/pretrain/model --out runs/swag",
     ),
     ("finetune", "codah"): Command(
         ".finetune.commands.choice:CodahConfig",
         "fine-tune on multiple choice: CODAH",
-        example="bestiary pretrain\n"
-        "bestiary finetune codah --data docs/examples/codah.tsv --model runs/pretrain/model --out "
+        example=PRETRAINED + "bestiary finetune codah --data docs/examples/codah.tsv --model runs/pretrain/model --out "
         "runs/codah",
     ),
     ("finetune", "ner"): Command(
         ".finetune.commands.tagging:NerConfig",
         "fine-tune on named entities in CoNLL columns; --crf adds a CRF",
-        example="bestiary pretrain\n"
-        "bestiary finetune ner --data docs/examples/names --model runs/pretrain/model --crf --out "
+        example=PRETRAINED + "bestiary finetune ner --data docs/examples/names --model runs/pretrain/model --crf --out "
         "runs/ner",
     ),
     ("finetune", "pos"): Command(
         ".finetune.commands.tagging:PosConfig",
         "fine-tune on parts of speech in CoNLL-U",
-        example="bestiary pretrain\n"
-        "bestiary finetune pos --data docs/examples/tags --model runs/pretrain/model --out runs/pos",
+        example=PRETRAINED
+        + "bestiary finetune pos --data docs/examples/tags --model runs/pretrain/model --out runs/pos",
     ),
     ("images", "train"): Command(
         ".images.config:TrainConfig",
         "train an image classifier from scratch: MNIST, CIFAR, your own folders",
         ".images.loop",
-        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
-        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes",
+        example=SHAPES,
     ),
     ("images", "finetune"): Command(
         ".images.config:FinetuneConfig",
         "fine-tune an image classifier from a checkpoint",
         ".images.loop",
-        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
-        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
-        "bestiary images finetune --data docs/examples/shapes --model runs/shapes/model --batch-size 8 "
+        example=SHAPES
+        + "bestiary images finetune --data docs/examples/shapes --model runs/shapes/model --batch-size 8 "
         "--steps 2 --out runs/shapes-again",
     ),
     ("images", "embed"): Command(
         ".images.config:EmbedConfig",
         "compute vectors of images from any layers of an encoder",
         ".images.embed",
-        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
-        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
-        "bestiary images embed runs/shapes/model docs/examples/shapes/circle --out vectors.npy",
+        example=SHAPES + "bestiary images embed runs/shapes/model docs/examples/shapes/circle --out vectors.npy",
     ),
     ("images", "predict"): Command(
         ".images.config:PredictConfig",
         "predict the classes of images",
         ".images.predict",
-        example="bestiary images train --data docs/examples/shapes --image-size 28 --patch-size 7 --width 32 "
-        "--layers 2 --heads 2 --batch-size 8 --epochs 2 --out runs/shapes\n"
-        "bestiary images predict runs/shapes docs/examples/shapes/circle/0.png",
+        example=SHAPES + "bestiary images predict runs/shapes docs/examples/shapes/circle/0.png",
     ),
     ("multitask", "train"): Command(
         ".multitask.config:TrainConfig",
         "train one model for several tasks of images, texts and questions about images (UniT)",
         ".multitask.loop",
-        example="bestiary multitask train --config docs/examples/tasks.toml --batch-size 8 --steps 20 --out runs/unit",
+        example=SEVERAL,
     ),
     ("multitask", "predict"): Command(
         ".multitask.config:PredictConfig",
         "answer one of the tasks of such a model",
         ".multitask.predict",
-        example="bestiary multitask train --config docs/examples/tasks.toml --batch-size 8 --steps 20 --out runs/unit\n"
-        "bestiary multitask predict runs/unit --task vqa --image docs/examples/shapes/circle/0.png "
+        example=SEVERAL + "bestiary multitask predict runs/unit --task vqa --image docs/examples/shapes/circle/0.png "
         '--question "what shape is it?"',
     ),
     ("evaluate",): Command(
         ".finetune.evaluate:EvaluateConfig",
         "evaluate a fine-tuned model on labelled examples",
-        example="bestiary pretrain\n"
-        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out "
-        "runs/sst2\n"
-        "bestiary evaluate runs/sst2 --data docs/examples/SST-2",
+        example=FINETUNED + "bestiary evaluate runs/sst2 --data docs/examples/SST-2",
     ),
     ("predict",): Command(
         ".finetune.predict:PredictConfig",
         "predict new examples with a fine-tuned model",
-        example="bestiary pretrain\n"
-        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --epochs 1 --out "
-        "runs/sst2\n"
-        'bestiary predict runs/sst2 --text "a joy from beginning to end"',
+        example=FINETUNED + 'bestiary predict runs/sst2 --text "a joy from beginning to end"',
     ),
     ("embed",): Command(
         ".embed.config:EmbedConfig",
         "compute vectors of sentences or tokens with a pretrained encoder",
         ".embed.embed",
-        example="bestiary pretrain\n"
-        "bestiary embed --model runs/pretrain/model --out vectors.npy < docs/examples/english.txt",
+        example=PRETRAINED + "bestiary embed --model runs/pretrain/model --out vectors.npy < docs/examples/english.txt",
     ),
     ("probe",): Command(
         ".embed.config:ProbeConfig",
         "train a linear head on a pretrained encoder's features",
         ".embed.probe",
-        example="bestiary pretrain\nbestiary probe --task sst2 --data docs/examples/SST-2 --model runs/pretrain/model",
+        example=PRETRAINED + "bestiary probe --task sst2 --data docs/examples/SST-2 --model runs/pretrain/model",
     ),
     ("words", "train"): Command(
         ".words.config:WordsConfig",
         "train word vectors on a corpus: word2vec's skip-gram and CBOW",
         ".words.train",
-        example="bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt",
+        example=VECTORS,
     ),
     ("words", "nearest"): Command(
         ".words.config:NearestConfig",
         "list or draw the words nearest to a word",
         ".words.nearest",
-        example="bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt\n"
-        "bestiary words nearest vectors.txt list tuple --plot map.png",
+        example=VECTORS + "bestiary words nearest vectors.txt list tuple --plot map.png",
     ),
     ("words", "evaluate"): Command(
         ".words.config:EvaluateConfig",
         "evaluate word vectors by similarities and analogies",
         ".words.evaluate",
-        example="bestiary words train --corpus embedded:python --epochs 1 --out vectors.txt\n"
-        "bestiary words evaluate vectors.txt --similarities docs/examples/similarities.tsv",
+        example=VECTORS + "bestiary words evaluate vectors.txt --similarities docs/examples/similarities.tsv",
     ),
     ("models",): Command(
         ".commands.zoo:ModelsConfig",
@@ -288,18 +281,12 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("adapter", "merge"): Command(
         ".commands.adapter:MergeConfig",
         "merge an adapter saved by peft into its model",
-        example="bestiary pretrain\n"
-        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --lora-rank 4 "
-        "--epochs 1 --out runs/lora\n"
-        "bestiary adapter merge runs/pretrain/model runs/lora/adapter --out merged",
+        example=ADAPTED + "bestiary adapter merge runs/pretrain/model runs/lora/adapter --out merged",
     ),
     ("adapter", "load"): Command(
         ".commands.adapter:LoadConfig",
         "check that an adapter saved by peft fits a model, and list it",
-        example="bestiary pretrain\n"
-        "bestiary finetune sst2 --data docs/examples/SST-2 --model runs/pretrain/model --lora-rank 4 "
-        "--epochs 1 --out runs/lora\n"
-        "bestiary adapter load runs/pretrain/model runs/lora/adapter",
+        example=ADAPTED + "bestiary adapter load runs/pretrain/model runs/lora/adapter",
     ),
     ("parity",): Command(
         ".commands.parity:ParityConfig",
@@ -309,7 +296,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("report",): Command(
         ".commands.report:ReportConfig",
         "write one page of one run or several: curves, settings, results, samples",
-        example="bestiary pretrain\nbestiary report runs/pretrain --out report.html",
+        example=PRETRAINED + "bestiary report runs/pretrain --out report.html",
     ),
     ("bench", "pretrain"): Command(
         ".bench.config:PretrainBenchConfig",
@@ -321,8 +308,8 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".bench.config:TranslateBenchConfig",
         "measure translation: target tokens/s in training, sentences/s in decoding",
         ".bench.translate",
-        example="bestiary translate train\n"
-        "bestiary bench translate --model runs/translate --test docs/examples/english.txt --limit 4",
+        example=TRANSLATED
+        + "bestiary bench translate --model runs/translate --test docs/examples/english.txt --limit 4",
     ),
     ("bench", "attention"): Command(
         "..kernels.bench.config:AttentionBenchConfig",

@@ -49,14 +49,10 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IncrementalEncoderDecoder:
-    """An encoder-decoder as generation uses it (`train.generate.batch.IncrementalModel`).
-
-    The beams of a sentence share a row of the cache. All methods are pure functions; all but `prepare` can be traced.
-    """
+class WithSource:
+    """What generation asks of every model with a source: the facts of its config."""
 
     model: Any  # an encoder_decoder.EncoderDecoder
-    block: Any  # an unbound decoder layer, with the methods keys_values and step
 
     @property
     def config(self) -> Any:
@@ -92,6 +88,16 @@ class IncrementalEncoderDecoder:
     def forced_eos_id(self) -> int | None:
         """The token that outputs of maximum length must end with; None for any."""
         return self.config.forced_eos_token_id
+
+
+@dataclass(frozen=True)
+class IncrementalEncoderDecoder(WithSource):
+    """An encoder-decoder as generation uses it (`train.generate.batch.IncrementalModel`).
+
+    The beams of a sentence share a row of the cache. All methods are pure functions; all but `prepare` can be traced.
+    """
+
+    block: Any  # an unbound decoder layer, with the methods keys_values and step
 
     def prepare(self, params: Params) -> Prepared:
         """Unstack the layers, once instead of in every step. It inspects values, so it cannot be traced."""
@@ -206,6 +212,10 @@ class IncrementalDecoder:
         return
 
     @property
+    def _head_size(self) -> int:
+        return self.config.width // self.config.heads
+
+    @property
     def _kinds(self) -> Any:
         c = self.config
         return [{}] * c.layers if c.kinds is None else c.kinds
@@ -233,7 +243,7 @@ class IncrementalDecoder:
     def cache(self, rows: int, slots: int) -> Written:
         """Return empty keys and values for each layer."""
         c = self.config
-        keys = jnp.zeros((rows, c.heads, c.width // c.heads, slots), c.dtype)
+        keys = jnp.zeros((rows, c.heads, self._head_size, slots), c.dtype)
         layers = (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.layers
         return Written(layers, jnp.zeros((rows, slots), jnp.int32))
 
@@ -260,9 +270,7 @@ class IncrementalDecoder:
         Returns:
             (logits [B, K, V] float32, the cache, nothing: there is no source to attend to)
         """
-        at = positions + memory.mask.sum(axis=1, dtype=jnp.int32)
-        rows = jnp.arange(len(tokens))[:, None]
-        written = cache.positions.at[rows, places].set(jnp.broadcast_to(at[:, None], places.shape), mode="drop")
+        at, written = positions_after(memory, cache, positions, places)
         variables = {"params": prepared.params}
         hidden: Any = self.model.apply(variables, tokens, jnp.broadcast_to(at[:, None], tokens.shape), method="embed")
         filled: list[Slots] = []
@@ -302,6 +310,16 @@ class IncrementalDecoder:
         rows = row_numbers(None, hidden)
         with nn.intercept_methods(instead):
             return self.block.apply({"params": params}, hidden, segment_ids, rows, **kind, deterministic=True)
+
+
+def positions_after(memory: Memory, cache: Written, positions: Array, places: Array) -> tuple[Array, Array]:
+    """Return the positions of a step's tokens, [B], and of the token in each slot of the cache, [B, slots].
+
+    The arguments are those of `IncrementalDecoder.step`: a prompt's tokens come before those of the cache.
+    """
+    at = positions + memory.mask.sum(axis=1, dtype=jnp.int32)
+    rows = jnp.arange(len(places))[:, None]
+    return at, cache.positions.at[rows, places].set(jnp.broadcast_to(at[:, None], places.shape), mode="drop")
 
 
 @partial(jax.jit, static_argnums=1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .checkpoints.tables import Params
-from .incremental import IncrementalDecoder, Memory, Slots, Written, unstack
+from .incremental import IncrementalDecoder, Memory, Slots, Written, positions_after
 from .layers.relative_attention import Distances, RelativeAttention, sinusoids
 from .layers.segments import row_numbers
 
@@ -32,6 +32,10 @@ class IncrementalWithMemory(IncrementalDecoder):
     """Transformer-XL as generation uses it (`train.generate.batch.IncrementalModel`): it continues prompts."""
 
     @property
+    def _head_size(self) -> int:
+        return self.config.head_size
+
+    @property
     def _reach(self) -> int:
         """The largest distance that a step sees."""
         c = self.config
@@ -39,9 +43,7 @@ class IncrementalWithMemory(IncrementalDecoder):
 
     def prepare(self, params: Params) -> Any:
         """Unstack the layers and compute the keys of all distances, once instead of in every step."""
-        c = self.config
-        others = {name: part for name, part in params["encoder"].items() if name != "layers"}
-        layers = unstack(params["encoder"]["layers"], c.layers)
+        c, prepared = self.config, super().prepare(params)
         attention = RelativeAttention(
             c.width, c.heads, c.head_size, 0.0, c.initializer, c.untied_biases, c.span, c.dtype
         )
@@ -52,7 +54,7 @@ class IncrementalWithMemory(IncrementalDecoder):
             found: Any = attention.apply({"params": layer["attention"]}, rising, method="distance_keys")
             return found
 
-        return PreparedWithDistances({**params, "encoder": others}, layers, tuple(map(keys, layers)))
+        return PreparedWithDistances(prepared.params, prepared.layers, tuple(map(keys, prepared.layers)))
 
     def start(self, prepared: Any, input_ids: Array, segment_ids: Array) -> Memory:
         """Read prompts without their last tokens: input_ids [B, S] int32; segment_ids [B, S] int32, 0 for padding."""
@@ -71,13 +73,6 @@ class IncrementalWithMemory(IncrementalDecoder):
             hidden = self._block(prepared, layer, hidden, distances, read)
         return Memory(tuple(found), segment_ids != 0)
 
-    def cache(self, rows: int, slots: int) -> Written:
-        """Return empty keys and values for each layer."""
-        c = self.config
-        keys = jnp.zeros((rows, c.heads, c.head_size, slots), c.dtype)
-        layers = (Slots(keys, jnp.swapaxes(keys, 2, 3)),) * c.layers
-        return Written(layers, jnp.zeros((rows, slots), jnp.int32))
-
     def step(
         self,
         prepared: Any,
@@ -89,9 +84,7 @@ class IncrementalWithMemory(IncrementalDecoder):
         mask: Array,
     ) -> tuple[Array, Written, tuple[Array, ...]]:
         """Read one more token of each beam; see `IncrementalDecoder.step`."""
-        at = positions + memory.mask.sum(axis=1, dtype=jnp.int32)
-        rows = jnp.arange(len(tokens))[:, None]
-        written = cache.positions.at[rows, places].set(jnp.broadcast_to(at[:, None], places.shape), mode="drop")
+        at, written = positions_after(memory, cache, positions, places)
         prompt = jnp.broadcast_to(jnp.arange(memory.mask.shape[1]), memory.mask.shape)
         distances = at[:, None] - jnp.concatenate([prompt, written], axis=1)
         near = (distances <= self._reach)[:, None]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checkpoints.tables import Params
+from ..incremental import WithSource
 
 
 class Kept(NamedTuple):
@@ -19,49 +20,12 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IncrementalRecurrent:
+class IncrementalRecurrent(WithSource):
     """A recurrent encoder-decoder as generation uses it (`train.generate.batch.IncrementalModel`).
 
     A hypothesis continues from the newest token of its history, so that reordering beams moves no states. All methods
     are pure functions, and can be traced.
     """
-
-    model: Any  # a seq2seq.Recurrent
-
-    @property
-    def config(self) -> Any:
-        """Config of the model."""
-        return self.model.config
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of target tokens."""
-        return self.config.target_words
-
-    @property
-    def positions(self) -> None:
-        """None: sources and outputs may have any length."""
-        return
-
-    @property
-    def start_id(self) -> int:
-        """The token that every output starts from."""
-        return self.config.decoder_start_token_id
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends an output."""
-        return self.config.eos_token_id
-
-    @property
-    def forced_bos_id(self) -> int | None:
-        """The token that every output must begin with; None for any."""
-        return self.config.forced_bos_token_id
-
-    @property
-    def forced_eos_id(self) -> int | None:
-        """The token that outputs of maximum length must end with; None for any."""
-        return self.config.forced_eos_token_id
 
     def prepare(self, params: Params) -> Params:
         """Return the parameters as they are."""

@@ -12,11 +12,13 @@ from jax import Array
 from .family import FamilyConfig
 from .heads.losses import SmoothedSums, projected_sums
 from .incremental import IncrementalEncoderDecoder
-from .layers.linear import Embed, add_bias
+from .layers.linear import Embed, add_bias, partitioned
 from .layers.segments import Rows, Segments, row_numbers, split_segments
 from .layers.stack import run_layers
 
 Side = Literal["encoder", "decoder"]
+
+logits_bias_init = partitioned(nn.initializers.zeros_init(), "vocab")
 
 # By their names in released checkpoints of encoder-decoders.
 TOKEN_KEYS = {

@@ -26,7 +26,7 @@ from ..checkpoints.config import read_labels, write_labels
 from ..checkpoints.encoder_decoder import encoder_decoder_entries, logits_bias_entry
 from ..checkpoints.tables import Entry, Table, norm_entries, same
 from ..encoder import Encoded
-from ..encoder_decoder import EncoderDecoder, EncoderDecoderConfig, Side
+from ..encoder_decoder import EncoderDecoder, EncoderDecoderConfig, Side, logits_bias_init
 from ..family import Architecture, Family, Path
 from ..heads.with_head import EncoderParts, Form, architectures
 from ..layers.activations import ACTIVATIONS
@@ -34,7 +34,7 @@ from ..layers.dropout import Dropout
 from ..layers.linear import Embed
 from ..layers.norms import LayerNorm
 from ..layers.segments import Rows, Segments, gather_positions, split_segments
-from .transformer import NORM_EPSILON, SHARED_KEYS, DecoderBlock, EncoderBlock, logits_bias_init
+from .transformer import NORM_EPSILON, SHARED_KEYS, DecoderBlock, EncoderBlock
 
 OFFSET = 2  # row of the table of the first position
 LABELS = 3  # of a classifier whose config.json does not say, as in the reference implementation

@@ -26,23 +26,23 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from ..checkpoints.encoder_decoder import encoder_decoder_table
-from ..encoder_decoder import TOKEN_KEYS, EncoderDecoder, EncoderDecoderConfig, Side
+from ..encoder_decoder import TOKEN_KEYS, EncoderDecoderConfig, Side, logits_bias_init
 from ..family import Architecture, Family
 from ..incremental import Slots
 from ..layers.activations import ACTIVATIONS
 from ..layers.attention import Attention
 from ..layers.dropout import Dropout
 from ..layers.feed_forward import FeedForward
-from ..layers.linear import Embed, Linear, partitioned
+from ..layers.linear import Embed, Linear
 from ..layers.norms import LayerNorm
 from ..layers.positions import sinusoids
 from ..layers.segments import Rows, Segments
+from ..two_vocabularies import TYINGS, TwoVocabularies, WithTwoTables
 
 MOST_POSITIONS = 1 << 15  # beyond those of any translator, and a table of half a gigabyte
 NORM_EPSILON = 1e-5  # not in the paper; this is PyTorch's, and so that of every released checkpoint
 
 
-TYINGS = ("all", "decoder", "none")
 SINUSOIDS = ("interleaved", "halves")
 # By their names in released checkpoints of encoder-decoders, if they have one.
 SHARED_KEYS = {
@@ -74,7 +74,7 @@ def _size(layers: int, width: int, heads: int, feed_forward: int, dropout: float
 
 
 @dataclass(frozen=True)
-class TransformerConfig(EncoderDecoderConfig):
+class TransformerConfig(TwoVocabularies, EncoderDecoderConfig):
     """Sizes and settings of a Transformer. The defaults are those of the paper's base model."""
 
     MODEL_TYPE: ClassVar[str] = "transformer"
@@ -149,16 +149,7 @@ class TransformerConfig(EncoderDecoderConfig):
             raise ValueError(f"{name}: positions is {self.positions}; the sinusoids have at most {MOST_POSITIONS:,}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"{name}: unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
-        if self.tying == "all" and self.target_words != self.vocab_size:
-            raise ValueError(
-                f"{name}: tying 'all' shares one table, but the source has {self.vocab_size} words and the target"
-                f" {self.target_words}; take one vocabulary for both, or tying 'decoder'"
-            )
-
-    @property
-    def target_words(self) -> int:
-        """Vocabulary size of the target."""
-        return self.vocab_size if self.target_vocab_size is None else self.target_vocab_size
+        self.check_tying()
 
     @property
     def table_width(self) -> int:
@@ -296,10 +287,7 @@ class DecoderBlock(nn.Module):
         return Slots(*self.cross_attention.keys_values(memory))
 
 
-logits_bias_init = partitioned(nn.initializers.zeros_init(), "vocab")
-
-
-class Transformer(EncoderDecoder):
+class Transformer(WithTwoTables):
     """Encoder and decoder, with embeddings of words times sqrt(E) plus positions (3.4, 3.5).
 
     The vector of padding, with which new models' outputs start as Marian's do, is zero.
@@ -358,23 +346,10 @@ class Transformer(EncoderDecoder):
             return hidden
         return (self.encoder_norm if side == "encoder" else self.decoder_norm)(hidden)
 
-    def logits_bias(self) -> Array | None:
-        """See `EncoderDecoder.logits_bias`."""
-        return self.final_logits_bias if self.config.logits_bias else None
-
     @nn.nowrap
     def decoder_block(self) -> DecoderBlock:
         """See `EncoderDecoder.decoder_block`."""
         return DecoderBlock(self.config, parent=None)
-
-    @property
-    def _target_table(self) -> Embed:
-        return self.source if self.config.tying == "all" else self.target
-
-    @property
-    def output_table(self) -> Embed:
-        """See `EncoderDecoder.output_table`."""
-        return self.output if self.config.tying == "none" else self._target_table
 
     def to_table(self, hidden: Array) -> Array:
         """Map [..., E] to the states that are multiplied by the output embeddings, [..., width of the table]."""

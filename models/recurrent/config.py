@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..encoder_decoder import TOKEN_KEYS, EncoderDecoderConfig
+from ..two_vocabularies import TYINGS, TwoVocabularies
 from .recurrence import GATES
 
 ATTENTIONS = ("none", "additive", "dot", "general", "concat")
 BRIDGES = ("zero", "last", "bridge", "backward")
 OUTPUTS = ("state", "attentional", "maxout")
-TYINGS = ("all", "decoder", "none")
 
 
 @dataclass(frozen=True)
-class RecurrentConfig(EncoderDecoderConfig):
+class RecurrentConfig(TwoVocabularies, EncoderDecoderConfig):
     """Sizes and settings. The defaults are those of Bahdanau et al. 2015 (A.2), but for its two vocabularies."""
 
     MODEL_TYPE: ClassVar[str] = "recurrent"
@@ -112,16 +112,7 @@ class RecurrentConfig(EncoderDecoderConfig):
             raise ValueError(
                 f"{name}: attention {self.attention!r} needs the output 'attentional', not {self.output!r}"
             )
-        if self.tying == "all" and self.target_words != self.vocab_size:
-            raise ValueError(
-                f"{name}: tying 'all' shares one table, but the source has {self.vocab_size} words and the target"
-                f" {self.target_words}; take one vocabulary for both, or tying 'decoder'"
-            )
-
-    @property
-    def target_words(self) -> int:
-        """Vocabulary size of the target."""
-        return self.vocab_size if self.target_vocab_size is None else self.target_vocab_size
+        self.check_tying()
 
     @property
     def memory_width(self) -> int:

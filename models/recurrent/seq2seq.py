@@ -32,11 +32,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checkpoints.tables import Entry, Table, Transposed, linear_entries, same
-from ..encoder_decoder import EncoderDecoder
+from ..encoder_decoder import logits_bias_init
 from ..family import Architecture, Family
 from ..layers.dropout import Dropout
-from ..layers.linear import Embed, add_bias, partitioned
+from ..layers.linear import Embed, add_bias
 from ..layers.segments import Rows, Segments, row_numbers, split_segments
+from ..two_vocabularies import WithTwoTables
 from .config import RecurrentConfig
 from .incremental import IncrementalRecurrent
 from .network import Decoder, Encoder, Start, Step, decode
@@ -45,7 +46,7 @@ from .recurrence import GATES, State, multiply
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-class Recurrent(EncoderDecoder):
+class Recurrent(WithTwoTables):
     """Embeddings, encoder and decoder."""
 
     config: RecurrentConfig
@@ -60,24 +61,10 @@ class Recurrent(EncoderDecoder):
         if c.tying == "none":
             self.output = table(c.target_words)
         if c.logits_bias:
-            zeros = partitioned(nn.initializers.zeros_init(), "vocab")
-            self.final_logits_bias = self.param("final_logits_bias", zeros, (c.target_words,), jnp.float32)
+            self.final_logits_bias = self.param("final_logits_bias", logits_bias_init, (c.target_words,), jnp.float32)
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         self.drop = Dropout(c.dropout)
-
-    @property
-    def _target_table(self) -> Embed:
-        return self.source if self.config.tying == "all" else self.target
-
-    @property
-    def output_table(self) -> Embed:
-        """See `EncoderDecoder.output_table`."""
-        return self.output if self.config.tying == "none" else self._target_table
-
-    def logits_bias(self) -> Array | None:
-        """See `EncoderDecoder.logits_bias`."""
-        return self.final_logits_bias if self.config.logits_bias else None
 
     def output_states(
         self,

@@ -7,13 +7,12 @@ images in an order of its own. A row depends only on the seed and its number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
-import grain
 import numpy as np
 
 from ..errors import DataError
+from ..numbered_batches import NumberedBatches
 from ..random import EpochOrders, RandomStream
 from .augment import Augmentation, mixing_share
 from .processor import Processor
@@ -21,7 +20,6 @@ from .sets import ImageSet
 
 Batch = dict[str, np.ndarray]
 ORDER, ROW = 1, 2  # purposes of random numbers
-LONGEST = 1 << 40  # batches
 
 
 class Rows:
@@ -80,7 +78,7 @@ class Rows:
         return processor.normalise(np.stack(found))
 
 
-class TrainingBatches:
+class TrainingBatches(NumberedBatches):
     """Iterate over batches endlessly; the state is the number of rows done, as JSON.
 
     Args:
@@ -92,21 +90,15 @@ class TrainingBatches:
     """
 
     def __init__(self, rows: Rows, batch: int, *, index: int = 0, count: int = 1, threads: int = 2):
-        self._rows, self._batch, self._threads = rows, batch, threads
+        super().__init__(threads)
+        self._rows, self._batch = rows, batch
         self._images = rows.images.fingerprint
         self._index, self._share = index, batch // count
-        self._done = 0
-        self._iterator: Iterator[Batch] | None = None
 
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            part = partial(_part, self._rows, self._batch, self._index, self._share)
-            numbers = grain.MapDataset.range(self._done, LONGEST).map(part)
-            options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
-            self._iterator = iter(numbers.to_iter_dataset(options))
-        batch = next(self._iterator)
-        self._done += 1
-        return batch
+    def make(self, number: int) -> Batch:
+        """Make this process's part of a batch."""
+        first = number * self._batch + self._index * self._share
+        return self._rows.batch(range(first, first + self._share))
 
     def get_state(self) -> dict[str, Any]:
         """Return the state for `set_state`."""
@@ -122,12 +114,7 @@ class TrainingBatches:
             raise DataError("The saved position belongs to other images. Start a new run, or put the data back.")
         if state["rows"] % self._batch:
             raise DataError(f"The saved position, row {state['rows']:,}, is inside a batch of {self._batch}.")
-        self._done, self._iterator = state["rows"] // self._batch, None
-
-
-def _part(rows: Rows, batch: int, index: int, share: int, number: int) -> Batch:
-    first = number * batch + index * share
-    return rows.batch(range(first, first + share))
+        self._continue(state["rows"] // self._batch)
 
 
 def evaluation_batches(images: ImageSet, processor: Processor, batch: int) -> Iterator[Batch]:

@@ -6,22 +6,21 @@ The task of batch t is a function of the seed and t; batch t is then the next on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import grain
 import numpy as np
 
 from ..errors import DataError
+from ..numbered_batches import NumberedBatches
 from ..random import RandomStream
 from .examples import Batch, TaskRows
 
 DRAWN = 1024  # tasks that are drawn together
 MIXTURE = 3  # purpose of random numbers
-LONGEST = 1 << 40  # batches
 
 
-class Mixture:
+class Mixture(NumberedBatches):
     """Iterate over batches endlessly; the state is the number of batches done, as JSON.
 
     A batch's arrays are called TASK/NAME.
@@ -47,15 +46,14 @@ class Mixture:
         count: int = 1,
         threads: int = 2,
     ):
+        super().__init__(threads)
         self._tasks, self._names, self._batch, self._seed = tasks, list(tasks), batch, seed
-        self._index, self._share, self._threads = index, batch // count, threads
+        self._index, self._share = index, batch // count
         weights = np.array([shares[name] for name in self._names], np.float64)
         self._bounds = np.cumsum(weights / weights.sum())
         self._before: list[np.ndarray] = [np.zeros(len(self._names), np.int64)]  # batches of each task before a window
         marks = [f"{name} {shares[name]} {rows.examples.fingerprint}" for name, rows in tasks.items()]
         self._of = hashlib.blake2b("\n".join(marks).encode(), digest_size=16).hexdigest()
-        self._done = 0
-        self._iterator: Iterator[Batch] | None = None
 
     def place(self, batch: int) -> tuple[str, int]:
         """Return a batch's task, and its number among the batches of this task."""
@@ -73,20 +71,12 @@ class Mixture:
         uniforms = RandomStream(self._seed, len(self._names), MIXTURE, window).uniforms(DRAWN)
         return np.minimum(np.searchsorted(self._bounds, uniforms, side="right"), len(self._names) - 1)
 
-    def _assemble(self, batch: int) -> Batch:
-        name, number = self.place(batch)
+    def make(self, number: int) -> Batch:
+        """Make this process's part of a batch."""
+        name, number = self.place(number)
         first = number * self._batch + self._index * self._share
         rows = self._tasks[name].batch(range(first, first + self._share))
         return {f"{name}/{key}": values for key, values in rows.items()}
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            numbers = grain.MapDataset.range(self._done, LONGEST).map(self._assemble)
-            options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
-            self._iterator = iter(numbers.to_iter_dataset(options))
-        batch = next(self._iterator)
-        self._done += 1
-        return batch
 
     def get_state(self) -> dict[str, Any]:
         """Return the state for `set_state`."""
@@ -100,7 +90,7 @@ class Mixture:
         """
         if state.get("tasks") != self._of:
             raise DataError("The saved position belongs to other tasks or data. Start a new run, or put them back.")
-        self._done, self._iterator = state["batches"], None
+        self._continue(state["batches"])
 
 
 def of_task(batch: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -19,13 +19,12 @@ import numpy as np
 from ...data.json_files import read_object
 from ...models import load
 from ...models.checkpoints.config import require_checkpoint
-from ...models.heads.pooling import normalize
 from ...models.recurrent.bilm_tf import read_bilm
 from ...models.recurrent.elmo import Elmo, character_ids
 from ..arguments import parse_layers
 from ..errors import RunError
 from .config import FeatureConfig
-from .extract import Extracted, Extractor, Settings, parse_pooling
+from .extract import Extracted, Extractor, Settings, features_of, parse_pooling
 
 OPTIONS = "options.json"
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -90,7 +89,14 @@ class ElmoExtractor:
         self._texts = 0  # so far
         self._most = c.most_characters
         self._params = jax.device_put(params)
-        self._step = jax.jit(lambda params, ids: model.apply({"params": params}, ids)[0])
+
+        @jax.jit
+        def step(params: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
+            found = model.apply({"params": params}, ids)[0]  # [B, N + 1, L, 2 E]
+            hidden = jnp.moveaxis(found[:, list(layers)], 1, 0)
+            return features_of(hidden, segment_ids, jnp.ones((len(ids), 1), jnp.int32), self.settings)
+
+        self._step = step
 
     def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> Extracted:
         """Compute the features of texts.
@@ -117,34 +123,16 @@ class ElmoExtractor:
                 ids = np.zeros((count, length, self._most), np.int32)
                 made = character_ids([[self._marks[0], *words[n], self._marks[1]] for n in some], self._most)
                 ids[: len(some), : made.shape[1]] = made
-                layers = np.asarray(self._step(self._params, ids))
-                for row, number in zip(layers, some, strict=False):
-                    found[number] = self._features(row[:, 1 : len(words[number]) + 1])
+                segment_ids = np.zeros((count, length), np.int32)
+                for row, number in enumerate(some):
+                    segment_ids[row, 1 : len(words[number]) + 1] = 1
+                vectors = np.asarray(self._step(self._params, ids, segment_ids))
+                for row, number in zip(vectors, some, strict=False):
+                    found[number] = row[0] if self.settings.pooling else row[1 : len(words[number]) + 1]
         starts = np.cumsum([0, *map(len, words)], dtype=np.int64)
         vectors = np.stack(found) if self.settings.pooling else np.concatenate(found)
         numbers = np.zeros(int(starts[-1]), np.int32)  # words have no ids here
         return Extracted(vectors, starts, numbers)
-
-    def _features(self, layers: np.ndarray) -> np.ndarray:
-        """Combine and pool a text's layers [N + 1, L, 2 E] as the settings say."""
-        s = self.settings
-        kept = layers[list(s.layers)]
-        if s.combine == "concat":
-            kept = np.concatenate(list(kept), axis=-1)[None]
-        elif s.combine is not None:
-            kept = kept.sum(axis=0, keepdims=True) / (len(kept) if s.combine == "mean" else 1)
-        length = kept.shape[1]
-        ways = {
-            "mean": lambda x: x.mean(axis=1),
-            "max": lambda x: x.max(axis=1),
-            "mean_sqrt_len": lambda x: x.sum(axis=1) / np.sqrt(length),
-        }
-        vectors = np.concatenate([ways[how](kept) for how in s.pooling], axis=-1) if s.pooling else kept.swapaxes(0, 1)
-        if s.normalize:
-            vectors = np.asarray(normalize(jnp.asarray(vectors)))
-        if s.combine is None:
-            return vectors
-        return vectors[0] if s.pooling else vectors[:, 0]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -109,18 +109,8 @@ class Extractor:
             hidden = encoded.hidden[None]
         else:
             hidden = jnp.stack([encoded.every_hidden[layer] for layer in s.layers])
-        hidden = hidden.astype(jnp.float32)
-        kept = hidden if s.combine is None else combine(hidden, s.combine)[None]
-
         pooled_ids, firsts = after(s.skipped, batch) if s.skipped else (batch["segment_ids"], batch["cls_positions"])
-
-        def pooled(states: jax.Array) -> jax.Array:
-            parts = [pool(states, pooled_ids, firsts, how) for how in s.pooling]
-            vectors = jnp.concatenate(parts, axis=-1) if parts else states
-            return normalize(vectors) if s.normalize else vectors
-
-        vectors = jnp.stack([pooled(states) for states in kept], axis=2)  # [B, X or L, K, E]
-        return vectors if s.combine is None else vectors[:, :, 0]
+        return features_of(hidden, pooled_ids, firsts, s)
 
     def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> Extracted:
         """Compute the features of texts, or of pairs of texts that are encoded together."""
@@ -168,6 +158,30 @@ class Extractor:
                     digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         digest.update(json.dumps(self.settings._replace(encoder=Path())._asdict(), default=str).encode())
         return digest.hexdigest()
+
+
+def features_of(hidden: jax.Array, segment_ids: jax.Array, firsts: jax.Array, settings: Settings) -> jax.Array:
+    """Combine and pool selected layers as the settings say.
+
+    Args:
+        hidden: [K, B, L, E].
+        segment_ids: [B, L] int32; text x of a row is where it is x + 1.
+        firsts: [B, X] int32, the first token of each text.
+        settings: combination, pooling and normalisation.
+
+    Returns:
+        [B, X, E] float32, or [B, L, E] without pooling; [..., K, E] if the layers stay separate.
+    """
+    hidden = hidden.astype(jnp.float32)
+    kept = hidden if settings.combine is None else combine(hidden, settings.combine)[None]
+
+    def pooled(states: jax.Array) -> jax.Array:
+        parts = [pool(states, segment_ids, firsts, how) for how in settings.pooling]
+        vectors = jnp.concatenate(parts, axis=-1) if parts else states
+        return normalize(vectors) if settings.normalize else vectors
+
+    vectors = jnp.stack([pooled(states) for states in kept], axis=2)  # [B, X or L, K, E]
+    return vectors if settings.combine is None else vectors[:, :, 0]
 
 
 def after(count: int, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

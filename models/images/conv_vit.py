@@ -63,7 +63,7 @@ class Stem(nn.Module):
         linear = partial(Linear, kernel_init=nn.initializers.he_normal(), dtype=c.dtype)
         hidden = pixel_values.astype(c.dtype)
         for number, width in enumerate(c.stem_widths):
-            hidden = linear((width,), ("pixels", "embed_out"), name=f"convolution_{number}")(neighbours(hidden))
+            hidden = linear((width,), ("pixels", "embed"), name=f"convolution_{number}")(neighbours(hidden))
             hidden = jax.nn.relu(LayerNorm(c.norm_epsilon, c.dtype, name=f"norm_{number}")(hidden))
         flat = hidden.reshape(len(hidden), -1, hidden.shape[-1])
         return linear((c.width,), ("pixels", "embed"), name="last")(flat)

@@ -192,7 +192,10 @@ def test_attention_is_a_distribution_over_patches():
     ("more", "message"),
     [
         (["--model", "vit-tny"], "there is no such size. Did you mean 'vit-tiny'?"),
-        (["--model", "bert-tiny"], "BERT reads text, not images. Sizes that do: plain-vit-tiny,"),
+        (
+            ["--model", "bert-tiny"],
+            "BERT reads text, not images. Sizes that do: conv-vit-tiny, conv-vit-small, plain-vit-tiny,",
+        ),
         (["--patch-size", "3"], "image size 8 is not a multiple of patch size 3"),
         (["--heads", "3"], "width 16 is not a multiple of heads 3"),
         (["--label-smoothing", "0.1", "--loss", "sigmoid"], "--label-smoothing goes with --loss softmax"),

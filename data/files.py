@@ -1,9 +1,9 @@
-"""Write files and folders that appear complete or not at all, and locate the cache that runs share."""
+"""Write files that appear complete or not at all, and locate the user's cache."""
 
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,27 +107,3 @@ def write_text(path: Path, text: str) -> None:
 def user_cache_folder() -> Path:
     """Return `bestiary` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bestiary"
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`, after building it if it is missing.
-
-    Args:
-        folder: folder to build; a kill leaves nothing under this name.
-        build: creates the folder at the given path, which does not exist yet. Two processes may build at the same
-            time; the first to finish wins.
-    """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = temporary(folder)
-    try:
-        build(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process has just built the same
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .cloud.mirror import in_urls
 from .errors import DataError
 from .files import write_text
 
@@ -177,7 +178,7 @@ def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
 
 
 def json_text(value: Any, where: str, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Return a value as JSON text.
+    """Return a value as JSON text, in which paths of mirrors are those of their stores.
 
     Args:
         value: JSON values.
@@ -189,7 +190,7 @@ def json_text(value: Any, where: str, *, indent: int | None = None, ensure_ascii
         DataError: a number is NaN or infinite.
     """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+        return in_urls(json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False))
     except ValueError:
         places = list(_not_finite(value, ""))
         if not places:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from .cloud.mirror import fetch, publish
 from .errors import CorpusError, DataError
 from .example import encode_example
 from .files import replacing
@@ -111,7 +112,8 @@ def open_or_build[S: Store](
 
     Args:
         builder: instructions for building it.
-        root: folder of stores; created if needed.
+        root: folder of stores; created if needed. Stores of a cache in an object store are fetched from there, and
+            published once they are built.
         key: hexadecimal hash of everything that the contents depend on.
         processes: number of worker processes; 1 encodes in this process, by threads.
         progress: called at most once a second with the progress.
@@ -121,6 +123,8 @@ def open_or_build[S: Store](
     """
     final = root / key
     damage = ""
+    if not final.is_dir():
+        fetch(final, missing=True)
     if final.is_dir():
         try:
             return builder.store(final, verify=True)
@@ -140,6 +144,7 @@ def open_or_build[S: Store](
                     shutil.rmtree(final)
                 _rename_folder(work, final)
                 _drop_leftovers(final, shards)
+    publish(final)
     return builder.store(final)
 
 

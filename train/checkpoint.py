@@ -51,12 +51,15 @@ class Checkpoints:
         folder: folder of the checkpoints, created if missing.
         keep: number of most recent checkpoints to keep; at least 2, in case the newest is damaged.
         report: called with a line for the user.
+        saved: called after each save that has ended, and what it replaces is deleted.
     """
 
-    def __init__(self, folder: Path, *, keep: int, report: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, *, keep: int, report: Callable[[str], None], saved: Callable[[], None] = lambda: None
+    ):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
         self.folder = folder.absolute()
-        self._report = report
+        self._report, self._saved = report, saved
         self._pending: int | None = None
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +128,7 @@ class Checkpoints:
                     if manifest.stem not in kept:
                         manifest.unlink()
         self._pending = None
+        self._saved()
 
     def restore(self, abstract: Any) -> Restored | None:
         """Restore the newest complete checkpoint, or return None if there is none.

@@ -6,16 +6,19 @@ import re
 import sys
 import traceback
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from ..data.cloud.mirror import in_urls
 from .arguments import did_you_mean, reflow_help, refuse_renamed
 from .errors import RunError
 from .machine.compiled import keep_compiled_programs
 from .machine.cpu import prepare_cpu
+from .machine.stores import on_mirrors
 from .progress import end_line
 
 
@@ -438,11 +441,13 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
     try:
         prepare_cpu()
         if words == ("plan",) and not {"-h", "--help"} & set(arguments[:1]):
-            return _plan(arguments)
-        config = config_of(words, arguments)
-        if words[0] != "bench":  # which measures compiling
-            keep_compiled_programs()
-        return import_module(command.runs_in or command.config.partition(":")[0], __package__).main(config)
+            with on_mirrors(arguments, lambda _: None, reads=False) as local:
+                return _plan(local)
+        with on_mirrors(arguments, partial(_check, words)) as local:
+            config = config_of(words, local)
+            if words[0] != "bench":  # which measures compiling
+                keep_compiled_programs()
+            return import_module(command.runs_in or command.config.partition(":")[0], __package__).main(config)
     except KeyboardInterrupt:
         end_line()
         print("bestiary: interrupted", file=sys.stderr)
@@ -457,8 +462,14 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         resumes = " ".join(words).startswith(RESUMING)
-        print(f"bestiary: {in_words(error, resumes=resumes)}", file=sys.stderr)
+        print(f"bestiary: {in_urls(in_words(error, resumes=resumes))}", file=sys.stderr)
         return 1
+
+
+def _check(words: tuple[str, ...], arguments: list[str]) -> None:
+    """End the process if arguments are not those of a command, before what they name is copied."""
+    with suppress(Exception):  # what needs the files is said when they are there
+        config_of(words, arguments)
 
 
 def _plan(arguments: list[str]) -> int:

@@ -5,6 +5,8 @@ import sys
 import time
 from typing import ClassVar
 
+from ..data.cloud.mirror import in_urls
+
 
 def duration(seconds: float) -> str:
     """Format seconds: `75` -> `1m15s`."""
@@ -45,6 +47,7 @@ class Progress:
             force: show it even if the last update was just now.
         """
         now = time.monotonic()
+        text = in_urls(text)
         if not self._shown or not (force or now - self._last >= self._every / (10 if self._terminal else 1)):
             return
         self._last = now
@@ -59,12 +62,12 @@ class Progress:
         """Print a line that stays."""
         if self._shown:
             end_line()
-            print(text, file=sys.stderr, flush=True)
+            print(in_urls(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Print a line that stays, in every process."""
         end_line()
-        print(text, file=sys.stderr, flush=True)
+        print(in_urls(text), file=sys.stderr, flush=True)
 
 
 def bar(done: float) -> str:

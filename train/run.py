@@ -95,7 +95,12 @@ class Run:
             training.batches.set_state(named.extra_state["batches"])
         require_agreement("The data", {"training data": training.batches.get_state(), "steps": training.steps})
         self.folder.begin()
-        checkpoints = Checkpoints(self.folder.checkpoints, keep=self.intervals.keep, report=self.progress.line)
+        checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            keep=self.intervals.keep,
+            report=self.progress.line,
+            saved=self.folder.publish,
+        )
         with closing(checkpoints):
             restored = checkpoints.restore(abstract) or named or self._named_checkpoint(training.steps, abstract)
             if restored is None:
@@ -249,14 +254,14 @@ def start_run(
         return
     with stop or Stop() as stop:  # before JAX's own handler of SIGTERM, by which several processes coordinate
         parallelism = start_parallelism(config.parallelism)
-        folder = RunFolder(
-            config.out, config if command is None else command, frozenset(free), upgrade, config.loop.track
-        )
+        progress = Progress(shown=jax.process_index() == 0)
+        settings = config if command is None else command
+        folder = RunFolder(config.out, settings, frozenset(free), upgrade, config.loop.track, progress.line)
         with closing(folder):
-            settings = flatten(to_json(config if command is None else command))
-            together = {name: value for name, value in settings.items() if name not in free or name.endswith(SHARED)}
+            flat = flatten(to_json(settings))
+            together = {name: value for name, value in flat.items() if name not in free or name.endswith(SHARED)}
             require_agreement("The settings", together)
-            yield Run(config, folder, parallelism, Progress(shown=jax.process_index() == 0), stop)
+            yield Run(config, folder, parallelism, progress, stop)
 
 
 def devices_in_words() -> str:

@@ -9,6 +9,9 @@ It contains only what the seed determines (no speeds, no times), so that the fil
 that of an uninterrupted one. Speeds are on the progress line, in TensorBoard, in results.json, and in
 `speeds.jsonl`: seconds per step, tokens per second, the share of the time spent waiting for data and, on a TPU or an
 H100 or H200, model FLOPs utilisation and memory.
+
+A run folder in an object store is worked on in its mirror, and published at the start, after each checkpoint and at the
+end: there is no appending to an object, so the files of lines are copied whole.
 """
 
 import dataclasses
@@ -20,11 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..data.cloud.mirror import in_urls
 from ..data.errors import DataError
 from ..data.files import replacing, write_text
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
 from .errors import RunError
 from .lock import Lock
+from .machine.stores import Publisher
 from .machine.tracking import Tracker, Tracking
 from .sharding import in_any_process
 
@@ -40,6 +45,7 @@ class RunFolder:
         free: names of fields (`optim.beta1` for nested ones) that may change when the run is resumed.
         upgrade: converts config.json of earlier versions; None: nothing changed.
         track: where metrics go too; None: nowhere.
+        report: called with a line for the user.
 
     Raises:
         RunError: the folder contains a run with another configuration, or something that is not a run; or another
@@ -53,6 +59,7 @@ class RunFolder:
         free: frozenset[str],
         upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         track: Tracker | None = None,
+        report: Callable[[str], None] = print,
     ):
         self.folder = folder
         self._track: Tracker | None = track
@@ -63,6 +70,7 @@ class RunFolder:
         self._defaults = _defaults(config)  # of settings that an earlier version did not have
         self._free, self._upgrade = free, upgrade
         self._lock: Lock | None = None
+        self._publisher = Publisher(folder, report)
         self._together(self._check_and_take)
 
     def _check(self) -> None:
@@ -91,6 +99,8 @@ class RunFolder:
             self._lock = self._lock or Lock(self.folder / LOCK)
             self._check()  # again: another start may have begun since
             write_json(self.folder / "config.json", self._asked)
+            self._publisher.claim()
+            self._publisher.soon()
 
     def _together(self, act: Callable[[], None]) -> None:
         """Act in every process; if one of them is refused, all are."""
@@ -106,6 +116,11 @@ class RunFolder:
         """Raise RunError if the folder belongs to another process by now."""
         if self._lock is not None:
             self._lock.check()
+
+    def publish(self) -> None:
+        """Copy what is new to the folder's object store, in the background, if it is in one."""
+        if self.main:
+            self._publisher.soon()
 
     @property
     def finished(self) -> bool:
@@ -191,13 +206,16 @@ class RunFolder:
             write_json(self.folder / "results.json", results)
 
     def close(self) -> None:
-        """Flush the TensorBoard events, end the tracker's run, and release the lock."""
+        """Flush the TensorBoard events, end the tracker's run, publish what is left, and release the lock."""
         if self._events is not None:
             self._events.close()
         if self._tracking is not None:
             self._tracking.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            self._publisher.finish()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
 
 def panels(records: list[dict[str, Any]]) -> list[str]:
@@ -231,11 +249,11 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def to_json(config: Any) -> Any:
-    """Convert a dataclass to JSON values; paths become text."""
+    """Convert a dataclass to JSON values; paths become text, those of mirrors that of their stores."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    if isinstance(config, Path):
-        return str(config)
+    if isinstance(config, Path | str):
+        return in_urls(str(config))
     if isinstance(config, list | tuple):
         return [to_json(value) for value in config]
     return config

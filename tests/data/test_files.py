@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from bestiary.data.files import build_once, replacing, write_text
+from bestiary.data.cloud.caches import build_once
+from bestiary.data.files import replacing, write_text
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block(tmp_path):

@@ -1,5 +1,6 @@
 """The real command, killed and started again: the same parameters and the same metrics, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,10 +14,10 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def start_and_send(workshop, out: Path, number: int, *, after_step: int) -> tuple[int, float]:
+def start_and_send(workshop, run: Path, number: int, *, after_step: int, **settings: str) -> tuple[int, float]:
     """Start, send a signal once metrics of `after_step` are there; (exit status, seconds until it ended)."""
-    process = workshop.start(*workshop.arguments(out))
-    path = out / "metrics.jsonl"
+    process = workshop.start(*workshop.arguments(**{"out": run, **settings}))
+    path = run / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and f'"step": {after_step},' in path.read_text()):
         time.sleep(0.01)
     sent = time.monotonic()
@@ -34,14 +35,26 @@ def test_killed_at_several_moments(workshop, uninterrupted):
     assert_same_run(out, uninterrupted)
 
 
-def test_terminated_saves_and_exits_with_the_status_to_restart_on(workshop, uninterrupted):
-    out = workshop.folder / "terminated"
-    status, seconds = start_and_send(workshop, out, signal.SIGTERM, after_step=4)
+def test_terminated_saves_and_another_machine_goes_on_from_the_store(workshop, uninterrupted, monkeypatch):
+    """Text, cache and run are in a store, all that the machines share; 75 is the status to restart on."""
+    store = workshop.folder / "store"
+    shutil.copytree(workshop.folder / "corpus", store / "corpus")
+    paths = {name: f"file://{store / name}" for name in ("corpus", "cache", "out")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workshop.folder / "machine-0"))
+    mirrored = workshop.folder / "machine-0" / "bestiary" / "mirror" / "file" / str(store / "out").lstrip("/")
+    status, seconds = start_and_send(workshop, mirrored, signal.SIGTERM, after_step=4, **paths)
     assert status == 75
     assert seconds < 20
-    assert max(int(path.stem) for path in (out / "checkpoints").glob("*.json")) >= 4
-    workshop.pretrain(out)
-    assert_same_run(out, uninterrupted)
+    assert max(int(path.stem) for path in (store / "out" / "checkpoints").glob("*.json")) >= 4
+    assert not list((workshop.folder / "store").rglob(".unfinished*"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workshop.folder / "machine-1"))
+    said = workshop.pretrain(**paths)
+    assert "resuming from step" in said
+    assert f"the model is in file://{store / 'out' / 'model'}" in said
+    assert_same_run(store / "out", uninterrupted)
+    settings = json.loads((store / "out" / "config.json").read_text())
+    assert [settings["corpus"], settings["cache"], settings["out"]] == [[paths["corpus"]], paths["cache"], paths["out"]]
+    assert {path.name for path in (store / "cache").iterdir()} == {"tokenised", "tokenizers"}
 
 
 def test_a_finished_run_started_again_stays_as_it_is(workshop, uninterrupted):

@@ -27,6 +27,7 @@ import numpy as np
 from scipy.special import softmax
 
 from ...data.batches import pack_features
+from ...data.cloud.mirror import fetch, publish
 from ...data.errors import DataError
 from ...data.files import replacing, user_cache_folder
 from ...data.json_files import write_json
@@ -100,6 +101,8 @@ class FeatureStore:
         """Return features [n, ...] float32 of n texts, or of pairs encoded together; `name` is for messages."""
         key = json.dumps([self._extract.fingerprint, list(texts), None if seconds is None else list(seconds)])
         path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        if not path.is_file():
+            fetch(path, missing=True)
         found = self._stored(path, name, len(texts)) if path.is_file() else None
         if found is None:
             before = self._extract.truncated
@@ -108,6 +111,7 @@ class FeatureStore:
             found = vectors, self._extract.truncated - before
             with replacing(path) as unfinished:
                 np.savez(unfinished, vectors=vectors, truncated=found[1])
+            publish(path)
         self.truncated += found[1]
         return found[0]
 

@@ -26,6 +26,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...data.cloud.mirror import fetch, mirror, scheme_of
 from ...data.json_files import fits, in_words, type_name
 from ..arguments import did_you_mean
 from ..errors import RunError, check_setting
@@ -237,7 +238,7 @@ def _part(of: Any, stored: Any, where: str, folder: Path) -> Any:
             expected = " or ".join(map(type_name, kinds))
             raise RunError(f"{where}: {one.name}: expected {expected}, found {in_words(value)}.")
         if is_path:
-            value = Path(value) if value.startswith("tfds:") else folder / value
+            value = Path(value) if value.startswith("tfds:") else _place(folder, value)
         values[one.name] = value
     part = of(**values)
     for name in ("image_size", "patch_size", "width", "layers", "heads", "feed_forward", "queries", "vocab_size"):
@@ -248,6 +249,13 @@ def _part(of: Any, stored: Any, where: str, folder: Path) -> Any:
     _bounds(part, "share", where, above=0)
     _bounds(part, "shift", where, least=0)
     return part
+
+
+def _place(folder: Path, value: str) -> Path:
+    """Return a path of a task file; one of an object store is fetched from there."""
+    path = folder / value if scheme_of(value) is None else mirror(value)
+    fetch(path, missing=True)
+    return path
 
 
 def _bounds(part: Any, name: str, where: str, **bounds: float) -> None:

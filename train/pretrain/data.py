@@ -18,9 +18,10 @@ from ...data import (
     train_tokenizer,
     training_batches,
 )
+from ...data.cloud.caches import build_once
 from ...data.corpus.document_store import Split, Unit
 from ...data.corpus.fingerprint import corpus_fingerprint
-from ...data.files import build_once, user_cache_folder
+from ...data.files import user_cache_folder
 from ...data.tokenizers.kinds import TITLES, TextKind
 from ..errors import RunError
 from ..progress import Progress

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...data.cloud.caches import build_once
 from ...data.corpus.pair_store import PairStore, build_pairs, describe_pairs, outdated_pairs
 from ...data.corpus.parallel import Pair, ParallelText
-from ...data.files import build_once, user_cache_folder
+from ...data.files import user_cache_folder
 from ...data.progress import counted
 from ...data.rows.translation import TranslationRows
 from ...data.tokenizers.pairs import PairTokenizer, TextForm, load_subwords

@@ -1,0 +1,322 @@
+"""Paths of object stores (gs://bucket/books, and all that fsspec opens), each with a mirror on this machine's disk.
+
+    gs://bucket/books        is worked on as        CACHE/mirror/gs/bucket/books
+
+Memory maps, safetensors, TensorBoard and file locks need files of the operating system. So what is read is copied here
+first (`fetch`), what is written is written here and then copied there (`publish`). Both copy only the files that
+differ: an index keeps, for each file that is the same here and there, its size and time here and its version there.
+
+Objects are replaced one by one, and folders cannot be renamed, so the order is what commits: files in deeper folders
+come first, then those above; in a folder, JSON comes last; `results.json` is last of all. A checkpoint counts with its
+manifest, `checkpoints/120.json`, and a model or a cache with its JSON, which is removed before the files beside it are
+replaced. A process that is killed in between leaves files that do not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from ..errors import DataError
+from ..files import replacing, user_cache_folder
+
+COPIES = 8
+"""Files that are copied at the same time."""
+CLAIM = "run.lock"
+"""A file that names the process that works in a folder; see `claim`."""
+OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "az", "abfs", "memory"}
+"""Where a whole object replaces another one, and there are no folders to make."""
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(\S+)")
+_WEB = ("http", "https")
+_VERSIONS = ("etag", "ETag", "generation", "md5Hash", "crc32c", "mtime", "last_modified", "LastModified", "created")
+_NOT_COPIED = re.compile(rf"(^|/)(\.unfinished-[^/]*|[^/]*\.orbax-checkpoint-tmp[^/]*(/.*)?|{re.escape(CLAIM)})$")
+_claims: dict[Path, str] = {}
+
+
+def scheme_of(text: str) -> str | None:
+    """Return the scheme of a path of a store, such as `gs`; None for other text, and for pages of the web."""
+    found = _URL.fullmatch(text)
+    return found[1] if found and found[1] not in _WEB else None
+
+
+def mirror(url: str) -> Path:
+    """Return where a path of a store is on this machine's disk; it may be missing.
+
+    Raises:
+        DataError: the path has `..` in it.
+    """
+    scheme, _, rest = url.partition("://")
+    parts = PurePosixPath(rest.strip("/")).parts
+    if ".." in parts:
+        raise DataError(f"{url}: a path of a store has no '..' in it.")
+    return _root().joinpath(scheme, *parts)
+
+
+def url_of(path: Path) -> str | None:
+    """Return the path of a store of which this is the mirror, or None."""
+    if not path.is_relative_to(_root()):
+        return None
+    scheme, *parts = path.relative_to(_root()).parts
+    return f"{scheme}://{'/' * (scheme == 'file')}{'/'.join(parts)}"
+
+
+def in_urls(text: str) -> str:
+    """Return a text for the user in which paths of mirrors are those of their stores."""
+    named = re.sub(rf"{re.escape(str(_root()))}/([a-z][a-z0-9+.-]*)/", r"\1://", text)
+    return re.sub(r"\bfile://(?!/)", "file:///", named)
+
+
+def fetch(
+    path: Path,
+    *,
+    missing: bool = False,
+    together: bool = False,
+    left_out: Callable[[set[str]], str] = lambda _: "",
+    report: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Make a mirror equal to its store; a path that is no mirror is left alone.
+
+    Args:
+        path: mirror of a file or folder of a store.
+        missing: whether the store may have nothing there.
+        together: whether its files belong together, as those of a run: if any has changed in the store, what this
+            machine has not published is dropped. Otherwise files that have changed here alone stay.
+        left_out: names in the folder -> the start of those that are not copied; "" for none.
+        report: called with a line for the user when something is copied.
+
+    Raises:
+        FileNotFoundError: the store has no such file or folder.
+        DataError: the store cannot be read.
+    """
+    url = url_of(path)
+    if url is None:
+        return
+    with _store(url) as (fs, root), _index(url) as index:
+        there = _listing(fs, root)
+        if not there and not missing:
+            raise FileNotFoundError(f"{url}: there is no such file or folder.")
+        names = {_inside(file, root) for file in there}
+        start = left_out(names)
+        there = {file: info for file, info in there.items() if not (start and _inside(file, root).startswith(start))}
+        known = {file for file in index if file == root or file.startswith(f"{root}/")}
+        known -= {file for file in known if start and _inside(file, root).startswith(start)}
+        gone = known - there.keys()
+        differs = {file for file, info in there.items() if file not in index or index[file].version != _version(info)}
+        if together and (differs or gone) and path.exists():
+            report(f"{url} has changed since this machine last worked on it; it is copied anew")
+            _remove(path)
+        for file in gone:
+            (path / _inside(file, root)).unlink(missing_ok=True)
+            del index[file]
+        wanted = sorted(file for file in there if file in differs or not (path / _inside(file, root)).is_file())
+        if wanted:
+            size = sum(there[file].get("size") or 0 for file in wanted)
+            report(f"copying {url} to this machine: {len(wanted):,} files, {size / 2**20:,.1f} MiB")
+
+        def copy(file: str) -> None:
+            target = path / _inside(file, root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as unfinished:
+                fs.get_file(file, str(unfinished))
+            index[file] = _Same(*_stat(target), _version(there[file]))
+
+        with ThreadPoolExecutor(COPIES) as threads:
+            list(threads.map(copy, wanted))
+
+
+def publish(path: Path, *, left_out: str = "") -> None:
+    """Make a store equal to its mirror; a path that is no mirror, or is missing, is left alone.
+
+    Args:
+        path: mirror of a file or folder of a store.
+        left_out: start of the names that are not copied; "" for none.
+
+    Raises:
+        DataError: the store cannot be written; or another process has claimed the folder since.
+    """
+    url = url_of(path)
+    if url is None or not path.exists():
+        return
+    with _store(url) as (fs, root), _index(url) as index:
+        _require_claim(fs, root, path)
+        here = {f"{root}/{name}" if name else root: path / name for name in _names(path, left_out)}
+        known = {file for file in index if file == root or file.startswith(f"{root}/")}
+        gone = {file for file in known - here.keys() if not (left_out and _inside(file, root).startswith(left_out))}
+        changed = [file for file in here if file not in index or index[file][:2] != _stat(here[file])]
+        folders = {file.rpartition("/")[0] for file in changed if not file.endswith(".json")}
+        for file in changed:  # a folder whose JSON is away does not count
+            if file in index and file.endswith(".json") and file.rpartition("/")[0] in folders - {root}:
+                fs.rm_file(file)
+        copied: dict[str, tuple[int, int]] = {}
+        try:
+            for file in sorted(changed, key=_order):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, as an old checkpoint is
+                    seen = _stat(here[file])
+                    _put(fs, here[file], file)
+                    copied[file] = seen
+        finally:
+            if copied:  # listed as `fetch` will list them: one object alone may be described in another way
+                listed = _listing(fs, root)
+                index |= {file: _Same(*copied[file], _version(listed[file])) for file in copied if file in listed}
+        for file in sorted(gone, key=_order, reverse=True):
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(file)
+            del index[file]
+
+
+def claim(folder: Path) -> None:
+    """Take a folder of a store for this process, by its file `run.lock`; a folder that is no mirror is left alone.
+
+    A store has no locks, and one that is killed could not release one. So the last that starts takes the folder:
+    from then on, the process before it is refused by `publish`.
+    """
+    url = url_of(folder)
+    if url is not None:
+        with _store(url) as (fs, root):
+            fs.invalidate_cache()
+            _put(fs, folder / CLAIM, f"{root}/{CLAIM}")
+            _claims[folder] = (folder / CLAIM).read_text()
+
+
+def _require_claim(fs: Any, root: str, folder: Path) -> None:
+    """Raise DataError if another process has claimed the folder that this one had claimed."""
+    mine = _claims.get(folder)
+    if mine is not None:
+        found = fs.cat_file(f"{root}/{CLAIM}").decode(errors="replace") if fs.exists(f"{root}/{CLAIM}") else ""
+        if found != mine:
+            raise ClaimedError(
+                f"{url_of(folder)}: this folder now belongs to {found.strip() or 'nobody: it was removed'}. This "
+                "process writes nothing more."
+            )
+
+
+class ClaimedError(DataError):
+    """Raised if another process works in a folder of a store by now."""
+
+
+class _Same(NamedTuple):
+    """A file that is the same here and in the store."""
+
+    size: int
+    time: int  # of its last change here, ns
+    version: str  # in the store
+
+
+def _root() -> Path:
+    return user_cache_folder().absolute() / "mirror"
+
+
+@contextlib.contextmanager
+def _store(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield the file system of a path and the path in it; errors of the store within name the path."""
+    scheme = url.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs
+
+        fs, root = url_to_fs(url)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        remedy = f"needs the package {package}: pip install {package}" if package else str(error)
+        raise DataError(f"{url}: {remedy}.") from None
+    except ValueError as error:
+        raise DataError(f"{url}: {error}.") from None
+    try:
+        yield fs, root.rstrip("/")
+    except (OSError, DataError):
+        raise
+    except Exception as error:  # of the store's own library
+        said = str(error).strip().partition("\n")[0]
+        raise DataError(f"{url}: the store does not answer as it should ({type(error).__name__}: {said}).") from error
+
+
+@contextlib.contextmanager
+def _index(url: str) -> Iterator[dict[str, _Same]]:
+    """Yield the index of a bucket, which is written at the end; one process at a time has it."""
+    scheme, _, rest = url.partition("://")
+    name = f"{scheme} {rest.strip('/').partition('/')[0]}"
+    path = _root() / ".index" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            index = {file: _Same(*entry) for file, entry in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged: everything is copied again
+            index = {}
+        before = dict(index)
+        try:
+            yield index
+        finally:
+            if index != before:
+                with replacing(path) as unfinished:
+                    unfinished.write_text(json.dumps(index))
+
+
+def _listing(fs: Any, root: str) -> dict[str, Any]:
+    """Return path -> information of a file, or of all files in a folder and below it."""
+    fs.invalidate_cache()
+    if fs.isfile(root):
+        return {root: fs.info(root)}
+    found = fs.find(root, detail=True)
+    unsafe = [file for file in found if ".." in PurePosixPath(file).parts]
+    if unsafe:
+        raise DataError(f"{unsafe[0]}: a path of a store has no '..' in it.")
+    return {file: info for file, info in found.items() if not _NOT_COPIED.search(file)}
+
+
+def _inside(file: str, root: str) -> str:
+    return file[len(root) :].lstrip("/")
+
+
+def _version(info: dict[str, Any]) -> str:
+    return f"{info.get('size')} {next((info[key] for key in _VERSIONS if key in info), '')}"
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _names(path: Path, left_out: str) -> list[str]:
+    """Return the names of the files to publish, relative to a folder; "" for a file itself."""
+    if path.is_file():
+        return [""]
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return [
+        name for name in names
+        if not _NOT_COPIED.search(name) and not (left_out and name.startswith(left_out))
+    ]  # fmt: skip
+
+
+def _order(file: str) -> tuple[int, bool, bool, str]:
+    return -file.count("/"), file.endswith(".json"), file.endswith("/results.json"), file
+
+
+def _put(fs: Any, source: Path, target: str) -> None:
+    """Copy a file to a store, where it appears whole."""
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    if protocol in OBJECT_STORES:
+        fs.put_file(str(source), target)
+        return
+    folder, _, name = target.rpartition("/")
+    fs.makedirs(folder, exist_ok=True)
+    fs.put_file(str(source), f"{folder}/.unfinished-{name}")
+    fs.mv(f"{folder}/.unfinished-{name}", target)
+
+
+def _remove(path: Path) -> None:
+    """Remove a mirror, but for the lock file that this machine's processes hold there."""
+    if path.is_file():
+        path.unlink()
+        return
+    for inside in path.iterdir():
+        if inside.name != CLAIM:
+            shutil.rmtree(inside) if inside.is_dir() else inside.unlink()

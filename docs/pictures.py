@@ -8,14 +8,11 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from bestiary import models
 from bestiary.data.packing import order_by_row, pack
-from bestiary.models.checkpoints.parity import attention_probabilities
-from bestiary.models.heads.with_head import encoder_inputs
-from bestiary.models.layers.segments import row_numbers
+from bestiary.models.attention_maps import attention_maps
 from bestiary.train.commands.charts import COLOURS, GREY, Series, draw_bars, draw_lines
 
 HERE = Path(__file__).parent
@@ -103,19 +100,13 @@ def sentence_attention() -> str:
     assert found is not None
     assert found.submodule_search_locations
     folder = Path(found.submodule_search_locations[0]) / "model"
-    model, params, config, tokenizer = models.load(folder, head="encoder")
+    model, params, _, tokenizer = models.load(folder, head="encoder")
     ids = tokenizer([SENTENCE])["input_ids"]
     words = [tokenizer.decode([number]) for number in ids[0].tolist()]
-    variables = {"params": params}
-    entered = model.apply(variables, *encoder_inputs(config, tokenizer([SENTENCE])), every_layer=True).every_hidden
-    block, stack = model.bind(variables).layers.unbind()
+    maps = attention_maps(model, params, tokenizer([SENTENCE]), layers=[layer - 1 for layer, _ in HEADS])
     parts = []
     for at, (layer, head) in enumerate(HEADS):
-        hidden = entered[layer - 1]
-        weights = attention_probabilities(
-            block, jax.tree.map(lambda leaf, layer=layer: leaf[layer - 1], stack), hidden,
-            (None, row_numbers(None, hidden)), {}, None,
-        )[0, head - 1]  # fmt: skip
+        weights = maps[at, 0, head - 1]
         left = 80 + at * 330
         parts.append(_text(left, 14, f"layer {layer}, head {head}"))
         for row, word in enumerate(words):

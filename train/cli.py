@@ -247,6 +247,12 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         ".embed.embed",
         example=PRETRAINED + "bestiary embed --model runs/pretrain/model --out vectors.npy < docs/examples/english.txt",
     ),
+    ("attention",): Command(
+        ".embed.config:AttentionConfig",
+        "draw or store what tokens attend to in a pretrained encoder",
+        ".embed.attention",
+        example=PRETRAINED + 'bestiary attention "The cat sat on the mat." --model runs/pretrain/model --out page.html',
+    ),
     ("probe",): Command(
         ".embed.config:ProbeConfig",
         "train a linear head on a pretrained encoder's features",

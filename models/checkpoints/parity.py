@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +33,11 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ..attention_maps import attention_maps
 from ..encoder import Encoded
 from ..heads import losses
 from ..heads.with_head import encoder_inputs
-from ..layers.attention import Attention
-from ..layers.positions import rotate
-from ..layers.segments import Segments, reference_segments, row_numbers
+from ..layers.segments import Segments, reference_segments
 from ..registry import family_of_model
 from .folder import Loaded, Tensors, load, save
 from .tables import CheckpointError, Params
@@ -292,68 +290,16 @@ def _mean(sums: Mapping[str, losses.WeightedSum]) -> Array:
 
 
 def _encoder(model: Any, params: Params, inputs: Inputs) -> Outputs:
-    mask = inputs.get("attention_mask")
-    segments, positions = _segments(dict(inputs)), inputs.get("position_ids")
+    given = dict(inputs)
     encoded: Encoded = _call(model, params, inputs, every_layer=True)
     assert encoded.every_hidden is not None
     outputs = {"last_hidden_state": encoded.hidden}
     if encoded.pooled is not None:
         outputs["pooler_output"] = encoded.pooled
-    c = model.config
-    bound = model.bind({"params": params})
-    block, stack = bound.layers.unbind()
-    given = (segments, row_numbers(None, encoded.hidden), *bound.layer_inputs(positions))
-    for i, hidden in enumerate(encoded.every_hidden):
-        outputs[f"hidden_states.{i}"] = hidden
-        if i < c.layers:
-            row = i if c.sets is None else c.sets[i]
-            layer = jax.tree.map(lambda leaf, row=row: leaf[row], stack)
-            kind = {} if c.kinds is None else c.kinds[i]
-            outputs[f"attentions.{i}"] = attention_probabilities(block, layer, hidden, given, kind, mask)
+    outputs |= {f"hidden_states.{i}": hidden for i, hidden in enumerate(encoded.every_hidden)}
+    weights = attention_maps(model, params, {**given, "segment_ids": _segments(dict(given))})
+    outputs |= {f"attentions.{i}": of_layer for i, of_layer in enumerate(weights)}
     return _finish(inputs, outputs, None)
-
-
-def attention_probabilities(
-    block: nn.Module, variables: Any, hidden: Array, given: tuple[Any, ...], kind: Mapping[str, Any], mask: Array | None
-) -> Array:
-    """Compute a layer's attention weights [B, H, L, L] by the formula; the fast backends never store this tensor.
-
-    Args:
-        block: the layer, whose attention is a `layers.Attention`.
-        variables: variables of the layer.
-        hidden: [B, L, E], input of the layer.
-        given: the layer's other arguments.
-        kind: its own arguments, see `run_layers`.
-        mask: [B, L], 1 for the tokens to attend to.
-    """
-    seen: list[tuple[Array, Array, Attention]] = []
-
-    def see(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if isinstance(module, Attention) and context.method_name == "__call__":
-            query, key = module.query(args[0]), module.key(args[0])
-            if module.rotary is not None:
-                positions = kwargs.get("position_ids")
-                positions = jnp.arange(query.shape[1])[None] if positions is None else positions
-                query, key = (rotate(vectors, positions, module.rotary) for vectors in (query, key))
-            seen.append((query, key, module))
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(see):
-        block.apply(variables, hidden, *given, **kind, deterministic=True)
-    ((query, key, module),) = seen
-    window = (None, 0) if module.causal and module.window is None else module.window
-    scale = 1 / math.sqrt(query.shape[-1]) if module.scale is None else module.scale
-    scores = jnp.einsum("blhd,bshd->bhls", query, key) * scale
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None, :] != 0, scores, -jnp.inf)
-    if window is not None:
-        distance = jnp.arange(scores.shape[-1])[None, :] - jnp.arange(scores.shape[-2])[:, None]
-        left, right = (scores.shape[-1] if side is None else side for side in window)
-        near = (distance >= -left) & (distance <= right)
-        scores = jnp.where(near[None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.where(jnp.isnan(weights), 0.0, weights)  # of a query that sees nothing
 
 
 # Field of a pretraining model's output -> (the reference's output, its label).

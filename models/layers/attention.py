@@ -137,7 +137,7 @@ class Attention(nn.Module):
             if query_positions is not None:
                 at = jnp.take_along_axis(jnp.broadcast_to(at, memory.shape[:2]), query_positions, axis=1)
             query, key = rotate(query, at, self.rotary), rotate(key, position_ids, self.rotary)
-        attended = attention(
+        attended = self.attend(
             query,
             key,
             value,
@@ -148,9 +148,15 @@ class Attention(nn.Module):
             key_segment_ids=key_segments,
             scale=self.scale,
             **({} if deterministic or self.dropout == 0.0 else self._dropout(own, rows, query, key)),
-            implementation=self.implementation,
         )
         return self.project(self.out, attended, own)
+
+    def attend(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        """Compute the attention of projected queries, with the options of `kernels.attention`.
+
+        It is a method so that `attention_maps` sees its arguments.
+        """
+        return attention(query, key, value, **options, implementation=self.implementation)
 
     def project(self, linear: Linear, inputs: Array, rows: Rows) -> Array:
         """Apply one of the projections to tokens; `rows` are theirs, which an adapter's dropout finds in this call."""

@@ -9,10 +9,12 @@ import pytest
 from flax import linen as nn
 
 from bestiary.models import registry
+from bestiary.models.attention_maps import attention_maps
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.tables import flatten
 from bestiary.models.family import EncoderConfig, Family
 from bestiary.models.heads.with_head import encoder_inputs, is_head_parameter
+from bestiary.models.layers.attention import Attention
 from bestiary.models.lora import linear_maps
 
 ENCODERS = [family for family in registry.families() if "encoder" in family.heads and family.reads == "text"]
@@ -38,6 +40,45 @@ def small(family: Family, **changes: Any) -> EncoderConfig:
     config = family.config(**{**SIZES, **OWN.get(family.name, {}), **changes})
     assert isinstance(config, EncoderConfig)
     return config
+
+
+@pytest.mark.parametrize("name", ["albert", "bert", "gpt3", "modernbert"])  # sets of layers, windows, rotation
+def test_attention_maps_are_the_weights_that_every_layer_averages_values_by(name: str, random_params: Any) -> None:
+    family = registry.family_named(name)
+    config = small(family)
+    model = family.build("encoder", config)
+    params = random_params(model)
+    segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
+    batch = {"input_ids": jax.random.randint(jax.random.key(1), (1, 9), 5, 61), "segment_ids": segments}
+    seen: list[tuple[Any, ...]] = []
+
+    def see(next_call: Any, args: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
+        found = next_call(*args, **options)
+        if isinstance(context.module, Attention) and context.method_name == "__call__":
+            seen.append((context.module.value(args[0]), context.module.out.variables["params"], found))
+        return found
+
+    @jax.jit
+    def run(params: Any, batch: Any) -> tuple[jax.Array, list[tuple[Any, ...]], jax.Array]:
+        with nn.intercept_methods(see):
+            weights = attention_maps(model, params, batch)
+        return weights, seen[-3:], attention_maps(model, params, batch, layers=[-1, 0], heads=[1], queries=[3])
+
+    weights, layers, chosen = run(params, batch)
+    assert weights.shape == (3, 1, 2, 9, 9)
+    for of_layer, (value, out, found) in zip(weights, layers, strict=True):
+        attended = jnp.einsum("bhls,bshd,hde->ble", of_layer, value, out["kernel"])
+        attended += out.get("bias", jnp.zeros(16))[None, None]
+        np.testing.assert_allclose(attended, found, atol=1e-5)
+    np.testing.assert_allclose(weights.sum(axis=-1), jnp.broadcast_to(segments[0] > 0, (3, 1, 2, 9)), atol=1e-5)
+    np.testing.assert_allclose(chosen[:, :, 0, 0], weights[jnp.array([2, 0]), :, 1, 3], atol=1e-6)
+
+
+def test_attention_of_another_form_has_no_maps(random_params: Any) -> None:
+    config = small(registry.family_named("transfo-xl"))
+    model = registry.family_named("transfo-xl").build("encoder", config)
+    with pytest.raises(NotImplementedError, match="TransformerXL have attention of another form"):
+        attention_maps(model, random_params(model), {"input_ids": jnp.ones((1, 4), jnp.int32)})
 
 
 @families

@@ -57,6 +57,34 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Draw what the tokens of texts attend to in a pretrained encoder, or store the weights.
+
+    The texts are the arguments, or the lines of standard input. A page shows the first 20 of them.
+    """
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts. None: the lines of standard input."""
+    model: Path
+    """Checkpoint folder of an encoder, or of a model that was fine-tuned from one."""
+    out: Path
+    """File to write: .html, a page with a table for each layer and head, or .npz, with arrays weights.I [layers, heads,
+    tokens, tokens] float32 and tokens.I of text I, from 0."""
+    layers: tuple[int, ...] = ()
+    """Layers, from 1. None: the last one on a page, all of them in an .npz file."""
+    heads: tuple[int, ...] = ()
+    """Heads, from 1. None: all; a page shows their mean too."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the encoder's computation."""
+
+    def __post_init__(self) -> None:
+        require_folder(self.model)
+        check_text("a text", self.texts)
+        if self.out.suffix not in (".html", ".npz"):
+            raise RunError(f"--out {self.out}: expected a name that ends in .html or .npz.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedConfig(FeatureConfig):
     """Turn texts, one per line, into vectors: a float32 array [lines, width] in NumPy's format.
 

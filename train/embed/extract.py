@@ -80,12 +80,7 @@ class Extractor:
 
     def __init__(self, config: FeatureConfig, *, apart: bool = False):
         folder = read_sentence_folder(config.model) or SentenceFolder(config.model, ("mean",), False, None, False, "")
-        stored = read_config(folder.encoder)
-        if "encoder" not in family_of_folder(stored, folder.encoder).heads:
-            raise RunError(f"{folder.encoder}: a {stored.get('model_type')} is not an encoder; features need one.")
-        self.model, params, model_config, self.tokenizer = load(folder.encoder, head="encoder", dtype=config.dtype)
-        if self.tokenizer is None:
-            raise RunError(f"{folder.encoder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
+        self.model, params, model_config, self.tokenizer = open_encoder(folder.encoder, config.dtype)
         if folder.lowercase and not self.tokenizer.lowercase:
             _lower_case(self.tokenizer)
         self.settings = _settings(config, folder, model_config, self.tokenizer, apart)
@@ -158,6 +153,21 @@ class Extractor:
                     digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         digest.update(json.dumps(self.settings._replace(encoder=Path())._asdict(), default=str).encode())
         return digest.hexdigest()
+
+
+def open_encoder(folder: Path, dtype: str) -> tuple[Any, Any, Any, Any]:
+    """Load an encoder with its tokenizer: (model, parameters, config, tokenizer).
+
+    Raises:
+        RunError: the folder's model is no encoder, or it has no tokenizer; and see `models.load`.
+    """
+    stored = read_config(folder)
+    if "encoder" not in family_of_folder(stored, folder).heads:
+        raise RunError(f"{folder}: a {stored.get('model_type')} is not an encoder; features need one.")
+    model, params, config, tokenizer = load(folder, head="encoder", dtype=dtype)
+    if tokenizer is None:
+        raise RunError(f"{folder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
+    return model, params, config, tokenizer
 
 
 def features_of(hidden: jax.Array, segment_ids: jax.Array, firsts: jax.Array, settings: Settings) -> jax.Array:

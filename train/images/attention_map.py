@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 
 from ...data.files import replacing
-from ...models.checkpoints.parity import attention_probabilities
-from ...models.layers.segments import row_numbers
+from ...models.attention_maps import attention_maps
 
 
 def last_attention(model: Any, params: Any, pixel_values: Array) -> Array:
@@ -25,11 +23,7 @@ def last_attention(model: Any, params: Any, pixel_values: Array) -> Array:
     """
     c = model.config
     encoder = model.parts.encoder(c, pooler=model.form.pooler)
-    variables = {"params": params["encoder"]}
-    hidden = encoder.apply(variables, pixel_values, every_layer=True).every_hidden[-2]  # before the last layer
-    block, stack = encoder.bind(variables).layers.unbind()
-    layer = jax.tree.map(lambda leaf: leaf[-1], stack)
-    weights = attention_probabilities(block, layer, hidden, (None, row_numbers(None, hidden)), {}, None).mean(axis=1)
+    weights = attention_maps(encoder, params["encoder"], {"pixel_values": pixel_values}, layers=[-1])[0].mean(axis=1)
     found = weights[:, 0, 1:] if c.has_cls else weights.mean(axis=1)
     return found.reshape(len(found), pixel_values.shape[1] // c.patch_size, pixel_values.shape[2] // c.patch_size)
 

@@ -83,7 +83,8 @@ def main(config: RunConfig) -> int:
     """Run `bestiary translate run`; return the exit status."""
     import jax  # imported here, since it would delay --help
 
-    from .attention_map import MOST, draw_attention, to_draw
+    from ..attention_page import MOST
+    from .attention_map import draw_attention, to_draw
     from .translator import open_translator
 
     progress = Progress()

@@ -4,10 +4,12 @@ import io
 import json
 import shutil
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file
 
 from bestiary import models
 from bestiary.data.errors import DataError
+from bestiary.models.attention_maps import attention_maps
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.sentence_folder import read_sentence_folder
 from bestiary.models.heads.pooling import combine, mix, normalize
@@ -32,7 +35,6 @@ FIXTURES = Path(__file__).parents[2] / "models" / "fixtures"
 def alone(sentence_encoder) -> Any:
     """A text -> (its ids, every layer's hidden states [3, 12, 16]), computed by itself in one padded row."""
     model, params, _, tokenizer = models.load(sentence_encoder)
-    import jax
 
     encode = jax.jit(lambda ids, mask: model.apply({"params": params}, ids, mask, every_layer=True).every_hidden)
 
@@ -58,6 +60,26 @@ def test_every_pooling_of_every_layer_is_that_of_the_text_alone(sentence_encoder
         expected = [hidden[:, 0], sums / hidden.shape[1], hidden.max(axis=1), sums / np.sqrt(hidden.shape[1])]
         np.testing.assert_allclose(vectors, np.concatenate(expected, axis=-1), atol=1e-5)
     assert extract.truncated == sum(max(0, len(text.split()) - 10) for text in texts) > 0
+
+
+def test_attention_is_drawn_or_stored(sentence_encoder, made_up, tmp_path, capsys, monkeypatch):
+    model, params, config, tokenizer = models.load(sentence_encoder, head="encoder")
+    texts = made_up(2)
+    expected = jax.jit(partial(attention_maps, model))
+    command = ["attention", "--model", str(sentence_encoder), "--out"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(texts).encode())))
+    assert main([*command, str(tmp_path / "a.npz"), "--heads", "2"]) == 0
+    with np.load(tmp_path / "a.npz") as found:
+        for number, text in enumerate(texts):
+            weights = expected(params, tokenizer([text], max_length=config.max_length))
+            np.testing.assert_allclose(found[f"weights.{number}"], weights[:, 0, 1:2], atol=1e-5)
+            assert found[f"tokens.{number}"][0] == "[CLS]"
+    assert main([*command, str(tmp_path / "a.html"), "--layers", "1", "--", "<b> & co"]) == 0
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "<h2>&lt;b&gt; &amp; co</h2>" in page
+    assert page.count("<table>") == 1 + config.heads
+    assert main([*command, str(tmp_path / "a.html"), "--layers", "3", "--", "a"]) == 1
+    assert "--layers 3: the model has layers 1 to 2." in capsys.readouterr().err
 
 
 def test_settings_of_a_folder_cover_the_prompt_too(sentence_encoder, made_up, alone, tmp_path):

@@ -58,8 +58,7 @@ def attention_maps(
         )
     c = model.config
     variables = {"params": params}
-    encoded = model.apply(variables, *encoder_inputs(c, batch), every_layer=True)
-    assert encoded.every_hidden is not None
+    encoded: Any = model.apply(variables, *encoder_inputs(c, batch), every_layer=True)
     bound = model.bind(variables)
     block, stack = bound.layers.unbind()
     given = (batch.get("segment_ids"), row_numbers(None, encoded.hidden))

@@ -17,7 +17,7 @@ from ...data.progress import counted
 from ..arguments import flags
 from ..errors import RunError, check_setting, check_text
 from ..generate.config import DecodeConfig
-from ..lines import Lines
+from ..generate.lines import Lines
 from ..progress import Progress
 
 if TYPE_CHECKING:

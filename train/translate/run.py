@@ -19,7 +19,7 @@ from ...data.progress import counted
 from ..arguments import flags
 from ..errors import RunError
 from ..generate.config import DecodeConfig, refuse_decoding_flags
-from ..lines import Lines
+from ..generate.lines import Lines
 from ..machine.cpu import return_freed_memory
 from ..progress import Progress
 from .config import DECODE, TooLong

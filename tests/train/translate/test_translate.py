@@ -25,8 +25,8 @@ from bestiary.train.cli import main as cli
 from bestiary.train.config import LoopConfig, OptimConfig
 from bestiary.train.errors import RunError
 from bestiary.train.generate.config import DecodeConfig
+from bestiary.train.generate.lines import Lines
 from bestiary.train.learner import TrainState, ema_or_params
-from bestiary.train.lines import Lines
 from bestiary.train.loop import RESTART, Stop
 from bestiary.train.optim.optimizer import running_mean
 from bestiary.train.optim.schedule import schedule

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from .errors import RunError
+from ..errors import RunError
 
 WAIT_SECONDS = 0.05  # time to wait for more lines, once there is one
 

@@ -233,16 +233,21 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     if not names:
         return
     columns = min(3, len(names))
-    figure = Figure(figsize=(5 * columns, 3.2 * math.ceil(len(names) / columns)), layout="constrained")
+    rows = math.ceil(len(names) / columns)
+    width, height = 5 * columns, 3.2 * rows
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # Margins in inches: a layout by the sizes of texts would draw them all twice.
+    figure.subplots_adjust(0.7 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.3 / height, wspace=0.2, hspace=0.32)
     for number, name in enumerate(names, 1):
-        axes = figure.add_subplot(math.ceil(len(names) / columns), columns, number)
+        axes = figure.add_subplot(rows, columns, number)
         for key, style, label in ((name, "-", "training"), (f"eval/{name}", "o", "held out")):
             points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

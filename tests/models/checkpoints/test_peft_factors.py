@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,9 +62,9 @@ def test_each_adapter_has_its_own_factor(tmp_path: Path, stabilised: bool):
 
     ids = jnp.asarray([[2, 11, 12, 13, 3]])
     with adapted(config):
-        branched = loaded.model.apply({"params": params}, ids)
+        branched = jax.jit(loaded.model.apply)({"params": params}, ids)
     plain = models.load(tmp_path / "merged")
-    np.testing.assert_allclose(branched, plain.model.apply({"params": plain.params}, ids), atol=2e-4)
+    np.testing.assert_allclose(branched, jax.jit(plain.model.apply)({"params": plain.params}, ids), atol=2e-4)
 
     save_lora(tmp_path / "again", loaded.model, params, config)
     again = load_file(tmp_path / "again" / WEIGHTS)
@@ -88,7 +89,7 @@ def test_the_commands_merge_and_list(tmp_path: Path, capsys: pytest.CaptureFixtu
     expected = load_file(ADAPTER / "expected.safetensors")
     plain = models.load(tmp_path / "merged")
     ids, mask = (jnp.asarray(expected[name], jnp.int32) for name in ("input_ids", "segment_ids"))
-    logits = plain.model.apply({"params": plain.params}, ids, mask)
+    logits = jax.jit(plain.model.apply)({"params": plain.params}, ids, mask)
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
     assert main(["adapter", "merge", str(BASE), str(ADAPTER), "--out", str(tmp_path / "merged")]) == 1
     assert "exists and is not empty" in capsys.readouterr().err

@@ -53,6 +53,11 @@ def step(model: TransformerXLModel, variables: Any, ids: jax.Array, memory: Memo
     return model.apply(variables, ids, memory, segments, method="read")
 
 
+@partial(jax.jit, static_argnums=0)
+def at_once(model: TransformerXLModel, variables: Any, ids: jax.Array) -> Any:
+    return model.apply(variables, ids, method="output_states")
+
+
 def read(model: TransformerXLModel, variables: Any, ids: jax.Array, cuts: tuple[int, ...], slots: int) -> np.ndarray:
     """Read a text in segments."""
     memory, found = model.empty_memory(len(ids), slots), []
@@ -66,7 +71,7 @@ def read(model: TransformerXLModel, variables: Any, ids: jax.Array, cuts: tuple[
 def test_a_text_in_segments_is_the_text_at_once(random_params: Any, changes: dict[str, Any]) -> None:
     model, variables = made(random_params, **changes)
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 23)
-    whole = model.apply(variables, ids, method="output_states")
+    whole = at_once(model, variables, ids)
     np.testing.assert_allclose(read(model, variables, ids, (4, 8), 12), whole, atol=1e-5)
     np.testing.assert_allclose(read(model, variables, ids, (5,), 5), whole, atol=1e-5)
     shorter = read(model, variables, ids, (4, 8), 2)
@@ -93,7 +98,7 @@ def test_nothing_is_seen_of_other_segments_or_by_gradient(random_params: Any) ->
     memory = model.empty_memory(1, 6)
     _, memory = step(model, variables, ids[:, :5], memory, segments[:, :5])
     found, after = step(model, variables, ids[:, 5:], memory, segments[:, 5:])
-    alone = model.apply(variables, ids[:, 3:9], method="output_states")
+    alone = at_once(model, variables, ids[:, 3:9])
     np.testing.assert_allclose(found[:, :4], alone[:, 2:], atol=1e-5)
     np.testing.assert_array_equal(after.segment_ids, [[2, 2, 2, 2, 2, 0]])
 
@@ -101,7 +106,7 @@ def test_nothing_is_seen_of_other_segments_or_by_gradient(random_params: Any) ->
         _, memory = model.apply({"params": params}, ids, model.empty_memory(1, 6), method="read")
         return jnp.square(memory.hidden).sum()
 
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"])))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(variables["params"])))
 
 
 def test_constants_are_written_as_they_were_read(tmp_path: Path) -> None:
@@ -194,8 +199,8 @@ def test_adaptive_softmax_of_wikitext(divisor: int) -> None:
     generator = np.random.default_rng(0)
     hidden = generator.normal(size=(2, 6, 16)).astype(np.float32)
     labels = np.array([[0, 1_999, 2_000, 7_999, 8_000, 33_277], [5, 3_000, 9_000, 20_000, 30_000, 31_000]], np.int32)
-    boxed = model.init(jax.random.key(0), jnp.asarray(labels), method="everything")["params"]
-    params = nn.unbox(boxed)
+    draw = jax.jit(partial(model.init, method="everything"))
+    params = nn.unbox(draw(jax.random.key(0), jnp.asarray(labels))["params"])
     params = jax.tree.map(lambda x: x + 0.1 if x.ndim == 1 else x, params)
     params["softmax"]["tail_bias"]["bias"] = jnp.array([0.3, -0.4])
     found, losses = jax.jit(lambda p: model.apply({"params": p}, hidden, labels, method="both"))(params)
@@ -213,7 +218,7 @@ def test_gradients_of_the_losses_are_those_of_the_log_probabilities(divisor: int
     model = Both(c)
     ids = jax.random.randint(jax.random.key(1), (2, 9), 0, 19).at[0, 3].set(30)
     hidden = jax.random.normal(jax.random.key(2), (2, 9, 16))
-    params = nn.unbox(model.init(jax.random.key(0), ids, method="everything")["params"])  # type: ignore
+    params: Any = nn.unbox(jax.jit(partial(model.init, method="everything"))(jax.random.key(0), ids)["params"])
 
     def slow(params: Any, hidden: jax.Array) -> jax.Array:
         found, _ = model.apply({"params": params}, hidden, ids, method="both")

@@ -1,5 +1,6 @@
 """`layers.Attention` in every form that a family needs, against the formula written out in float64."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +24,9 @@ def make(**settings: Any) -> Attention:
 
 def drawn(module: nn.Module, *arguments: Any, **named: Any) -> Any:
     """Parameters with biases that are not zero."""
-    tree = nn.unbox(module.init(jax.random.key(0), *arguments, **named))["params"]
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), tree)
+    shapes = nn.unbox(jax.eval_shape(partial(module.init, **named), jax.random.key(0), *arguments))["params"]
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(scale=0.5, size=leaf.shape), jnp.float32), shapes)
 
 
 def by_hand(
@@ -100,7 +102,7 @@ def test_packed_examples_are_as_each_alone(settings: Any) -> None:
     params = drawn(module, HIDDEN, None, ROWS, deterministic=True)
     packed = apply(module, params, jnp.array([[1] * 4 + [2] * 3] * B), position_ids=jnp.array([[0, 1, 2, 3, 0, 1, 2]]))
     for part in (slice(0, 4), slice(4, 7)):
-        alone = module.apply({"params": params}, HIDDEN[:, part], None, ROWS, deterministic=True)
+        alone = jax.jit(partial(module.apply, deterministic=True))({"params": params}, HIDDEN[:, part], None, ROWS)
         np.testing.assert_allclose(packed[:, part], alone, atol=2e-6)
 
 
@@ -183,12 +185,13 @@ def test_steps_give_what_the_whole_row_gives(rotary: float | None) -> None:
     expected = apply(module, params, bias=bias)
     written = dense_bias(bias, L, L)
     keys, values = jnp.zeros((B, H, D, L)), jnp.zeros((B, H, L, D))
+    write, step = (jax.jit(partial(module.apply, {"params": params}, method=name)) for name in ("write", "step"))
     for at in range(L):
         token, place = HIDDEN[:, at : at + 1], jnp.full((B, 1), at)
-        keys, values = module.apply({"params": params}, token, keys, values, place, place, method="write")
+        keys, values = write(token, keys, values, place, place)
         mask = jnp.broadcast_to((jnp.arange(L) <= at) & (jnp.arange(L) >= at - 3), (B, 1, L))
         given = (token, keys, values, mask, place, written[:, :, at : at + 1])
-        found, _ = module.apply({"params": params}, *given, method="step")
+        found, _ = step(*given)
         np.testing.assert_allclose(found[:, 0], expected[:, at], atol=2e-6)
 
 

@@ -103,16 +103,9 @@ def test_both_modalities_and_every_query_are_read(unit):
 def test_a_task_of_texts_keeps_cls_alone(unit):
     """As the released code does: what the decoder sees of another token is nothing, of [CLS] everything."""
     model, params = unit
-    side = model.apply(
-        {"params": params},
-        IDS,
-        SEGMENTS,
-        None,
-        task="mood",
-        rows=jnp.arange(2, dtype=jnp.uint32),
-        deterministic=True,
-        method="read_texts",
-    )
+    rows = jnp.arange(2, dtype=jnp.uint32)
+    read = partial(model.apply, task="mood", rows=rows, deterministic=True, method="read_texts")
+    side: Any = jax.eval_shape(read, {"params": params}, IDS, SEGMENTS, None)
     assert (side.states.shape, side.places.shape, side.segments.shape) == ((2, 1, 16), (1, 16), (2, 1))
 
 
@@ -143,7 +136,7 @@ def test_a_model_of_one_modality(random_params):
     model = Unit(UnitConfig(text=member("bert"), **SIZES, tasks=TASKS[1:2]))
     params = random_params(model)
     assert not any(name.startswith("image") for name in params)
-    assert model.apply({"params": params}, None, IDS, SEGMENTS, task="mood").shape == (2, 2)
+    assert jax.jit(partial(model.apply, task="mood"))({"params": params}, None, IDS, SEGMENTS).shape == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +171,11 @@ def test_attention_adds_places_to_queries_and_keys_but_not_to_values(random_para
     layer = Attention(8, 2, 0.0, nn.initializers.normal(0.5))
     hidden, places = jax.random.normal(jax.random.key(0), (2, 1, 5, 8))
     rows = jnp.zeros(1, jnp.uint32)
-    params = layer.init(jax.random.key(1), hidden, None, rows, deterministic=True)
-    found = layer.apply(params, hidden, None, rows, places=places, deterministic=True)
+    run: Any = partial(jax.jit, static_argnames="deterministic")
+    params = run(layer.init)(jax.random.key(1), hidden, None, rows, deterministic=True)
+    found = run(layer.apply)(params, hidden, None, rows, places=places, deterministic=True)
     kept = jax.tree.map(lambda leaf: leaf, nn.unbox(params))["params"]
-    shown = layer.apply(params, hidden + places, None, rows, deterministic=True)
+    shown = run(layer.apply)(params, hidden + places, None, rows, deterministic=True)
     of_places = (places @ kept["value"]["kernel"].reshape(8, 8)).reshape(1, 5, 2, 4)
     query, key = (
         ((hidden + places) @ kept[name]["kernel"].reshape(8, 8)).reshape(1, 5, 2, 4) for name in ("query", "key")

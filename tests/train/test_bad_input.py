@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_does_not_end_the_training(workshop, tmp_path, caps
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / f"{step}.json"))
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    assert main(workshop.arguments(tmp_path / "run", evaluate_every="0", checkpoint_every="1")) == 0
+    assert main(workshop.arguments(tmp_path / "run", steps="3", evaluate_every="0", checkpoint_every="1")) == 0
     said = capsys.readouterr()
     assert "No space left on device" in said.out + said.err
     assert f"the disk of {tmp_path / 'run' / 'checkpoints'}" in said.out + said.err

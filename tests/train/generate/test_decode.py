@@ -304,8 +304,11 @@ def continued(prompt: list[int], count: int) -> list[int]:
 
 
 def test_a_decoder_continues_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an encoder-decoder whose memory says nothing, given the prompt as start token and prefix."""
-    small_sizes(monkeypatch, FEWEST_ROWS=1)
+    """As an encoder-decoder whose memory says nothing, given the prompt as start token and prefix.
+
+    Of several lengths; that rows and slots may change in between is tested above.
+    """
+    small_sizes(monkeypatch, FEWEST_ROWS=4, FIRST_SLOTS=32)
     draw = np.random.default_rng(4)
     prompts = [[0, *draw.integers(2, WORDS, n).tolist()] for n in (5, 0, 3, 7, 1, 6)]
     greedy = Generator(Decoder(), rememberer_params(), DecodeConfig(max_length=6), rows=4)

@@ -15,7 +15,7 @@ from jax import Array
 
 from .checkpoints.tables import Params
 from .layers.attention import Attention
-from .layers.linear import add_bias
+from .layers.linear import add_bias, turn_kernels
 from .layers.segments import row_numbers
 
 
@@ -324,8 +324,9 @@ def positions_after(memory: Memory, cache: Written, positions: Array, places: Ar
 
 @partial(jax.jit, static_argnums=1)
 def unstack(params: Params, count: int) -> tuple[Params, ...]:
-    """Split stacked parameters into those of each layer."""
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
+    """Split stacked parameters into those of each layer, as products with few rows take them fastest."""
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count))
+    return tuple(map(turn_kernels, layers)) if jax.default_backend() == "cpu" else layers
 
 
 @partial(jax.jit, static_argnums=0)

@@ -3,7 +3,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,28 @@ def matmul(inputs: Array, kernel: Array, axis: int, dtype: str, out_dtype: str) 
     rounded to `dtype`. The incoming gradient is rounded to `dtype` once, so that both products of the backward pass run
     at the rate of that type too.
     """
-    return _dot(inputs.astype(dtype), kernel.astype(dtype), inputs.ndim - 1, axis, out_dtype)
+    inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
+    product = partial(_dot, axis_a=inputs.ndim - 1, axis_b=axis, out_dtype=out_dtype)
+    if axis == 1 and inputs.size <= FEW * inputs.shape[-1]:
+        return jax.lax.platform_dependent(
+            inputs, kernel, cpu=partial(_kernel_first, out_dtype=out_dtype), default=product
+        )
+    return product(inputs, kernel)
+
+
+FEW = 256
+"""Maximum number of rows of inputs for which `_kernel_first` pays off."""
+
+
+def _kernel_first(inputs: Array, kernel: Array, out_dtype: Any) -> Array:
+    """Compute inputs [..., I] · kernel [O, I] as the transpose of kernel · inputs, for XLA's CPU backend.
+
+    It rearranges the second factor of a product. That would be the kernel, and with few rows it would take as long as
+    the product itself. The barrier keeps the compiler from exchanging the factors again.
+    """
+    lead = inputs.shape[:-1]
+    product = _dot(kernel, inputs.reshape(-1, inputs.shape[-1]), 1, 1, out_dtype)
+    return jax.lax.optimization_barrier(product).T.reshape(*lead, -1)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out_dtype: Any) -> Array:
@@ -144,12 +165,43 @@ class Linear(nn.Module):
     def __call__(self, inputs: Array) -> Array:
         contracted = len(self.axes) - len(self.features)
         lead, given = inputs.shape[:-contracted], inputs.shape[-contracted:]
-        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (*given, *self.features), jnp.float32)
-        flat = matmul(inputs.reshape(*lead, -1), kernel.reshape(math.prod(given), -1), 0, self.dtype, self.dtype)
+        flat = inputs.reshape(*lead, -1)
+        if self.has_variable("params", TURNED):
+            shape = (*self.features, *given)
+            kernel = self.param(TURNED, nn.initializers.zeros_init(), shape)
+            flat = matmul(flat, kernel.reshape(-1, flat.shape[-1]), 1, self.dtype, self.dtype)
+        else:
+            shape = (*given, *self.features)
+            kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), shape, jnp.float32)
+            flat = matmul(flat, kernel.reshape(flat.shape[-1], -1), 0, self.dtype, self.dtype)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros_init(), *self.axes[contracted:])
             flat = add_bias(flat, self.param("bias", zeros, self.features, jnp.float32).reshape(-1))
         return flat.reshape(*lead, *self.features)
+
+
+TURNED = "turned_kernel"
+"""A `Linear`'s parameter instead of its kernel after `turn_kernels`: [..., output axes, input axes]."""
+
+
+def turn_kernels(params: Any) -> Any:
+    """Put the output axes of the kernels of every `Linear` first, for products with few rows, as of decoding steps.
+
+    Args:
+        params: a layer's parameters, unboxed and not stacked.
+    """
+
+    def turn(name: str, part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        turned = {key: turn(key, value) for key, value in part.items() if key != "kernel"}
+        if "kernel" in part:
+            kernel = part["kernel"]
+            # All have one input axis, but for the map from an attention's heads.
+            turned[TURNED] = jnp.moveaxis(kernel, -1, 0) if name == "out" else jnp.moveaxis(kernel, 0, -1)
+        return turned
+
+    return turn("", params)
 
 
 class Embed(nn.Module):

@@ -10,7 +10,7 @@ from bestiary.models.layers.activations import ACTIVATIONS, gelu_exact
 from bestiary.models.layers.attention import Attention
 from bestiary.models.layers.dropout import Dropout
 from bestiary.models.layers.feed_forward import FeedForward
-from bestiary.models.layers.linear import Embed, add_bias, matmul, partitioned
+from bestiary.models.layers.linear import Embed, Linear, add_bias, matmul, partitioned, turn_kernels
 from bestiary.models.layers.norms import LayerNorm, RMSNorm
 from bestiary.models.layers.stack import run_layers
 
@@ -50,6 +50,22 @@ def test_matmul_in_bfloat16_accumulates_in_float32(axis: int, rows: int, inputs:
     expected = wide_x.T @ wide_gradient
     np.testing.assert_allclose(to_kernel, expected if axis == 0 else expected.T, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(np.asarray(to_x, np.float64), wide_gradient @ wide_kernel.T, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_turned_kernels_have_the_same_products(rows: int) -> None:
+    to_heads = Linear((4, 6), ("embed", "heads", "head_dim"), nn.initializers.normal(1.0))
+    from_heads = Linear((5,), ("heads", "head_dim", "embed"), nn.initializers.normal(1.0), use_bias=False)
+    hidden = jax.random.normal(jax.random.key(0), (rows, 1, 8))
+    query = nn.unbox(to_heads.init(jax.random.key(1), hidden)["params"])
+    vectors = to_heads.apply({"params": query}, hidden)
+    out = nn.unbox(from_heads.init(jax.random.key(2), vectors)["params"])
+    turned = turn_kernels({"query": query, "out": out})
+    again = to_heads.apply({"params": turned["query"]}, hidden)
+    np.testing.assert_allclose(again, vectors, rtol=1e-5, atol=1e-5)
+    expected = from_heads.apply({"params": out}, vectors)
+    found = from_heads.apply({"params": turned["out"]}, vectors)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_bias_gradient_is_summed_in_float32() -> None:

@@ -1,11 +1,13 @@
 """Checkpoints of a run: one atomic, verified save of everything that the next step depends on (Orbax).
 
     checkpoints/120/            Orbax: `state` (arrays) and `progress` (JSON: data iterator, metrics window)
-    checkpoints/120.json        the manifest, written last: size and CRC-32 of every file of the step
+    checkpoints/120.json        the manifest, written last: size and CRC-32 of every file of the step; in an object
+                                store, which keeps checksums of its own, the size alone
 
 A step without its manifest, or whose files differ from it, is incomplete or damaged: it is reported, moved to
-`checkpoints/broken-120`, and the previous one is used. The CRC-32 costs about 0.4 s of CPU time per GB saved. Sizes
-alone detect a truncated file, but not a flipped bit: Orbax silently read 12 of 12 as other numbers.
+`checkpoints/broken-120`, and the previous one is used. The CRC-32 costs about 0.4 s of CPU time per GB saved, in a
+thread beside the training, as the writing is. Sizes alone detect a truncated file, but not a flipped bit: Orbax
+silently read 12 of 12 as other numbers.
 """
 
 import errno
@@ -13,21 +15,24 @@ import logging
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..data.errors import DataError
 from ..data.files import replacing
-from ..data.json_files import fits, read_object, write_json
+from ..data.json_files import expect, fits, json_text, parse_json, write_json
 from .errors import RunError
 
 CHUNK = 1 << 22
@@ -50,32 +55,45 @@ class Checkpoints:
     Args:
         folder: folder of the checkpoints, created if missing.
         keep: number of most recent checkpoints to keep; at least 2, in case the newest is damaged.
+        keep_best: number of checkpoints of the highest ranks to keep besides.
         report: called with a line for the user.
         saved: called after each save that has ended, and what it replaces is deleted.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, report: Callable[[str], None], saved: Callable[[], None] = lambda: None
+        self,
+        folder: Path | epath.Path,
+        *,
+        keep: int,
+        keep_best: int = 0,
+        report: Callable[[str], None],
+        saved: Callable[[], None] = lambda: None,
     ):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        self.folder = folder.absolute()
+        self.folder = _absolute(folder)
         self._report, self._saved = report, saved
         self._pending: int | None = None
+        self._listing: Future[None] | None = None  # of the files of the pending step
+        self._thread = ThreadPoolExecutor(1, "manifest")
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._set_broken_aside()
         _barrier("checkpoints_ready")
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
         self._manager = self._new_manager()
 
     def _new_manager(self) -> ocp.CheckpointManager:
+        def rank(metrics: Any) -> float:
+            return metrics["rank"]
+
+        best = BestN(get_metric_fn=rank, n=self._keep_best, keep_checkpoints_without_metrics=False)
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep,
+                preservation_policy=AnyPreservationPolicy([LatestN(self._keep), best]),
+                best_fn=rank,  # without one, ranks are not saved
                 step_format_fixed_length=None,
-                # On a CPU, the next step reuses the memory of the arrays, so a save must finish first.
-                enable_async_checkpointing=jax.default_backend() != "cpu",
+                enable_async_checkpointing=True,
             ),
         )
 
@@ -83,12 +101,21 @@ class Checkpoints:
         """Return the steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, extra_state: dict[str, Any]) -> None:
-        """Save a checkpoint; on an accelerator, writing continues in the background."""
+    def save(self, step: int, state: Any, extra_state: dict[str, Any], rank: float | None = None) -> None:
+        """Save a checkpoint: writing continues in the background, once the arrays have been copied to the host.
+
+        Args:
+            step: number of updates done.
+            state: the arrays.
+            extra_state: everything else, as JSON.
+            rank: how good it is, if it was evaluated; higher is better.
+        """
         self.finish()
+        if jax.default_backend() == "cpu":  # where nothing is copied, and the next step reuses the arrays' memory
+            state = jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), state)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(extra_state))
         with self._reporting(step):
-            self._manager.save(step, args=args)
+            self._manager.save(step, args=args, metrics=None if rank is None else {"rank": rank})
             self._pending = step
         self.poll()
 
@@ -99,8 +126,9 @@ class Checkpoints:
         except Exception as error:
             if jax.process_count() > 1:
                 raise
-            self._pending = None
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            self._pending = self._listing = None
+            with suppress(OSError):
+                (self.folder / str(step)).rmtree()
             whole = [int(path.stem) for path in self.folder.glob("*.json")]
             last = f"the newest one is of step {max(whole)}" if whole else "there is none yet"
             said = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -111,9 +139,15 @@ class Checkpoints:
             self._manager = self._new_manager()
 
     def poll(self) -> None:
-        """Write the manifest of a save that has finished; cheap enough to call at every step."""
-        if self._pending is not None and not self._manager.is_saving_in_progress():
+        """Go on with a save as far as it does not wait; cheap enough to call at every step."""
+        if self._pending is None or self._manager.is_saving_in_progress():
+            return
+        if jax.process_index() > 0 or (self._listing is not None and self._listing.done()):
             self.finish()
+        elif self._listing is None:
+            with self._reporting(self._pending):
+                self._manager.wait_until_finished()  # does not wait, but raises what went wrong
+                self._listing = self._thread.submit(write_manifest, self.folder, self._pending)
 
     def finish(self) -> None:
         """Wait for a save in progress and write its manifest."""
@@ -122,12 +156,13 @@ class Checkpoints:
         with self._reporting(self._pending):
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                write_manifest(self.folder, self._pending)
+                listing = self._listing or self._thread.submit(write_manifest, self.folder, self._pending)
+                listing.result()
                 kept = {str(step) for step in self._manager.all_steps()}
                 for manifest in self.folder.glob("*.json"):
                     if manifest.stem not in kept:
                         manifest.unlink()
-        self._pending = None
+        self._pending = self._listing = None
         self._saved()
 
     def restore(self, abstract: Any) -> Restored | None:
@@ -146,6 +181,7 @@ class Checkpoints:
         """Finish saving and release the checkpoint manager."""
         self.finish()
         self._manager.close()
+        self._thread.shutdown()
 
     def _set_broken_aside(self) -> None:
         for path in sorted(self.folder.iterdir()):
@@ -153,13 +189,14 @@ class Checkpoints:
                 why = damage(self.folder, int(path.name))
                 if why:
                     target = self.folder / f"broken-{path.name}"
-                    shutil.rmtree(target, ignore_errors=True)
+                    if target.exists():
+                        target.rmtree()
                     path.rename(target)
                     (self.folder / f"{path.name}.json").unlink(missing_ok=True)
                     self._report(f"Checkpoint {path} is damaged: {why}. It was moved to {target.name}.")
 
 
-def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> Restored:
+def restore_from(folder: Path | epath.Path, abstract: Any, report: Callable[[str], None]) -> Restored:
     """Restore a named checkpoint: a run folder, its `checkpoints` folder (newest complete step) or one step's folder.
 
     Nothing in the folder is changed.
@@ -168,7 +205,7 @@ def restore_from(folder: Path, abstract: Any, report: Callable[[str], None]) -> 
         FileNotFoundError: there is no complete checkpoint.
         RunError: it holds the arrays of another model or optimiser.
     """
-    folder = folder.absolute()
+    folder = _absolute(folder)
     if is_step(folder.name):
         candidates, folder = [int(folder.name)], folder.parent
     else:
@@ -270,22 +307,26 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return str(crc)
 
 
-def write_manifest(folder: Path, step: int) -> None:
+def write_manifest(folder: epath.Path, step: int) -> None:
     """Write size and CRC-32 of every file of a step, atomically."""
-    files = {name: list(_measure(folder / str(step) / name)) for name in _files(folder / str(step))}
-    write_json(folder / f"{step}.json", files)
+    files = {name: _measure(folder / str(step) / name) for name in _files(folder / str(step))}
+    manifest = folder / f"{step}.json"
+    if _in_store(folder):
+        manifest.write_text(json_text(files, str(manifest)))  # an object appears whole
+    else:
+        write_json(Path(manifest), files)
 
 
-def damage(folder: Path, step: int) -> str | None:
+def damage(folder: epath.Path, step: int) -> str | None:
     """Return why a step is incomplete or damaged, or None."""
     manifest = folder / f"{step}.json"
     try:
-        expected = read_object(manifest)
+        expected = expect(parse_json(manifest.read_text(), str(manifest)), dict, str(manifest))
     except FileNotFoundError:
         return "it has no manifest, so the save was interrupted"
-    except (DataError, OSError) as error:
+    except (DataError, OSError, UnicodeDecodeError) as error:
         return f"its manifest cannot be read ({error})"
-    if not expected or not all(fits(pair, list[int]) and len(pair) == 2 for pair in expected.values()):
+    if not expected or not all(fits(pair, list[int | None]) and len(pair) == 2 for pair in expected.values()):
         return f"its manifest {manifest.name} does not list files with sizes and checksums"
     present = set(_files(folder / str(step)))
     for name, (size, crc) in expected.items():
@@ -294,14 +335,16 @@ def damage(folder: Path, step: int) -> str | None:
         found = _measure(folder / str(step) / name)
         if found[0] != size:
             return f"{name} has {found[0]} bytes instead of {size}"
-        if found[1] != crc:
+        if None not in (crc, found[1]) and found[1] != crc:
             return f"{name} has changed since it was written (CRC-32)"
     return None
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: epath.Path, needed: int) -> None:
     """Raise OSError (ENOSPC) before the work starts if `needed` bytes of checkpoints do not fit on `folder`'s disk."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if _in_store(folder):
+        return
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise OSError(
@@ -312,16 +355,28 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def _in_store(folder: epath.Path) -> bool:
+    """Tell whether a folder is in an object store, where Orbax writes by itself."""
+    return "://" in str(folder)
 
 
-def _measure(path: Path) -> tuple[int, int]:
+def _absolute(folder: Path | epath.Path) -> epath.Path:
+    return epath.Path(folder if "://" in str(folder) else Path(folder).absolute())
+
+
+def _files(folder: epath.Path) -> list[str]:
+    return sorted(str((place / name).relative_to(folder)) for place, _, names in folder.walk() for name in names)
+
+
+def _measure(path: epath.Path) -> list[int | None]:
+    """Return size and CRC-32 of a file; in a store, which checks what it reads, its size alone."""
+    if _in_store(path):
+        return [path.stat().length, None]
     size = crc = 0
     with path.open("rb") as handle:
         while chunk := handle.read(CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
+    return [size, crc]
 
 
 def _barrier(name: str) -> None:

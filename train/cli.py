@@ -487,11 +487,10 @@ def _plan(arguments: list[str]) -> int:
     from .plan.arguments import divide
 
     own, rest = divide(arguments)
-    planned = tuple(name for name in RESUMING if name != "multitask train")  # whose steps are of several programs
-    trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(planned)}
+    trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(RESUMING)}
     found = [words for words in trains if tuple(rest[: len(words)]) == words]
     if not found or rest[:2] == ["finetune", "glue"]:
-        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(planned)}.")
+        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(RESUMING)}.")
     words = max(found, key=len)
     command, rest = trains[words], rest[len(words) :]
     if {"-h", "--help"} & set(rest):

@@ -89,6 +89,9 @@ class LoopConfig:
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: int = 0
+    """Number of checkpoints to keep besides, those of the best evaluations: by the metric that selects the best model,
+    or else by the held-out loss. Every evaluation then saves one."""
     track: Tracker | None = None
     """Record the metrics with wandb or trackio too, if installed: offline, unless WANDB_MODE says otherwise."""
     hang_after: int = 1800
@@ -99,9 +102,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require_tracker(self.track)
-        for name, least in (("log_every", 1), ("evaluate_every", 0), ("checkpoint_every", 1), ("keep", 1)):
-            check_setting(self, name, least=least)
-        for name in ("hang_after", "profile"):
+        for name in ("log_every", "checkpoint_every", "keep"):
+            check_setting(self, name, least=1)
+        for name in ("evaluate_every", "keep_best", "hang_after", "profile"):
             check_setting(self, name, least=0)
 
 
@@ -165,6 +168,7 @@ FREE = (
     "remat",
     "scan_layers",
     "loop.keep",
+    "loop.keep_best",
     "loop.track",
     "loop.checkpoint_every",
     "loop.hang_after",

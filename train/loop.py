@@ -174,6 +174,7 @@ class _Counters:
         self._window = dict.fromkeys(self.totals, 0.0)
         self._window_seconds, self._window_steps = 0.0, 0
         self._waited = 0.0
+        self.saving = 0.0
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step, spent on logging, evaluating or saving."""
@@ -291,6 +292,7 @@ class Loop:
         self._meter = Meter(saved["meter"])
         self._counters = _Counters(training.counted, saved)
         self._early_stopping = _EarlyStopping(training.best, saved)
+        self._rank: tuple[int, float] | None = None  # step of the last evaluation, and how good it was
         self._in_flight: _InFlight | None = None
         self._compiled: set[Any] = set()  # shapes of batches
         self._whole: int | None = start  # step whose state and position in the data belong together; None within a step
@@ -359,7 +361,7 @@ class Loop:
             stopping = stop.agreed(step)
             log = last or step % intervals.log_every == 0
             evaluate = last or (evaluate_every > 0 and step % evaluate_every == 0)
-            save = last or step % intervals.checkpoint_every == 0
+            save = last or step % intervals.checkpoint_every == 0 or (evaluate and intervals.keep_best > 0)
             self._evaluation_due = evaluate
             if log or evaluate or save or stopping:
                 self._flush_metrics()
@@ -367,9 +369,11 @@ class Loop:
                 self._log(step)
             self._evaluation_due = evaluate and (stopping or not self._evaluate(step))
             ended = self._early_stopping.should_stop
+            clock = time.perf_counter()
             if save or stopping or self._evaluation_due or ended:
                 self._save(step)
             self._checkpoints.poll()
+            self._counters.saving += time.perf_counter() - clock
             if log or evaluate or save:
                 self._counters.restart_clock()
             if stopping or self._evaluation_due:
@@ -444,6 +448,7 @@ class Loop:
         between = self._counters.seconds_per_step()
         if between is not None:
             speeds |= self._speed.of_step(between) | {"share_waiting_for_data": self._counters.share_waiting()}
+            speeds["seconds_saving"] = self._counters.saving
         self._session.folder.write_metrics(step, means, speeds)
         parts = [f"step {step}/{training.steps}", *(f"{n} {means[n]:.4g}" for n in training.shown if n in means)]
         parts += [f"{rate:,.0f} {training.counted[name]}" for name, rate in rates.items()]
@@ -462,6 +467,9 @@ class Loop:
         if values is None:
             return False
         self._session.folder.write_metrics(step, {f"eval/{name}": value for name, value in values.items()})
+        best = self._training.best
+        rank = values[best.metric] if best is not None else -values["loss"] if "loss" in values else None
+        self._rank = None if rank is None else (step, rank)
         self._say(step, "held out: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self._early_stopping.update(step, values, self._state)
         return True
@@ -475,7 +483,8 @@ class Loop:
             "batches": self._training.batches.get_state(),
         }
         self._session.folder.require_lock()
-        self._checkpoints.save(step, self._state, extra_state)
+        rank = self._rank[1] if self._rank is not None and self._rank[0] == step else None
+        self._checkpoints.save(step, self._state, extra_state, rank)
         self._saved = step
 
     def _say(self, step: int, text: str) -> None:

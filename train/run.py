@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 
 from ..models import save
 from .checkpoint import Checkpoints, Restored, check_space, read_params, restore_from, write_params
@@ -87,8 +86,10 @@ class Run:
         learner = training.learner
         abstract = self.parallelism.abstract(learner.make, learner.specs)
         if self.main:
-            check_space(self.folder.folder, (self.intervals.keep + 1) * count_bytes(abstract))
+            kept = self.intervals.keep + self.intervals.keep_best + 1
+            check_space(self.folder.checkpoints, kept * count_bytes(abstract))
         # A checkpoint that does not fit, or of other data, is refused before anything is written.
+        self.folder.fetch_checkpoints()
         new = not self.folder.checkpoints.exists()
         named = self._named_checkpoint(training.steps, abstract) if new else None
         if named is not None:
@@ -98,6 +99,7 @@ class Run:
         checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=self.intervals.keep,
+            keep_best=self.intervals.keep_best,
             report=self.progress.line,
             saved=self.folder.publish,
         )
@@ -148,8 +150,7 @@ class Run:
         if self.main:
             self.folder.require_lock()
             write_params(self._best, params)
-        if jax.process_count() > 1:  # all processes read it at the end
-            multihost_utils.sync_global_devices("best_kept")
+        self.folder.share(self._best.name)  # all processes read it at the end
 
     def best_params(self) -> Any:
         """Return the parameters last saved by `keep_best`, on the host."""

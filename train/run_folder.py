@@ -7,11 +7,12 @@ or the file system lost the lock, writes nothing more.
 A line of `metrics.jsonl` has the means over the steps since the line before, and as `total_...` the sums over the run.
 It contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
 that of an uninterrupted one. Speeds are on the progress line, in TensorBoard, in results.json, and in
-`speeds.jsonl`: seconds per step, tokens per second, the share of the time spent waiting for data and, on a TPU or an
-H100 or H200, model FLOPs utilisation and memory.
+`speeds.jsonl`: seconds per step, tokens per second, the share of the time spent waiting for data, the seconds that the
+training stood still for checkpoints and, on a TPU or an H100 or H200, model FLOPs utilisation and memory.
 
 A run folder in an object store is worked on in its mirror, and published at the start, after each checkpoint and at the
-end: there is no appending to an object, so the files of lines are copied whole.
+end: there is no appending to an object, so the files of lines are copied whole. Several processes have no disk in
+common, so Orbax writes their checkpoints to the store itself.
 """
 
 import dataclasses
@@ -22,14 +23,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
-from ..data.cloud.mirror import in_urls
+from ..data.cloud.mirror import fetch, in_urls, place_for_all, publish, url_of
 from ..data.errors import DataError
 from ..data.files import replacing, write_text
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
 from .errors import RunError
 from .lock import Lock
-from .machine.stores import Publisher
+from .machine.stores import CHECKPOINTS, Publisher
 from .machine.tracking import Tracker, Tracking
 from .sharding import in_any_process
 
@@ -70,7 +73,15 @@ class RunFolder:
         self._defaults = _defaults(config)  # of settings that an earlier version did not have
         self._free, self._upgrade = free, upgrade
         self._lock: Lock | None = None
-        self._publisher = Publisher(folder, report)
+        self._report = report
+        self._shared: str | None = None  # the folder as all processes write to it, if it is not this one
+        if url_of(folder) is not None and jax.process_count() > 1:
+            self._shared = place_for_all(folder)
+            if self._shared is None:
+                raise RunError(
+                    f"--out {folder}: several processes write checkpoints to a disk that they share, or to gs://."
+                )
+        self._publisher = Publisher(folder, report, CHECKPOINTS if self._shared else "")
         self._together(self._check_and_take)
 
     def _check(self) -> None:
@@ -144,9 +155,23 @@ class RunFolder:
             )
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
+    def checkpoints(self) -> epath.Path:
+        """The folder of the run's checkpoints: of several processes, in the store itself."""
+        return epath.Path(self._shared or self.folder.absolute()) / "checkpoints"
+
+    def fetch_checkpoints(self) -> None:
+        """Copy the run's checkpoints to this machine, if they are in a store and are read here."""
+        if self._shared is None:
+            fetch(self.folder / "checkpoints", missing=True, together=True, report=self._report)
+
+    def share(self, name: str) -> None:
+        """Let all processes have a file that process 0 has written; all must call it."""
+        if self._shared is not None and self.main:
+            publish(self.folder / name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"shared {name}")
+        if self._shared is not None and not self.main:
+            fetch(self.folder / name)
 
     def rewind(self, step: int) -> list[int]:
         """Remove the metrics and speeds after `step`, and damaged lines; return the numbers of those of the metrics.

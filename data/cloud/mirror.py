@@ -68,6 +68,12 @@ def url_of(path: Path) -> str | None:
     return f"{scheme}://{'/' * (scheme == 'file')}{'/'.join(parts)}"
 
 
+def place_for_all(path: Path) -> str | None:
+    """Return where Orbax writes what is mirrored here by itself, from several machines; None if it cannot."""
+    url = url_of(path) or ""
+    return url if url.startswith("gs://") else url.removeprefix("file://") if url.startswith("file://") else None
+
+
 def in_urls(text: str) -> str:
     """Return a text for the user in which paths of mirrors are those of their stores."""
     named = re.sub(rf"{re.escape(str(_root()))}/([a-z][a-z0-9+.-]*)/", r"\1://", text)
@@ -107,16 +113,22 @@ def fetch(
         start = left_out(names)
         there = {file: info for file, info in there.items() if not (start and _inside(file, root).startswith(start))}
         known = {file for file in index if file == root or file.startswith(f"{root}/")}
-        known -= {file for file in known if start and _inside(file, root).startswith(start)}
+        for file in known:  # what somebody has removed here is not removed there
+            if not (path / _inside(file, root)).is_file():
+                del index[file]
+        known = {file for file in known & index.keys() if not (start and _inside(file, root).startswith(start))}
         gone = known - there.keys()
-        differs = {file for file, info in there.items() if file not in index or index[file].version != _version(info)}
-        if together and (differs or gone) and path.exists():
+        differs = {file for file, info in there.items() if file in index and index[file].version != _version(info)}
+        if together and path.exists() and (gone or there.keys() - known or differs):
             report(f"{url} has changed since this machine last worked on it; it is copied anew")
             _remove(path)
+            for file in [file for file in index if file == root or file.startswith(f"{root}/")]:
+                del index[file]
+            gone = set()
         for file in gone:
             (path / _inside(file, root)).unlink(missing_ok=True)
             del index[file]
-        wanted = sorted(file for file in there if file in differs or not (path / _inside(file, root)).is_file())
+        wanted = sorted(file for file in there if file not in index or file in differs)
         if wanted:
             size = sum(there[file].get("size") or 0 for file in wanted)
             report(f"copying {url} to this machine: {len(wanted):,} files, {size / 2**20:,.1f} MiB")
@@ -184,6 +196,11 @@ def claim(folder: Path) -> None:
             fs.invalidate_cache()
             _put(fs, folder / CLAIM, f"{root}/{CLAIM}")
             _claims[folder] = (folder / CLAIM).read_text()
+
+
+def claimed(folder: Path) -> bool:
+    """Tell whether this process has claimed a folder."""
+    return folder in _claims
 
 
 def _require_claim(fs: Any, root: str, folder: Path) -> None:

@@ -78,6 +78,14 @@ class Mixture(NumberedBatches):
         rows = self._tasks[name].batch(range(first, first + self._share))
         return {f"{name}/{key}": values for key, values in rows.items()}
 
+    def one_of_each(self) -> dict[str, Batch]:
+        """Return this process's part of the first batch of each task."""
+        numbers = range(self._index * self._share, (self._index + 1) * self._share)
+        return {
+            name: {f"{name}/{key}": values for key, values in rows.batch(numbers).items()}
+            for name, rows in self._tasks.items()
+        }
+
     def get_state(self) -> dict[str, Any]:
         """Return the state for `set_state`."""
         return {"tasks": self._of, "batches": self._done}

@@ -262,6 +262,15 @@ def test_best_is_remembered_over_a_restart(tmp_path):
     checkpoints.close()
 
 
+def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path):
+    values = [1.0, 5.0, 2.0, 6.0, 1.0, 1.0, 1.0, 1.0]
+    loop = LoopConfig(keep=1, keep_best=2, evaluate_every=1, checkpoint_every=3)
+    run_once(tmp_path / "run", values, [], patience=0, loop=loop)
+    steps = sorted(int(path.stem) for path in (tmp_path / "run" / "checkpoints").glob("*.json"))
+    assert steps == [2, 4, 8]
+    assert steps == sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
+
+
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     whole = run_once(tmp_path / "run", [1.0] * STEPS, [], patience=0)
     other = whole.state.replace(opt_state=(whole.state.opt_state, {"running_mean": whole.state.params}))

@@ -58,15 +58,24 @@ def test_losses_of_one_device(workshop, uninterrupted, devices, flags):
 
 
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
-def test_two_processes_of_two_devices(workshop, uninterrupted, parallel):
-    """Stopped by a SIGTERM to one of them, both save and exit with 75; one process ends the run, to the same losses."""
-    out = workshop.folder / f"processes-{parallel}"
+def test_two_processes_of_two_devices(workshop, uninterrupted, parallel, monkeypatch):
+    """Stopped by a SIGTERM to one of them, both save and exit with 75; one process ends the run, to the same losses.
+
+    One of the runs is in a store, and each process on a machine of its own.
+    """
+    out, machines = workshop.folder / f"processes-{parallel}", workshop.folder / "machines"
+    run = f"file://{out}" if parallel == "mesh" else str(out)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--parallel", parallel, "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
-    both = [workshop.start(*workshop.arguments(out, *flags, "--process", str(rank)), devices=2) for rank in (0, 1)]
+    both = []
+    for rank in (0, 1):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(machines / str(rank)))
+        both.append(workshop.start(*workshop.arguments(run, *flags, "--process", str(rank)), devices=2))
     path = out / "metrics.jsonl"
+    if parallel == "mesh":
+        path = machines / "0" / "bestiary" / "mirror" / "file" / str(path).lstrip("/")
     while all(one.poll() is None for one in both) and not (path.exists() and '"step": 8,' in path.read_text()):
         time.sleep(0.02)
     both[1].send_signal(signal.SIGTERM)
@@ -74,7 +83,8 @@ def test_two_processes_of_two_devices(workshop, uninterrupted, parallel):
     assert [one.returncode for one in both] == [75, 75], said
     assert "stopped and saved at step" in said[0]
     assert "step" not in said[1]  # only process 0 speaks
-    assert "resuming from step" in workshop.pretrain(out)
+    assert (out / "checkpoints").is_dir()
+    assert "resuming from step" in workshop.pretrain(run)
     assert_same_losses(out, uninterrupted)
 
 

@@ -31,7 +31,8 @@ def operations(jaxpr: Any) -> float:
         else:
             times = params.get("length", 1) if name == "scan" else 1
             if name == "shard_map":
-                times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+                axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # JAX 0.12, 0.11
+                times = math.prod(params["mesh"].shape[axis] for axis in axes)
             again = AGAIN if params.get("differentiated") else 1.0
             total += sum(inner) * times * again
     return total

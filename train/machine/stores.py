@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...data.cloud.mirror import ClaimedError, claim, fetch, mirror, publish, scheme_of, url_of
+from ...data.cloud.mirror import ClaimedError, claim, claimed, fetch, mirror, publish, scheme_of, url_of
 from ..errors import RunError
 from ..progress import Progress
 
@@ -22,6 +22,12 @@ OUTPUTS = (
 """Flags that name what is written."""
 CACHES = ("cache",)
 """Flags that name a folder of which each part is fetched when it is needed, and published when it is made."""
+
+
+CHECKPOINTS = "checkpoints/"
+"""Folder in a run's that is not copied if only its model is needed; a run that resumes fetches its own."""
+RUN = {"config.json", "metrics.jsonl"}
+"""Files by which a run's folder is known."""
 
 
 @contextmanager
@@ -64,14 +70,14 @@ def on_mirrors(
                 path,
                 missing=flag in OUTPUTS,
                 together=flag in OUTPUTS,
-                left_out=lambda names, flag=flag: "checkpoints/" if _is_read_for_its_model(flag, names) else "",
+                left_out=lambda names, flag=flag: CHECKPOINTS if flag != "resume_from" and names >= RUN else "",
                 report=Progress().line,
             )
     yield local
     if _main_process():
         for flag, path in named:
-            if flag in OUTPUTS:
-                publish(path)
+            if flag in OUTPUTS:  # the checkpoints of a run are there
+                publish(path, left_out=CHECKPOINTS if claimed(path) else "")
 
 
 def _parts(arguments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -95,11 +101,6 @@ def _opens(value: str) -> bool:
     return scheme in available_protocols()
 
 
-def _is_read_for_its_model(flag: str, names: set[str]) -> bool:
-    """Tell whether a folder is that of a run whose checkpoints are not needed."""
-    return flag not in (*OUTPUTS, "resume_from") and {"config.json", "metrics.jsonl"} <= names
-
-
 def _main_process() -> bool:
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0
@@ -114,10 +115,11 @@ class Publisher:
     Args:
         folder: the run folder.
         report: called with a line for the user.
+        left_out: start of the names that are not published: of what is written there by itself.
     """
 
-    def __init__(self, folder: Path, report: Callable[[str], None]):
-        self._folder, self._report = folder, report
+    def __init__(self, folder: Path, report: Callable[[str], None], left_out: str = ""):
+        self._folder, self._report, self._left_out = folder, report, left_out
         self._thread: threading.Thread | None = None
         self._again = threading.Event()
         self._refused: ClaimedError | None = None
@@ -148,7 +150,7 @@ class Publisher:
         while self._again.is_set():
             self._again.clear()
             try:
-                publish(self._folder)
+                publish(self._folder, left_out=self._left_out)
             except ClaimedError as error:
                 self._refused = error
                 return
@@ -170,4 +172,4 @@ class Publisher:
             self._active = False
             if self._thread is not None:
                 self._thread.join()
-            publish(self._folder)
+            publish(self._folder, left_out=self._left_out)

@@ -11,9 +11,10 @@ class PlanConfig:
     """Plan a run on chips that are not here: does it fit, how fast can it be, what do its devices exchange.
 
     bestiary plan COMMAND --target CHIP:TOPOLOGY, with the flags of the command: pretrain, distill, finetune TASK,
-    translate train, text2text train, images train or images finetune. Its training step is compiled as it would be
-    there. Data, tokenizers and checkpoints that are not given are replaced by others of the same sizes; --model may be
-    a size of `bestiary models` everywhere. Of the batches of --phases and --batch-ramp, the largest are planned.
+    translate train, text2text train, images train, images finetune or multitask train, for each task. Its training
+    step is compiled as it would be there; with --parallel pmap, beside that of the mesh. Data, tokenizers and
+    checkpoints that are not given are replaced by others of the same sizes; --model may be a size of `bestiary models`
+    everywhere. Of the batches of --phases and --batch-ramp, the largest are planned.
     """
 
     target: str

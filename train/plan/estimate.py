@@ -17,7 +17,6 @@ import jax
 
 from ..learner import count_parameters
 from ..machine.chips import GIB, Target
-from ..machine.operations import operations
 from .planned import Step
 from .program import Collective, Program
 
@@ -84,13 +83,13 @@ class Plan:
         return found
 
 
-def make_plan(step: Step, target: Target, needed: float | None = None) -> tuple[Plan, Any]:
+def make_plan(step: Step, target: Target, needed: float) -> tuple[Plan, Any]:
     """Compile a step.
 
     Args:
         step: the step.
         target: the chips it is traced for.
-        needed: operations that the model needs; None: those of the step itself, which has plain attention.
+        needed: operations that the model needs, on all devices.
 
     Returns:
         (the plan, the compiled program or None if it does not fit)
@@ -116,7 +115,7 @@ def make_plan(step: Step, target: Target, needed: float | None = None) -> tuple[
         parameters=count_parameters(step.state.params),
         unit=unit,
         units=units,
-        model_flops=operations(step.traced.jaxpr.jaxpr) if needed is None else needed,
+        model_flops=needed,
         compile_seconds=seconds,
         problem=problem,
     )

@@ -1,6 +1,7 @@
 """Plan a training command for chips that are not here: `bestiary plan COMMAND --target CHIP:TOPOLOGY`."""
 
 import dataclasses
+import math
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -42,10 +43,17 @@ def plan(config: PlanConfig, command: Command) -> int:
         planner = Planner(target, command, settings, Path(folder))
         if config.search:
             return _search(config, planner, stand_ins.remarks)
-        step, found, compiled = planner.plan()
+        planned = planner.plan()
+        beside = planner.plan(parallel="mesh")[0][1] if setting(settings, "parallel") == "pmap" else None
+    for step, found, _ in planned:
+        if step.task:
+            print(f"task         {step.task}")
+        for line in lines(found, target.chip):
+            print(line)
+        if beside is not None:
+            print(pmap_line(found, beside))
+    step, found, compiled = largest(planned)
     listed = tensors(step)
-    for line in lines(found, target.chip):
-        print(line)
     for remark in stand_ins.remarks:
         print(f"assumed      {remark}")
     if setting(settings, "attention") is None:
@@ -55,7 +63,9 @@ def plan(config: PlanConfig, command: Command) -> int:
     if config.shardings:
         print("\n".join(tensor_lines(listed)))
     if config.json is not None:
-        write_json(config.json, found.to_json() | {"assumed": stand_ins.remarks, "tensors": listed})
+        tasks = {step.task: one.to_json() for step, one, _ in planned if step.task}
+        more = {"tasks": tasks} if tasks else {"mesh_instead": beside.to_json()} if beside else {}
+        write_json(config.json, found.to_json() | more | {"assumed": stand_ins.remarks, "tensors": listed})
     if config.chart is not None:
         with replacing(config.chart) as unfinished:
             draw(found, unfinished)
@@ -67,6 +77,23 @@ def plan(config: PlanConfig, command: Command) -> int:
     return 0 if found.fits else 1
 
 
+def largest(planned: Sequence[tuple[Step, Plan, Any]]) -> tuple[Step, Plan, Any]:
+    """Return what needs most memory, of the plans of several tasks."""
+    return max(planned, key=lambda one: one[1].memory.peak if one[1].memory else math.inf)
+
+
+def pmap_line(found: Plan, mesh: Plan) -> str:
+    """Say what pmap costs beside a mesh on whose data axis all devices are."""
+    if found.memory is None or mesh.memory is None:
+        return "pmap         one of the two does not fit: no comparison with --parallel mesh"
+    sent, there = (sum(one.sent for one in plan.collectives) for plan in (found, mesh))
+    times = [" to ".join(f"{1e3 * plan.seconds[end]:.2f}" for end in ("at_least", "at_most")) for plan in (found, mesh)]
+    return (
+        f"pmap         {gib(found.memory.peak)} on each device, {gib(sent)} sent, {times[0]} ms; with --parallel "
+        f"mesh {gib(mesh.memory.peak)}, {gib(there)}, {times[1]} ms"
+    )
+
+
 class Planner:
     """Plan a command with several settings."""
 
@@ -75,20 +102,22 @@ class Planner:
         self._command, self._folder = command, folder
         self._needed: dict[int, float] = {}
 
-    def step(self, settings: Any) -> Step:
-        """Trace the step of these settings."""
+    def steps(self, settings: Any) -> list[Step]:
+        """Trace the step of these settings, or those of their tasks."""
         return trace(self._command.main, settings, self.target, setting(settings, "attention"), self._folder)
 
-    def plan(self, **changes: Any) -> tuple[Step, Plan, Any]:
-        """Plan the settings with some changed."""
+    def plan(self, **changes: Any) -> list[tuple[Step, Plan, Any]]:
+        """Plan the settings with some changed: their step, or those of their tasks."""
         settings = self.settings
         for name, value in changes.items():
             settings = changed(settings, name, value)
-        step = self.step(settings)
-        needed = None
+        steps = counted = self.steps(settings)
         if setting(settings, "attention") not in (None, "xla"):  # kernels' operations are those of plain attention
-            needed = operations(self.step(changed(settings, "attention", "xla")).traced.jaxpr.jaxpr)
-        return step, *make_plan(step, self.target, needed)
+            counted = self.steps(changed(settings, "attention", "xla"))
+        return [
+            (step, *make_plan(step, self.target, operations(whole.traced.jaxpr.jaxpr)))
+            for step, whole in zip(steps, counted, strict=True)
+        ]
 
 
 def largest_stage(settings: Any) -> tuple[Any, list[str]]:
@@ -115,7 +144,7 @@ def _search(config: PlanConfig, planner: Planner, remarks: Sequence[str]) -> int
         if any(row["fits"] and row["mesh"] == mesh and not row["remat"] for row in rows):
             continue  # recomputing or accumulating would only be slower
         try:
-            _, found, _ = planner.plan(mesh=mesh, remat=remat, accumulate=accumulate)
+            _, found, _ = largest(planner.plan(mesh=mesh, remat=remat, accumulate=accumulate))
         except ValueError as error:
             print(f"{mesh:<24} {remat!s:<6} {accumulate:<11} {str(error).partition(chr(10))[0]}")
             continue

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from ...data.multitask.mixture import Mixture
 from ...kernels.platform import compiling_for
 from ..errors import RunError
 from ..loop import Stop, Training
@@ -18,7 +21,7 @@ from ..machine.chips import Target
 from ..progress import Progress
 from ..run import Run, RunConfig, planning
 from ..run_folder import RunFolder
-from ..sharding import Parallelism, make_mesh
+from ..sharding import Parallelism, Replicas, TrainStep, make_mesh
 
 LOWERED = {"gpu": "cuda"}
 """Platforms by the names that programs are lowered for, where they differ."""
@@ -33,6 +36,7 @@ class Step(NamedTuple):
     state: Any  # TrainState of ShapeDtypeStructs with shardings
     batch: dict[str, Any]
     fixed: tuple[Any, ...]
+    task: str = ""  # whose batches it takes, of several
 
     def compile(self) -> Any:
         """Compile it."""
@@ -42,9 +46,9 @@ class Step(NamedTuple):
 class Planned(Exception):
     """Raised where the training would begin."""
 
-    def __init__(self, step: Step):
+    def __init__(self, steps: list[Step]):
         super().__init__("planned")
-        self.step = step
+        self.steps = steps
 
 
 class PlannedParallelism(Parallelism):
@@ -71,25 +75,49 @@ class PlannedParallelism(Parallelism):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
+class PlannedPmap(PlannedParallelism):
+    """`jax.pmap` over devices that are not there: every device has the whole state, as it says by `shard_map`."""
+
+    def _shardings(self, shapes: Any, specs: Any) -> Any:
+        del specs
+        return jax.tree.map(lambda _: NamedSharding(self.mesh, P()), shapes)
+
+    def compile_train(self, step: Callable[..., tuple[Any, Any]], specs: Any, *fixed: Any) -> TrainStep:
+        def replica(state: Any, batch: Any, *fixed: Any) -> tuple[Any, Any]:
+            return step(state, batch, Replicas("data"), *fixed)
+
+        whole = P(), P("data"), *(P() for _ in fixed)
+        run = jax.jit(
+            jax.shard_map(replica, mesh=self.mesh, in_specs=whole, out_specs=P(), check_vma=False), donate_argnums=0
+        )
+        return TrainStep(run, run.trace, fixed)
+
+
 @dataclass(frozen=True)
 class PlannedRun(Run):
-    """A run whose `fit` traces the training step, and ends the command."""
+    """A run whose `fit` traces the training step, once for each task, and ends the command."""
 
     platform: str = "tpu"
 
     def fit(self, training: Training) -> NoReturn:
         parallelism, learner = self.parallelism, training.learner
         state = parallelism.abstract(learner.make, learner.specs)
-        batch = parallelism.shard_batch(next(training.batches))
-        traced = parallelism.compile_train(training.step, learner.specs, *training.fixed).trace(state, batch)
-        raise Planned(Step(traced, self.platform, dict(parallelism.mesh.shape), state, batch, training.fixed))
+        train = parallelism.compile_train(training.step, learner.specs, *training.fixed)
+        of = training.batches
+        batches = of.one_of_each() if isinstance(of, Mixture) else {"": next(of)}
+        steps = []
+        for task, values in batches.items():
+            batch = parallelism.shard_batch(values)
+            traced = train.trace(state, batch)
+            steps.append(Step(traced, self.platform, dict(parallelism.mesh.shape), state, batch, training.fixed, task))
+        raise Planned(steps)
 
 
 KERNELS = ("tpu", "hopper")
 
 
-def trace(main: Callable[[Any], int], config: Any, target: Target, attention: str | None, folder: Path) -> Step:
-    """Run a command up to its training; return its step.
+def trace(main: Callable[[Any], int], config: Any, target: Target, attention: str | None, folder: Path) -> list[Step]:
+    """Run a command up to its training; return its step, or those of its tasks.
 
     Args:
         main: the command.
@@ -107,9 +135,10 @@ def trace(main: Callable[[Any], int], config: Any, target: Target, attention: st
 
     @contextmanager
     def start(run: RunConfig) -> Iterator[Run]:
-        if run.parallelism.parallel != "mesh":
-            raise RunError("--parallel pmap: it is planned as --mesh data=-1, whose program does the same.")
-        parallelism = PlannedParallelism(make_mesh(run.parallelism.mesh, target.devices))
+        of = PlannedParallelism if run.parallelism.parallel == "mesh" else PlannedPmap
+        parallelism = of(make_mesh(run.parallelism.mesh, target.devices))
+        if of is PlannedPmap and parallelism.mesh.shape["data"] != len(target.devices):
+            raise RunError(f"--parallel pmap: --mesh {run.parallelism.mesh} must put all devices on the data axis.")
         with closing(RunFolder(folder / "run", run, frozenset())) as run_folder:
             yield PlannedRun(
                 run, run_folder, parallelism, Progress(shown=False), Stop(), time.perf_counter(), target.chip.platform
@@ -123,5 +152,5 @@ def trace(main: Callable[[Any], int], config: Any, target: Target, attention: st
         try:
             main(config)
         except Planned as planned:
-            return planned.step
+            return planned.steps
     raise RunError("Nothing is trained: the command ended before its first step.")

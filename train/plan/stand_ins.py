@@ -57,6 +57,7 @@ class StandIns:
             "translate": self._translate,
             "text2text": self._text2text,
             "images": self._images,
+            "multitask": self._multitask,
         }
         self._add("out", self._folder / "out")
         fill[self._words[0]]()
@@ -186,6 +187,9 @@ class StandIns:
                 Image.new("RGB", (300 + number, 300)).save(path)
             self._add("data", self._folder / "images")
             self.remarks.append(f"{CLASSES} classes, in images of the model's size")
+
+    def _multitask(self) -> None:
+        self.remarks.append("the data and checkpoints that the task file names: it is planned with them")
 
     # --- parts ---
 

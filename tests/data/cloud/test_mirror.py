@@ -1,6 +1,7 @@
 """Mirrors of an object store: what is copied, in what order, and what a process that was killed leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -139,6 +140,22 @@ def test_a_run_that_another_machine_went_on_with_is_copied_anew(on_machine, stor
     assert "memory://b/run has changed since this machine last worked on it" in said[0]
     assert (run / "metrics.jsonl").read_text() == "1\n2\n3\n"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3.json"]
+
+
+def test_what_is_missing_here_is_not_removed_there(on_machine, store):
+    """Somebody has emptied the cache, or a run's checkpoints are not needed here."""
+    run = mirror("memory://b/run")
+    for name in ("metrics.jsonl", "checkpoints/3.json"):
+        written(run / name, name)
+    publish(run)
+    shutil.rmtree(run)
+    fetch(run, together=True, left_out=lambda _: "checkpoints/")
+    written(run / "metrics.jsonl", "more")
+    publish(run)
+    assert sorted(store.find("/b/run")) == ["/b/run/checkpoints/3.json", "/b/run/metrics.jsonl"]
+    assert not (run / "checkpoints").exists()
+    fetch(run / "checkpoints", together=True)
+    assert (run / "checkpoints" / "3.json").exists()
 
 
 def test_the_last_process_to_claim_a_folder_has_it(on_machine, store):

@@ -18,11 +18,12 @@ from bestiary.train.machine.chips import CHIPS, Chip, Target, parse_target
 from bestiary.train.machine.operations import operations
 from bestiary.train.plan.arguments import divide
 from bestiary.train.plan.config import PlanConfig
-from bestiary.train.plan.estimate import make_plan
-from bestiary.train.plan.plan import Command, Planner, candidates, changed, largest_stage, setting
-from bestiary.train.plan.planned import Step
+from bestiary.train.plan.estimate import gib, make_plan
+from bestiary.train.plan.plan import Command, Planner, candidates, changed, largest_stage, pmap_line, setting
+from bestiary.train.plan.planned import PlannedPmap, Step
 from bestiary.train.plan.program import Program
 from bestiary.train.plan.stand_ins import StandIns
+from bestiary.train.sharding import make_mesh
 
 HERE = Chip("CPU", "cpu", 1e12, 1 << 34, 1e11, 1e10, 1e9, 1, "nowhere")
 LAYERS, ROWS, WIDTH, INNER = 3, 64, 32, 128
@@ -86,8 +87,31 @@ COMMAND_LINES = {
     "pretrain": "pretrain --model bert-tiny --batch-tokens 4096",
     "squad": "finetune squad --model bert-tiny --batch-size 8 --max-length 64 --max-question 16 --doc-stride 16",
     "translate": "translate train --preset transformer-tiny --batch-tokens 2048",
-    "images": "images train --model vit-tiny --batch-size 8 --image-size 32 --patch-size 8 --layers 2",
+    "multitask": "multitask train --batch-size 8 --config",
+    "images": "images train --parallel pmap --model vit-tiny --batch-size 8 --image-size 32 --patch-size 8 --layers 2",
 }
+
+
+TASKS = """
+[text]
+model = "bert-tiny"
+width = 32
+layers = 1
+heads = 4
+[decoder]
+width = 32
+layers = 1
+heads = 4
+feed_forward = 64
+[tasks.first]
+kind = "text-classification"
+data = "{0}/SST-2"
+glue = "sst2"
+[tasks.second]
+kind = "text-classification"
+data = "{0}/SST-2"
+glue = "sst2"
+"""
 
 
 def planner(line: str, folder: Path) -> Planner:
@@ -105,21 +129,49 @@ def planner(line: str, folder: Path) -> Planner:
 
 
 @pytest.mark.parametrize("name", COMMAND_LINES)
-def test_every_training_command_is_traced_without_data_or_weights(name, tmp_path):
-    made = planner(COMMAND_LINES[name], tmp_path / "made")
-    step = made.step(made.settings)
-    assert operations(step.traced.jaxpr.jaxpr) > 1e8
-    assert all(leaf.sharding is not None for leaf in jax.tree.leaves((step.state, step.batch)))
-    rows = {leaf.shape[0] for leaf in step.batch.values()}
-    assert len(rows) == 1
-    assert rows.pop() % 8 == 0
+def test_every_training_command_is_traced_without_data_or_weights(name, tmp_path, repository):
+    (tmp_path / "tasks.toml").write_text(TASKS.format(repository / "docs" / "examples"))
+    made = planner(COMMAND_LINES[name].replace("--config", f"--config {tmp_path / 'tasks.toml'}"), tmp_path / "made")
+    steps = made.steps(made.settings)
+    assert [step.task for step in steps] == (["first", "second"] if name == "multitask" else [""])
+    for step in steps:
+        assert operations(step.traced.jaxpr.jaxpr) > 1e7
+        assert all(leaf.sharding is not None for leaf in jax.tree.leaves((step.state, step.batch)))
+        rows = {leaf.shape[0] for leaf in step.batch.values()}
+        assert len(rows) == 1
+        assert rows.pop() % 8 == 0
+
+
+def test_pmap_holds_the_whole_state_on_every_device():
+    """Its gradients are added up over all devices, and its operations are those of the mesh."""
+    spread = PlannedPmap(make_mesh("data=8", jax.devices()))
+
+    def step(weights, batch, replicas):
+        loss, gradient = jax.value_and_grad(lambda w: (batch["x"] @ w).sum())(weights)
+        return weights - replicas.sum(gradient), {"loss": replicas.sum(loss)}
+
+    specs = P("embed", "mlp")
+    weights = spread.abstract(lambda: jnp.zeros((WIDTH, INNER)), specs)
+    index, parts = spread.share(ROWS)
+    assert (index, parts) == (0, ROWS)
+    batch = spread.shard_batch({"x": np.zeros((1, WIDTH), np.float32)})
+    traced = spread.compile_train(step, specs).trace(weights, batch)
+    made = Step(traced, "cpu", dict(spread.mesh.shape), SimpleNamespace(params=weights, opt_state=()), batch, ())
+    needed = operations(traced.jaxpr.jaxpr)
+    assert needed == 2 * 2 * ROWS * WIDTH * INNER
+    found, _ = make_plan(made, Target("here:8", HERE, jax.devices(), 1), needed)
+    assert found.memory is not None
+    assert found.memory.parameters == 4 * WIDTH * INNER
+    assert sum(one.bytes * one.runs for one in found.collectives) == pytest.approx(4 * WIDTH * INNER, abs=16)
+    assert {one.axes for one in found.collectives} == {("data",)}
+    assert f"pmap         {gib(found.memory.peak)} on each device" in pmap_line(found, found)
 
 
 def test_the_memory_of_a_plan_is_the_compilers():
     traced, (weights, hidden) = layers(remat=False)
     state, batch = SimpleNamespace(params=weights, opt_state=weights), {"input_ids": hidden}
     step = Step(traced, "cpu", {"data": 4, "tensor": 2}, state, batch, ())
-    plan, compiled = make_plan(step, Target("here:8", HERE, jax.devices(), 1))
+    plan, compiled = make_plan(step, Target("here:8", HERE, jax.devices(), 1), 3 * FORWARD)
     report = compiled.memory_analysis()
     assert plan.memory is not None
     assert plan.memory.peak == (
@@ -134,7 +186,7 @@ def test_the_memory_of_a_plan_is_the_compilers():
     assert plan.fits
     assert plan.seconds["at_least"] <= plan.seconds["at_most"]
     small = Target("here:8", HERE._replace(memory=plan.memory.peak - 1), jax.devices(), 1)
-    assert not make_plan(step, small)[0].fits
+    assert not make_plan(step, small, 3 * FORWARD)[0].fits
 
 
 def test_a_checkpoint_of_holes_loads(tmp_path):
@@ -158,7 +210,7 @@ def test_the_flags_of_a_plan_are_told_from_those_of_the_command():
     assert divide(text.split()) == (["--target", "v5e:4x4"], ["translate", "train", "--target", "a.de"])
 
 
-@pytest.mark.parametrize("line", ["multitask train --config c.toml", "finetune glue", "finetune glue --as-text"])
+@pytest.mark.parametrize("line", ["finetune glue", "finetune glue --as-text"])
 def test_commands_of_several_programs_are_not_planned(line, capsys):
     assert main(["plan", *line.split(), "--target", "v5e:2x2"]) == 1
     assert "the commands are pretrain, distill, finetune, translate train" in capsys.readouterr().err
@@ -167,7 +219,7 @@ def test_commands_of_several_programs_are_not_planned(line, capsys):
 def test_attention_that_needs_the_gpu_is_refused(tmp_path):
     made = planner("pretrain --model bert-tiny --attention cudnn", tmp_path)
     with pytest.raises(RunError, match="--attention cudnn: only a machine with such a GPU compiles it; plan with hop"):
-        made.step(made.settings)
+        made.steps(made.settings)
 
 
 def test_what_a_search_does_not_make_is_refused():

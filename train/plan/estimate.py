@@ -39,6 +39,11 @@ class Memory:
         """The most that is in use at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
+    @property
+    def others(self) -> int:
+        """Arguments without a name, and padding; none if the compiler leaves out arguments that nothing reads."""
+        return max(0, self.arguments - self.parameters - self.optimizer - self.batch)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -25,7 +25,7 @@ def lines(plan: Plan, chip: Chip) -> Iterator[str]:
         return
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"memory       {verdict}: {gib(memory.peak)} of {gib(plan.available)} on each device, by the compiler"
-    others = memory.arguments - memory.parameters - memory.optimizer - memory.batch
+    others = memory.others
     yield (
         f"             parameters {gib(memory.parameters)}, optimiser {gib(memory.optimizer)}, batch "
         f"{gib(memory.batch)}, padding and others {gib(others)}, temporaries {gib(memory.temporaries)}, code "
@@ -103,12 +103,11 @@ def draw(plan: Plan, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     memory = plan.memory
     if memory is not None:
-        named = memory.parameters + memory.optimizer + memory.batch
         parts = {
             "parameters": memory.parameters,
             "optimiser": memory.optimizer,
             "batch": memory.batch,
-            "others": memory.arguments - named,
+            "others": memory.others,
             "temporaries": memory.temporaries,
             "code": memory.code,
         }

@@ -31,7 +31,7 @@ def decode(data: bytes, where: str, channels: int | None = 3) -> np.ndarray:
     Raises:
         DataError: it is no image, damaged, truncated, without pixels, or larger than `MOST_PIXELS`.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if len(data) > MOST_BYTES:
         raise DataError(f"{where}: {len(data):,} bytes, beyond the limit of {MOST_BYTES:,} for an image.")
@@ -43,6 +43,9 @@ def decode(data: bytes, where: str, channels: int | None = 3) -> np.ndarray:
             return _pixels(ImageOps.exif_transpose(image), where, channels)
     except (DataError, MemoryError):
         raise
+    except UnidentifiedImageError:
+        what = "an empty file" if not data else f"it begins with {data[:8]!r}"
+        raise DataError(f"{where}: not an image that can be read ({what}).") from None
     except Exception as error:  # decoders raise anything for damaged data
         if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise DataError(f"{where}: more than the limit of {MOST_PIXELS:,} pixels.") from None
@@ -69,6 +72,8 @@ def _pixels(image, where: str, channels: int | None) -> np.ndarray:
         channels = 1 if image.mode in GREY or image.mode.startswith("I;16") else 3
     if image.mode == "F":
         raise DataError(f"{where}: its values are floating-point numbers; expected 8 or 16 bits.")
+    if image.mode in ("LAB", "HSV"):
+        raise DataError(f"{where}: its colours are in {image.mode}; expected grey, RGB, CMYK or YCbCr. Convert it.")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         low, high = int(values.min()), int(values.max())

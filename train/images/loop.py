@@ -122,8 +122,9 @@ def read_splits(config: ImagesConfig, run: Run) -> tuple[ImageSet, dict[str, Ima
 class Evaluation:
     """Evaluation on one split; `latest` is the last evaluated state and its logits."""
 
-    def __init__(self, classifier: Classifier, start: Start, images: ImageSet, batch: int):
+    def __init__(self, classifier: Classifier, start: Start, images: ImageSet, batch: int, loss: str):
         self._classifier, self._start, self.images, self._batch = classifier, start, images, batch
+        self._loss = loss
         self.latest: tuple[TrainState, np.ndarray] | None = None
 
     def logits(self, params: Any, stop: Stop | None = None) -> Any:
@@ -136,7 +137,7 @@ class Evaluation:
         if logits is None:
             return None
         self.latest = state, logits
-        return evaluate(logits, self.images.labels)
+        return evaluate(logits, self.images.labels, self._loss)
 
 
 def _train(run: Run, c: TrainConfig | FinetuneConfig) -> int:
@@ -160,7 +161,9 @@ def _train(run: Run, c: TrainConfig | FinetuneConfig) -> int:
     divisor = run.parallelism.divisor
     classifier = Classifier(model, run.parallelism, run.progress)
     tests = {
-        split: Evaluation(classifier, start, images, -(-min(EVALUATED, len(images.labels)) // divisor) * divisor)
+        split: Evaluation(
+            classifier, start, images, -(-min(EVALUATED, len(images.labels)) // divisor) * divisor, c.loss
+        )
         for split, images in evaluation.items()
     }
     first = next(iter(tests.values()))
@@ -188,7 +191,7 @@ def _train(run: Run, c: TrainConfig | FinetuneConfig) -> int:
     for split, test in tests.items():
         known = test.latest is not None and test.latest[0] is fitted.state and not export_best
         logits = test.latest[1] if known and test.latest is not None else test.logits(chosen)
-        metrics[split] = evaluate(logits, test.images.labels)
+        metrics[split] = evaluate(logits, test.images.labels, c.loss)
         if run.main:
             write_report(c.out / "report", split, Classified(train.classes, test.images.labels, logits.argmax(axis=-1)))
     params = on_host(chosen)

@@ -54,8 +54,8 @@ def png_of(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "x.png: not an image that can be read"),
-        (b"hello", "x.png: not an image that can be read"),
+        (b"", r"x\.png: not an image that can be read \(an empty file\)"),
+        (b"hello", r"x\.png: not an image that can be read \(it begins with b'hello'\)"),
         (png_of(10_000, MOST_PIXELS // 10_000 + 1), r"x.png: 10,000 x 5,001 pixels, beyond the limit of 50,000,000"),
         (png_of(60_000, 60_000), "x.png: more than the limit of 50,000,000 pixels"),
         (png_of(0, 5), "x.png: (an image of 0 x 5 pixels|not an image)"),
@@ -72,6 +72,11 @@ def test_truncated_files_are_refused(encoded, picture):
         whole = encoded(picture(40, 40), kind)
         with pytest.raises(DataError, match=r"y: (damaged or truncated|not an image)"):
             decode(whole[: len(whole) // 2], "y")
+
+
+def test_other_colour_spaces_are_refused(encoded):
+    with pytest.raises(DataError, match=r"lab\.tif: its colours are in LAB; expected grey, RGB, CMYK or YCbCr"):
+        decode(encoded(Image.new("LAB", (2, 2)), "TIFF"), "lab.tif")
 
 
 def test_floats_are_refused(encoded):

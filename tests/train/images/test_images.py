@@ -98,9 +98,18 @@ def finetune(run: Path, data: Path, out: Path, *more: str) -> Any:
     return models.load(out / "model").params
 
 
-def test_fine_tuning_at_another_size_with_frozen_layers(run: Path, data: Path, tmp_path: Path, capsys):
+def test_fine_tuning_at_another_size_with_frozen_layers(run: Path, data: Path, tmp_path: Path, capsys, monkeypatch):
+    evaluated = []
+
+    def record(logits: np.ndarray, labels: np.ndarray, kind: str = "softmax") -> dict[str, float]:
+        evaluated.append(evaluate(logits, labels, kind)["loss"] == evaluate(logits, labels, "sigmoid")["loss"])
+        return evaluate(logits, labels, kind)
+
+    monkeypatch.setattr("bestiary.train.images.loop.evaluate", record)
     settings = ["--image-size", "12", "--loss", "sigmoid", "--freeze-layers", "1"]
     after = finetune(run, data, tmp_path / "finer", *settings)
+    assert len(evaluated) > 1
+    assert all(evaluated), "the metrics are those of the loss"
     said = capsys.readouterr().err
     assert "positions resized from 8 to 12 pixels (bicubic)" in said
     assert "newly initialised" not in said

@@ -101,40 +101,50 @@ def update(
     draw_window, draw_words = jax.random.split(key)
     reach = jax.random.randint(draw_window, (count,), 1, c.window + 1)
     offsets = np.array([offset for offset in range(-c.window, c.window + 1) if offset])
-    places = jnp.arange(count)[:, None] + jnp.asarray(c.window + offsets)[None]
-    middle = jax.lax.dynamic_slice(stream.ids, (c.window,), (count,))
-    sentence = jax.lax.dynamic_slice(stream.sentences, (c.window,), (count,))
+    size = stream.ids.shape[0]
+    spans = [slice(c.window + offset, c.window + offset + count) for offset in offsets.tolist()]
+    middle, sentence = (part[c.window : c.window + count] for part in stream)
     near = jnp.abs(jnp.asarray(offsets))[None] <= reach[:, None]
-    valid = near & (stream.sentences[places] == sentence[:, None]) & (sentence >= 0)[:, None]  # [N, C]
-    context = jnp.where(valid, stream.ids[places], words)  # beyond the table where there is no word
+    same = jnp.stack([stream.sentences[span] == sentence for span in spans], axis=1)
+    valid = near & same & (sentence >= 0)[:, None]  # [N, C]
     drawn = jnp.searchsorted(bounds, jax.random.bits(draw_words, (count, c.negatives), jnp.uint32), side="right")
     drawn = jnp.minimum(drawn.astype(jnp.int32), words - 1)
     targets = jnp.concatenate([middle[:, None], drawn], axis=1)  # [N, 1 + K]
     labels = jnp.zeros(targets.shape).at[:, 0].set(1.0)
     counted = jnp.concatenate([jnp.ones((count, 1), bool), drawn != middle[:, None]], axis=1)
-    vectors = tables.inputs.at[context].get(mode="fill", fill_value=0.0)  # [N, C, D]
-    against = tables.outputs[targets]  # [N, 1 + K, D]
-    size = valid.sum(axis=1).astype(jnp.float32)
+    # Windows overlap: a word's vector is read, and changed, once for all windows that it is in.
+    # The barriers keep XLA from computing what several terms of a sum share anew for each of them.
+    vectors, against = jax.lax.optimization_barrier((tables.inputs[stream.ids], tables.outputs[targets]))
+    found = valid.sum(axis=1).astype(jnp.float32)
+    weights = valid.astype(jnp.float32)
+    share = 1 / jnp.maximum(found, 1.0)
     if c.kind == "cbow":
-        share = 1 / jnp.maximum(size, 1.0)
-        vectors = (vectors.sum(axis=1) * share[:, None])[:, None]  # [N, 1, D]
-        pairs = (size > 0)[:, None]
+        total = reduce(add, [weights[:, place, None] * vectors[span] for place, span in enumerate(spans)])
+        given, pairs = [jax.lax.optimization_barrier(total * share[:, None])], (found > 0)[:, None]
     else:
-        share, pairs = jnp.ones(count), valid
+        given, pairs = [vectors[span] for span in spans], valid
     # Sums that are written out term by term: as products of small matrices they take several times as long on a CPU.
-    places_, drawn_ = range(vectors.shape[1]), range(1 + c.negatives)
-    logits = jnp.stack([jnp.einsum("nd,nkd->nk", vectors[:, place], against) for place in places_], axis=1)
+    logits = jnp.stack([jnp.einsum("nd,nkd->nk", vector, against) for vector in given], axis=1)
     chance = jnp.where(logits > SATURATED, 1.0, jnp.where(logits < -SATURATED, 0.0, jax.nn.sigmoid(logits)))
     used = (pairs[:, :, None] & counted[:, None]).astype(jnp.float32)
     loss = (used * (jax.nn.softplus(logits) - labels[:, None] * logits)).sum()
-    error = rate * used * (labels[:, None] - chance)
-    to_inputs = reduce(add, [error[:, :, k, None] * against[:, None, k] for k in drawn_])
-    to_outputs = reduce(add, [error[:, place, :, None] * vectors[:, place, None] for place in places_])
+    error = jax.lax.optimization_barrier(rate * used * (labels[:, None] - chance))
+    to_given = [
+        reduce(add, [error[:, place, k, None] * against[:, k] for k in range(1 + c.negatives)])
+        for place in range(len(given))
+    ]
+    to_outputs = reduce(add, [error[:, place, :, None] * vector[:, None] for place, vector in enumerate(given)])
     if c.kind == "cbow":
-        share = jnp.ones(count) if c.cbow_gradient == "sum" else share
-        to_inputs = jnp.broadcast_to(to_inputs * share[:, None, None], (*context.shape, c.width))
-    inputs = tables.inputs.at[context.reshape(-1)].add(to_inputs.reshape(-1, c.width), mode="drop")
-    outputs = tables.outputs.at[targets.reshape(-1)].add(to_outputs.reshape(-1, c.width), mode="drop")
+        own = to_given[0] if c.cbow_gradient == "sum" else to_given[0] * share[:, None]
+        own = jax.lax.optimization_barrier(own)
+        to_given = [weights[:, place, None] * own for place in range(len(spans))]
+    to_given = jax.lax.optimization_barrier(to_given)
+    to_vectors = reduce(
+        add,
+        [jnp.pad(part, ((span.start, size - span.stop), (0, 0))) for part, span in zip(to_given, spans, strict=True)],
+    )
+    inputs = tables.inputs.at[stream.ids].add(to_vectors)
+    outputs = tables.outputs.at[targets.reshape(-1)].add(to_outputs.reshape(-1, c.width))
     return Tables(inputs, outputs), loss, pairs.sum().astype(jnp.float32)
 
 

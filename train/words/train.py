@@ -2,15 +2,18 @@
 
     bestiary words train --corpus books/ --kind skipgram --out vectors.txt
 
-The corpus is read once, to numbers of words, and kept in memory: four bytes a word.
+The corpus is read once, to numbers of words, and kept in memory: four bytes a word. A run that was stopped or killed
+goes on, when the same command is given again, from what it has saved every minute; its vectors are those of an
+uninterrupted one.
 """
 
 import json
 import math
 import re
+import signal
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -30,8 +33,10 @@ from ...models.words.word2vec import (
     updates,
 )
 from ..errors import RunError
+from ..loop import RESTART, Stop
 from ..progress import Progress, Work
 from .config import WordsConfig
+from .unfinished import Place, Unfinished
 
 LETTERS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 UNKNOWN = "<unk>"
@@ -85,9 +90,11 @@ def read_words(config: WordsConfig, progress: Progress) -> Words:
 
 
 def batches(
-    config: WordsConfig, words: Words, epoch: int, keep: np.ndarray
+    config: WordsConfig, words: Words, epoch: int, keep: np.ndarray, first: int
 ) -> Iterator[tuple[Stream, np.ndarray, int]]:
     """Yield what is left of an epoch's text, `BATCHES` batches at a time, with the words before each and up to the end.
+
+    The `first` groups of batches are left out.
 
     Raises:
         RunError: too few words are left.
@@ -105,11 +112,18 @@ def batches(
     sentences = np.full(padded + 2 * edge, -1, np.int32)
     ids[edge : edge + len(left)], sentences[edge : edge + len(left)] = words.ids[left], words.sentences[left]
     rows = np.arange(BATCHES)[:, None] * size + np.arange(size + 2 * edge)[None]
-    for start in range(0, padded, block):
+    for start in range(first * block, padded, block):
         last = min(start + block, len(left)) - 1
         before = left[np.minimum(start + size * np.arange(BATCHES), len(left) - 1)]
         stream = Stream(jnp.asarray(ids[start + rows]), jnp.asarray(sentences[start + rows]))
         yield stream, before, int(left[last]) + 1
+
+
+def added(place: Place, waiting: Iterable[tuple[jax.Array, jax.Array]]) -> Place:
+    """Return the place with the sums of further groups of batches."""
+    for loss, pairs in jax.device_get(list(waiting)):
+        place = place._replace(losses=place.losses + float(loss), pairs=place.pairs + float(pairs))
+    return place
 
 
 def main(config: WordsConfig) -> int:
@@ -120,33 +134,52 @@ def main(config: WordsConfig) -> int:
     total = len(words.ids)
     progress.line(f"{total:,} words, {len(words.words):,} different ones that occur at least {config.min_count} times")
     model = Word2VecConfig(config.kind, config.width, config.window, config.negatives, config.cbow_gradient)
-    tables, bounds = new_tables(model, len(words.words), config.seed), jnp.asarray(drawn_against(words.counts))
+    bounds = jnp.asarray(drawn_against(words.counts))
     keep, key = keep_probabilities(words.counts, config.sample), jax.random.key(config.seed)
+    unfinished = Unfinished(config, words.ids)
+    found = unfinished.read()
+    if found is None:
+        tables, place = new_tables(model, len(words.words), config.seed), Place()
+    else:
+        tables, place = found
+        progress.line(f"resuming in epoch {place.epoch + 1}, after {place.groups * BATCHES:,} batches")
+    resumed, loss = place.words, float("nan")
     started, work = time.monotonic(), Work(progress, config.kind, total * config.epochs, "words")
-    number, loss = 0, float("nan")
-    for epoch in range(config.epochs):
-        sums: list[tuple[jax.Array, jax.Array]] = []
-        for streams, before, until in batches(config, words, epoch, keep):
-            share = 1 - (epoch * total + before) / (total * config.epochs)
-            rates = (config.rate * np.maximum(share, 1e-4)).astype(np.float32)
-            tables, *found = updates(model, tables, streams, bounds, rates, jax.random.fold_in(key, number))
-            sums.append((found[0], found[1]))
-            number += 1
-            if len(sums) % 8 == 0:
-                sums[-1][0].block_until_ready()
-                work.update(epoch * total + until)
-        losses, pairs = (float(np.sum(jax.device_get(part))) for part in zip(*sums, strict=True))
-        loss = losses / max(pairs, 1.0)
-        progress.line(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.4f} a pair")
-        if not loss < 2 * (1 + config.negatives) * math.log(2):  # twice that of vectors of zeros
-            raise RunError(
-                f"The loss is {loss:.3g} and diverges: frequent words get too many updates at a time. Give fewer "
-                f"--batch-words than {config.batch_words}, or a lower --learning-rate than {config.rate}."
-            )
+    with Stop() as stop:
+        stop.preparing = False
+        for epoch in range(place.epoch, config.epochs):
+            waiting: list[tuple[jax.Array, jax.Array]] = []
+            for streams, before, until in batches(config, words, epoch, keep, place.groups):
+                share = 1 - (epoch * total + before) / (total * config.epochs)
+                rates = (config.rate * np.maximum(share, 1e-4)).astype(np.float32)
+                own_key = jax.random.fold_in(key, place.number)
+                tables, *sums = updates(model, tables, streams, bounds, rates, own_key)
+                waiting.append((sums[0], sums[1]))
+                place = place._replace(groups=place.groups + 1, number=place.number + 1, words=epoch * total + until)
+                asked = stop.requested
+                if place.groups % 8 and not asked:
+                    continue
+                place, waiting = added(place, waiting), []
+                work.update(place.words)
+                if asked or unfinished.due():
+                    unfinished.save(tables, place)
+                if asked:
+                    progress.line(f"stopped and saved in {unfinished.path}; give the same command again to resume")
+                    return RESTART if stop.signal == signal.SIGTERM else 128 + signal.SIGINT
+            place = added(place, waiting)
+            loss = place.losses / max(place.pairs, 1.0)
+            progress.line(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.4f} a pair")
+            if not loss < 2 * (1 + config.negatives) * math.log(2):  # twice that of vectors of zeros
+                raise RunError(
+                    f"The loss is {loss:.3g} and diverges: frequent words get too many updates at a time. Give fewer "
+                    f"--batch-words than {config.batch_words}, or a lower --learning-rate than {config.rate}."
+                )
+            place = Place(epoch + 1, 0, place.number, place.words)
     seconds = time.monotonic() - started
     inputs = jax.device_get(tables.inputs)
     write_vectors(config.out, WordVectors(words.words, inputs))
-    rate = total * config.epochs / seconds
+    unfinished.remove()
+    rate = (total * config.epochs - resumed) / seconds
     progress.line(f"{config.out}: {len(words.words):,} vectors of {config.width}; {rate:,.0f} words/s")
     figures = {"words": len(words.words), "text": total, "loss": loss, "seconds": seconds, "words_per_second": rate}
     print(json.dumps(figures))

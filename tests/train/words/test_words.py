@@ -1,6 +1,8 @@
 """`bestiary words`: training, looking up and evaluating, on a text with a structure."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from bestiary.data.vectors import read_vectors
 from bestiary.train.cli import main
+from bestiary.train.words.unfinished import Unfinished
 
 PLACES, FOODS = ("paris", "london", "rome", "berlin"), ("bread", "cheese", "soup", "rice")
 
@@ -47,6 +50,38 @@ def test_the_same_seed_gives_the_same_vectors(corpus: Path, vectors: Path, tmp_p
     again, first = read_vectors(tmp_path / "again.bin"), read_vectors(vectors)
     assert again.words == first.words
     np.testing.assert_allclose(again.vectors, first.vectors, rtol=1e-6)
+
+
+def test_a_stopped_run_goes_on_to_the_same_vectors(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM in its second epoch; then a file that is not its own, or damaged, is refused."""
+    saves = []
+
+    def due(_: Unfinished) -> bool:
+        saves.append(None)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr("bestiary.train.words.train.BATCHES", 4)
+    monkeypatch.setattr(Unfinished, "due", due)
+    out, quick = tmp_path / "v.txt", ("--epochs", "3", "--batch-words", "64")
+    assert train(corpus, out, *quick) == 75
+    unfinished = tmp_path / "v.txt.unfinished.npz"
+    assert f"stopped and saved in {unfinished}" in capsys.readouterr().err
+    assert not out.exists()
+    assert train(corpus, out, *quick, "--seed", "1") == 1
+    assert "of a run with other settings or another text, which was stopped" in capsys.readouterr().err
+    assert train(corpus, out, *quick) == 0
+    assert "resuming in epoch 2, after 4 batches" in capsys.readouterr().err
+    assert not unfinished.exists()
+    whole = tmp_path / "whole.txt"
+    assert train(corpus, whole, *quick) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    unfinished.write_bytes(b"PK")
+    assert train(corpus, out, *quick) == 1
+    assert "damaged" in capsys.readouterr().err
 
 
 def test_similarities_and_analogies_are_scored(

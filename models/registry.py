@@ -15,6 +15,7 @@ FAMILIES = {
     "albert": ".encoders.albert",
     "bart": ".encoder_decoders.bart",
     "bert": ".encoders.bert",
+    "bilstm": ".recurrent.bilstm",
     "conv-vit": ".images.conv_vit",
     "distilbert": ".encoders.distilbert",
     "electra": ".encoders.electra",

@@ -24,7 +24,7 @@ from ..corpus.corpus import Document
 from ..errors import DataError
 from ..json_files import write_json
 from ..progress import ProgressCallback, Reporter
-from .template import Template
+from .template import Template, write_template
 from .tokenizer import Tokenizer, read_paragraphs
 
 EOS, UNK = "<eos>", "<unk>"
@@ -82,11 +82,26 @@ def train_whole(
             counts[_LINE_END] += number > 0
     if kind == "words":
         del counts[_LINE_END]  # it is <eos>
-    ranked = sorted(counts.keys() - special, key=lambda item: (-counts[item], item))
-    vocabulary = {item: number for number, item in enumerate([*special, *ranked[: vocab_size - len(special)]])}
+    vocabulary = _numbered(ranked(counts)[: vocab_size - len(special)])
     if kind == "words":
         return WordTokenizer(word_backend(vocabulary), Template(), TOKENS, settings=SETTINGS)
     return CharacterTokenizer(character_backend(vocabulary), Template(), TOKENS, settings=SETTINGS)
+
+
+def ranked(counts: Mapping[str, int]) -> list[str]:
+    """Return words or characters by frequency, without the special tokens."""
+    return sorted(counts.keys() - TOKENS.values(), key=lambda item: (-counts[item], item))
+
+
+def _numbered(items: Iterable[str]) -> dict[str, int]:
+    return {item: number for number, item in enumerate([*TOKENS.values(), *items])}
+
+
+def word_tokenizer(words: Iterable[str]) -> WordTokenizer:
+    """Return the tokenizer of different words, whose texts end in `<eos>`."""
+    backend, template = word_backend(_numbered(words)), Template(after=(0,))
+    backend.post_processor = write_template(template, backend)
+    return WordTokenizer(backend, template, TOKENS, settings=SETTINGS)
 
 
 SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast"}

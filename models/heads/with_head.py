@@ -304,11 +304,14 @@ def words_parameters(params: Mapping[str, Any]) -> dict[str, Any]:
 def encoder_inputs(config: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the positional arguments of a model, from a batch of named arrays: images, or rows of tokens [B, L].
 
-    Inputs that the family does not use are left out: token types, if it has fewer than two.
+    Inputs that the family does not use are left out: token types, if it has fewer than two. `features`, the states of
+    each token by a frozen encoder, are there for models that read them.
     """
     if "pixel_values" in batch:
         return (batch["pixel_values"],)
     inputs = (batch["input_ids"], batch.get("segment_ids"), batch.get("position_ids"))
+    if "features" in batch:
+        return (*inputs, batch["features"])
     return (*inputs, batch.get("token_type_ids")) if config.token_types > 1 else inputs
 
 

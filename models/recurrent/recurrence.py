@@ -13,7 +13,7 @@ Rows are packed: a state starts anew where `starts` says so, at the first token 
 direction from right to left starts at each segment's last token, and so never reads padding first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..checkpoints.tables import Entry, Transposed, same
 from ..layers.linear import add_bias, matmul, outer_sum, partitioned
 
 GATES = {"lstm": 4, "gru-reset-after": 3, "gru-reset-before": 3}
@@ -287,3 +288,11 @@ def read_rows(
     own = state_weights(cell, kernel)
     _, states = loop(_STEPS[cell], own, carry, (given, starts), weights["state_bias"], reverse, dtype)
     return tuple(jnp.moveaxis(state, 0, 1) for state in states)
+
+
+def cell_entries(cell: str, name: str, suffix: str, path: tuple[str, ...], inputs: int, width: int) -> Iterator[Entry]:
+    """Yield the entries of a `CellWeights` at `path`, as `torch.nn.LSTM` and `torch.nn.GRU` name and store them."""
+    size = GATES[cell] * width
+    for stored, own, rows in (("ih", "input", inputs), ("hh", "state", width)):
+        yield Entry(f"{name}.weight_{stored}_{suffix}", (*path, own, "kernel"), Transposed((rows,), (size,)))
+        yield Entry(f"{name}.bias_{stored}_{suffix}", (*path, own, "bias"), same(size))

@@ -41,7 +41,7 @@ from ..two_vocabularies import WithTwoTables
 from .config import RecurrentConfig
 from .incremental import IncrementalRecurrent
 from .network import Decoder, Encoder, Start, Step, decode
-from .recurrence import GATES, State, multiply
+from .recurrence import State, cell_entries, multiply
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
@@ -129,14 +129,6 @@ class Recurrent(WithTwoTables):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def _cell_entries(c: RecurrentConfig, name: str, suffix: str, path: tuple[str, ...], inputs: int, width: int) -> Any:
-    """Return the entries of a cell, as `torch.nn.LSTM` and `torch.nn.GRU` name and store them."""
-    size = GATES[c.cell] * width
-    for stored, own, rows in (("ih", "input", inputs), ("hh", "state", width)):
-        yield Entry(f"{name}.weight_{stored}_{suffix}", (*path, own, "kernel"), Transposed((rows,), (size,)))
-        yield Entry(f"{name}.bias_{stored}_{suffix}", (*path, own, "bias"), same(size))
-
-
 def recurrent_table(c: RecurrentConfig) -> Table:
     """Return the table of a model's parameters and their names in checkpoints."""
     wide, entries = c.embedding_width, []
@@ -150,10 +142,10 @@ def recurrent_table(c: RecurrentConfig) -> Table:
         for direction, suffix in (("forward", ""), ("backward", "_reverse")):
             if direction == "forward" or c.bidirectional:
                 path = ("encoder", f"{direction}_{layer}")
-                entries += _cell_entries(c, "encoder", f"l{layer}{suffix}", path, inputs, c.encoder_width)
+                entries += cell_entries(c.cell, "encoder", f"l{layer}{suffix}", path, inputs, c.encoder_width)
     for layer in range(c.decoder_layers):
         inputs = c.width if layer else wide + c.fed_width
-        entries += _cell_entries(c, "decoder", f"l{layer}", ("decoder", f"cells_{layer}"), inputs, c.width)
+        entries += cell_entries(c.cell, "decoder", f"l{layer}", ("decoder", f"cells_{layer}"), inputs, c.width)
 
     def linear(name: str, inputs: int, outputs: int, *, bias: bool) -> list[Entry]:
         return linear_entries(f"decoder.{name}", ("decoder", name), (inputs,), (outputs,), bias=bias)

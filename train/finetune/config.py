@@ -1,6 +1,6 @@
 """Settings shared by all fine-tuning tasks. Does not import JAX, so that `--help` is fast."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,6 +151,65 @@ class FinetuneConfig:
         if self.electra_layer_decay and self.layer_decay == 1:
             raise RunError("--electra-layer-decay goes with --layer-decay, such as 0.8.")
         check_setting(self, "evaluate_epochs", above=0)
+
+
+NEW_TAGGER = "bilstm"
+"""What --model is for a new tagger, where no folder has this name."""
+
+
+@dataclass(frozen=True)
+class TaggingOptimConfig(OptimConfig):
+    """The optimiser of a tagger, pretrained or new."""
+
+    learning_rate: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Peak learning rate, reached at the end of the warmup. None: 5e-5, or 2e-3 for a new tagger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggingConfig(FinetuneConfig):
+    """Settings of fine-tuning a tagger, or of training a new one."""
+
+    model: Path = Path(NEW_TAGGER)
+    """Checkpoint folder to start from (config.json, model.safetensors, tokenizer files). If it has another head than
+    the task needs, only its encoder is used. Or bilstm: a new tagger of LSTMs in both directions over vectors of the
+    training data's words, those that occur at least twice, and over --features."""
+    features: Path | None = None
+    """For bilstm: folder of an ELMo, of `bestiary pretrain --objective bilm` or bilm-tf's options.json and HDF5 file.
+    It stays as it is; a trained mix of its layers extends each word's vector."""
+    vectors: Path | None = None
+    """For a new bilstm: file of word vectors, such as `bestiary words train` writes: initial vectors of words, those of
+    all its words. None: 100 numbers drawn at random."""
+    epochs: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Number of passes over the training examples. None: 3, or 20 for a new tagger."""
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TaggingOptimConfig(warmup=0.1, weight_decay=0.0, epsilon=1e-8)
+    )
+
+    def __post_init__(self) -> None:
+        if self.epochs is None:
+            object.__setattr__(self, "epochs", 20.0 if self.new else 3.0)
+        if self.optim.learning_rate is None:
+            object.__setattr__(self, "optim", replace(self.optim, learning_rate=2e-3 if self.new else 5e-5))
+        super().__post_init__()
+        if not self.new:
+            if self.vectors is not None:
+                raise RunError(f"--vectors is for new embeddings; --model {self.model} has its own. Leave it out.")
+            return
+        without = {
+            "--freeze-layers": self.freeze_layers,
+            "--layer-decay": self.layer_decay != 1.0,
+            "--lora-rank": self.adapt.lora_rank,
+            "--bitfit": self.adapt.bitfit,
+            "--teacher": self.distil.teacher,
+        }
+        for flag, given in without.items():
+            if given:
+                raise RunError(f"{flag} is for pretrained models; --model {NEW_TAGGER} is new. Leave it out.")
+
+    @property
+    def new(self) -> bool:
+        """Whether the tagger is new."""
+        return str(self.model) == NEW_TAGGER and not (self.model / "config.json").is_file()
 
 
 def finished_run(folder: Path) -> Path:

@@ -41,9 +41,11 @@ from ..report import write_report
 from ..run import Run, start_run
 from ..sharding import Replicas
 from .auxiliary import forward_with_states, next_token_loss
-from .config import FREE, FinetuneConfig, TeacherConfig, upgrade
+from .config import FREE, FinetuneConfig, TaggingConfig, TeacherConfig, upgrade
 from .model import check_model, load_model, make_optimiser
+from .new_tagger import new_tagger
 from .prediction import Predicted, Predictor, row_limit
+from .tasks.tagging import TaggingTask
 from .tasks.task import Task, TaskData, hold_out, settings
 from .teacher import imitation, task_teacher
 
@@ -194,7 +196,7 @@ def finetune(config: Any, run_config: FinetuneConfig, task: Task, read: Callable
 def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskData]) -> int:
     check_model(c, task)
     data = read()
-    loaded = load_model(c, task, run.progress)
+    loaded, origin = starting(c, task, data, run.progress)
     if loaded.tokenizer is None:
         raise RunError(f"{c.model}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
     pad_id, plain = loaded.tokenizer.pad_id, loaded.model
@@ -252,7 +254,7 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         evaluate_every=c.loop.evaluate_every or max(1, round(c.evaluate_epochs * per_epoch)),
         shown=("loss",) if teacher is None else ("loss", "teacher_loss"),
         counted={"tokens": "real tokens/s", task.unit: f"{task.unit}/s"},
-        initial=InitialWeights(lambda: loaded.params, f"the weights of {c.model}"),
+        initial=InitialWeights(lambda: loaded.params, origin),
         best=Best(task.best, c.patience, run.keep_best) if export_best else None,
         fixed=() if teacher is None else (run.parallelism.place_model(teacher.model, teacher.params),),
     )
@@ -292,6 +294,14 @@ def _finetune(run: Run, c: FinetuneConfig, task: Task, read: Callable[[], TaskDa
         lines.append("; ".join(f"{name}: {meaning}" for name, meaning in task.explained.items()))
     run.finish(plain, params, loaded.tokenizer, results, lines)
     return fitted.exit_status
+
+
+def starting(config: FinetuneConfig, task: Task, data: TaskData, progress: Progress) -> tuple[Loaded, str]:
+    """Return the model to train, and where its weights are from."""
+    if not (isinstance(config, TaggingConfig) and config.new and isinstance(task, TaggingTask)):
+        return load_model(config, task, progress), f"the weights of {config.model}"
+    vectors = "" if config.vectors is None else f", with the vectors of {config.vectors}"
+    return new_tagger(config, task, data.train), f"new weights{vectors}"
 
 
 def describe(

@@ -21,7 +21,8 @@ from ..errors import RunError
 from ..learner import Learner, Names, compute_dtype, make_learner, scans
 from ..optim.schedule import schedule
 from ..progress import Progress
-from .config import FinetuneConfig
+from .config import NEW_TAGGER, FinetuneConfig, TaggingConfig
+from .tasks.tagging import features_shape
 from .tasks.task import Task
 
 
@@ -34,11 +35,14 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
         ConfigError: config.json is invalid.
         CheckpointError: the family is unknown, or has no such head.
     """
+    if isinstance(config, TaggingConfig) and config.new:
+        return
     stored = read_config(config.model)
     family = family_of_folder(stored, config.model)
     if family.reads != "text":
         raise RunError(f"{config.model}: {family.title} reads {family.reads}, not text. `bestiary images` trains it.")
     check_head(family, task.head, config.model)
+    check_features(config, family.config.from_json(stored), task)
     for flag, given in (("--auxiliary-lm", config.auxiliary_lm), ("--delimiters", config.delimiters)):
         if given and "causal_lm" not in family.heads:
             raise RunError(f"{flag}: {family.title} is no decoder, and predicts no next tokens.")
@@ -59,6 +63,23 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
                 f"--freeze-layers is {config.freeze_layers}, but lower layers share their parameters with higher ones. "
                 f"Freeze {' or '.join(map(str, apart))}."
             )
+
+
+def check_features(config: FinetuneConfig, model: Any, task: Task) -> None:
+    """Check that a checkpoint reads the states of such a frozen encoder as the task has, or of none.
+
+    Raises:
+        RunError: it does not.
+    """
+    wanted: Any = getattr(model, "features", ())
+    given: Any = features_shape(task)
+    if wanted and not given:
+        raise RunError(f"{config.model}: it reads an ELMo's states; give its folder with --features.")
+    if given and not wanted:
+        raise RunError(f"--features: {config.model} reads no such states; --model {NEW_TAGGER} does.")
+    if given != wanted:
+        found, expected = (f"{count} layers of {size} numbers" for count, size in (given, wanted))
+        raise RunError(f"--features: {found}, but {config.model} reads {expected}.")
 
 
 def load_model(config: FinetuneConfig, task: Task, progress: Progress) -> Loaded:

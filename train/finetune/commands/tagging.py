@@ -1,6 +1,7 @@
 """Fine-tune on tagging words: entities and parts of speech.
 
 bestiary finetune ner --data wnut17 --model FOLDER --crf --out runs/ner
+bestiary finetune ner --data wnut17 --features ELMO-FOLDER --crf --out runs/lstm
 bestiary finetune pos --data ud_ewt --model FOLDER --out runs/pos
 bestiary predict runs/ner --text "Ada Lovelace lived in London ."
 """
@@ -16,14 +17,14 @@ from ....data.progress import counted
 from ....data.tasks.tagging import UPOS, PartOfSpeech, Scheme, tag_set
 from ....data.tasks.words import learnt_splits
 from ....models.checkpoints.config import require_checkpoint
-from ...errors import RunError
-from ..config import FinetuneConfig
+from ...errors import RunError, check_setting
+from ..config import TaggingConfig
 from ..seeds import for_each_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class NerConfig:
-    """Fine-tune an encoder to find entities, from CoNLL columns in IOB2, IOB1 or BIOES.
+    """Fine-tune an encoder, or train a new tagger, to find entities, from CoNLL columns in IOB2, IOB1 or BIOES.
 
     Precision, recall and F1 of whole entities are written to results.json, the words with their tags to predictions/.
     """
@@ -46,21 +47,20 @@ class NerConfig:
     """Column of the tags, from 0; -1 is the last."""
     crf: bool = False
     """Score the tag sequence of a sentence with a conditional random field."""
-    crf_rate: float = 100.0
-    """Learning rate of the CRF's scores, as a multiple of the model's."""
+    crf_rate: float | None = None
+    """Learning rate of the CRF's scores, as a multiple of the model's. None: 100, or 1 for a new tagger."""
     legal: bool = True
     """With --crf: forbid transitions that are invalid in IOB2, such as I- after O."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    run: Annotated[TaggingConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
-        _check_data(self.data, self.eval_data)
-        if self.crf_rate <= 0:
-            raise RunError(f"--crf-rate is {self.crf_rate}; it must be above 0.")
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PosConfig:
-    """Fine-tune an encoder to tag parts of speech, from CoNLL-U files (Universal Dependencies)."""
+    """Fine-tune an encoder, or train a new tagger, to tag parts of speech, from CoNLL-U files (Universal
+    Dependencies)."""
 
     data: Path
     """Folder with one file per split: train, dev and test, which is evaluated at the end, or predicted if it has no
@@ -71,33 +71,37 @@ class PosConfig:
     """Tags to predict: upos (universal) or xpos (language-specific)."""
     crf: bool = False
     """Score the tag sequence of a sentence with a conditional random field."""
-    crf_rate: float = 100.0
-    """Learning rate of the CRF's scores, as a multiple of the model's."""
-    run: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    crf_rate: float | None = None
+    """Learning rate of the CRF's scores, as a multiple of the model's. None: 100, or 1 for a new tagger."""
+    run: Annotated[TaggingConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
-        _check_data(self.data, self.eval_data)
-        if self.crf_rate <= 0:
-            raise RunError(f"--crf-rate is {self.crf_rate}; it must be above 0.")
+        _check(self)
 
 
-def _check_data(data: Path, eval_data: Path | None) -> None:
-    if data.is_file() and eval_data is None:
-        raise RunError(f"--data {data} is a file: give the file to evaluate on with --eval-data.")
+def _check(config: NerConfig | PosConfig) -> None:
+    if config.data.is_file() and config.eval_data is None:
+        raise RunError(f"--data {config.data} is a file: give the file to evaluate on with --eval-data.")
+    if config.crf_rate is None:
+        object.__setattr__(config, "crf_rate", 1.0 if config.run.new else 100.0)
+    check_setting(config, "crf_rate", above=0)
 
 
 def main(config: NerConfig | PosConfig) -> int:
     """Run `bestiary finetune ner` or `pos`; return the exit status."""
-    require_checkpoint(config.run.model)
+    if not config.run.new:
+        require_checkpoint(config.run.model)
     return for_each_seed(config, _main)
 
 
 def _main(config: NerConfig | PosConfig) -> int:
     from ..loop import finetune
-    from ..tasks.tagging import SUFFIXES, TaggingTask, files_of
+    from ..tasks.tagging import SUFFIXES, TaggingTask, elmo, files_of
     from ..tasks.task import TaskData
 
     entities = isinstance(config, NerConfig)
+    features = config.run.features
+    assert config.crf_rate is not None
     task = TaggingTask(
         "ner" if entities else "pos",
         config.run.max_length,
@@ -111,6 +115,8 @@ def _main(config: NerConfig | PosConfig) -> int:
         config.tag_column if entities else -1,
         "upos" if entities else config.column,
         config.comment if entities else None,
+        features=None if features is None else str(features.resolve()),
+        features_fingerprint=None if features is None else elmo(str(features.resolve())).fingerprint,
     )
     # The tag set is that of the training file, which is therefore read first.
     read = task.read_file(config.data, "train", labelled=True)

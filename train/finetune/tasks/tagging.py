@@ -7,6 +7,7 @@ a chain (models/heads/crf.py), else independently. Entities are scored by seqeva
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,12 @@ from ....data.tasks.words import Split, word_spans
 from ....data.tokenizers.tokenizer import Tokenizer
 from ....models.heads.crf import CrfWeights, constrained, decode, log_likelihood
 from ....models.heads.losses import class_losses
+from ....models.recurrent.elmo_reader import ElmoReader
 from ...errors import RunError
 from ...metrics import Sums
+from ...progress import Progress, Work
 from ...report import Classified
-from .task import Arrays, Collected, Imitated, PlainTask, apply_tokens
+from .task import Arrays, Collected, Imitated, PlainTask, Task, apply_tokens
 
 SUFFIXES = {"ner": (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv"), "pos": (".conllu",)}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "val", "testa"), "test": ("test", "testb")}
@@ -57,6 +60,21 @@ class TaggedFeatures(Features):
     """[T] whether the token is the first of a word"""
 
 
+@cache
+def elmo(folder: str) -> ElmoReader:
+    """Return the ELMo of a folder, which is read once."""
+    return ElmoReader(Path(folder))
+
+
+def features_shape(task: Task) -> tuple[int, int] | tuple[()]:
+    """Return (layers, size) of the states that a task's batches have of a frozen encoder; () if there is none."""
+    folder = getattr(task, "features", None)
+    if folder is None:
+        return ()
+    c = elmo(folder).config
+    return c.layers + 1, 2 * c.width
+
+
 @dataclass(frozen=True)
 class TaggingTask(PlainTask):
     """Tag words; `name` is ner or pos. The other fields are explained by the flags of the same names."""
@@ -75,6 +93,10 @@ class TaggingTask(PlainTask):
     comment: str | None = None
     splits: tuple[Split, ...] = ("punctuation",)
     """how the training data splits words"""
+    features: str | None = None
+    """folder of the ELMo whose states the model reads"""
+    features_fingerprint: str | None = None
+    """of its weights"""
 
     @property
     def unit(self) -> str:
@@ -147,9 +169,25 @@ class TaggingTask(PlainTask):
         )
         fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
         fields["token_fields"] = {"labels": labels, "label_weights": first.astype(np.float32)}
+        if self.features is not None:
+            states = self._states(examples)
+            fields["token_fields"]["features"] = np.zeros((len(first), *states.shape[1:]), np.float32)
+            fields["token_fields"]["features"][first] = states
         if pieces.split:
             fields["note"] = f"{counted(pieces.split, 'sentence')} in several pieces"
         return TaggedFeatures(**fields, first=first)
+
+    def _states(self, examples: Sequence[Sentence]) -> np.ndarray:
+        """Compute the frozen encoder's states of all words, [T, K, F] float32."""
+        assert self.features is not None
+        try:
+            reader = elmo(self.features)
+        except FileNotFoundError as error:
+            raise RunError(f"{error}: the model reads the states of this ELMo. Put it back.") from None
+        if reader.fingerprint != self.features_fingerprint:
+            raise RunError(f"{self.features}: another ELMo than the model was trained on. Put that one back.")
+        work = Work(Progress(), "reading by ELMo", sum(len(s.words) for s in examples), "words")
+        return reader.states([sentence.words for sentence in examples], work.update)
 
     def forward(self, model: Any, params: Any, batch: Arrays, **kwargs: Any) -> Tagged:
         weights = None

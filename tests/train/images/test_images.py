@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ def test_it_learns_and_leaves_everything_behind(run: Path):
     assert pixels.shape == (8, 8, 1)
     assert config.label_names == CLASSES
     assert params["encoder"]["embeddings"]["position"]["embedding"].shape == (5, 16)
-    logits = model.apply({"params": params}, pixels[None])
+    logits = jax.jit(model.apply)({"params": params}, pixels[None])
     assert logits.argmax() == 1
     stored = json.loads((run / "model" / "preprocessor_config.json").read_text())
     assert (stored["size"], stored["image_mean"]) == ({"height": 8, "width": 8}, [0.5])
@@ -178,7 +179,8 @@ def test_vectors_of_images(run: Path, data: Path, tmp_path: Path, capsys):
     with Image.open(data / "val" / "cross" / "0.png") as image:
         pixels = processor(np.asarray(image)[..., None])
     encoder = model.parts.encoder(model.config, pooler=False)
-    hidden = encoder.apply({"params": params["encoder"]}, pixels[None], every_layer=True).every_hidden
+    apply = jax.jit(partial(encoder.apply, every_layer=True))
+    hidden = apply({"params": params["encoder"]}, pixels[None]).every_hidden
     np.testing.assert_allclose(found[0], jnp.concatenate([hidden[1, 0, 0], hidden[2, 0, 0]]), atol=1e-5)
     assert main([*words, "--layers", "3"]) == 1
     assert "there is no layer 3" in capsys.readouterr().err

@@ -272,7 +272,6 @@ def test_one_token_at_a_time() -> None:
     np.testing.assert_allclose(maps[-1], jnp.moveaxis(attention[:, :, :, 0], 0, 2), atol=1e-6)
 
 
-@pytest.mark.usefixtures("optimised")
 def test_parity_on_the_own_fixture() -> None:
     report = check(FIXTURE)
     assert report.passed, "\n".join(describe(report))

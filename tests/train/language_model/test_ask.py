@@ -1,12 +1,12 @@
 """Tasks by prompts: prompts as written, probabilities as computed apart, official metrics; with a random model."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -24,8 +24,6 @@ from bestiary.train.language_model.model import LanguageModel
 from bestiary.train.language_model.templates import TEMPLATES
 from bestiary.train.progress import Progress
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 REVIEWS = [("a joy from start to end", 1), ("dull", 0), ("warm and funny", 1), ("it never ends", 0), ("a mess", 0)]
 
 
@@ -42,7 +40,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     vocabulary = GPT2Config.vocabulary_fields(tokenizer.vocab_size, tokenizer.special_ids)
     config = GPT2Config(width=16, layers=2, heads=2, feed_forward=32, positions=256, **vocabulary)
     model = registry.family_named("gpt2").build("causal_lm", config)
-    params = nn.unbox(registry.init_params(model, jax.random.key(1)))
+    params = nn.unbox(jax.jit(partial(registry.init_params, model))(jax.random.key(1)))
     params = jax.tree.map(lambda leaf: np.asarray(leaf) * (1 if leaf.ndim == 1 else 12), params)
     found = tmp_path_factory.mktemp("gpt2") / "model"
     models.save(found, model, params, tokenizer)
@@ -113,11 +111,14 @@ def test_the_likeliest_answer(
     model, params, _, _ = models.load(folder)
     task = asked_task("sst2", sst2, None, "dev", None, default_template("sst2", False), {})
 
+    scores_of = jax.jit(lambda ids: jax.nn.log_softmax(model.apply({"params": params}, ids)[0]))
+
     def log_p(prompt: str, answer: str) -> tuple[float, int]:
         before, after = tokenizer.encode_batch([prompt, answer])
-        logits = model.apply({"params": params}, jnp.array([[*before, *after]]))[0]
-        rows = jax.nn.log_softmax(logits)[len(before) - 1 : -1]
-        return float(rows[jnp.arange(len(after)), jnp.array(after)].sum()), len(after)
+        ids = np.zeros((1, model.config.positions), np.int32)  # one length for all: no token sees what follows
+        ids[0, : len(before) + len(after)] = before + after
+        rows = np.asarray(scores_of(ids))[len(before) - 1 :]
+        return float(rows[np.arange(len(after)), after].sum()), len(after)
 
     expected = []
     for number in range(len(task.items)):

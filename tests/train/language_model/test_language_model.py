@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from bestiary.train.language_model.generate import GenerateConfig, PromptDecodeC
 from bestiary.train.language_model.model import LanguageModel
 from bestiary.train.language_model.perplexity import windows
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 TEXT = "The sea was calm, and a ship went by. Größe, 海は静か, ёж 🙂🙃.\n" * 3
 
 
@@ -42,7 +41,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     vocabulary = GPT2Config.vocabulary_fields(tokenizer.vocab_size, tokenizer.special_ids)
     config = GPT2Config(width=16, layers=2, heads=2, feed_forward=32, positions=64, **vocabulary)
     model = registry.family_named("gpt2").build("causal_lm", config)
-    params = nn.unbox(registry.init_params(model, jax.random.key(1)))
+    params = nn.unbox(jax.jit(partial(registry.init_params, model))(jax.random.key(1)))
     params = jax.tree.map(lambda leaf: np.asarray(leaf) * (1 if leaf.ndim == 1 else 15), params)
     found = tmp_path_factory.mktemp("gpt2")
     models.save(found / "model", model, params, tokenizer)
@@ -228,7 +227,7 @@ def test_perplexity_with_a_memory_of_the_text_before(
     vocabulary = TransformerXLConfig.vocabulary_fields(tokenizer.vocab_size, tokenizer.special_ids)
     sizes: dict[str, Any] = dict(width=16, embedding_size=16, layers=1, heads=2, head_size=8, feed_forward=32)
     model = TransformerXLModel(TransformerXLConfig(**sizes, divisor=1, memory=16, **vocabulary))
-    params = nn.unbox(registry.init_params(model, jax.random.key(1)))
+    params = nn.unbox(jax.jit(partial(registry.init_params, model))(jax.random.key(1)))
     params = jax.tree.map(lambda leaf: np.asarray(leaf) * (1 if leaf.ndim == 1 else 15), params)
     models.save(tmp_path / "model", model, params, tokenizer)
     path = tmp_path / "text.txt"
@@ -258,13 +257,14 @@ def test_perplexity_is_that_of_the_probabilities(
     path.write_text(TEXT)
     model, params, _, _ = models.load(folder)
     (ids,) = tokenizer.encode_batch([TEXT])
-    log = jax.nn.log_softmax
+    scores_of = jax.jit(lambda ids: jax.nn.log_softmax(model.apply({"params": params}, ids)[0]))
     for window, stride, begin in ((32, 8, False), (64, 64, True)):
         given = [*([tokenizer.eos_id] if begin else []), *ids]
         total = 0.0
         for first, end, count in windows(len(given), window, stride):
-            logits = model.apply({"params": params}, jnp.array([given[first : end - 1]]))[0]
-            chosen = np.asarray(log(logits))[np.arange(end - first - 1), given[first + 1 : end]]
+            text = np.zeros((1, 64), np.int32)  # one length for all: no token sees what follows
+            text[0, : end - first - 1] = given[first : end - 1]
+            chosen = np.asarray(scores_of(text))[np.arange(end - first - 1), given[first + 1 : end]]
             total -= float(chosen[-count:].sum())
         flags = ["--stride", stride, "--window", window, *(["--begin"] if begin else [])]
         status, out, _ = run(capsys, "perplexity", "--model", folder, "--text", path, "--json", *flags)

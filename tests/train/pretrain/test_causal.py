@@ -16,8 +16,6 @@ from bestiary.models import registry
 from bestiary.train.cli import main
 from bestiary.train.pretrain.causal import NextTokens
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,26 +56,34 @@ def test_the_loss_is_that_of_all_logits() -> None:
     family = registry.family_named("gpt2")
     config = family.config.preset("gpt2-tiny", vocab_size=50, bos_token_id=1, eos_token_id=1, positions=16)
     model = family.build("causal_lm", config)
-    params = nn.unbox(registry.init_params(model, jax.random.key(0)))
+    random = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(lambda: registry.init_params(model, jax.random.key(0))))
+    params = jax.tree.map(lambda leaf: np.float32(random.normal(scale=0.2, size=leaf.shape)), shapes)
+    segments = np.array([[1] * 12, [1] * 5 + [2] * 4 + [0] * 3], np.int32)
     rows = {
-        "input_ids": jax.random.randint(jax.random.key(1), (2, 12), 2, 50),
-        "labels": jax.random.randint(jax.random.key(2), (2, 12), 2, 50),
-        "label_weights": jnp.ones((2, 12)).at[1, 9:].set(0),
-        "segment_ids": jnp.ones((2, 12), jnp.int32).at[1, 5:9].set(2).at[1, 9:].set(0),
-        "position_ids": jnp.broadcast_to(jnp.arange(12), (2, 12)).at[1, 5:9].set(jnp.arange(4)),
-        "rows": jnp.arange(2, dtype=jnp.uint32),
+        "input_ids": random.integers(2, 50, (2, 12)).astype(np.int32),
+        "labels": random.integers(2, 50, (2, 12)).astype(np.int32),
+        "label_weights": np.float32(segments > 0),
+        "segment_ids": segments,
+        "position_ids": np.array([range(12), [*range(5), *range(4), *range(9, 12)]], np.int32),
+        "rows": np.arange(2, dtype=np.uint32),
     }
     objective = NextTokens(None, True)  # pyright: ignore[reportArgumentType]
-    found = objective.losses(model, params, rows, deterministic=True)["causal"]
-    alone = [
-        model.apply({"params": params}, rows["input_ids"][row : row + 1, part])
-        for row, part in ((0, slice(0, 12)), (1, slice(0, 5)), (1, slice(5, 9)))
-    ]
-    logits = jnp.concatenate([some[0] for some in alone])
-    labels = jnp.concatenate([rows["labels"][0], rows["labels"][1, :9]])
-    losses = -jax.nn.log_softmax(logits)[jnp.arange(21), labels]
-    assert float(found.loss) == pytest.approx(float(losses.sum()), rel=1e-5)
-    assert float(found.weight) == float(objective.weights(rows)["causal"]) == 21
+
+    @jax.jit
+    def both(params: Any, rows: Any) -> Any:
+        alone = [
+            model.apply({"params": params}, rows["input_ids"][row : row + 1, part])
+            for row, part in ((0, slice(0, 12)), (1, slice(0, 5)), (1, slice(5, 9)))
+        ]
+        logits = jnp.concatenate([some[0] for some in alone])
+        labels = jnp.concatenate([rows["labels"][0], rows["labels"][1, :9]])
+        expected = -jax.nn.log_softmax(logits)[jnp.arange(21), labels].sum()
+        return objective.losses(model, params, rows, deterministic=True)["causal"], objective.weights(rows), expected
+
+    found, weights, expected = both(params, rows)
+    assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found.weight) == float(weights["causal"]) == 21
 
 
 def test_options_that_change_nothing_are_refused(corpus: Path, tmp_path: Path, capsys: Any) -> None:

@@ -60,7 +60,6 @@ def given() -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
     return expected, {name: jnp.asarray(value) for name, value in batch.items()}
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("chunk", [None, 61 * 2 * 4 * 3])
 def test_losses_and_gradients_are_the_originals(teacher, monkeypatch, chunk):
     """At once, and in chunks of three columns, of which the last is not full."""

@@ -18,8 +18,6 @@ from bestiary.data.tokenizers.pairs_training import train_subwords
 from bestiary.models.encoder_decoders.bart import Bart, BartConfig
 from bestiary.train.cli import main
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 REVIEWS = [("a joy from start to end", 1), ("dull", 0), ("warm and funny", 1), ("it never ends", 0)]
 
 

@@ -104,7 +104,7 @@ class LanguageModel:
             part = text[column * size : (column + 1) * size + 1]
             count = max(0, len(part) - 1)
             inputs[column, :count], labels[column, :count], segments[column, :count] = part[:-1], part[1:], 1
-        c = self.model.config
+        c, slots = self.model.config, min(slots, shape[1])  # more would stay empty
         same = {"same_length": c.same_length and slots > 0}  # which means as many tokens as there are slots
         model = self.model.clone(config=dataclasses.replace(c, memory=slots, **same))
         memory = model.empty_memory(columns)

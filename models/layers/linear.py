@@ -77,7 +77,7 @@ def _kernel_first(inputs: Array, kernel: Array, out_dtype: Any) -> Array:
     """
     lead = inputs.shape[:-1]
     product = _dot(kernel, inputs.reshape(-1, inputs.shape[-1]), 1, 1, out_dtype)
-    return jax.lax.optimization_barrier(product).T.reshape(*lead, -1)
+    return jax.lax.optimization_barrier(product).T.reshape(*lead, kernel.shape[0])
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out_dtype: Any) -> Array:
@@ -186,6 +186,8 @@ TURNED = "turned_kernel"
 
 def turn_kernels(params: Any) -> Any:
     """Put the output axes of the kernels of every `Linear` first, for products with few rows, as of decoding steps.
+
+    Each parameter called "kernel" must be a `Linear`'s; that of one called "out" maps from an attention's heads.
 
     Args:
         params: a layer's parameters, unboxed and not stacked.

@@ -12,6 +12,7 @@ from bestiary.models import registry
 from bestiary.models.attention_maps import attention_maps
 from bestiary.models.checkpoints.config import ConfigError
 from bestiary.models.checkpoints.tables import flatten
+from bestiary.models.encoder import StackEncoder
 from bestiary.models.family import EncoderConfig, Family
 from bestiary.models.heads.with_head import encoder_inputs, is_head_parameter
 from bestiary.models.layers.attention import Attention
@@ -51,20 +52,27 @@ def test_attention_maps_are_the_weights_that_every_layer_averages_values_by(name
     segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
     batch = {"input_ids": jax.random.randint(jax.random.key(1), (1, 9), 5, 61), "segment_ids": segments}
     seen: list[tuple[Any, ...]] = []
+    outputs: list[jax.Array] = []  # of layers that are called by themselves
 
     def see(next_call: Any, args: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
         found = next_call(*args, **options)
         if isinstance(context.module, Attention) and context.method_name == "__call__":
             seen.append((context.module.value(args[0]), context.module.out.variables["params"], found))
+        if context.module.path == () and not isinstance(context.module, StackEncoder):
+            outputs.append(found)
         return found
 
     @jax.jit
-    def run(params: Any, batch: Any) -> tuple[jax.Array, list[tuple[Any, ...]], jax.Array]:
+    def run(params: Any, batch: Any) -> Any:
         with nn.intercept_methods(see):
             weights = attention_maps(model, params, batch)
-        return weights, seen[-3:], attention_maps(model, params, batch, layers=[-1, 0], heads=[1], queries=[3])
+        chosen = attention_maps(model, params, batch, layers=[-1, 0], heads=[1], queries=[3])
+        every = model.apply({"params": params}, *encoder_inputs(config, batch), every_layer=True).every_hidden
+        return weights, seen[-3:], chosen, outputs[-3:], every
 
-    weights, layers, chosen = run(params, batch)
+    weights, layers, chosen, own, every = run(params, batch)
+    for found, expected in zip(own[:2], every[1:3], strict=True):  # what follows the last layer may be a norm
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     assert weights.shape == (3, 1, 2, 9, 9)
     for of_layer, (value, out, found) in zip(weights, layers, strict=True):
         attended = jnp.einsum("bhls,bshd,hde->ble", of_layer, value, out["kernel"])

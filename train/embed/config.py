@@ -60,13 +60,14 @@ class FeatureConfig:
 class AttentionConfig:
     """Draw what the tokens of texts attend to in a pretrained encoder, or store the weights.
 
-    The texts are the arguments, or the lines of standard input. A page shows the first 20 of them.
+    The texts are the arguments, or the lines of standard input. A page shows the first 20 of them. Of each text, the
+    first 512 tokens are read, or as many as the model has positions.
     """
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts. None: the lines of standard input."""
     model: Path
-    """Checkpoint folder of an encoder, or of a model that was fine-tuned from one."""
+    """Checkpoint folder of an encoder, of a model that was fine-tuned from one, or of sentence-transformers."""
     out: Path
     """File to write: .html, a page with a table for each layer and head, or .npz, with arrays weights.I [layers, heads,
     tokens, tokens] float32 and tokens.I of text I, from 0."""

@@ -79,10 +79,8 @@ class Extractor:
     """
 
     def __init__(self, config: FeatureConfig, *, apart: bool = False):
-        folder = read_sentence_folder(config.model) or SentenceFolder(config.model, ("mean",), False, None, False, "")
-        self.model, params, model_config, self.tokenizer = open_encoder(folder.encoder, config.dtype)
-        if folder.lowercase and not self.tokenizer.lowercase:
-            _lower_case(self.tokenizer)
+        folder = sentence_folder(config.model)
+        self.model, params, model_config, self.tokenizer = open_encoder(folder, config.dtype)
         self.settings = _settings(config, folder, model_config, self.tokenizer, apart)
         self.truncated = 0  # truncated tokens so far
         self._limit = model_config.max_length or ROW_LENGTHS[-1]  # tokens of the longest row
@@ -155,18 +153,26 @@ class Extractor:
         return digest.hexdigest()
 
 
-def open_encoder(folder: Path, dtype: str) -> tuple[Any, Any, Any, Any]:
+def sentence_folder(folder: Path) -> SentenceFolder:
+    """Return the settings of a sentence-transformers folder; of another encoder's, the defaults."""
+    return read_sentence_folder(folder) or SentenceFolder(folder, ("mean",), False, None, False, "")
+
+
+def open_encoder(sentence: SentenceFolder, dtype: str) -> tuple[Any, Any, Any, Any]:
     """Load an encoder with its tokenizer: (model, parameters, config, tokenizer).
 
     Raises:
         RunError: the folder's model is no encoder, or it has no tokenizer; and see `models.load`.
     """
+    folder = sentence.encoder
     stored = read_config(folder)
     if "encoder" not in family_of_folder(stored, folder).heads:
-        raise RunError(f"{folder}: a {stored.get('model_type')} is not an encoder; features need one.")
+        raise RunError(f"{folder}: a {stored.get('model_type')} is not an encoder. Expected one, or what began as one.")
     model, params, config, tokenizer = load(folder, head="encoder", dtype=dtype)
     if tokenizer is None:
         raise RunError(f"{folder}: no tokenizer files in this folder (tokenizer.json or vocab.txt).")
+    if sentence.lowercase and not tokenizer.lowercase:
+        _lower_case(tokenizer)
     return model, params, config, tokenizer
 
 

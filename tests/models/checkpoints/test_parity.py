@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary.models.checkpoints.parity import Report, check, gradient_errors
 from bestiary.train.commands.parity import ParityConfig, describe, main
+from bestiary.train.generate.released import reference_generate
 from bestiary.train.optim.optimizer import reference_optimizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -218,7 +219,14 @@ def test_gradients_that_are_zero_but_for_rounding_are_measured_against_the_large
     assert gradient_errors(found | {"unused": np.ones(2)}, expected)["unused"] > 0.1
 
 
-# Last, since the fixture lasts until the module's end.
+# Last, since the fixture lasts until the module's end. Compiled as for users.
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("name", ["bert_model", "gpt2_lm"])
+def test_own_fixtures_as_users_compile_them(name: str) -> None:
+    report = check(FIXTURES / name, make_optimiser=reference_optimizer, generate=reference_generate)
+    assert report.passed, "\n".join(describe(report))
+
+
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", [*NAMES[:2], "transformer_xl_lm"])
 def test_shared_fixtures(shared: Path, name: str) -> None:

@@ -306,7 +306,7 @@ def continued(prompt: list[int], count: int) -> list[int]:
 def test_a_decoder_continues_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an encoder-decoder whose memory says nothing, given the prompt as start token and prefix.
 
-    Of several lengths; that rows and slots may change in between is tested above.
+    Of several lengths; that rows and slots change in between is tested with who watches.
     """
     small_sizes(monkeypatch, FEWEST_ROWS=4, FIRST_SLOTS=32)
     draw = np.random.default_rng(4)
@@ -531,6 +531,7 @@ def test_who_watches_sees_every_token_once_and_can_end_an_output(monkeypatch: py
     prompts = [[0, *draw.integers(2, WORDS, n).tolist()] for n in draw.integers(0, 12, 9)]
     generate = Generator(Decoder(), rememberer_params(), DecodeConfig(max_length=9), rows=4)
     whole = generate(prompts)
+    assert [h.tokens for (h,) in whole] == [continued(prompt, 9) for prompt in prompts]
     for every in (1, 4):
         seen: dict[int, list[int]] = {number: [] for number in range(9)}
         finished: list[int] = []

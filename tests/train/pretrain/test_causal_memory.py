@@ -24,7 +24,7 @@ ROWS, LENGTH = 8, 6
 OBJECTIVE = NextTokensWithMemory(None, True, ROWS, 9)  # pyright: ignore[reportArgumentType]
 MODEL = TransformerXLModel(
     TransformerXLConfig(
-        vocab_size=23, cutoffs=(7,), divisor=1, width=16, embedding_size=16, layers=2, heads=2, head_size=6,
+        vocab_size=23, cutoffs=(5, 11), divisor=1, width=16, embedding_size=16, layers=2, heads=2, head_size=6,
         feed_forward=20, dropout=0.1, attention_dropout=0.1,
     )
 )  # fmt: skip

@@ -136,7 +136,7 @@ def main(config: WordsConfig) -> int:
     model = Word2VecConfig(config.kind, config.width, config.window, config.negatives, config.cbow_gradient)
     bounds = jnp.asarray(drawn_against(words.counts))
     keep, key = keep_probabilities(words.counts, config.sample), jax.random.key(config.seed)
-    unfinished = Unfinished(config, words.ids)
+    unfinished = Unfinished(config, words.words, words.ids, words.sentences)
     found = unfinished.read()
     if found is None:
         tables, place = new_tables(model, len(words.words), config.seed), Place()
@@ -144,7 +144,7 @@ def main(config: WordsConfig) -> int:
         tables, place = found
         progress.line(f"resuming in epoch {place.epoch + 1}, after {place.groups * BATCHES:,} batches")
     resumed, loss = place.words, float("nan")
-    started, work = time.monotonic(), Work(progress, config.kind, total * config.epochs, "words")
+    started, work = time.monotonic(), Work(progress, config.kind, total * config.epochs - resumed, "words")
     with Stop() as stop:
         stop.preparing = False
         for epoch in range(place.epoch, config.epochs):
@@ -157,10 +157,10 @@ def main(config: WordsConfig) -> int:
                 waiting.append((sums[0], sums[1]))
                 place = place._replace(groups=place.groups + 1, number=place.number + 1, words=epoch * total + until)
                 asked = stop.requested
-                if place.groups % 8 and not asked:
+                if place.number % 8 and not asked:
                     continue
                 place, waiting = added(place, waiting), []
-                work.update(place.words)
+                work.update(place.words - resumed)
                 if asked or unfinished.due():
                     unfinished.save(tables, place)
                 if asked:

@@ -7,6 +7,7 @@ the text are all there is to keep.
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -39,14 +40,18 @@ class Unfinished:
 
     Args:
         config: settings of the run.
+        words: the words of the text.
         ids: [T] int32, the text.
+        sentences: [T] int32, number of each word's sentence.
     """
 
-    def __init__(self, config: WordsConfig, ids: np.ndarray):
+    def __init__(self, config: WordsConfig, words: Sequence[str], ids: np.ndarray, sentences: np.ndarray):
         self.path = config.out.with_name(f"{config.out.name}.unfinished.npz")
         settings = {name: value for name, value in asdict(config).items() if name not in ("out", "corpus")}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        digest.update(np.ascontiguousarray(ids).data)
+        digest.update("\n".join(words).encode())
+        for array in (ids, sentences):
+            digest.update(np.ascontiguousarray(array).data)
         self._fingerprint = digest.hexdigest()
         self._next = time.monotonic() + EVERY
 

@@ -71,8 +71,10 @@ def test_a_stopped_run_goes_on_to_the_same_vectors(
     unfinished = tmp_path / "v.txt.unfinished.npz"
     assert f"stopped and saved in {unfinished}" in capsys.readouterr().err
     assert not out.exists()
-    assert train(corpus, out, *quick, "--seed", "1") == 1
-    assert "of a run with other settings or another text, which was stopped" in capsys.readouterr().err
+    (tmp_path / "praha.txt").write_text(corpus.read_text().replace("paris", "praha"))
+    for text, more in ((corpus, ("--seed", "1")), (tmp_path / "praha.txt", ())):
+        assert train(text, out, *quick, *more) == 1
+        assert "of a run with other settings or another text, which was stopped" in capsys.readouterr().err
     assert train(corpus, out, *quick) == 0
     assert "resuming in epoch 2, after 4 batches" in capsys.readouterr().err
     assert not unfinished.exists()

@@ -19,7 +19,9 @@ END = "</w>"
 """What ends a token that ends a word, in others."""
 
 
-def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[str, list[str]]) -> InitialWeights:
+def vectors_weights(
+    path: Path, initialise: Callable[[], Any], tokens: Mapping[str, list[str]], *, whole: bool = False
+) -> InitialWeights:
     """Return new parameters with word vectors as the embeddings of the tokens that are whole words.
 
     The vectors are scaled so that they are as long, on average, as the embeddings they replace.
@@ -28,6 +30,7 @@ def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[s
         path: file of vectors, in either of word2vec's formats.
         initialise: returns new parameters, boxed or not.
         tokens: name of a table of embeddings -> its tokens, by their ids.
+        whole: whether all tokens are whole words, without marks.
 
     Raises:
         RunError: the vectors have another width than the embeddings, or no token is among their words.
@@ -41,7 +44,7 @@ def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[s
         width = shapes[at].shape[1]
         if width != vectors.vectors.shape[1]:
             raise RunError(f"--vectors {path}: vectors of {vectors.vectors.shape[1]}, the embeddings have {width}.")
-    rows = {name: matches(of, vectors) for name, of in tokens.items() if name in found.values()}
+    rows = {name: matches(of, vectors, whole=whole) for name, of in tokens.items() if name in found.values()}
     count = sum(len(ids) for ids, _ in rows.values())
     if not count:
         raise RunError(f"--vectors {path}: none of its {len(vectors.words):,} words is a token of this model's.")
@@ -59,15 +62,15 @@ def vectors_weights(path: Path, initialise: Callable[[], Any], tokens: Mapping[s
     return InitialWeights(load, f"new weights, with the vectors of {path} for {count:,} tokens")
 
 
-def matches(tokens: list[str], vectors: WordVectors) -> tuple[list[int], list[int]]:
+def matches(tokens: list[str], vectors: WordVectors, *, whole: bool) -> tuple[list[int], list[int]]:
     """Return the ids of tokens that are words, and the words' numbers; in lower case if need be."""
-    begins = any(token.startswith(MARKS) for token in tokens)
-    ends = any(token.endswith(END) for token in tokens)
+    begins = not whole and any(token.startswith(MARKS) for token in tokens)
+    ends = not whole and any(token.endswith(END) for token in tokens)
     ids, numbers = [], []
     for number, token in enumerate(tokens):
         if (begins and not token.startswith(MARKS)) or (ends and not token.endswith(END)):
             continue
-        word = token.removesuffix(END)[begins:]
+        word = (token.removesuffix(END) if ends else token)[begins:]
         at = vectors.index.get(word, vectors.index.get(word.lower()))
         if at is not None:
             ids.append(number)

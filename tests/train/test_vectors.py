@@ -40,6 +40,13 @@ def test_tokens_that_are_words_get_their_vectors(tmp_path: Path, tokens: list[st
     assert f"for {len(replaced)} tokens" in initial.described
 
 
+def test_whole_words_have_no_marks(tmp_path: Path) -> None:
+    """Ġ is a letter of Maltese."""
+    write_vectors(tmp_path / "v.txt", WordVectors(["Ġunju", "the", "</w>"], VECTORS.vectors))
+    tokens = ["Ġunju", "the", "fil</w>", "</w>"]
+    assert "for 3 tokens" in vectors_weights(tmp_path / "v.txt", new, {"word": tokens}, whole=True).described
+
+
 def test_vectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_vectors(tmp_path / "v.txt", VECTORS)
     with pytest.raises(RunError, match=r"none of its 3 words"):

@@ -52,6 +52,8 @@ class Features:
         unit_size: features that stay together.
         truncated: number of truncated tokens.
         note: a remark for the user.
+        computed: name of a token field that another model computes -> what determines it. The fingerprint is of this,
+            since the values may differ in their last bits on another machine.
     """
 
     input_ids: np.ndarray
@@ -63,6 +65,7 @@ class Features:
     unit_size: int = 1
     truncated: int = 0
     note: str = ""
+    computed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -91,7 +94,7 @@ class Features:
         arrays = {"": self.input_ids, "types": self.token_type_ids, "starts": self.starts}
         for name, values in {**arrays, **self.segment_fields, **self.token_fields}.items():
             digest.update(f"{name} {values.dtype} {values.shape}".encode())
-            digest.update(np.ascontiguousarray(values).data)
+            digest.update(self.computed[name].encode() if name in self.computed else np.ascontiguousarray(values).data)
         return digest.hexdigest()[:32]
 
 

@@ -310,7 +310,7 @@ def encoder_inputs(config: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     if "pixel_values" in batch:
         return (batch["pixel_values"],)
     inputs = (batch["input_ids"], batch.get("segment_ids"), batch.get("position_ids"))
-    if "features" in batch:
+    if "features" in batch and getattr(config, "features", ()):
         return (*inputs, batch["features"])
     return (*inputs, batch.get("token_type_ids")) if config.token_types > 1 else inputs
 

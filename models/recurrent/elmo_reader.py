@@ -34,6 +34,38 @@ def is_elmo(folder: Path) -> bool:
     return path.is_file() and read_object(path).get("model_type") == "elmo"
 
 
+def elmo_files(folder: Path) -> tuple[Path, Path]:
+    """Return the files of an ELMo, of either kind: its config, and its weights.
+
+    Raises:
+        CheckpointError: it is no ELMo.
+        FileNotFoundError: there is no such folder.
+    """
+    if (folder / OPTIONS).is_file():
+        weights = sorted(folder.glob("*.hdf5"))
+        if len(weights) != 1:
+            raise CheckpointError(f"{folder}: expected one .hdf5 file beside {OPTIONS}, found {len(weights)}.")
+        return folder / OPTIONS, weights[0]
+    require_checkpoint(folder)
+    if not is_elmo(folder):
+        raise CheckpointError(f"{folder}: not an ELMo, of `bestiary pretrain --objective bilm` or bilm-tf.")
+    return folder / "config.json", folder / "model.safetensors"
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash an ELMo, in hexadecimal; it differs if the weights differ. Nothing is put on a device.
+
+    Raises:
+        CheckpointError: see `elmo_files`.
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in elmo_files(folder):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 class Read(NamedTuple):
     """A batch of sentences."""
 
@@ -58,19 +90,15 @@ class ElmoReader:
     """
 
     def __init__(self, folder: Path):
-        if (folder / OPTIONS).is_file():
-            files = sorted(folder.glob("*.hdf5"))
-            if len(files) != 1:
-                raise CheckpointError(f"{folder}: expected one .hdf5 file beside {OPTIONS}, found {len(files)}.")
-            self._model, params = read_bilm(folder / OPTIONS, files[0])
-            self._files, self._marks, self.lowercase = [folder / OPTIONS, files[0]], ("<S>", "</S>"), False
+        self._folder = folder
+        config, weights = elmo_files(folder)
+        if config.name == OPTIONS:
+            self._model, params = read_bilm(config, weights)
+            self._marks, self.lowercase = ("<S>", "</S>"), False
         else:
-            require_checkpoint(folder)
-            if not is_elmo(folder):
-                raise CheckpointError(f"{folder}: not an ELMo, of `bestiary pretrain --objective bilm` or bilm-tf.")
             loaded = load(folder)
             self._model, params = Elmo(loaded.config), loaded.params["encoder"]
-            self._files, self._marks = [folder / "config.json", folder / "model.safetensors"], ("</S>", "</S>")
+            self._marks = ("</S>", "</S>")
             self.lowercase = bool(loaded.tokenizer is not None and loaded.tokenizer.lowercase)
         self.config = self._model.config
         self.longest = LENGTHS[-1] - 2
@@ -137,8 +165,4 @@ class ElmoReader:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; it differs if the weights differ."""
-        digest = hashlib.sha256()
-        for path in self._files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return fingerprint(self._folder)

@@ -201,6 +201,9 @@ class TaggingConfig(FinetuneConfig):
             "--lora-rank": self.adapt.lora_rank,
             "--bitfit": self.adapt.bitfit,
             "--teacher": self.distil.teacher,
+            "--auxiliary-lm": self.auxiliary_lm,
+            "--delimiters": self.delimiters,
+            "--scan-layers": self.scan_layers,
         }
         for flag, given in without.items():
             if given:
@@ -208,8 +211,8 @@ class TaggingConfig(FinetuneConfig):
 
     @property
     def new(self) -> bool:
-        """Whether the tagger is new."""
-        return str(self.model) == NEW_TAGGER and not (self.model / "config.json").is_file()
+        """Whether the tagger is new; a run's folder of this name, as of --out, is no checkpoint."""
+        return str(self.model) == NEW_TAGGER and not any(self.model.glob("model*.safetensors*"))
 
 
 def finished_run(folder: Path) -> Path:

@@ -120,13 +120,18 @@ class EncodedData:
     prediction: Mapping[str, tuple[Sequence[Any], Features]]
 
 
+def sampled_train(config: FinetuneConfig, train: Sequence[Any]) -> Sequence[Any]:
+    """Return the examples to train on."""
+    if config.train_examples and config.train_examples < len(train):
+        return hold_out(train, config.train_examples / len(train), config.seed)[1]
+    return train
+
+
 def encode_data(
     config: FinetuneConfig, task: Task, data: TaskData, tokenizer: Tokenizer, progress: Progress
 ) -> EncodedData:
     """Encode all splits, and report their sizes."""
-    train = data.train
-    if config.train_examples and config.train_examples < len(train):
-        train = hold_out(train, config.train_examples / len(train), config.seed)[1]
+    train = sampled_train(config, data.train)
 
     def encode(name: str, examples: Sequence[Any]) -> Features:
         features = task.encode(tokenizer, examples)
@@ -301,7 +306,7 @@ def starting(config: FinetuneConfig, task: Task, data: TaskData, progress: Progr
     if not (isinstance(config, TaggingConfig) and config.new and isinstance(task, TaggingTask)):
         return load_model(config, task, progress), f"the weights of {config.model}"
     vectors = "" if config.vectors is None else f", with the vectors of {config.vectors}"
-    return new_tagger(config, task, data.train), f"new weights{vectors}"
+    return new_tagger(config, task, sampled_train(config, data.train)), f"new weights{vectors}"
 
 
 def describe(

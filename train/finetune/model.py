@@ -15,6 +15,7 @@ from ...models.checkpoints.folder import Loaded, check_head, family_of_folder, l
 from ...models.family import EncoderConfig
 from ...models.heads.with_head import is_head_parameter
 from ...models.once import jit_once
+from ...models.recurrent.bilstm import BiLstmConfig
 from ...models.registry import family_of_model, init_params
 from ..adapt.layer_rates import both, boxed_shapes, layer_rates, parameter_depths
 from ..errors import RunError
@@ -51,6 +52,8 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
     if config.delimiters and (config.adapt.lora_rank or config.adapt.bitfit):
         raise RunError("--delimiters: adapters leave the vectors of new tokens as they are drawn. Leave one out.")
     found: Any = family.config.from_json(stored)
+    if config.adapt.lora_rank and isinstance(found, BiLstmConfig):
+        raise RunError(f"--lora-rank: the LSTMs of {config.model} have no adapters. Leave it out, or use --bitfit.")
     if found.max_length is not None and task.max_length > found.max_length:
         raise RunError(f"--max-length is {task.max_length}, beyond the model's {found.max_length} positions.")
     if config.freeze_layers > found.layers:

@@ -36,7 +36,8 @@ def new_tagger(config: TaggingConfig, task: TaggingTask, sentences: Sequence[Sen
         RunError: a setting has no use in this model, or see `vectors_weights`.
         DataError: see `read_vectors`.
     """
-    counts = Counter(word for sentence in sentences for word in sentence.words)
+    # The tokenizer splits at white space, which words of some languages have.
+    counts = Counter(part for sentence in sentences for word in sentence.words for part in word.split())
     words = ranked({word: count for word, count in counts.items() if count >= LEAST})
     changes = task.model_changes()
     if config.vectors is not None:
@@ -65,5 +66,5 @@ def new_tagger(config: TaggingConfig, task: TaggingTask, sentences: Sequence[Sen
     if config.vectors is None:
         params = jax.device_get(draw())
     else:
-        params = vectors_weights(config.vectors, draw, {"word": tokenizer.tokens}).load()
+        params = vectors_weights(config.vectors, draw, {"word": tokenizer.tokens}, whole=True).load()
     return Loaded(model, params, shaped, tokenizer)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from ...data.json_files import read_object
 from ...models.checkpoints.config import read_labels
-from ...models.checkpoints.folder import read_config
+from ...models.checkpoints.folder import family_of_folder, read_config
 from ...models.checkpoints.teacher import Teacher, load_teacher
 from ...models.heads.distillation import divergence
 from ..errors import RunError
 from ..learner import compute_dtype
 from .config import FinetuneConfig
+from .tasks.tagging import features_shape
 from .tasks.task import Arrays, Task
 
 
@@ -25,7 +26,7 @@ def task_teacher(config: FinetuneConfig, task: Task, tokenizer: Any) -> Teacher 
     """Read the teacher of a run's settings; None if there is none.
 
     Raises:
-        RunError: the task cannot be distilled, the teacher's task or classes are others, or see `load_teacher`.
+        RunError: the task cannot be distilled, the teacher's task, classes or states are others, or see `load_teacher`.
     """
     given = config.distil
     if given.teacher is None:
@@ -33,14 +34,20 @@ def task_teacher(config: FinetuneConfig, task: Task, tokenizer: Any) -> Teacher 
     if task.inimitable is not None:
         raise RunError(f"--teacher: {task.name} cannot be distilled: {task.inimitable}.")
     run = given.folder.parent / "task.json"
-    if run.is_file():
-        taught = read_object(run).get("name")
-        if taught != task.name:
-            raise RunError(f"--teacher {given.teacher}: it was fine-tuned on {taught}, not on {task.name}.")
-    changes = task.model_changes()
-    wanted, held = changes.get("label_names"), read_labels(read_config(given.folder))
+    taught = read_object(run) if run.is_file() else None
+    if taught is not None and taught.get("name") != task.name:
+        raise RunError(f"--teacher {given.teacher}: it was fine-tuned on {taught.get('name')}, not on {task.name}.")
+    changes, stored = task.model_changes(), read_config(given.folder)
+    wanted, held = changes.get("label_names"), read_labels(stored)
     if wanted is not None and held[1] is not None and held[1] != wanted:
         raise RunError(f"--teacher {given.teacher}: its classes are {', '.join(held[1])}, not {', '.join(wanted)}.")
+    states: Any = getattr(family_of_folder(stored, given.folder).config.from_json(stored), "features", ())
+    other = taught is not None and taught.get("features_fingerprint") != getattr(task, "features_fingerprint", None)
+    if states and (states != features_shape(task) or other):
+        raise RunError(
+            f"--teacher {given.teacher}: it reads the states of an ELMo that is not this run's. Choose a teacher "
+            "without, or give its ELMo with --features."
+        )
     return load_teacher(
         given.folder,
         task.head,

@@ -1,7 +1,10 @@
 """A new tagger, on words alone and on the states of a frozen ELMo: learnt, predicted again, and refused."""
 
+import dataclasses
 import json
 import random
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,24 @@ from flax import linen as nn
 from safetensors import safe_open
 
 from bestiary import models
+from bestiary.data.tasks.tagging import Sentence
 from bestiary.data.tokenizers.word_level import word_tokenizer
 from bestiary.data.vectors import WordVectors, write_vectors
+from bestiary.models.recurrent.bilstm import BiLstmConfig
 from bestiary.models.recurrent.elmo import BidirectionalLM, Elmo, ElmoConfig, character_ids
-from bestiary.models.recurrent.elmo_reader import ElmoReader
+from bestiary.models.recurrent.elmo_reader import ElmoReader, fingerprint
 from bestiary.models.registry import init_params
 from bestiary.train.cli import main
-from bestiary.train.finetune.config import TaggingConfig
+from bestiary.train.errors import RunError
+from bestiary.train.finetune.config import TaggingConfig, TeacherConfig
+from bestiary.train.finetune.loop import sampled_train, starting
 from bestiary.train.finetune.new_tagger import new_tagger
+from bestiary.train.finetune.tasks import tagging
 from bestiary.train.finetune.tasks.tagging import TaggingTask
+from bestiary.train.finetune.tasks.task import TaskData
+from bestiary.train.finetune.teacher import task_teacher
+from bestiary.train.progress import Progress
+from bestiary.train.sharding import make_mesh
 
 PLAIN = ("the", "film", "was", "a", "story", "of", "two", "men", "and", "one", "house", "in", "town")
 ELMO = ElmoConfig(
@@ -40,6 +52,15 @@ TASK = TaggingTask(
     "ner", 128, ("O", "B-per", "I-per"), False, 1.0, legal=True, scheme="iob2", repair=False, word_column=0,
     tag_column=-1, column="upos",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """Narrow taggers, trained on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bestiary.train.finetune.new_tagger.BiLstmConfig", partial(BiLstmConfig, width=32))
+        patch.setattr("bestiary.train.sharding.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +84,87 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, out: Path, *more: str) -> int:
-    given = [
-        "--epochs",
-        "8",
-        "--evaluate-epochs",
-        "8",
-        "--dropout",
-        "0.1",
-        "--batch-size",
-        "16",
-        "--learning-rate",
-        "1e-2",
-    ]
-    return main(["finetune", "ner", "--data", str(data), "--out", str(out), *given, *more])
+    given = "--steps 60 --checkpoint-every 48 --evaluate-epochs 10 --dropout 0.1 --batch-size 16 --learning-rate 3e-2"
+    return main(["finetune", "ner", "--data", str(data), "--out", str(out), *given.split(), *more])
 
 
 @pytest.fixture(scope="module")
 def run(elmo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     write_vectors(out.parent / "v.txt", WordVectors(["film", "unseen"], np.array([[0, 3], [4, 0]], np.float32)))
-    assert train(data, out, "--features", str(elmo), "--vectors", str(out.parent / "v.txt"), "--crf") == 0
+    assert train(data, out, "--crf", "--features", str(elmo), "--vectors", str(out.parent / "v.txt")) == 0
     return out
+
+
+def test_it_goes_on_from_a_checkpoint_and_is_evaluated_again_and_trained_further(
+    run: Path, elmo: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--features", str(elmo), "--crf")
+    from_checkpoint = ("--resume-from", str(run / "checkpoints" / "48"), "--vectors", str(run.parent / "v.txt"))
+    assert train(data, tmp_path / "resumed", *given, *from_checkpoint) == 0
+    assert (tmp_path / "resumed/model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(data)]) == 0
+    metrics = json.loads((run / "results.json").read_text())["metrics"]["dev"]
+    assert json.loads(capsys.readouterr().out)["metrics"] == pytest.approx(metrics, rel=1e-5)
+    further = ("--model", str(run / "model"))
+    assert train(data, tmp_path / "further", *given, *further) == 0
+    assert json.loads((tmp_path / "further/results.json").read_text())["metrics"]["dev"]["f1"] > 0.9
+    assert train(data, tmp_path / "lora", *given, *further, "--lora-rank", "2", "--lora-targets", "all-linear") == 1
+    assert f"--lora-rank: the LSTMs of {run / 'model'} have no adapters" in capsys.readouterr().err
+
+
+def test_processes_join_before_an_elmo_is_on_a_device(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def join(_: object) -> None:
+        raise RunError("joining")
+
+    monkeypatch.setattr("bestiary.train.run.start_parallelism", join)
+    monkeypatch.setattr(tagging, "ElmoReader", None)
+    assert train(data, tmp_path / "run", "--features", str(write_elmo(tmp_path / "elmo", 1))) == 1
+    assert "joining" in capsys.readouterr().err
+
+
+def test_an_elmo_may_be_in_a_store(elmo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tagging.elmo(f"file://{elmo}").fingerprint == fingerprint(elmo)
+
+
+def test_the_position_in_the_data_is_of_words_not_of_their_states(elmo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of another machine may differ in their last bits."""
+    task = dataclasses.replace(TASK, features=str(elmo), features_fingerprint=fingerprint(elmo))
+    sentences = [Sentence(("one", "two"), ("O", "O"), "text", (1, 2))]
+    made = [task.encode(word_tokenizer(["a"]), sentences).fingerprint]
+    monkeypatch.setattr(ElmoReader, "states", lambda self, words, report: np.ones((2, 3, 16), np.float32))
+    made.append(task.encode(word_tokenizer(["a"]), sentences).fingerprint)
+    others = [dataclasses.replace(sentences[0], words=("one", "six"))]
+    made.append(task.encode(word_tokenizer(["a"]), others).fingerprint)
+    assert made[0] == made[1] != made[2]
+
+
+def test_a_teacher_that_reads_other_states_is_refused(run: Path, tmp_path: Path) -> None:
+    config = TaggingConfig(model=run / "model", out=tmp_path / "run", distil=TeacherConfig(teacher=run / "model"))
+    with pytest.raises(RunError, match="reads the states of an ELMo that is not this run's"):
+        task_teacher(config, TASK, word_tokenizer(["a"]))
+
+
+def test_a_run_folder_of_its_name_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "model/config.json", "model/model.safetensors"):
+        (tmp_path / "bilstm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bilstm" / name).write_text("{}")
+    assert TaggingConfig(out=Path("bilstm")).new
+    (tmp_path / "bilstm" / "model.safetensors").write_text("")
+    assert not TaggingConfig(out=Path("bilstm")).new
+
+
+def test_its_words_are_the_tokens_of_the_examples_that_are_trained_on(tmp_path: Path) -> None:
+    config = TaggingConfig(train_examples=1, out=tmp_path / "run")
+    sentences = [Sentence((word, word), ("O", "O"), "text", (1, 2)) for word in ("Hà Nội", "Việt Nam")]
+    loaded, _ = starting(config, TASK, TaskData(sentences, {}), Progress())
+    (trained,) = sampled_train(config, sentences)
+    assert loaded.tokenizer.tokens[2:] == trained.words[0].split()
 
 
 def test_letters_are_read_by_the_frozen_elmo(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +231,9 @@ def test_vectors_are_those_of_all_their_words(data: Path, tmp_path: Path) -> Non
         (["--lora-rank", "2"], "--lora-rank is for pretrained models; --model bilstm is new"),
         (["--freeze-layers", "1"], "--freeze-layers is for pretrained models"),
         (["--layer-decay", "0.9"], "--layer-decay is for pretrained models"),
+        (["--auxiliary-lm", "0.5"], "--auxiliary-lm is for pretrained models"),
+        (["--delimiters", "True"], "--delimiters is for pretrained models"),
+        (["--scan-layers", "True"], "--scan-layers is for pretrained models"),
         (["--remat"], "a recurrent model has no use for remat"),
         (["--features", "nowhere"], "nowhere"),
         (["--vectors", "nowhere.txt"], "nowhere.txt: there is no such file"),

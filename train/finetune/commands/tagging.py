@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from ....data.cloud.mirror import url_of
 from ....data.progress import counted
 from ....data.tasks.tagging import UPOS, PartOfSpeech, Scheme, tag_set
 from ....data.tasks.words import learnt_splits
@@ -95,12 +96,15 @@ def main(config: NerConfig | PosConfig) -> int:
 
 
 def _main(config: NerConfig | PosConfig) -> int:
+    from ....models.recurrent.elmo_reader import fingerprint
     from ..loop import finetune
-    from ..tasks.tagging import SUFFIXES, TaggingTask, elmo, files_of
+    from ..tasks.tagging import SUFFIXES, TaggingTask, files_of
     from ..tasks.task import TaskData
 
     entities = isinstance(config, NerConfig)
     features = config.run.features
+    if features is not None and url_of(features) is None:  # of a store's, task.json is to have its path there
+        features = features.resolve()
     assert config.crf_rate is not None
     task = TaggingTask(
         "ner" if entities else "pos",
@@ -115,8 +119,8 @@ def _main(config: NerConfig | PosConfig) -> int:
         config.tag_column if entities else -1,
         "upos" if entities else config.column,
         config.comment if entities else None,
-        features=None if features is None else str(features.resolve()),
-        features_fingerprint=None if features is None else elmo(str(features.resolve())).fingerprint,
+        features=None if features is None else str(features),
+        features_fingerprint=None if features is None else fingerprint(features),
     )
     # The tag set is that of the training file, which is therefore read first.
     read = task.read_file(config.data, "train", labelled=True)

@@ -5,6 +5,8 @@ a chain (models/heads/crf.py), else independently. Entities are scored by seqeva
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ....data.batches import Features, pack_features
+from ....data.cloud.mirror import fetch, mirror, scheme_of
 from ....data.errors import DataError
 from ....data.files import write_text
 from ....data.progress import counted
@@ -62,8 +65,11 @@ class TaggedFeatures(Features):
 
 @cache
 def elmo(folder: str) -> ElmoReader:
-    """Return the ELMo of a folder, which is read once."""
-    return ElmoReader(Path(folder))
+    """Return the ELMo of a folder, which may be one of a store (gs://), as in task.json; it is read once."""
+    if scheme_of(folder) is None:
+        return ElmoReader(Path(folder))
+    fetch(mirror(folder))
+    return ElmoReader(mirror(folder))
 
 
 def features_shape(task: Task) -> tuple[int, int] | tuple[()]:
@@ -173,6 +179,8 @@ class TaggingTask(PlainTask):
             states = self._states(examples)
             fields["token_fields"]["features"] = np.zeros((len(first), *states.shape[1:]), np.float32)
             fields["token_fields"]["features"][first] = states
+            words = hashlib.sha256(json.dumps([s.words for s in examples]).encode()).hexdigest()
+            fields["computed"] = {"features": f"{self.features_fingerprint} of {words}"}
         if pieces.split:
             fields["note"] = f"{counted(pieces.split, 'sentence')} in several pieces"
         return TaggedFeatures(**fields, first=first)

@@ -6,15 +6,18 @@ Memory maps, safetensors, TensorBoard and file locks need files of the operating
 first (`fetch`), what is written is written here and then copied there (`publish`). Both copy only the files that
 differ: an index keeps, for each file that is the same here and there, its size and time here and its version there.
 
-Objects are replaced one by one, and folders cannot be renamed, so the order is what commits: files in deeper folders
-come first, then those above; in a folder, JSON comes last; `results.json` is last of all. A checkpoint counts with its
-manifest, `checkpoints/120.json`, and a model or a cache with its JSON, which is removed before the files beside it are
-replaced. A process that is killed in between leaves files that do not count.
+Objects are replaced one by one, and folders cannot be renamed, so the order is what commits: JSON comes after all other
+files, that of deeper folders first; `results.json` is last of all. A checkpoint counts with its manifest,
+`checkpoints/120.json`, which comes after the lines of metrics up to it; a model or a cache with its JSON, which is
+removed before the files beside it are replaced. A process that is killed in between leaves files that do not count; the
+index says that they were being copied, so that the next start copies them again, and does not take them for another
+machine's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -31,14 +34,19 @@ COPIES = 8
 """Files that are copied at the same time."""
 CLAIM = "run.lock"
 """A file that names the process that works in a folder; see `claim`."""
+COMPLETE = "complete.json"
+"""A file that tells that a folder of a cache is whole; see `build_once`."""
+_LAST = ("/results.json", f"/{COMPLETE}")
+COPYING = "being copied"
+"""Version of a file of which nobody knows whether the store has it: it is being published, or that was cut short."""
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "az", "abfs", "memory"}
 """Where a whole object replaces another one, and there are no folders to make."""
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "az": "adlfs", "abfs": "adlfs"}
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(\S+)")
 _WEB = ("http", "https")
 _VERSIONS = ("etag", "ETag", "generation", "md5Hash", "crc32c", "mtime", "last_modified", "LastModified", "created")
-_NOT_COPIED = re.compile(rf"(^|/)(\.unfinished-[^/]*|[^/]*\.orbax-checkpoint-tmp[^/]*(/.*)?|{re.escape(CLAIM)})$")
-_claims: dict[Path, str] = {}
+_NOT_COPIED = re.compile(rf"(^|/)(\.unfinished-[^/]*(/.*)?|[^/]*\.orbax-checkpoint-tmp[^/]*(/.*)?|{re.escape(CLAIM)})$")
+_claims: dict[Path, tuple[str, str]] = {}  # folder -> its CLAIM in the store, and what this process wrote there
 
 
 def scheme_of(text: str) -> str | None:
@@ -105,7 +113,7 @@ def fetch(
     url = url_of(path)
     if url is None:
         return
-    with _store(url) as (fs, root), _index(url) as index:
+    with _store(url) as (fs, root), _index(url) as (index, _):
         there = _listing(fs, root)
         if not there and not missing:
             raise FileNotFoundError(f"{url}: there is no such file or folder.")
@@ -117,8 +125,9 @@ def fetch(
             if not (path / _inside(file, root)).is_file():
                 del index[file]
         known = {file for file in known & index.keys() if not (start and _inside(file, root).startswith(start))}
-        gone = known - there.keys()
-        differs = {file for file, info in there.items() if file in index and index[file].version != _version(info)}
+        ours = {file for file in known if index[file].version == COPYING}  # which is newer here
+        gone = known - there.keys() - ours
+        differs = {file for file in there.keys() & known - ours if index[file].version != _version(there[file])}
         if together and path.exists() and (gone or there.keys() - known or differs):
             report(f"{url} has changed since this machine last worked on it; it is copied anew")
             _remove(path)
@@ -141,7 +150,8 @@ def fetch(
             index[file] = _Same(*_stat(target), _version(there[file]))
 
         with ThreadPoolExecutor(COPIES) as threads:
-            list(threads.map(copy, wanted))
+            for last in (False, True):
+                list(threads.map(copy, [file for file in wanted if file.endswith(_LAST) is last]))
 
 
 def publish(path: Path, *, left_out: str = "") -> None:
@@ -157,23 +167,30 @@ def publish(path: Path, *, left_out: str = "") -> None:
     url = url_of(path)
     if url is None or not path.exists():
         return
-    with _store(url) as (fs, root), _index(url) as index:
-        _require_claim(fs, root, path)
+    with _store(url) as (fs, root), _index(url) as (index, write_index):
+        _require_claim(fs, path)
         here = {f"{root}/{name}" if name else root: path / name for name in _names(path, left_out)}
         known = {file for file in index if file == root or file.startswith(f"{root}/")}
         gone = {file for file in known - here.keys() if not (left_out and _inside(file, root).startswith(left_out))}
         changed = [file for file in here if file not in index or index[file][:2] != _stat(here[file])]
         folders = {file.rpartition("/")[0] for file in changed if not file.endswith(".json")}
+        if changed:
+            index |= dict.fromkeys(changed, _Same(0, 0, COPYING))
+            write_index()
         for file in changed:  # a folder whose JSON is away does not count
-            if file in index and file.endswith(".json") and file.rpartition("/")[0] in folders - {root}:
-                fs.rm_file(file)
+            if file in known and file.endswith(".json") and file.rpartition("/")[0] in folders - {root}:
+                with contextlib.suppress(FileNotFoundError):  # if publishing was cut short before
+                    fs.rm_file(file)
         copied: dict[str, tuple[int, int]] = {}
         try:
             for file in sorted(changed, key=_order):
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, as an old checkpoint is
-                    seen = _stat(here[file])
+                seen = _stat(here[file])
+                try:
                     _put(fs, here[file], file)
                     copied[file] = seen
+                except FileNotFoundError:  # removed meanwhile, as an old checkpoint is
+                    if here[file].exists():
+                        raise
         finally:
             if copied:  # listed as `fetch` will list them: one object alone may be described in another way
                 listed = _listing(fs, root)
@@ -195,7 +212,7 @@ def claim(folder: Path) -> None:
         with _store(url) as (fs, root):
             fs.invalidate_cache()
             _put(fs, folder / CLAIM, f"{root}/{CLAIM}")
-            _claims[folder] = (folder / CLAIM).read_text()
+            _claims[folder] = f"{root}/{CLAIM}", (folder / CLAIM).read_text()
 
 
 def claimed(folder: Path) -> bool:
@@ -203,11 +220,13 @@ def claimed(folder: Path) -> bool:
     return folder in _claims
 
 
-def _require_claim(fs: Any, root: str, folder: Path) -> None:
-    """Raise DataError if another process has claimed the folder that this one had claimed."""
-    mine = _claims.get(folder)
-    if mine is not None:
-        found = fs.cat_file(f"{root}/{CLAIM}").decode(errors="replace") if fs.exists(f"{root}/{CLAIM}") else ""
+def _require_claim(fs: Any, path: Path) -> None:
+    """Raise ClaimedError if another process has claimed the folder that this one had claimed, with what is in it."""
+    for folder in _claims.keys() & {path, *path.parents}:
+        file, mine = _claims[folder]
+        found = ""
+        with contextlib.suppress(FileNotFoundError):
+            found = fs.cat_file(file).decode(errors="replace")
         if found != mine:
             raise ClaimedError(
                 f"{url_of(folder)}: this folder now belongs to {found.strip() or 'nobody: it was removed'}. This "
@@ -243,20 +262,24 @@ def _store(url: str) -> Iterator[tuple[Any, str]]:
         package = _PACKAGES.get(scheme)
         remedy = f"needs the package {package}: pip install {package}" if package else str(error)
         raise DataError(f"{url}: {remedy}.") from None
-    except ValueError as error:
-        raise DataError(f"{url}: {error}.") from None
+    except Exception as error:  # of the store's own library: nobody is signed in, ...
+        raise DataError(f"{url}: {str(error) or type(error).__name__}.") from error
     try:
         yield fs, root.rstrip("/")
-    except (OSError, DataError):
+    except DataError:
         raise
-    except Exception as error:  # of the store's own library
+    except Exception as error:
         said = str(error).strip().partition("\n")[0]
+        if isinstance(error, OSError) and type(error).__module__ == "builtins":
+            if error.filename is not None or error.errno == errno.ENOSPC or in_urls(said).startswith(url):
+                raise
+            raise type(error)(f"{url}: {said or type(error).__name__}") from error
         raise DataError(f"{url}: the store does not answer as it should ({type(error).__name__}: {said}).") from error
 
 
 @contextlib.contextmanager
-def _index(url: str) -> Iterator[dict[str, _Same]]:
-    """Yield the index of a bucket, which is written at the end; one process at a time has it."""
+def _index(url: str) -> Iterator[tuple[dict[str, _Same], Callable[[], None]]]:
+    """Yield the index of a bucket, written at the end, and what writes it now; one process at a time has it."""
     scheme, _, rest = url.partition("://")
     name = f"{scheme} {rest.strip('/').partition('/')[0]}"
     path = _root() / ".index" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
@@ -269,12 +292,16 @@ def _index(url: str) -> Iterator[dict[str, _Same]]:
         except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged: everything is copied again
             index = {}
         before = dict(index)
+
+        def write() -> None:
+            with replacing(path) as unfinished:
+                unfinished.write_text(json.dumps(index))
+
         try:
-            yield index
+            yield index, write
         finally:
             if index != before:
-                with replacing(path) as unfinished:
-                    unfinished.write_text(json.dumps(index))
+                write()
 
 
 def _listing(fs: Any, root: str) -> dict[str, Any]:
@@ -298,7 +325,11 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _stat(path: Path) -> tuple[int, int]:
-    found = path.stat()
+    """Return size and time of the last change of a file; zeros if it has been removed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
     return found.st_size, found.st_mtime_ns
 
 
@@ -313,8 +344,8 @@ def _names(path: Path, left_out: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _order(file: str) -> tuple[int, bool, bool, str]:
-    return -file.count("/"), file.endswith(".json"), file.endswith("/results.json"), file
+def _order(file: str) -> tuple[bool, int, bool, str]:
+    return file.endswith(".json"), -file.count("/"), file.endswith(_LAST), file
 
 
 def _put(fs: Any, source: Path, target: str) -> None:

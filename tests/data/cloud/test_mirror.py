@@ -96,13 +96,14 @@ def test_what_is_not_there_is_named(on_machine, store):
 def test_what_counts_is_written_last_and_removed_first(on_machine, store, puts):
     run = mirror("memory://b/run")
     for name in ("config.json", "results.json", "model/config.json", "model/weights", "checkpoints/5/state/d/a",
-                 "checkpoints/5.json", ".unfinished-1@x-y", "checkpoints/6.orbax-checkpoint-tmp-3/state"):  # fmt: skip
+                 "checkpoints/5.json", ".unfinished-1@x-y", "checkpoints/6.orbax-checkpoint-tmp-3/state",
+                 ".unfinished-1@x-model/config.json", "metrics.jsonl", "best.safetensors"):  # fmt: skip
         written(run / name, name)
     publish(run)
     assert puts == [
         f"run/{name}"
-        for name in ("checkpoints/5/state/d/a", "model/weights", "checkpoints/5.json", "model/config.json",
-                     "config.json", "results.json")
+        for name in ("checkpoints/5/state/d/a", "model/weights", "best.safetensors", "metrics.jsonl",
+                     "checkpoints/5.json", "model/config.json", "config.json", "results.json")
     ]  # fmt: skip
     puts.clear()
     written(run / "model" / "weights", "other weights")
@@ -165,8 +166,9 @@ def test_the_last_process_to_claim_a_folder_has_it(on_machine, store):
     claim(run)
     publish(run)
     store.pipe("/b/run/run.lock", b"process 2 on b, since 11:00")  # another machine's claim
-    with pytest.raises(ClaimedError, match="now belongs to process 2 on b, since 11:00"):
-        publish(run)
+    for path in (run, run / "metrics.jsonl"):
+        with pytest.raises(ClaimedError, match=r"memory://b/run: .* now belongs to process 2 on b, since 11:00"):
+            publish(path)
     store.rm("/b/run", recursive=True)
     with pytest.raises(ClaimedError, match="nobody: it was removed"):
         publish(run)
@@ -188,14 +190,58 @@ def test_a_kill_while_publishing_leaves_what_was_there(on_machine, store, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(type(store), "put_file", failing)
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError, match="memory://b/run: no network"):
             publish(run)
     assert not store.exists("/b/run/checkpoints/5.json")
     assert len(copied) == 2
     publish(run)
+    assert len(copied) == 2
     assert json.loads(json.dumps(sorted(store.find("/b/run")))) == [
         f"/b/run/checkpoints/{name}" for name in ("5.json", "5/a", "5/b", "5/c")
     ]
+
+
+def test_what_a_kill_left_unpublished_is_not_dropped(on_machine, store, monkeypatch):
+    """The store has a part of it, of which this machine's index knows no version."""
+    run = mirror("memory://b/run")
+    written(run / "metrics.jsonl", "1\n")
+    publish(run)
+    written(run / "metrics.jsonl", "1\n2\n")
+    written(run / "model" / "weights", "new")
+    written(run / "model" / "config.json", "{}")
+    put = store.put_file
+
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    def put_until_killed(_: object, source: str, to: str) -> None:
+        put(source, to)
+        if to.endswith("metrics.jsonl"):
+            raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "put_file", put_until_killed)
+        patched.setattr(type(store), "find", killed)  # which leaves no time to see what has been copied
+        with pytest.raises(SystemExit):
+            publish(run)
+    said: list[str] = []
+    fetch(run, together=True, report=said.append)
+    assert said == []
+    assert (run / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (run / "model" / "config.json").exists()
+    publish(run)
+    assert {name: store.cat_file(name) for name in store.find("/b/run")} == {
+        "/b/run/metrics.jsonl": b"1\n2\n", "/b/run/model/config.json": b"{}", "/b/run/model/weights": b"new",
+    }  # fmt: skip
+
+
+def test_errors_of_a_store_name_the_path(on_machine, store, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(type(store), "find", refused)
+    with pytest.raises(PermissionError, match=r"^memory://b/books: Access Denied$"):
+        fetch(mirror("memory://b/books"))
 
 
 def test_a_cache_in_a_store_is_built_once(on_machine, store):
@@ -210,3 +256,25 @@ def test_a_cache_in_a_store_is_built_once(on_machine, store):
         folder = build_once(mirror("memory://b/cache") / "tokenizers" / "0f", build)
         assert (folder / "vocab.txt").read_text() == "a"
     assert len(builds) == 1
+    store.rm("/b/cache/tokenizers/0f/complete.json")  # as if publishing it had been cut short
+    on_machine(2)
+    assert build_once(mirror("memory://b/cache") / "tokenizers" / "0f", build).is_dir()
+    assert len(builds) == 2
+    assert store.exists("/b/cache/tokenizers/0f/complete.json")
+
+
+def test_a_cache_whose_publishing_failed_is_published_by_the_next_start(on_machine, store, monkeypatch):
+    def build(folder: Path) -> None:
+        written(folder / "vocab.txt", "a")
+        written(folder / "vocab.json", "b")
+
+    def failing(*_: object) -> None:
+        raise ConnectionError("no network")
+
+    folder = mirror("memory://b/cache") / "tokenizers" / "0f"
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "put_file", failing)
+        with pytest.raises(ConnectionError):
+            build_once(folder, build)
+    build_once(folder, build)
+    assert {name.rpartition("/")[2] for name in store.find("/b/cache")} == {"vocab.txt", "vocab.json", "complete.json"}

@@ -27,6 +27,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.options import AtomicityOptions
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -36,6 +37,8 @@ from ..data.json_files import expect, fits, json_text, parse_json, write_json
 from .errors import RunError
 
 CHUNK = 1 << 22
+RENAMED = AtomicityOptions(allow_legacy_atomic_rename=True)
+"""On gs://, read also what one process has saved, without Orbax's own mark: our manifest says what is whole."""
 
 
 class Restored(NamedTuple):
@@ -54,9 +57,10 @@ class Checkpoints:
 
     Args:
         folder: folder of the checkpoints, created if missing.
-        keep: number of most recent checkpoints to keep; at least 2, in case the newest is damaged.
+        keep: number of most recent checkpoints to keep; with 1, there is none to go back to if it is damaged.
         keep_best: number of checkpoints of the highest ranks to keep besides.
         report: called with a line for the user.
+        before: called before a manifest is written, in its thread.
         saved: called after each save that has ended, and what it replaces is deleted.
     """
 
@@ -67,11 +71,12 @@ class Checkpoints:
         keep: int,
         keep_best: int = 0,
         report: Callable[[str], None],
+        before: Callable[[], None] = lambda: None,
         saved: Callable[[], None] = lambda: None,
     ):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
         self.folder = _absolute(folder)
-        self._report, self._saved = report, saved
+        self._report, self._before, self._saved = report, before, saved
         self._pending: int | None = None
         self._listing: Future[None] | None = None  # of the files of the pending step
         self._thread = ThreadPoolExecutor(1, "manifest")
@@ -94,6 +99,7 @@ class Checkpoints:
                 best_fn=rank,  # without one, ranks are not saved
                 step_format_fixed_length=None,
                 enable_async_checkpointing=True,
+                atomicity_options=RENAMED,
             ),
         )
 
@@ -147,7 +153,7 @@ class Checkpoints:
         elif self._listing is None:
             with self._reporting(self._pending):
                 self._manager.wait_until_finished()  # does not wait, but raises what went wrong
-                self._listing = self._thread.submit(write_manifest, self.folder, self._pending)
+                self._listing = self._thread.submit(self._write_manifest, self._pending)
 
     def finish(self) -> None:
         """Wait for a save in progress and write its manifest."""
@@ -156,7 +162,7 @@ class Checkpoints:
         with self._reporting(self._pending):
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                listing = self._listing or self._thread.submit(write_manifest, self.folder, self._pending)
+                listing = self._listing or self._thread.submit(self._write_manifest, self._pending)
                 listing.result()
                 kept = {str(step) for step in self._manager.all_steps()}
                 for manifest in self.folder.glob("*.json"):
@@ -165,6 +171,10 @@ class Checkpoints:
         self._pending = self._listing = None
         self._saved()
 
+    def _write_manifest(self, step: int) -> None:
+        self._before()
+        write_manifest(self.folder, step)
+
     def restore(self, abstract: Any) -> Restored | None:
         """Restore the newest complete checkpoint, or return None if there is none.
 
@@ -172,10 +182,19 @@ class Checkpoints:
             abstract: shapes, dtypes and shardings of the state; the devices may differ from those that saved it.
 
         Raises:
-            RunError: the checkpoint holds the arrays of another model or optimiser.
+            RunError: the checkpoint holds the arrays of another model or optimiser; or there are manifests, but no
+                checkpoint.
         """
         steps = self.steps()
-        return _read(self._manager, steps[-1], abstract) if steps else None
+        if steps:
+            return _read(self._manager, steps[-1], abstract)
+        manifests = sorted(path.name for path in self.folder.glob("*.json") if is_step(path.stem))
+        if manifests:  # a new start would delete them
+            raise RunError(
+                f"{self.folder}: has {', '.join(manifests)}, but the checkpoints are missing. Put them there again, or "
+                "delete the folder to start anew."
+            )
+        return None
 
     def close(self) -> None:
         """Finish saving and release the checkpoint manager."""
@@ -217,7 +236,9 @@ def restore_from(folder: Path | epath.Path, abstract: Any, report: Callable[[str
         if why:
             report(f"Checkpoint {folder / str(step)} is damaged: {why}. Trying the previous one.")
             continue
-        with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        with ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(read_only=True, atomicity_options=RENAMED)
+        ) as manager:
             return _read(manager, step, abstract)
     raise FileNotFoundError(f"{folder}: no complete checkpoint to resume from.")
 

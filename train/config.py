@@ -88,10 +88,10 @@ class LoopConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep; with 1, there is none to go back to if it is damaged."""
     keep_best: int = 0
     """Number of checkpoints to keep besides, those of the best evaluations: by the metric that selects the best model,
-    or else by the held-out loss. Every evaluation then saves one."""
+    or else by the held-out loss. Every evaluation then saves one; one that is stopped before its end has no rank."""
     track: Tracker | None = None
     """Record the metrics with wandb or trackio too, if installed: offline, unless WANDB_MODE says otherwise."""
     hang_after: int = 1800

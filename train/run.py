@@ -101,6 +101,7 @@ class Run:
             keep=self.intervals.keep,
             keep_best=self.intervals.keep_best,
             report=self.progress.line,
+            before=self.folder.publish_lines,
             saved=self.folder.publish,
         )
         with closing(checkpoints):
@@ -150,10 +151,10 @@ class Run:
         if self.main:
             self.folder.require_lock()
             write_params(self._best, params)
-        self.folder.share(self._best.name)  # all processes read it at the end
 
     def best_params(self) -> Any:
-        """Return the parameters last saved by `keep_best`, on the host."""
+        """Return the parameters last saved by `keep_best`, on the host. All processes must call it."""
+        self.folder.share(self._best.name)
         return read_params(self._best)
 
     @property

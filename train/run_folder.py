@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ..data.cloud.mirror import fetch, in_urls, place_for_all, publish, url_of
 from ..data.errors import DataError
@@ -104,9 +103,9 @@ class RunFolder:
             self._lock = Lock(self.folder / LOCK)
 
     def _create(self) -> None:
-        """Create the folder and its config.json in process 0."""
+        """Create the folder, which each process may have on a disk of its own, and its config.json in process 0."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or Lock(self.folder / LOCK)
             self._check()  # again: another start may have begun since
             write_json(self.folder / "config.json", self._asked)
@@ -132,6 +131,15 @@ class RunFolder:
         """Copy what is new to the folder's object store, in the background, if it is in one."""
         if self.main:
             self._publisher.soon()
+
+    def publish_lines(self) -> None:
+        """Copy metrics and the like to the store, before a checkpoint counts that processes have written there.
+
+        Raises:
+            ClaimedError: another process works in the folder by now.
+        """
+        if self.main and self._shared is not None:
+            self._publisher.now()
 
     @property
     def finished(self) -> bool:
@@ -166,10 +174,7 @@ class RunFolder:
 
     def share(self, name: str) -> None:
         """Let all processes have a file that process 0 has written; all must call it."""
-        if self._shared is not None and self.main:
-            publish(self.folder / name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"shared {name}")
+        self._together(lambda: publish(self.folder / name) if self.main and self._shared is not None else None)
         if self._shared is not None and not self.main:
             fetch(self.folder / name)
 

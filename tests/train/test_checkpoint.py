@@ -1,11 +1,15 @@
 """Checkpoints that cannot be written, and those of another model."""
 
+import dataclasses
 import errno
+import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint.options import AtomicityMode
 
+from bestiary.train import checkpoint
 from bestiary.train.checkpoint import Checkpoints
 from bestiary.train.errors import RunError
 
@@ -58,3 +62,34 @@ def test_a_checkpoint_of_another_model_names_the_arrays_that_differ(tmp_path):
     assert "gone: [5] there, not there here" in str(refused.value)
     assert "new: not there there, [1] here" in str(refused.value)
     assert "same:" not in str(refused.value)
+
+
+def test_several_processes_on_gs_read_what_one_has_saved(tmp_path, monkeypatch):
+    """One process saves in a mirror, by renaming; on gs:// Orbax looks for its own mark."""
+    whole, folder = state(w=(4, 3)), tmp_path / "checkpoints"
+    there: list[bool] = []
+    checkpoints = Checkpoints(folder, keep=2, report=print, before=lambda: there.append((folder / "1.json").exists()))
+    checkpoints.save(1, whole, {})
+    checkpoints.close()
+    assert there == [False]
+    on_gs = dataclasses.replace(checkpoint.RENAMED, mode=AtomicityMode.COMMIT_FILE)
+    monkeypatch.setattr(checkpoint, "RENAMED", on_gs)
+    again = Checkpoints(folder, keep=2, report=print)
+    assert again.steps() == [1]
+    assert again.restore(abstract(whole)) is not None
+    again.close()
+    named = checkpoint.restore_from(folder, abstract(whole), print)
+    assert named.step == 1
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path):
+    whole, folder = state(w=(2,)), tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2, report=print)
+    checkpoints.save(1, whole, {})
+    checkpoints.close()
+    shutil.rmtree(folder / "1")
+    again = Checkpoints(folder, keep=2, report=print)
+    with pytest.raises(RunError, match=r"has 1\.json, but the checkpoints are missing"):
+        again.restore(abstract(whole))
+    again.close()
+    assert (folder / "1.json").exists()

@@ -17,7 +17,7 @@ from ..progress import Progress
 
 OUTPUTS = (
     *("out", "json", "chart", "program", "plot", "attention", "pages", "translations", "outputs"),
-    "record",
+    *("record", "table"),
 )
 """Flags that name what is written."""
 CACHES = ("cache",)
@@ -73,6 +73,8 @@ def on_mirrors(
                 left_out=lambda names, flag=flag: CHECKPOINTS if flag != "resume_from" and names >= RUN else "",
                 report=Progress().line,
             )
+            if flag == "resume_from" and path.name.isdigit():  # a step, whose manifest is beside it
+                fetch(path.with_name(f"{path.name}.json"), missing=True)
     yield local
     if _main_process():
         for flag, path in named:
@@ -121,7 +123,8 @@ class Publisher:
     def __init__(self, folder: Path, report: Callable[[str], None], left_out: str = ""):
         self._folder, self._report, self._left_out = folder, report, left_out
         self._thread: threading.Thread | None = None
-        self._again = threading.Event()
+        self._lock = threading.Lock()  # of the two that follow
+        self._again = self._working = False
         self._refused: ClaimedError | None = None
         self._active = False
 
@@ -141,25 +144,43 @@ class Publisher:
             return
         if self._refused is not None:
             raise self._refused
-        self._again.set()
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._work, name="publisher")
-            self._thread.start()
+        with self._lock:
+            self._again = True
+            if not self._working:
+                self._working = True
+                self._thread = threading.Thread(target=self._work, name="publisher")
+                self._thread.start()
 
     def _work(self) -> None:
-        while self._again.is_set():
-            self._again.clear()
+        while True:
+            with self._lock:
+                self._working, self._again = self._again, False
+                if not self._working:
+                    return
             try:
-                publish(self._folder, left_out=self._left_out)
+                self.now()
             except ClaimedError as error:
                 self._refused = error
                 return
-            except Exception as error:
-                said = str(error).strip().partition("\n")[0]
-                self._report(
-                    f"{url_of(self._folder)} NOT WRITTEN: {said}. The training goes on; what this machine has is "
-                    "copied after the next checkpoint."
-                )
+
+    def now(self) -> None:
+        """Publish, and wait; a failure is reported.
+
+        Raises:
+            ClaimedError: another process works in the folder by now.
+        """
+        if not self._active:
+            return
+        try:
+            publish(self._folder, left_out=self._left_out)
+        except ClaimedError:
+            raise
+        except Exception as error:
+            said = str(error).strip().partition("\n")[0]
+            self._report(
+                f"{url_of(self._folder)} NOT WRITTEN: {said}. The training goes on; what this machine has is "
+                "copied after the next checkpoint."
+            )
 
     def finish(self) -> None:
         """Publish what is left, and wait.

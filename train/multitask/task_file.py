@@ -30,6 +30,7 @@ from ...data.cloud.mirror import fetch, mirror, scheme_of
 from ...data.json_files import fits, in_words, type_name
 from ..arguments import did_you_mean
 from ..errors import RunError, check_setting
+from ..machine.stores import CHECKPOINTS, RUN
 
 Kind = Literal["image-classification", "text-classification", "question-answering"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
@@ -254,7 +255,7 @@ def _part(of: Any, stored: Any, where: str, folder: Path) -> Any:
 def _place(folder: Path, value: str) -> Path:
     """Return a path of a task file; one of an object store is fetched from there."""
     path = folder / value if scheme_of(value) is None else mirror(value)
-    fetch(path, missing=True)
+    fetch(path, missing=True, left_out=lambda names: CHECKPOINTS if names >= RUN else "")
     return path
 
 

@@ -448,10 +448,11 @@ def translate(
     if fitted.stopped is not None:
         return fitted.exit_status
     last = on_host(ema_or_params(fitted.state))  # all processes take part
+    best = run.best_params() if config.patience else last
     if run.main:  # only this process has the other weights
         params, over = means.mean()
         if params is None:
-            params = run.best_params() if config.patience else last
+            params = best
         translations = evaluate.translate(params, config.final_beam)
         scores = evaluate.scores(translations)
         run.progress.line(f"dev, beam {config.final_beam}: {scores}")

@@ -8,7 +8,7 @@ import pytest
 from bestiary.data.cloud.mirror import mirror
 from bestiary.data.errors import DataError
 from bestiary.train.cli import main
-from bestiary.train.machine.stores import Publisher
+from bestiary.train.machine.stores import Publisher, on_mirrors
 
 
 @pytest.fixture
@@ -91,6 +91,16 @@ def test_a_run_that_another_machine_has_taken_ends(store):
     publisher._thread.join()
     with pytest.raises(DataError, match="memory://b/run: this folder now belongs to process 2 on another"):
         publisher.soon()
+    with pytest.raises(DataError, match="now belongs to process 2 on another"):
+        publisher.now()
+
+
+def test_the_manifest_of_a_named_step_is_copied_too(store, tmp_path):
+    store.pipe({"/b/run/checkpoints/12/state/a": b"a", "/b/run/checkpoints/12.json": b"{}"})
+    with on_mirrors(["pretrain", "--resume-from", "memory://b/run/checkpoints/12"], lambda _: None) as local:
+        step = Path(local[2])
+        assert (step / "state" / "a").is_file()
+        assert step.with_name("12.json").is_file()
 
 
 def test_a_folder_on_a_disk_is_left_alone(tmp_path):

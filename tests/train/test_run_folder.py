@@ -9,12 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from bestiary.data.cloud.mirror import mirror
 from bestiary.data.errors import DataError
 from bestiary.data.files import replacing, temporary
 from bestiary.data.json_files import read_object_lines
+from bestiary.train import run_folder
 from bestiary.train.checkpoint import damage, read_params, write_manifest, write_params
 from bestiary.train.config import LoopConfig
 from bestiary.train.errors import RunError
@@ -88,6 +91,25 @@ def test_a_run_whose_folder_was_replaced_writes_nothing_more(tmp_path):
     assert read_object_lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 3.0}]
     second.close()
     first.close()
+
+
+def test_of_several_processes_metrics_are_in_the_store_before_a_manifest(tmp_path, monkeypatch):
+    """And a run that another machine has taken writes no manifest, and shares no file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run_folder, "in_any_process", lambda flag: flag)
+    store = tmp_path / "store"
+    run = begun(mirror(f"file://{store}"))
+    run.write_metrics(1, {"loss": 3.0})
+    run.publish_lines()
+    assert read_object_lines(store / "metrics.jsonl") == [{"step": 1, "loss": 3.0}]
+    (run.folder / "best.safetensors").write_text("weights")
+    run.share("best.safetensors")
+    assert (store / "best.safetensors").read_text() == "weights"
+    (store / LOCK).write_text("process 2 on another\n")
+    for write in (run.publish_lines, lambda: run.share("best.safetensors"), run.close):
+        with pytest.raises(DataError, match="now belongs to process 2 on another"):
+            write()
 
 
 def test_asking_for_more_steps_says_how_to_go_on(tmp_path):

@@ -181,7 +181,7 @@ def fingerprint(folder: Path) -> str:
     """
     found = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+        if path.suffix in (".json", ".safetensors", ".hdf5", ".txt", ".model"):
             stat = path.stat()
             found.update(f"{path.name} {_hash(os.fspath(path), stat.st_mtime_ns, stat.st_size)}\n".encode())
     return found.hexdigest()[:32]

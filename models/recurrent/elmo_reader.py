@@ -4,7 +4,6 @@ Every sentence is read from a state of zeros, between the marks of a sentence; b
 from one to the next.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...data.json_files import read_object
-from ..checkpoints.config import require_checkpoint
+from ..checkpoints.config import fingerprint, require_checkpoint
 from ..checkpoints.folder import CheckpointError, load
 from .bilm_tf import read_bilm
 from .elmo import Elmo, character_ids
@@ -50,20 +49,6 @@ def elmo_files(folder: Path) -> tuple[Path, Path]:
     if not is_elmo(folder):
         raise CheckpointError(f"{folder}: not an ELMo, of `bestiary pretrain --objective bilm` or bilm-tf.")
     return folder / "config.json", folder / "model.safetensors"
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash an ELMo, in hexadecimal; it differs if the weights differ. Nothing is put on a device.
-
-    Raises:
-        CheckpointError: see `elmo_files`.
-        OSError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in elmo_files(folder):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 class Read(NamedTuple):
@@ -164,5 +149,5 @@ class ElmoReader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; it differs if the weights differ."""
+        """See `checkpoints.config.fingerprint`."""
         return fingerprint(self._folder)

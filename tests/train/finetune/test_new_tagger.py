@@ -18,9 +18,10 @@ from bestiary import models
 from bestiary.data.tasks.tagging import Sentence
 from bestiary.data.tokenizers.word_level import word_tokenizer
 from bestiary.data.vectors import WordVectors, write_vectors
+from bestiary.models.checkpoints.config import fingerprint
 from bestiary.models.recurrent.bilstm import BiLstmConfig
 from bestiary.models.recurrent.elmo import BidirectionalLM, Elmo, ElmoConfig, character_ids
-from bestiary.models.recurrent.elmo_reader import ElmoReader, fingerprint
+from bestiary.models.recurrent.elmo_reader import ElmoReader
 from bestiary.models.registry import init_params
 from bestiary.train.cli import main
 from bestiary.train.errors import RunError

@@ -17,7 +17,7 @@ from ....data.cloud.mirror import url_of
 from ....data.progress import counted
 from ....data.tasks.tagging import UPOS, PartOfSpeech, Scheme, tag_set
 from ....data.tasks.words import learnt_splits
-from ....models.checkpoints.config import require_checkpoint
+from ....models.checkpoints.config import fingerprint, require_checkpoint
 from ...errors import RunError, check_setting
 from ..config import TaggingConfig
 from ..seeds import for_each_seed
@@ -96,7 +96,7 @@ def main(config: NerConfig | PosConfig) -> int:
 
 
 def _main(config: NerConfig | PosConfig) -> int:
-    from ....models.recurrent.elmo_reader import fingerprint
+    from ....models.recurrent.elmo_reader import elmo_files
     from ..loop import finetune
     from ..tasks.tagging import SUFFIXES, TaggingTask, files_of
     from ..tasks.task import TaskData
@@ -105,6 +105,8 @@ def _main(config: NerConfig | PosConfig) -> int:
     features = config.run.features
     if features is not None and url_of(features) is None:  # of a store's, task.json is to have its path there
         features = features.resolve()
+    if features is not None:
+        elmo_files(features)  # another model is refused before anything is read
     assert config.crf_rate is not None
     task = TaggingTask(
         "ner" if entities else "pos",

@@ -376,13 +376,13 @@ def check_space(folder: epath.Path, needed: int) -> None:
         )
 
 
-def _in_store(folder: epath.Path) -> bool:
+def _in_store(folder: Path | epath.Path) -> bool:
     """Tell whether a folder is in an object store, where Orbax writes by itself."""
     return "://" in str(folder)
 
 
 def _absolute(folder: Path | epath.Path) -> epath.Path:
-    return epath.Path(folder if "://" in str(folder) else Path(folder).absolute())
+    return epath.Path(folder if _in_store(folder) else Path(folder).absolute())
 
 
 def _files(folder: epath.Path) -> list[str]:

@@ -47,10 +47,9 @@ class Progress:
             force: show it even if the last update was just now.
         """
         now = time.monotonic()
-        text = in_urls(text)
         if not self._shown or not (force or now - self._last >= self._every / (10 if self._terminal else 1)):
             return
-        self._last = now
+        self._last, text = now, in_urls(text)
         if self._terminal:  # one line of the terminal, since a longer one could not be rewritten
             shown = text if done is None else f"{bar(done)} {text}"
             print(f"\r\x1b[K{shown[: _columns() - 1]}", end="", file=sys.stderr, flush=True)

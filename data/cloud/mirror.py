@@ -117,21 +117,20 @@ def fetch(
         there = _listing(fs, root)
         if not there and not missing:
             raise FileNotFoundError(f"{url}: there is no such file or folder.")
-        names = {_inside(file, root) for file in there}
-        start = left_out(names)
-        there = {file: info for file, info in there.items() if not (start and _inside(file, root).startswith(start))}
-        known = {file for file in index if file == root or file.startswith(f"{root}/")}
+        start = left_out({_inside(file, root) for file in there})
+        there = {file: info for file, info in there.items() if _copied(_inside(file, root), start)}
+        known = _known(index, root)
         for file in known:  # what somebody has removed here is not removed there
             if not (path / _inside(file, root)).is_file():
                 del index[file]
-        known = {file for file in known & index.keys() if not (start and _inside(file, root).startswith(start))}
+        known = {file for file in known & index.keys() if _copied(_inside(file, root), start)}
         ours = {file for file in known if index[file].version == COPYING}  # which is newer here
         gone = known - there.keys() - ours
         differs = {file for file in there.keys() & known - ours if index[file].version != _version(there[file])}
         if together and path.exists() and (gone or there.keys() - known or differs):
             report(f"{url} has changed since this machine last worked on it; it is copied anew")
             _remove(path)
-            for file in [file for file in index if file == root or file.startswith(f"{root}/")]:
+            for file in _known(index, root):
                 del index[file]
             gone = set()
         for file in gone:
@@ -170,8 +169,8 @@ def publish(path: Path, *, left_out: str = "") -> None:
     with _store(url) as (fs, root), _index(url) as (index, write_index):
         _require_claim(fs, path)
         here = {f"{root}/{name}" if name else root: path / name for name in _names(path, left_out)}
-        known = {file for file in index if file == root or file.startswith(f"{root}/")}
-        gone = {file for file in known - here.keys() if not (left_out and _inside(file, root).startswith(left_out))}
+        known = _known(index, root)
+        gone = {file for file in known - here.keys() if _copied(_inside(file, root), left_out)}
         changed = [file for file in here if file not in index or index[file][:2] != _stat(here[file])]
         folders = {file.rpartition("/")[0] for file in changed if not file.endswith(".json")}
         if changed:
@@ -316,6 +315,16 @@ def _listing(fs: Any, root: str) -> dict[str, Any]:
     return {file: info for file, info in found.items() if not _NOT_COPIED.search(file)}
 
 
+def _known(index: dict[str, _Same], root: str) -> set[str]:
+    """Return the files of the index that are a path, or in a folder and below it."""
+    return {file for file in index if file == root or file.startswith(f"{root}/")}
+
+
+def _copied(name: str, left_out: str) -> bool:
+    """Tell whether a name does not start with what is left out; "" is nothing."""
+    return not (left_out and name.startswith(left_out))
+
+
 def _inside(file: str, root: str) -> str:
     return file[len(root) :].lstrip("/")
 
@@ -338,10 +347,7 @@ def _names(path: Path, left_out: str) -> list[str]:
     if path.is_file():
         return [""]
     names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return [
-        name for name in names
-        if not _NOT_COPIED.search(name) and not (left_out and name.startswith(left_out))
-    ]  # fmt: skip
+    return [name for name in names if not _NOT_COPIED.search(name) and _copied(name, left_out)]
 
 
 def _order(file: str) -> tuple[bool, int, bool, str]:

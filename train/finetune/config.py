@@ -161,7 +161,7 @@ NEW_TAGGER = "bilstm"
 class TaggingOptimConfig(OptimConfig):
     """The optimiser of a tagger, pretrained or new."""
 
-    learning_rate: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    learning_rate: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride] (set below)
     """Peak learning rate, reached at the end of the warmup. None: 5e-5, or 2e-3 for a new tagger."""
 
 
@@ -179,7 +179,7 @@ class TaggingConfig(FinetuneConfig):
     vectors: Path | None = None
     """For a new bilstm: file of word vectors, such as `bestiary words train` writes: initial vectors of words, those of
     all its words. None: 100 numbers drawn at random."""
-    epochs: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    epochs: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride] (set below)
     """Number of passes over the training examples. None: 3, or 20 for a new tagger."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TaggingOptimConfig(warmup=0.1, weight_decay=0.0, epsilon=1e-8)

@@ -43,7 +43,8 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
     if family.reads != "text":
         raise RunError(f"{config.model}: {family.title} reads {family.reads}, not text. `bestiary images` trains it.")
     check_head(family, task.head, config.model)
-    check_features(config, family.config.from_json(stored), task)
+    found: Any = family.config.from_json(stored)
+    check_features(config, found, task)
     for flag, given in (("--auxiliary-lm", config.auxiliary_lm), ("--delimiters", config.delimiters)):
         if given and "causal_lm" not in family.heads:
             raise RunError(f"{flag}: {family.title} is no decoder, and predicts no next tokens.")
@@ -51,7 +52,6 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
         raise RunError(f"--auxiliary-lm: it is for tasks over whole examples, not for {task.name}.")
     if config.delimiters and (config.adapt.lora_rank or config.adapt.bitfit):
         raise RunError("--delimiters: adapters leave the vectors of new tokens as they are drawn. Leave one out.")
-    found: Any = family.config.from_json(stored)
     if config.adapt.lora_rank and isinstance(found, BiLstmConfig):
         raise RunError(f"--lora-rank: the LSTMs of {config.model} have no adapters. Leave it out, or use --bitfit.")
     if found.max_length is not None and task.max_length > found.max_length:

@@ -58,7 +58,7 @@ def puts(store, monkeypatch) -> list[str]:
 
 
 def test_a_path_of_a_store_has_a_mirror_and_back(on_machine):
-    for url in ("gs://bucket/books/a.txt", "memory://b/run", "file:///tmp/x"):
+    for url in ("gs://bucket/books/a.txt", "memory://b/run", "file:///disk/x"):
         assert url_of(mirror(url)) == url
         assert in_urls(f"{mirror(url)}, line 3: wrong") == f"{url}, line 3: wrong"
         assert scheme_of(url) == url.partition(":")[0]

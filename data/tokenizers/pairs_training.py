@@ -10,6 +10,7 @@ from functools import partial
 from ..errors import DataError
 from .kinds import PairKind
 from .pairs import BOS, EOS, PAD, UNK, WORD_END, PairTokenizer, SentencePieceSide, Side, TextForm, WordBpeSide
+from .tokenizer import LONGEST, cut_at_spaces
 
 
 def train_subwords(
@@ -57,10 +58,11 @@ def _train_sentencepiece(kind: str, texts: Callable[[], Iterable[str]], vocab_si
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts()),
+            sentence_iterator=(part for text in texts() for part in cut_at_spaces(text)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=kind,
+            max_sentence_length=LONGEST,
             character_coverage=1.0,
             pad_id=0,
             bos_id=1,

@@ -28,7 +28,7 @@ from ..corpus.corpus import Document
 from ..errors import DataError
 from ..progress import ProgressCallback, Reporter
 from .template import Template, bert_template, token_ids
-from .tokenizer import Tokenizer, read_paragraphs
+from .tokenizer import LONGEST, Tokenizer, cut_at_spaces, read_paragraphs
 
 SPACE = "▁"
 MODEL_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -266,7 +266,8 @@ def train_unigram(
 
     def texts() -> Iterator[str]:
         for paragraphs in read_paragraphs(documents, report):
-            yield from map(normalizer.normalize_str, paragraphs) if albert else paragraphs
+            for text in map(normalizer.normalize_str, paragraphs) if albert else paragraphs:
+                yield from cut_at_spaces(text)
 
     written = io.BytesIO()
     try:
@@ -278,7 +279,7 @@ def train_unigram(
             character_coverage=0.9995,
             hard_vocab_limit=False,
             num_threads=16,  # fixed, since sums depend on the number of threads
-            max_sentence_length=1 << 16,
+            max_sentence_length=LONGEST,
             minloglevel=2,
             **special,
         )

@@ -352,3 +352,21 @@ def read_paragraphs(documents: Iterable[Document], report: Reporter) -> Iterator
         characters += len(document.text)
         report(characters / 1e6, None)
     report(characters / 1e6, None, final=True)
+
+
+LONGEST = 1 << 16
+"""Maximum length of a text that SentencePiece learns from, in bytes of UTF-8."""
+
+
+def cut_at_spaces(text: str) -> Iterator[str]:
+    """Yield the text in parts of at most `LONGEST` bytes, cut at spaces where there are any.
+
+    SentencePiece would skip a longer text without a word; its pieces end at spaces, so that cutting there loses none.
+    """
+    start = 0
+    while start < len(text):
+        part = text[start : start + LONGEST].encode()[:LONGEST].decode(errors="ignore")
+        if start + len(part) < len(text):
+            part = part[: part.rfind(" ") + 1] or part
+        yield part
+        start += len(part)

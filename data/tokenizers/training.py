@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..corpus.corpus import Document
+from ..errors import DataError
 from ..progress import ProgressCallback
 from .byte_bpe import train_byte_bpe
 from .kinds import FAMILIES, TextKind
@@ -35,8 +36,10 @@ def train_tokenizer(
         progress: called at most once a second with the progress.
 
     Raises:
-        DataError: the text is too small, or the vocabulary size too small for the text.
+        DataError: the text is too small, the vocabulary size too small for the text, or the family another kind's.
     """
+    if family not in (None, *FAMILIES[kind]):
+        raise DataError(f"family {family}: {kind} tokenizers are trained as {' or '.join(FAMILIES[kind])}.")
     named: Any = family or FAMILIES[kind][0]
     if kind == "wordpiece":
         return train_wordpiece(documents, vocab_size=vocab_size, lowercase=lowercase, progress=progress)

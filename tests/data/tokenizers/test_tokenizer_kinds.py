@@ -2,14 +2,15 @@
 
 import json
 import pickle
+import random
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bestiary.data import EMBEDDED, Corpus, DataError, load_tokenizer, train_byte_bpe, train_unigram
-from bestiary.data.tokenizers.tokenizer import check_vocabulary
+from bestiary.data import EMBEDDED, Corpus, DataError, load_tokenizer, train_byte_bpe, train_tokenizer, train_unigram
+from bestiary.data.tokenizers.tokenizer import LONGEST, check_vocabulary, cut_at_spaces
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizers"
 TEXTS = json.loads((FIXTURES / "texts.json").read_text())
@@ -309,6 +310,25 @@ def test_special_tokens_of_trained_vocabularies():
     assert begins["t5"][:3] == ["<pad>", "</s>", "<unk>"]
     with pytest.raises(DataError, match=r"A vocabulary of 261 pieces: too small.* 256 bytes alone take 261"):
         train_byte_bpe(documents, vocab_size=261)
+
+
+def test_pieces_are_learnt_from_lines_without_blank_lines_too(tmp_path: Path):
+    # One paragraph of 80 kB, which SentencePiece would skip; its last words count too.
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(14_000)]
+    (tmp_path / "lines.txt").write_text("\n".join([*words, *["zebra"] * 2_000]))
+    tokenizer = train_tokenizer("unigram", Corpus([str(tmp_path / "lines.txt")]), vocab_size=60, family="t5")
+    assert "▁zebra" in tokenizer.tokens
+    with pytest.raises(DataError, match="family marian: unigram tokenizers are trained as albert or t5"):
+        train_tokenizer("unigram", Corpus([str(tmp_path / "lines.txt")]), vocab_size=40, family="marian")
+
+
+@pytest.mark.parametrize("text", ["ab " * 50_000, "ab" * 70_000, "é" * 40_000, "short"])
+def test_long_texts_are_cut_at_spaces(text: str):
+    parts = [*cut_at_spaces(text)]
+    assert "".join(parts) == text
+    assert all(len(part.encode()) <= LONGEST for part in parts)
+    assert all(part.endswith(" ") for part in parts[:-1]) or " " not in text
 
 
 def test_an_unknown_class_is_refused(tmp_path: Path):

@@ -26,12 +26,18 @@ myst_fence_as_directive = []
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+smartquotes_action = "qe"  # -- is the beginning of a flag
 
 html_theme = "furo"
 html_title = "bestiary"
+html_static_path = ["site"]
+html_css_files = ["site.css"]
 html_extra_path = ["redirect"]
 html_theme_options = {"navigation_with_keys": True}
 
@@ -49,12 +55,29 @@ def add_navigation(app: Any, docname: str, source: list[str]) -> None:
 
 
 def readable(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Keep reStructuredText from reading marks into docstrings, which are plain text with `code` in backticks."""
+    """Turn a docstring, plain text with `code` in backticks and indented blocks of code, into reStructuredText."""
     del app, what, name, thing, options
-    for number, line in enumerate(lines):
-        parts = line.split("`")  # every second one is code
-        parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part)) for part in parts[::2]]
-        lines[number] = "``".join(parts) if len(parts) % 2 and "``" not in line else "`".join(parts)
+    kind = next((line for line in lines if line.startswith(":type: ")), None)
+    if kind is not None:  # napoleon takes what stands before a colon for a type
+        lines.remove(kind)
+        lines[0] = f"{kind.removeprefix(':type: ')}: {lines[0]}"
+    made: list[str] = []
+    code = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and made and not made[-1].strip() and not code:
+            above = next((one for one in reversed(made) if one.strip()), ":")
+            code = not above.startswith((" ", ":", ".."))
+            made += ["::", ""] if code else []
+        code = code and (indented or not line.strip())
+        made.append(line if code else _escaped(line))
+    lines[:] = made
+
+
+def _escaped(line: str) -> str:
+    parts = line.split("`")  # every second one is code
+    parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part)) for part in parts[::2]]
+    return "``".join(parts) if len(parts) % 2 and "``" not in line else "`".join(parts)
 
 
 def setup(app: Any) -> None:

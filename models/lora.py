@@ -133,6 +133,7 @@ def lora_targets(model: nn.Module, patterns: Sequence[str]) -> list[Target]:
     Args:
         model: a model of this package.
         patterns: each is one of
+
             - a part of the path in the parameter tree: `query`, `key`, `value`, `output` (of the attention),
               `attention` (all four), `feed-forward` (both of its maps), or `inner` and `outer` separately;
             - the end of the name in a checkpoint, as in peft's target_modules: `attention.self.query`, `output.dense`,

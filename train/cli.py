@@ -384,7 +384,9 @@ def main(argv: list[str] | None = None) -> int:
     if parts:
         print(f"bestiary: {asked!r} needs a subcommand: {', '.join(parts)}; see --help of these.", file=sys.stderr)
         return 2
-    meant = did_you_mean(asked, [" ".join(words) for words in COMMANDS])
+    firsts = {words[0] for words in COMMANDS}
+    asked = asked if arguments[0] in firsts else arguments[0]  # else all that follows would be compared, too
+    meant = did_you_mean(asked, [" ".join(words) for words in COMMANDS] if arguments[0] in firsts else firsts)
     print(f"bestiary: there is no command {asked!r}.{meant}\n\n{usage()}", end="", file=sys.stderr)
     return 2
 
@@ -490,7 +492,9 @@ def _plan(arguments: list[str]) -> int:
     trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(RESUMING)}
     found = [words for words in trains if tuple(rest[: len(words)]) == words]
     if not found or rest[:2] == ["finetune", "glue"]:
-        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: the commands are {', '.join(RESUMING)}.")
+        meant = did_you_mean(" ".join(word for word in rest[:2] if not word.startswith("-")), RESUMING)
+        known = f"the commands are {', '.join(RESUMING)}"
+        raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: {known}.{meant}")
     words = max(found, key=len)
     command, rest = trains[words], rest[len(words) :]
     if {"-h", "--help"} & set(rest):

@@ -23,6 +23,7 @@ FINETUNE = ["finetune", "mrpc", "--data", "x", "--out", "/nowhere/run", "--model
         (["finetune", "poetry"], "bestiary finetune: there is no 'poetry'. Expected one of cola, sst2,"),
         (["models", "shw"], "bestiary models: there is no 'shw'. Did you mean 'show'?"),
         (["translate", "trian"], "bestiary: there is no command 'translate trian'. Did you mean 'translate train'?"),
+        (["finetun", "mrpc"], "bestiary: there is no command 'finetun'. Did you mean 'finetune'?"),
         (["translate"], "bestiary: 'translate' needs a subcommand: translate train, translate run, translate score"),
     ],
 )

@@ -12,13 +12,16 @@ from .errors import RunError
 MOST = 20  # maximum number of texts or translations to draw
 
 STYLE = """
-body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; }
+:root { color-scheme: light dark; --line: #eee; --ink: 20, 80, 160 }
+@media (prefers-color-scheme: dark) { :root { --line: #30363d; --ink: 88, 166, 255 } }
+body { font: 14px system-ui, sans-serif; margin: 2em auto; max-width: 80rem; padding: 0 1em; }
+div { max-width: 100%; overflow-x: auto; }
 h2 { font-size: 16px; margin: 2em 0 .3em; } h3 { font-size: 13px; font-weight: 600; margin: .8em 0 .2em; }
 section { display: flex; flex-wrap: wrap; gap: 1.5em; }
 table { border-collapse: collapse; font-size: 12px; }
 th { font-weight: 400; padding: 1px 4px; text-align: right; white-space: nowrap; }
 thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 1px; }
-td { width: 20px; height: 20px; border: 1px solid #eee; }
+td { width: 20px; height: 20px; border: 1px solid var(--line); }
 """
 
 
@@ -65,7 +68,10 @@ def drawing(
 
 def write_page(path: Path, title: str, caption: str, drawings: Sequence[str]) -> None:
     """Write a page of drawings."""
-    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+    head = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+    )
     write_text(path, "\n".join([head, f"<p>{caption}</p>", *drawings]) + "\n")
 
 
@@ -75,7 +81,8 @@ def _table(weights: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> 
     body = []
     for piece, row in zip(rows, weights, strict=True):
         cells = "".join(
-            f'<td style="background:rgba(20,80,160,{weight:.3f})" title="{weight:.3f}"></td>' for weight in row.tolist()
+            f'<td style="background:rgba(var(--ink),{weight:.3f})" title="{weight:.3f}"></td>'
+            for weight in row.tolist()
         )
         body.append(f"<tr><th>{html.escape(piece)}</th>{cells}</tr>")
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"

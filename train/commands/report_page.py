@@ -16,6 +16,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa }
 @media (prefers-color-scheme: dark) { :root { --line: #30363d; --soft: #161b22 } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+h1 { overflow-wrap: anywhere }
 .wide { overflow-x: auto } table { border-collapse: collapse } caption { text-align: left }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
 td.number { text-align: right; font-variant-numeric: tabular-nums }

@@ -45,6 +45,7 @@ class RecurrentConfig(TwoVocabularies, EncoderDecoderConfig):
             **dict(width=256, embedding_width=128, encoder_width=128, cell="lstm", attention="none"),
             **dict(output="state", bridge="last", dropout=0.3),
         ),
+        "rnnsearch": {},  # Bahdanau et al. 2015, A.2
     }
 
     width: int = 1000

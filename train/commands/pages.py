@@ -19,6 +19,12 @@ from .recipes import RECIPES
 COMMAND = "bestiary models --pages docs/zoo --parity bench/parity.json"
 MEASURES = ("outputs", "loss", "gradients", "training")
 WIDTH = 108  # of a command, in characters
+SHARED = {
+    "gpt3": "GPT-2's layers, every second one within a band of tokens, at up to 175 billion parameters",
+    "mt5": "T5 1.1 with a vocabulary of 250,000 pieces, pretrained on 101 languages",
+    "xlm-roberta": "RoBERTa with a vocabulary of 250,000 pieces, pretrained on 100 languages",
+}
+"""What sets a family apart from the one whose file it shares."""
 LARGE = 40_000_000
 """Parameters above which a family's smallest size is only tried here for a few steps."""
 
@@ -46,10 +52,10 @@ def contents() -> str:
     rows = []
     for family in families():
         sizes = [count_parameters(family, family.config.preset(name)) for name in family.config.PRESETS]
-        span = f"{_short(min(sizes))} to {_short(max(sizes))}" if sizes else "that of the checkpoint"
+        span = " to ".join(dict.fromkeys(map(_short, (min(sizes), max(sizes))))) if sizes else "that of the checkpoint"
         rows.append(
-            f"| [{family.title}]({family.name}.md) | {family.paper} | {span} | {_objectives(family)} | "
-            f"{_what(family)} |"
+            f"| [{family.title}]({family.name}.md) | {_what(family)} | {span} | {_objectives(family)} | "
+            f"{family.paper} |"
         )
     return "\n".join(
         [
@@ -57,7 +63,7 @@ def contents() -> str:
             f"{len(rows)} families. A page has the sizes, heads, objectives, checkpoints and, where measured, errors "
             "of one.",
             f"The pages are written from the code:\n\n    {COMMAND}\n",
-            "| family | paper | parameters | pretraining | what it is |",
+            "| family | what it is | parameters | pretraining | paper |",
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
@@ -79,6 +85,7 @@ def page(family: Family, measured: Mapping[str, Any]) -> str:
             f"# {family.title}\n",
             f"{family.paper}. Reads {reads}. `model_type` in config.json: "
             f"`{family.config.STORED_TYPE or family.name}`. Code: [{code}](../../{code}).\n",
+            *([f"{family.title}: {SHARED[family.name]}.\n"] if family.name in SHARED else []),
             _docstring(family),
             f"\n![The modules of {family.title}, in the order of their calls]({family.name}.svg)\n",
             *_sizes(family),
@@ -136,8 +143,8 @@ def _pretraining(family: Family) -> list[str]:
     recipe = RECIPES.get(family.name)
     if recipe is not None:
         lines += [f"As in the paper:\n\n{_wrapped(recipe.command)}\n", *([recipe.note + "\n"] if recipe.note else [])]
-    small = small_command(family)
-    if small is not None:
+    small = small_command(family) or (recipe.small if recipe is not None else "")
+    if small:
         lines.append(f"A small one, here and now:\n\n{_wrapped(small)}\n")
     if not lines:
         return []
@@ -178,7 +185,9 @@ def _objectives(family: Family) -> str:
 
 def _what(family: Family) -> str:
     """Return the first sentence about a family, without its name."""
-    first = _docstring(family).partition("\n")[0].rstrip(".")
+    if family.name in SHARED:
+        return SHARED[family.name]
+    first = _docstring(family).partition("\n")[0].rstrip(".").partition(";")[0]
     name, _, rest = first.partition(": ")
     return rest if rest and len(name) < 20 else first
 
@@ -201,5 +210,5 @@ def _wrapped(command: str) -> str:
 
 
 def _short(count: int) -> str:
-    """Format a number of parameters: `110 M`, `175 B`."""
-    return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.0f} M"
+    """Format a number of parameters: `110 M`, `175 B`, unbroken."""
+    return f"{count / 1e9:,.1f}\N{NO-BREAK SPACE}B" if count >= 1e9 else f"{count / 1e6:,.0f}\N{NO-BREAK SPACE}M"

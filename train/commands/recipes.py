@@ -12,6 +12,8 @@ class Recipe(NamedTuple):
 
     command: str
     note: str = ""
+    small: str = ""
+    """what runs a small one here, for a family without a pretraining objective"""
 
 
 RECIPES = {
@@ -33,6 +35,24 @@ RECIPES = {
         "--phases 128:900000 512:100000 --batch-tokens 131072 --batch-ramp 32768:900000 --learning-rate 1e-4 "
         "--warmup 10000 --no-bias-correction --static-masks 10 --out runs/bert-base",
         "256 rows a step in both phases.",
+    ),
+    "bilstm": Recipe(
+        "bestiary finetune ner --data conll2003/ --features runs/elmo/model --vectors senna-50d.txt --model bilstm "
+        "--crf --batch-size 10 --learning-rate 1e-3 --warmup 0 --schedule constant --weight-decay 0 --clip-norm 5 "
+        "--dropout 0.5 --patience 5 --out runs/lstm-crf",
+        "Peters et al. 2018, A.6, whose tagger has two layers, and a convolution over characters beside each word's "
+        "vector; the batch and the learning rate are choices.",
+        "bestiary finetune ner --data docs/examples/names --model bilstm --crf --epochs 4 --out runs/bilstm",
+    ),
+    "conv-vit": Recipe(
+        "bestiary images train --data imagenet/train --eval-data imagenet/val --model conv-vit-small --layers 11 "
+        "--epochs 400 --batch-size 2048 --learning-rate 1e-3 --schedule cosine --warmup 3130 --weight-decay 0.24 "
+        "--label-smoothing 0.1 --crop inception --flip --randaugment 2 --mixup 0.8 --dropout 0 --out "
+        "runs/conv-vit-small",
+        "ViT-C of 4 GF, whose stem takes the place of a layer; the warmup is five epochs. The paper's AutoAugment and "
+        "CutMix are not here: RandAugment stands for the first. It tunes the weight decay for each size.",
+        "bestiary images train --data docs/examples/shapes --model conv-vit-tiny --image-size 32 --patch-size 8 "
+        "--batch-size 8 --epochs 2 --out runs/conv-vit-tiny",
     ),
     "distilbert": Recipe(
         "bestiary distill --teacher bert-base/ --model distilbert-base --corpus wikipedia/ books/ "
@@ -70,6 +90,16 @@ RECIPES = {
         "--sequence-length 2048 --batch-tokens 524288 --steps 572300 --learning-rate 6e-4 --schedule cosine "
         "--warmup 3000 --beta2 0.95 --epsilon 1e-8 --weight-decay 0.1 --dropout 0 --out runs/gpt-neo-125m",
     ),
+    "marian": Recipe(
+        "bestiary translate train --source train.en --target train.de --dev dev.en dev.de --preset "
+        "transformer-base --vocab-size 32000 --no-joint --batch-tokens 25088 --steps 600000 --dropout 0.1 --schedule "
+        "inverse_sqrt --learning-rate 3e-4 --warmup 16000 --beta2 0.98 --epsilon 1e-9 --clip-norm 5 --label-smoothing "
+        "0.1 --average 0 --ema 0.9999 --patience 10 --out runs/opus-mt",
+        "The settings that OPUS-MT is trained by; Marian fills its batches by the memory, and stops when the "
+        "validation does. Marian's Transformers are read and written as such; a new one is trained as the Transformer, "
+        "and saved as Marian where that can represent it.",
+        "bestiary translate train",
+    ),
     "modernbert": Recipe(
         "bestiary pretrain --model modernbert-base --objective mlm --corpus texts/ --vocab-size 50280 "
         "--sequence-length 1024 --batch-tokens 4718592 --batch-ramp 786432:63578 --steps 417285 --optimizer "
@@ -95,6 +125,16 @@ RECIPES = {
         "--batch-size 1024 --learning-rate 1e-3 --schedule cosine --warmup 10000 --weight-decay 1e-4 "
         "--independent-decay --no-decay-embeddings --clip-norm 1 --crop inception --flip --randaugment 2 "
         "--magnitude 10 --mixup 0.2 --dropout 0 --out runs/plain-vit-small",
+        small="bestiary images train --data docs/examples/shapes --model plain-vit-tiny --image-size 32 --patch-size 8 "
+        "--batch-size 8 --epochs 2 --out runs/plain-vit-tiny",
+    ),
+    "recurrent": Recipe(
+        "bestiary translate train --source train.en --target train.fr --dev dev.en dev.fr --languages en fr --preset "
+        "rnnsearch --subwords word-bpe --vocab-size 30000 --no-joint --row-tokens 50 --batch-tokens 4000 --steps "
+        "288000 --dropout 0 --label-smoothing 0 --learning-rate 5e-4 --warmup 4000 --clip-norm 1 --out runs/rnnsearch",
+        "RNNsearch-50: sentences of up to 50 tokens, 80 pairs a step. The paper has whole words; its optimiser, "
+        "Adadelta, is not here, and Adam's learning rate is a choice.",
+        "bestiary translate train --preset gru-attention --steps 300 --out runs/gru-attention",
     ),
     "roberta": Recipe(
         "bestiary pretrain --model roberta-base --objective mlm --rows full-sentences --corpus texts/ "
@@ -123,12 +163,24 @@ RECIPES = {
         "transformer-base --subwords bpe --vocab-size 37000 --batch-tokens 25088 --steps 100000 --schedule "
         "inverse_sqrt --learning-rate 7e-4 --warmup 4000 --average 5 --out runs/transformer-base",
         "The paper's learning rate, width^-0.5 / sqrt(step), is 7e-4 at the end of the warmup.",
+        small="bestiary translate train",
+    ),
+    "unit": Recipe(
+        "bestiary multitask train --config unit.toml --steps 500000 --batch-size 64 --learning-rate 5e-5 --schedule "
+        "cosine --warmup 2000 --epsilon 1e-8 --weight-decay 1e-4 --clip-norm 0.1 --out runs/unit",
+        "The released code's settings of all eight tasks. In unit.toml, each with `queries = 25`, their `share` is "
+        "0.26 for VQA 2, 0.12 for visual entailment, 0.1 for QNLI, MNLI and QQP, and 0.05 for SST-2; the two of "
+        "detection, 0.2 and 0.07, are not here, and the images' encoder is a ViT. `docs/examples/tasks.toml` is a "
+        "file of this kind.",
+        "bestiary multitask train --config docs/examples/tasks.toml --batch-size 8 --steps 20 --out runs/unit",
     ),
     "vit": Recipe(
         "bestiary images train --data imagenet/train --eval-data imagenet/val --model vit-base --epochs 300 "
         "--batch-size 4096 --learning-rate 3e-3 --schedule cosine --warmup 10000 --weight-decay 0.3 --clip-norm 1 "
         "--crop inception --flip --dropout 0.1 --out runs/vit-base",
         "The paper's models from ImageNet alone; its best ones were pretrained on larger sets and fine-tuned.",
+        small="bestiary images train --data docs/examples/shapes --model vit-tiny --image-size 32 --patch-size 8 "
+        "--batch-size 8 --epochs 2 --out runs/vit-tiny",
     ),
     "xlm-roberta": Recipe(
         "bestiary pretrain --model xlm-roberta-base --objective mlm --corpus cc100/ --vocab-size 250000 "

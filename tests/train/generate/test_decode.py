@@ -242,7 +242,7 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
     ]
     assert len({len(row[0].tokens) for row in expected}) > 8
-    small_sizes(monkeypatch, FEWEST_ROWS=1)
+    small_sizes(monkeypatch, FEWEST_ROWS=1, POSTPONABLE=4)
     monkeypatch.setattr(Generator, "ROWS_PER_THREAD", 4)
     monkeypatch.setattr(generator_module, "usable_cores", lambda: cores)
     generate = Generator(Rememberer(), params, config, rows=12)

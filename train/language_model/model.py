@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ...data.tokenizers.pairs import PairTokenizer
+from ...data.tokenizers.text_side import TextSide
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models import load
 from ...models.checkpoints.folder import family_of_folder, read_config
@@ -250,8 +252,11 @@ def open_language_model(folder: Path, dtype: str = "float32", *, encoder_decoder
         raise RunError(f"{folder}: holds a {family.title}, which is no language model that predicts the next token.")
     head = "causal_lm" if found is LanguageModel else None if family.one_kind else "generation"
     loaded = load(folder, head=head, dtype=dtype)
-    if loaded.tokenizer is None:
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
         raise RunError(f"{folder}: no tokenizer files. Put those of the model's tokenizer there.")
-    if not isinstance(loaded.tokenizer, Tokenizer):
+    if isinstance(tokenizer, PairTokenizer) and isinstance(tokenizer.source, TextSide):
+        tokenizer = tokenizer.source.tokenizer  # of a text-to-text model, which has one for both sides
+    if not isinstance(tokenizer, Tokenizer):
         raise RunError(f"{folder}: its tokenizer is one of two languages, for `bestiary translate`, not of prompts.")
-    return found(loaded.model, jax.device_put(loaded.params), loaded.tokenizer)
+    return found(loaded.model, jax.device_put(loaded.params), tokenizer)

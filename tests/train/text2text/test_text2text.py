@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from bestiary import models
-from bestiary.data import Corpus, train_tokenizer
+from bestiary.data import Corpus, load_tokenizer, train_tokenizer
 from bestiary.data.tasks.glue import GLUE
 from bestiary.data.tasks.glue_text import answer_of, answer_text, as_pairs
 from bestiary.data.tasks.tables import TextExample
@@ -22,6 +22,7 @@ from bestiary.models.encoder_decoders.t5 import FAMILY as T5
 from bestiary.models.registry import init_params
 from bestiary.train.cli import main
 from bestiary.train.generate.config import DecodeConfig
+from bestiary.train.language_model.model import open_language_model
 from bestiary.train.loop import RESTART, Stop
 from bestiary.train.text2text.metrics import GlueScoring, text_scores
 from bestiary.train.translate.translator import Translation, open_translator
@@ -101,6 +102,9 @@ def test_a_run_folder_and_its_outputs(trained: Path, folders, monkeypatch, capsy
     assert model.tokenizer.longest == 32
     (ids,) = model.tokenizer.encode_source(["old tree"])
     assert ids == load_subwords(folders["t5"]).encode_source(["summarize: old tree"])[0]
+
+    asked = open_language_model(trained, encoder_decoder=True)  # as `bestiary ask` opens it
+    assert asked.tokenizer.fingerprint == load_tokenizer(folders["t5"]).fingerprint
 
     lines = ["red house", "", " ".join(WORDS * 4)]
     monkeypatch.setattr(sys, "stdin", type("Stream", (), {"buffer": io.BytesIO("\n".join(lines).encode() + b"\n")}))

@@ -162,11 +162,17 @@ def open_encoder(sentence: SentenceFolder, dtype: str) -> tuple[Any, Any, Any, A
     """Load an encoder with its tokenizer: (model, parameters, config, tokenizer).
 
     Raises:
-        RunError: the folder's model is no encoder, or it has no tokenizer; and see `models.load`.
+        RunError: the folder's model is no encoder of texts, or it has no tokenizer; and see `models.load`.
     """
     folder = sentence.encoder
     stored = read_config(folder)
-    if "encoder" not in family_of_folder(stored, folder).heads:
+    family = family_of_folder(stored, folder)
+    if family.reads != "text":
+        raise RunError(
+            f"{folder}: a {stored.get('model_type')} reads {family.reads}; expected an encoder of texts. For images: "
+            "bestiary images embed, and bestiary images predict --attention."
+        )
+    if "encoder" not in family.heads:
         raise RunError(f"{folder}: a {stored.get('model_type')} is not an encoder. Expected one, or what began as one.")
     model, params, config, tokenizer = load(folder, head="encoder", dtype=dtype)
     if tokenizer is None:

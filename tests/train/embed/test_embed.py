@@ -310,3 +310,14 @@ def test_a_file_name_of_the_wrong_kind_is_refused(sentence_encoder, tmp_path, ca
         main(["embed", "--model", str(sentence_encoder), "--pooling", "token", "--out", str(tmp_path / "x.npy")]) == 1
     )
     assert "need an .npz file" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", [["embed"], ["attention", "a text", "--out", "page.html"]], ids=lambda c: c[0])
+def test_an_encoder_of_images_is_refused(tmp_path, monkeypatch, capsys, command: list[str]):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a text")))
+    Path("config.json").write_text('{"model_type": "vit"}')
+    assert main([*command, "--model", "."]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a vit reads images" in said
+    assert "bestiary images embed" in said

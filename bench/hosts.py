@@ -3,7 +3,7 @@
     python bench/hosts.py --out DIR --kills 10
 
 Eight CPU devices are divided over one, two or four processes. Compared are the losses, the final parameters, and the
-rows of the data that each step read, by all processes together. Started again, it goes on with the runs that are left.
+rows of the data that each step read, by all processes together. Started again, it goes on where it was.
 """
 
 import argparse
@@ -76,15 +76,18 @@ def steps_done(out: Path) -> int:
 
 
 def killed(options: argparse.Namespace, name: str, counts: list[int]) -> list[str]:
-    """Run with kills, each time with the next number of processes; return what was done."""
-    draw, done = random.Random(options.seed), []
-    out = options.out / name
-    for number in range(options.kills):
+    """Run with kills, each time with the next number of processes; return what was done, by earlier starts too."""
+    out, note = options.out / name, options.out / f"{name}-kills.txt"
+    done = note.read_text().splitlines() if note.exists() else []
+    for number in range(len(done), options.kills):
+        draw = random.Random(f"{options.seed} {name} {number}")
         processes = counts[number % len(counts)]
         started = start(options, name, processes)
-        at = steps_done(out) + draw.randint(1, max(1, (STEPS - steps_done(out)) // (options.kills - number)))
+        at = steps_done(out) + draw.randint(1, max(1, (STEPS - 2 - steps_done(out)) // (options.kills - number)))
         while all(one.poll() is None for one in started) and steps_done(out) < at:
             time.sleep(0.02)
+        if any(one.poll() is not None for one in started):
+            raise SystemExit(f"{name}: a process ended before it was killed: see the logs")
         victim = draw.randrange(processes)
         started[victim].send_signal(signal.SIGKILL)
         time.sleep(0.2)
@@ -92,8 +95,10 @@ def killed(options: argparse.Namespace, name: str, counts: list[int]) -> list[st
             one.send_signal(signal.SIGKILL)
             one.wait()
         done.append(f"process {victim} of {processes} after step {steps_done(out)}")
+        note.write_text("".join(f"{line}\n" for line in done))
         print(f"{name}: killed {done[-1]}", flush=True)
-    finish(start(options, name, counts[options.kills % len(counts)]))
+    if not (out / "results.json").exists():
+        finish(start(options, name, counts[options.kills % len(counts)]))
     return done
 
 
@@ -155,8 +160,7 @@ def main() -> None:
     found = [compare(options, "two", "one")]
     print(json.dumps(found[-1]), flush=True)
     for name, counts, beside in (("killed-two", [2], "two"), ("killed-any", [2, 1, 4], "one")):
-        finished = (options.out / name / "results.json").exists()
-        kills = [] if finished else killed(options, name, counts)
+        kills = killed(options, name, counts)
         found.append(compare(options, name, beside) | {"kills": kills})
         print(json.dumps(found[-1]), flush=True)
     (options.out / "hosts.json").write_text(json.dumps(found, indent=2))

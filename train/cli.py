@@ -449,9 +449,9 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
     try:
         prepare_cpu()
         if words == ("plan",) and not {"-h", "--help"} & set(arguments[:1]):
-            with on_mirrors(arguments, lambda _: None, reads=False) as local:
+            with on_mirrors(words, arguments, lambda _: None, reads=False) as local:
                 return _plan(local)
-        with on_mirrors(arguments, partial(_check, words)) as local:
+        with on_mirrors(words, arguments, partial(_check, words)) as local:
             config = config_of(words, local)
             if words[0] != "bench":  # which measures compiling
                 keep_compiled_programs()

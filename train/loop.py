@@ -482,7 +482,7 @@ class Loop:
             "evaluation_due": self._evaluation_due,
             "batches": self._training.batches.get_state(),
         }
-        self._session.folder.require_lock()
+        self._session.folder.before_checkpoint()
         rank = self._rank[1] if self._rank is not None and self._rank[0] == step else None
         self._checkpoints.save(step, self._state, extra_state, rank)
         self._saved = step

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ..data.cloud.mirror import fetch, in_urls, place_for_all, publish, url_of
+from ..data.cloud.mirror import fetch, in_urls, place_for_all, publish, require_claim, url_of
 from ..data.errors import DataError
 from ..data.files import replacing, write_text
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
@@ -126,6 +126,20 @@ class RunFolder:
         """Raise RunError if the folder belongs to another process by now."""
         if self._lock is not None:
             self._lock.check()
+
+    def before_checkpoint(self) -> None:
+        """Check that the folder is still this run's, before a checkpoint replaces old ones; all processes must call it.
+
+        Raises:
+            RunError: the folder belongs to another process by now.
+            ClaimedError: in its store, it does.
+        """
+        self._together(self._require_ownership)
+
+    def _require_ownership(self) -> None:
+        self.require_lock()
+        if self.main and self._shared is not None:  # where Orbax writes, and deletes, by itself
+            require_claim(self.folder)
 
     def publish(self) -> None:
         """Copy what is new to the folder's object store, in the background, if it is in one."""

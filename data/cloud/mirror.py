@@ -219,6 +219,19 @@ def claimed(folder: Path) -> bool:
     return folder in _claims
 
 
+def require_claim(folder: Path) -> None:
+    """Ask the store whether a folder still belongs to this process, if it has claimed it.
+
+    Raises:
+        ClaimedError: another process has claimed it since.
+        DataError: the store cannot be read.
+    """
+    url = url_of(folder)
+    if url is not None and claimed(folder):
+        with _store(url) as (fs, _):
+            _require_claim(fs, folder)
+
+
 def _require_claim(fs: Any, path: Path) -> None:
     """Raise ClaimedError if another process has claimed the folder that this one had claimed, with what is in it."""
     for folder in _claims.keys() & {path, *path.parents}:

@@ -94,7 +94,7 @@ def test_a_run_whose_folder_was_replaced_writes_nothing_more(tmp_path):
 
 
 def test_of_several_processes_metrics_are_in_the_store_before_a_manifest(tmp_path, monkeypatch):
-    """And a run that another machine has taken writes no manifest, and shares no file."""
+    """And a run that another machine has taken saves no checkpoint, writes no manifest, and shares no file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(run_folder, "in_any_process", lambda flag: flag)
@@ -106,8 +106,9 @@ def test_of_several_processes_metrics_are_in_the_store_before_a_manifest(tmp_pat
     (run.folder / "best.safetensors").write_text("weights")
     run.share("best.safetensors")
     assert (store / "best.safetensors").read_text() == "weights"
+    run.before_checkpoint()
     (store / LOCK).write_text("process 2 on another\n")
-    for write in (run.publish_lines, lambda: run.share("best.safetensors"), run.close):
+    for write in (run.before_checkpoint, run.publish_lines, lambda: run.share("best.safetensors"), run.close):
         with pytest.raises(DataError, match="now belongs to process 2 on another"):
             write()
 

@@ -52,8 +52,11 @@ def check_model(config: FinetuneConfig, task: Task) -> None:
         raise RunError(f"--auxiliary-lm: it is for tasks over whole examples, not for {task.name}.")
     if config.delimiters and (config.adapt.lora_rank or config.adapt.bitfit):
         raise RunError("--delimiters: adapters leave the vectors of new tokens as they are drawn. Leave one out.")
-    if config.adapt.lora_rank and isinstance(found, BiLstmConfig):
-        raise RunError(f"--lora-rank: the LSTMs of {config.model} have no adapters. Leave it out, or use --bitfit.")
+    if isinstance(found, BiLstmConfig):
+        if config.adapt.lora_rank:
+            raise RunError(f"--lora-rank: the LSTMs of {config.model} have no adapters. Leave it out, or use --bitfit.")
+        if config.scan_layers is not None:
+            raise RunError(f"--scan-layers: {config.model} has recurrent layers, which are not scanned. Leave it out.")
     if found.max_length is not None and task.max_length > found.max_length:
         raise RunError(f"--max-length is {task.max_length}, beyond the model's {found.max_length} positions.")
     if config.freeze_layers > found.layers:

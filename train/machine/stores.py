@@ -7,7 +7,7 @@ works in the mirrors of these paths (data/cloud/mirror.py); messages and setting
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,13 @@ OUTPUTS = (
 """Flags that name what is written."""
 CACHES = ("cache",)
 """Flags that name a folder of which each part is fetched when it is needed, and published when it is made."""
-
+TEXTS: Mapping[str, frozenset[str]] = {
+    "predict": frozenset({"text", "text_pair", "question", "context", "endings"}),
+    "multitask predict": frozenset({"text", "text_pair", "question"}),
+    "generate": frozenset({"prompt", "stop"}),
+    "attention": frozenset({""}),
+}
+"""Command -> flags whose values are texts, whatever they look like; "" is what follows no flag."""
 
 CHECKPOINTS = "checkpoints/"
 """Folder in a run's that is not copied if only its model is needed; a run that resumes fetches its own."""
@@ -32,12 +38,13 @@ RUN = {"config.json", "metrics.jsonl"}
 
 @contextmanager
 def on_mirrors(
-    arguments: Sequence[str], check: Callable[[list[str]], object], *, reads: bool = True
+    words: Sequence[str], arguments: Sequence[str], check: Callable[[list[str]], object], *, reads: bool = True
 ) -> Iterator[list[str]]:
     """Yield the arguments with mirrors instead of paths of object stores; publish what was written at the end.
 
     Args:
-        arguments: of a command.
+        words: the command, such as ("finetune", "squad").
+        arguments: its arguments.
         check: parses the arguments; whatever is wrong with them, but for files that are missing, ends the process.
         reads: whether the files that are named are read; not so for a plan.
 
@@ -47,8 +54,9 @@ def on_mirrors(
         DataError: a store cannot be read or written.
     """
     local, named = [], []
+    texts = TEXTS.get(" ".join(words), frozenset())
     for flag, head, value in _parts(arguments):
-        opens = _opens(value)
+        opens = flag not in texts and _opens(value)
         if "://" in value and flag in OUTPUTS + CACHES and not opens:
             raise RunError(
                 f"--{flag} {value}: cannot be written: it is no path of a disk or of an object store (gs://, s3:// and "

@@ -97,10 +97,20 @@ def test_a_run_that_another_machine_has_taken_ends(store):
 
 def test_the_manifest_of_a_named_step_is_copied_too(store, tmp_path):
     store.pipe({"/b/run/checkpoints/12/state/a": b"a", "/b/run/checkpoints/12.json": b"{}"})
-    with on_mirrors(["pretrain", "--resume-from", "memory://b/run/checkpoints/12"], lambda _: None) as local:
-        step = Path(local[2])
+    with on_mirrors(["pretrain"], ["--resume-from", "memory://b/run/checkpoints/12"], lambda _: None) as local:
+        step = Path(local[1])
         assert (step / "state" / "a").is_file()
         assert step.with_name("12.json").is_file()
+
+
+def test_a_text_is_no_path(store):
+    """Of one flag, it depends on the command."""
+    store.pipe({"/b/text": b"A text.", "/b/run/model/config.json": b"{}"})
+    words = ["memory://b/run", "--text", "memory://b/text", "--text-pair=memory://b/none"]
+    with on_mirrors(["predict"], words, lambda _: None) as local:
+        assert local == [str(mirror("memory://b/run")), *words[1:]]
+    with on_mirrors(["perplexity"], ["--text", "memory://b/text"], lambda _: None) as local:
+        assert Path(local[1]).read_text() == "A text."
 
 
 def test_a_folder_on_a_disk_is_left_alone(tmp_path):

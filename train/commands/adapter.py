@@ -38,6 +38,7 @@ class MergeConfig:
 def main(config: LoadConfig | MergeConfig) -> int:
     """Run `bestiary adapter load` or `bestiary adapter merge`; return the exit status."""
     # Imported here, since they import JAX, which would delay --help.
+    from ...data.cloud.mirror import in_urls
     from ...data.files import check_output_folder
     from ...data.json_files import json_text
     from ...models import save
@@ -53,7 +54,7 @@ def main(config: LoadConfig | MergeConfig) -> int:
         has_tokenizer = any((config.model / name).is_file() for name in TOKENIZER_FILES)
         merged, _ = merge_lora(params, settings)
         save(config.out, loaded.model, merged, config.model if has_tokenizer else None, dtype=config.dtype)
-        print(f"{config.out}: {config.model} with {config.adapter} merged")
+        print(in_urls(f"{config.out}: {config.model} with {config.adapter} merged"))
         return 0
     leaves = dict(flatten(params))
     found = {

@@ -20,6 +20,7 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> int:
     """Write the page; return the exit status."""
+    from ...data.cloud.mirror import in_urls
     from ...data.files import write_text
     from .report_page import page, read_run
 
@@ -27,5 +28,5 @@ def main(config: ReportConfig) -> int:
         print("bestiary report: no run folders given", file=sys.stderr)
         return 2
     write_text(config.out, page([read_run(folder) for folder in config.runs]))
-    print(f"{config.out}: {len(config.runs)} run{'s' if len(config.runs) > 1 else ''}")
+    print(f"{in_urls(str(config.out))}: {len(config.runs)} run{'s' if len(config.runs) > 1 else ''}")
     return 0

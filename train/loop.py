@@ -20,11 +20,11 @@ from .config import LoopConfig
 from .errors import RunError
 from .learner import Learner, TrainState
 from .machine.speed import Speed
-from .machine.watchdog import Watchdog
+from .machine.watchdog import Watchdog, wait_for_all
 from .metrics import Meter, Sums, finite
 from .progress import Progress, duration
 from .run_folder import RunFolder
-from .sharding import Parallelism
+from .sharding import Parallelism, TrainStep
 
 RESTART = 75
 """Exit status of a run that SIGTERM has stopped, and that may be started again: EX_TEMPFAIL of sysexits.h."""
@@ -349,7 +349,7 @@ class Loop:
             if compiles:
                 self._speed.compiles(shape, lambda: train.trace(self._state, placed))  # noqa: B023
                 self._flush_metrics()  # the step before takes its own time
-                self._state, sums = self._compiling(step, batch, lambda: train(self._state, placed))  # noqa: B023
+                self._state, sums = self._compiling(step, batch, train, placed)
                 self._compiled.add(shape)
             else:
                 self._state, sums = train(self._state, placed)
@@ -406,13 +406,16 @@ class Loop:
                 f"steps from {first} on are traced in {self._session.folder.folder / 'profile'}"
             )
 
-    def _compiling(self, step: int, batch: Mapping[str, np.ndarray], call: Callable[[], Any]) -> Any:
+    def _compiling(self, step: int, batch: Mapping[str, np.ndarray], train: TrainStep, placed: Any) -> Any:
         """Call a step for the first time with this shape, and say how long that took."""
         rows = "x".join(map(str, next(iter(batch.values())).shape))
         left = f"{self._training.steps - step + 1:,} of {self._training.steps:,} steps to do"
         self._session.progress.update(f"compiling the training step for rows of {rows}; {left}", force=True)
         clock = time.perf_counter()
-        found = call()
+        if jax.process_count() > 1:  # some may read the program from a cache while others compile it
+            train.compile(self._state, placed)
+            wait_for_all(f"compiled/{step}")
+        found = train(self._state, placed)
         seconds = time.perf_counter() - clock
         self._counters.compiling += seconds
         self._session.progress.line(f"compiled the training step for rows of {rows} in {seconds:.1f} s; {left}")

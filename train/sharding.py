@@ -180,6 +180,7 @@ class TrainStep:
     run: Callable[..., tuple[Any, Any]]  # the same with `fixed`
     traced: Callable[..., Any]  # what `jax.jit` traces of it, whose program counts the operations
     fixed: tuple[Any, ...]  # what the step reads and nothing changes
+    lower: Callable[..., Any] | None = None  # lowers `run`, if compiling that compiles it for the calls too
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         return self.run(state, batch, *self.fixed)
@@ -187,6 +188,11 @@ class TrainStep:
     def trace(self, state: Any, batch: Any) -> Any:
         """Trace the step, which the call that follows then need not do."""
         return self.traced(state, batch, *self.fixed)
+
+    def compile(self, state: Any, batch: Any) -> None:
+        """Compile the step, which the call that follows then need not do; with pmap, that call does."""
+        if self.lower is not None:
+            self.lower(state, batch, *self.fixed).compile()
 
 
 class Parallelism:
@@ -282,7 +288,7 @@ class Parallelism:
             return jax.lax.with_sharding_constraint(state, self._shardings(state, specs)), sums
 
         run = jax.jit(sharded, donate_argnums=0)
-        return TrainStep(run, run.trace, fixed)
+        return TrainStep(run, run.trace, fixed, run.lower)
 
     def compile_evaluate(self, step: Callable[..., Any], *fixed: Any) -> Callable[[Any, Any], Any]:
         """Compile (params, batch) -> sums, or anything else that is the same on all devices in the end.

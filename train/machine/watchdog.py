@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import jax
 
+WEEK = 7 * 24 * 3600 * 1000  # ms
 STEPS = "bestiary/steps/"  # in the store by which the processes found each other
 
 
@@ -89,6 +90,16 @@ class Watchdog:
         parts = [f"behind: {', '.join(behind)}"] if behind else []
         parts += [f"never heard of: {', '.join(silent)}"] if silent else []
         return f"; processes {'; '.join(parts)}" if parts else "; every process is at this step"
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until all processes have come here, for as long as they live; `name` is used once in a run.
+
+    This asks the store by which they found each other. A collective has a time limit: 30 s for its first, on CPUs.
+    """
+    client = _client()
+    if client is not None:
+        client.wait_at_barrier(f"bestiary/{name}", timeout_in_ms=WEEK)
 
 
 def _client() -> Any:

@@ -100,7 +100,6 @@ class Planner:
     def __init__(self, target: Target, command: Command, settings: Any, folder: Path):
         self.target, self.settings = target, settings
         self._command, self._folder = command, folder
-        self._needed: dict[int, float] = {}
 
     def steps(self, settings: Any) -> list[Step]:
         """Trace the step of these settings, or those of their tasks."""
@@ -112,8 +111,13 @@ class Planner:
         for name, value in changes.items():
             settings = changed(settings, name, value)
         steps = counted = self.steps(settings)
+        plain = settings
         if setting(settings, "attention") not in (None, "xla"):  # kernels' operations are those of plain attention
-            counted = self.steps(changed(settings, "attention", "xla"))
+            plain = changed(plain, "attention", "xla")
+        if setting(settings, "remat"):  # which recomputes not quite all of a layer
+            plain = changed(plain, "remat", False)
+        if plain is not settings:
+            counted = self.steps(plain)
         return [
             (step, *make_plan(step, self.target, operations(whole.traced.jaxpr.jaxpr)))
             for step, whole in zip(steps, counted, strict=True)

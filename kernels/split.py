@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .call import Call
 
@@ -65,12 +65,32 @@ def splitting(mesh: Mesh, *, batch: str | tuple[str, ...] = (), heads: str | tup
         _declared.reset(token)
 
 
+def along_rows(array: jax.Array) -> jax.Array:
+    """Keep an array [rows, ...] divided along the declared axes of rows, and its gradient too; all else is left open.
+
+    Where parameters are divided along the same axes, the compiler may otherwise divide a layer's arrays as it divides
+    the parameters, and then exchange all rows for every product.
+    """
+    split = _declared.get()
+    if split is None or _is_manual(split) or split.parts(split.batch) == 1:
+        return array
+    if array.shape[0] % split.parts(split.batch):
+        return array
+    spec = PartitionSpec(split.batch, *(PartitionSpec.UNCONSTRAINED for _ in array.shape[1:]))
+    return jax.lax.with_sharding_constraint(array, NamedSharding(split.mesh, spec))
+
+
+def _is_manual(split: Split) -> bool:
+    """Tell whether this is traced within `shard_map` over one of the axes, where a device sees only its part."""
+    return bool(set(split.batch + split.heads) & set(jax.sharding.get_abstract_mesh().manual_axes))
+
+
 def split_of(call: Call) -> Split | None:
     """Return a call's partitioning; None on one device and within `shard_map`, where a device sees only its part."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     declared = _declared.get()
     if declared is not None:
-        return None if set(declared.batch + declared.heads) & set(manual) else declared
+        return None if _is_manual(declared) else declared
     sharding = jax.typeof(call.query).sharding
     if manual or AxisType.Explicit not in sharding.mesh.axis_types:
         return None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ...kernels.split import along_rows
 from .attention import Attention
 from .segments import ByExample, gather_positions, rows_at
 
@@ -63,6 +64,7 @@ def run_layers(
     Raises:
         ValueError: arguments are mutually exclusive, or the number of kinds or sets is not the number of layers.
     """
+    hidden = along_rows(hidden)
     # New parameters are initialised for the whole stack.
     positions = None if block.is_initializing() else last_positions
     if positions is not None and every_layer:
@@ -79,7 +81,7 @@ def run_layers(
     drawn = {} if kinds is None else kinds[-1]
 
     def layer(block: nn.Module, hidden: Array, broadcast: tuple[Any, ...], own: Any) -> tuple[Array, Array | None]:
-        hidden = block(hidden, *broadcast, *own, **drawn, deterministic=deterministic)
+        hidden = along_rows(block(hidden, *broadcast, *own, **drawn, deterministic=deterministic))
         return hidden, hidden if every_layer else None
 
     stacked = count if sets is None else max(sets) + 1
@@ -139,7 +141,7 @@ def _run_apart(
 
         def call(block: Any) -> Array:
             if positions is None:
-                return block(hidden, *broadcast, **more)
+                return along_rows(block(hidden, *broadcast, **more))
             return _call_at(positions, block, hidden, broadcast, more)
 
         return nn.apply(call, alone)({"params": params}, rngs={} if key is None else {"dropout": key})

@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bestiary.data import load_tokenizer
+from bestiary.kernels import splitting
+from bestiary.kernels.split import along_rows
 from bestiary.models import load
 from bestiary.train.cli import COMMANDS, config_of, main
 from bestiary.train.errors import RunError
@@ -69,6 +71,32 @@ def test_recomputed_operations_are_not_needed():
     assert operations(layers(remat=True)[0].jaxpr.jaxpr) == pytest.approx(3 * FORWARD, rel=0.12)
     compiled = layers(remat=True)[0].lower().compile().as_text()
     assert Program(compiled, {"data": 4, "tensor": 2}).totals.flops > 3 * FORWARD / 8
+
+
+def test_rows_stay_divided_where_parameters_are_divided_too():
+    """Even if the ids are not. T5's are corrupted on the device, and the compiler exchanged all rows' activations."""
+    mesh = make_mesh("fsdp=8")
+    rows, width, inner = 512, 32, 64
+
+    def loss(weights, ids):
+        with splitting(mesh, batch=("data", "fsdp")):
+            hidden = along_rows(weights["table"][ids])
+            for _ in range(2):
+                hidden = along_rows(hidden + jax.nn.relu(hidden @ weights["up"]) @ weights["down"])
+            return (hidden**2).sum()
+
+    def shape(dtype, *sides, spec):
+        return jax.ShapeDtypeStruct(sides, dtype, sharding=NamedSharding(mesh, spec))
+
+    weights = {
+        "table": shape(jnp.float32, 40, width, spec=P(None, "fsdp")),
+        "up": shape(jnp.float32, width, inner, spec=P("fsdp")),
+        "down": shape(jnp.float32, inner, width, spec=P(None, "fsdp")),
+    }
+    ids = shape(jnp.int32, rows, 4, spec=P())
+    compiled = jax.jit(jax.grad(loss)).trace(weights, ids).lower().compile()
+    found = Program(compiled.as_text(), dict(mesh.shape)).totals.collectives
+    assert max(one.bytes for one in found) < 4 * rows * 4 * width / 4, found
 
 
 def test_a_product_of_batches_that_became_a_convolution_is_counted_without_padding():

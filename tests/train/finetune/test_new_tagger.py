@@ -113,7 +113,7 @@ def test_it_goes_on_from_a_checkpoint_and_is_evaluated_again_and_trained_further
     assert json.loads((tmp_path / "further/results.json").read_text())["metrics"]["dev"]["f1"] > 0.9
     assert train(data, tmp_path / "lora", *given, *further, "--lora-rank", "2", "--lora-targets", "all-linear") == 1
     assert f"--lora-rank: the LSTMs of {run / 'model'} have no adapters" in capsys.readouterr().err
-    assert train(data, tmp_path / "scanned", *given, *further, "--scan-layers") == 1
+    assert train(data, tmp_path / "scanned", *given, *further, "--scan-layers", "True") == 1
     assert f"--scan-layers: {run / 'model'} has recurrent layers" in capsys.readouterr().err
 
 

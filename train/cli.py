@@ -413,7 +413,9 @@ def _print_completion(given: list[str]) -> int:
 
     try:
         whats = {words: command.what for words, command in COMMANDS.items()}
-        print(script(given[0] if given else "", whats, help_of, _first_values))
+        print(script(given[0] if given else "", whats, help_of, _first_values), flush=True)
+    except BrokenPipeError:
+        return _closed_pipe()
     except RunError as error:
         print(f"bestiary: {error}", file=sys.stderr)
         return 2
@@ -461,8 +463,7 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
         print("bestiary: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
-        return 141
+        return _closed_pipe()
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -472,6 +473,12 @@ def _guarded(words: tuple[str, ...], command: Command, arguments: list[str]) -> 
         resumes = " ".join(words).startswith(RESUMING)
         print(f"bestiary: {in_urls(in_words(error, resumes=resumes))}", file=sys.stderr)
         return 1
+
+
+def _closed_pipe() -> int:
+    """Return the exit status when nobody reads what is printed, and keep the exit silent about it."""
+    sys.stderr.close()
+    return 141
 
 
 def _check(words: tuple[str, ...], arguments: list[str]) -> None:

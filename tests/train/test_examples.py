@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_a_shell_completes_commands_flags_and_choices(
     assert completed("bestiary", "pretrain", "--learning-r") == ["--learning-rate"]
     assert completed("bestiary", "pretrain", "--optimizer", "la") == ["lamb"]
     assert completed("bestiary", "finetune", "s") == ["sst2", "stsb", "squad"]
+
+
+def test_the_completion_ends_quietly_when_its_reader_leaves() -> None:
+    one = "from bestiary.train import cli; cli.COMMANDS = {('pretrain',): cli.COMMANDS[('pretrain',)]}; "
+    command = [sys.executable, "-c", one + "raise SystemExit(cli.main(['--completion', 'zsh']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141, said.decode()
+    assert said == b""
 
 
 def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from bestiary.train.cli import COMMANDS, config_of
 from bestiary.train.commands.diagram import draw, module_tree
 from bestiary.train.commands.pages import COMMAND, contents, page, picture, small_command
 from bestiary.train.commands.recipes import RECIPES
+from bestiary.train.optim.optimizer import decay_strength
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,6 +51,8 @@ def test_a_command_of_a_page_is_understood(name: str, command: str) -> None:
     if name != "unit":  # its sizes are in the task file
         family = presets()[str(getattr(config, "preset", None) or config.model)].name
         assert family == ("transformer" if name == "marian" else name)  # a translator is saved as Marian
+    optim = config.optim
+    assert decay_strength(optim) * optim.learning_rate < 0.01  # of each weight in a step: more leaves nothing to learn
 
 
 def test_the_small_command_has_the_smallest_size() -> None:

@@ -155,8 +155,8 @@ def read_task_file(path: Path) -> TaskFile:
     """Read a file of tasks.
 
     Raises:
-        RunError: it is missing or not TOML, a table or key is unknown, a value has the wrong type, or a task, a head or
-            an encoder is not one of this version.
+        RunError: it is missing or not TOML, a table or key is unknown, a value has the wrong type, a task, a head or an
+            encoder is not one of this version, or no task reads what an encoder is for.
     """
     try:
         stored = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -176,10 +176,15 @@ def read_task_file(path: Path) -> TaskFile:
             for side, of in (("image", ImagePart), ("text", TextPart))
         ),
     )
+    read: set[str] = set()
     for name, task in found.tasks.items():
         for side in READS[task.kind].split(" and "):
             if getattr(found, side) is None:
                 raise RunError(f"{path}, [tasks.{name}]: {task.kind} needs an encoder: a table [{side}].")
+            read.add(side)
+    for side in ("image", "text"):
+        if getattr(found, side) is not None and side not in read:
+            raise RunError(f"{path}, [{side}]: no task reads {side}s. Leave the table out.")
     return found
 
 

@@ -300,6 +300,7 @@ WHOLE = PARTS + VQA + BRIGHT
         ),
         (WHOLE.replace("share = 3.0", "share = 0.0"), "share is 0.0; it must be above 0"),
         (VQA, r"\[tasks.vqa\]: question-answering needs an encoder: a table \[image\]"),
+        (PARTS + BRIGHT, r"\[text\]: no task reads texts. Leave the table out"),
     ],
 )
 def test_mistakes_in_the_file(tmp_path: Path, content: str, message: str):

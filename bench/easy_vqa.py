@@ -1,6 +1,6 @@
 """Write a table of easy-VQA's training images with the colour and form of the thing shown, of which the questions tell.
 
-    python bench/easy_vqa.py shared/data/easy_vqa DIR
+    python bench/easy_vqa.py easy_vqa DIR
 
 DIR gets the training images and both.csv, for `bestiary images train --data DIR/both.csv`: of the images for which one
 question's answer is the colour, and another's the form.

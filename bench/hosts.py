@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +67,13 @@ def finish(started: list[subprocess.Popen]) -> None:
         raise SystemExit(f"exit statuses {statuses}: see the logs")
 
 
+def kill(started: list[subprocess.Popen]) -> None:
+    """End all processes of a run, as a scheduler does when one is lost."""
+    for one in started:
+        one.kill()
+        one.wait()
+
+
 def steps_done(out: Path) -> int:
     """Return the number of steps that a run has logged."""
     path = out / "metrics.jsonl"
@@ -80,6 +86,8 @@ def killed(options: argparse.Namespace, name: str, counts: list[int]) -> list[st
     out, note = options.out / name, options.out / f"{name}-kills.txt"
     done = note.read_text().splitlines() if note.exists() else []
     for number in range(len(done), options.kills):
+        if (out / "results.json").exists():  # an earlier start, which was to kill less often, brought it to its end
+            break
         draw = random.Random(f"{options.seed} {name} {number}")
         processes = counts[number % len(counts)]
         started = start(options, name, processes)
@@ -87,13 +95,12 @@ def killed(options: argparse.Namespace, name: str, counts: list[int]) -> list[st
         while all(one.poll() is None for one in started) and steps_done(out) < at:
             time.sleep(0.02)
         if any(one.poll() is not None for one in started):
+            kill(started)
             raise SystemExit(f"{name}: a process ended before it was killed: see the logs")
         victim = draw.randrange(processes)
-        started[victim].send_signal(signal.SIGKILL)
+        started[victim].kill()
         time.sleep(0.2)
-        for one in started:  # as a scheduler ends the others
-            one.send_signal(signal.SIGKILL)
-            one.wait()
+        kill(started)
         done.append(f"process {victim} of {processes} after step {steps_done(out)}")
         note.write_text("".join(f"{line}\n" for line in done))
         print(f"{name}: killed {done[-1]}", flush=True)
@@ -143,7 +150,7 @@ def compare(options: argparse.Namespace, name: str, other: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder, or that of an earlier start")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
+    if a.work == "train" and a.out is None:
+        parser.error("train needs --out, the folder for the model")
     torch.set_num_threads(1)
     vocabulary = json.loads((a.tokenizer / "vocab.json").read_text())
     if a.work == "train":

@@ -128,6 +128,9 @@ BACKENDS = [
 ]
 
 
+LABELLED = {str(backend): backend for backend in BACKENDS}
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with request.param.context():
@@ -168,7 +171,7 @@ def outcome(backend: Backend, name: str, dtype: str) -> tuple[np.ndarray, ...]:
 @functools.cache
 def plain_error(name: str, dtype: str, stretch: int) -> tuple[float, ...]:
     """What rounding does to the outputs and gradients of plain jax.numpy on a case's inputs of 16 bits."""
-    plain = dataclasses.replace(BACKENDS[0], stretch=stretch)
+    plain = dataclasses.replace(LABELLED["xla"], stretch=stretch)
     (case,) = (case.stretched(stretch) for case in CASES if case.name == name)
     expected = reference(case, compiled(plain, name, dtype)[0])
     return tuple(error(x, y) for x, y in zip(outcome(plain, name, dtype), expected, strict=True))
@@ -198,12 +201,12 @@ def test_outputs_and_gradients(backend, case):
     check(backend, case, backend.dtype)
 
 
-@on([BACKENDS[0], dataclasses.replace(BACKENDS[-1], cases=None)], *PLAIN)
+@on([LABELLED["xla"], dataclasses.replace(LABELLED["xla, fused"], cases=None)], *PLAIN)
 def test_outputs_and_gradients_of_plain_jax(backend, case):
     check(backend, case, "float32")
 
 
-@on([BACKENDS[0]], PLAIN[-1])
+@on([LABELLED["xla"]], PLAIN[-1])
 def test_bfloat16_of_plain_jax(backend, case):
     check(backend, case, "bfloat16")
 
@@ -259,7 +262,7 @@ def test_what_is_not_attended_to_changes_nothing(backend, case):
         assert error(np.asarray(ours, np.float64)[some], theirs[some]) < 2 * limit, label
 
 
-@on([BACKENDS[0], *BACKENDS[2::2]])
+@on([LABELLED[label] for label in ("xla", "tpu", "hopper")])
 def test_packed_equals_each_example_alone(backend):
     many = backend.stretch
     case = Case("packed", (1, 24 * many, 24 * many, 1, 1, 8, 8), bias="relative", options={"window": (7, 9)})
@@ -318,7 +321,7 @@ def test_runs_are_bit_equal(backend, case):
         np.testing.assert_array_equal(x, y)
 
 
-@on(BACKENDS[:2])
+@on([LABELLED[label] for label in ("xla", "tpu, short rows")])
 def test_split_over_a_mesh_gathers_nothing(backend):
     case = Case("mesh", (4, 16, 16, 4, 2, 8, 8), bias="relative", segments="packed", rate=0.1)
     drawn = draw(case)

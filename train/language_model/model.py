@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...data.tokenizers.pairs import PairTokenizer
+from ...data.tokenizers.pairs import PairTokenizer, TextForm
 from ...data.tokenizers.text_side import TextSide
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...models import load
@@ -180,11 +180,19 @@ def _losses_and_memory(
 
 @dataclass(frozen=True, eq=False)
 class PromptedEncoderDecoder(LanguageModel):
-    """An encoder-decoder that answers prompts: they are its source, and an answer is its output."""
+    """An encoder-decoder that answers prompts: they are its source, and an answer is its output.
+
+    Attributes:
+        form: how texts were prepared in its training: after a prefix, for instance.
+    """
+
+    form: TextForm = field(default_factory=TextForm)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of prompts, with the tokenizer's special tokens around them."""
-        return self.tokenizer.encode_batch(texts, add_special_tokens=True)
+        return self.tokenizer.encode_batch(
+            [self.form.prepare(text, target=False) for text in texts], add_special_tokens=True
+        )
 
     def fits(self, prompt: int, answer: int) -> bool:
         """See `LanguageModel.fits`: each side has positions of its own."""
@@ -192,7 +200,7 @@ class PromptedEncoderDecoder(LanguageModel):
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers, which are texts of their own."""
-        return self.tokenizer.encode_batch([text.strip() for text in texts])
+        return self.tokenizer.encode_batch([self.form.prepare(text.strip(), target=True) for text in texts])
 
     def begun(self, prompt: Sequence[int]) -> Sequence[int]:
         """See `LanguageModel.begun`: nothing, an output is a text of its own."""
@@ -255,8 +263,11 @@ def open_language_model(folder: Path, dtype: str = "float32", *, encoder_decoder
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise RunError(f"{folder}: no tokenizer files. Put those of the model's tokenizer there.")
+    more: dict[str, Any] = {}
     if isinstance(tokenizer, PairTokenizer) and isinstance(tokenizer.source, TextSide):
+        if found is PromptedEncoderDecoder:
+            more["form"] = tokenizer.form
         tokenizer = tokenizer.source.tokenizer  # of a text-to-text model, which has one for both sides
     if not isinstance(tokenizer, Tokenizer):
         raise RunError(f"{folder}: its tokenizer is one of two languages, for `bestiary translate`, not of prompts.")
-    return found(loaded.model, jax.device_put(loaded.params), tokenizer)
+    return found(loaded.model, jax.device_put(loaded.params), tokenizer, **more)

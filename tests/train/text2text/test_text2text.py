@@ -105,6 +105,7 @@ def test_a_run_folder_and_its_outputs(trained: Path, folders, monkeypatch, capsy
 
     asked = open_language_model(trained, encoder_decoder=True)  # as `bestiary ask` opens it
     assert asked.tokenizer.fingerprint == load_tokenizer(folders["t5"]).fingerprint
+    assert asked.encode(["old tree"]) == [[*ids, model.config.eos_token_id]]
 
     lines = ["red house", "", " ".join(WORDS * 4)]
     monkeypatch.setattr(sys, "stdin", type("Stream", (), {"buffer": io.BytesIO("\n".join(lines).encode() + b"\n")}))

@@ -8,7 +8,8 @@ A line of `metrics.jsonl` has the means over the steps since the line before, an
 It contains only what the seed determines (no speeds, no times), so that the file of a resumed run equals
 that of an uninterrupted one. Speeds are on the progress line, in TensorBoard, in results.json, and in
 `speeds.jsonl`: seconds per step, tokens per second, the share of the time spent waiting for data, the seconds that the
-training stood still for checkpoints and, on a TPU or an H100 or H200, model FLOPs utilisation and memory.
+training stood still for checkpoints and, on a TPU or an H100 or H200, model FLOPs utilisation (with --remat a lower
+bound) and memory.
 
 A run folder in an object store is worked on in its mirror, and published at the start, after each checkpoint and at the
 end: there is no appending to an object, so the files of lines are copied whole. Several processes have no disk in
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ..data.cloud.mirror import fetch, in_urls, place_for_all, publish, require_claim, url_of
+from ..data.cloud.mirror import ClaimedError, fetch, in_urls, place_for_all, publish, require_claim, url_of
 from ..data.errors import DataError
 from ..data.files import replacing, write_text
 from ..data.json_files import expect, json_text, parse_line, read_object, read_object_lines, value_of, write_json
@@ -130,6 +131,8 @@ class RunFolder:
     def before_checkpoint(self) -> None:
         """Check that the folder is still this run's, before a checkpoint replaces old ones; all processes must call it.
 
+        A store that does not say so for the moment is reported.
+
         Raises:
             RunError: the folder belongs to another process by now.
             ClaimedError: in its store, it does.
@@ -139,7 +142,13 @@ class RunFolder:
     def _require_ownership(self) -> None:
         self.require_lock()
         if self.main and self._shared is not None:  # where Orbax writes, and deletes, by itself
-            require_claim(self.folder)
+            try:
+                require_claim(self.folder)
+            except ClaimedError:
+                raise
+            except (DataError, OSError) as error:
+                said = str(error).strip().partition("\n")[0]
+                self._report(f"{url_of(self.folder)}: whose it is could not be read: {said}. The training goes on.")
 
     def publish(self) -> None:
         """Copy what is new to the folder's object store, in the background, if it is in one."""

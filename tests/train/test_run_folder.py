@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from bestiary.data.cloud.mirror import mirror
 from bestiary.data.errors import DataError
@@ -93,8 +94,15 @@ def test_a_run_whose_folder_was_replaced_writes_nothing_more(tmp_path):
     first.close()
 
 
-def test_of_several_processes_metrics_are_in_the_store_before_a_manifest(tmp_path, monkeypatch):
-    """And a run that another machine has taken saves no checkpoint, writes no manifest, and shares no file."""
+def test_of_several_processes_metrics_are_in_the_store_before_a_manifest(tmp_path, monkeypatch, capsys):
+    """And a run that another machine has taken saves no checkpoint, writes no manifest, and shares no file.
+
+    A store that does not answer for a moment is no reason to end.
+    """
+
+    def not_now(*_: object, **__: object) -> None:
+        raise OSError("503 slow down")
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(run_folder, "in_any_process", lambda flag: flag)
@@ -107,6 +115,10 @@ def test_of_several_processes_metrics_are_in_the_store_before_a_manifest(tmp_pat
     run.share("best.safetensors")
     assert (store / "best.safetensors").read_text() == "weights"
     run.before_checkpoint()
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFileSystem, "cat_file", not_now)
+        run.before_checkpoint()
+    assert "whose it is could not be read" in capsys.readouterr().out
     (store / LOCK).write_text("process 2 on another\n")
     for write in (run.before_checkpoint, run.publish_lines, lambda: run.share("best.safetensors"), run.close):
         with pytest.raises(DataError, match="now belongs to process 2 on another"):

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bestiary.data import load_tokenizer
 from bestiary.kernels import splitting
-from bestiary.kernels.split import along_rows
 from bestiary.models import load
+from bestiary.models.layers.stack import run_layers
 from bestiary.train.cli import COMMANDS, config_of, main
 from bestiary.train.errors import RunError
 from bestiary.train.machine.chips import CHIPS, Chip, Target, parse_target
@@ -73,25 +74,55 @@ def test_recomputed_operations_are_not_needed():
     assert Program(compiled, {"data": 4, "tensor": 2}).totals.flops > 3 * FORWARD / 8
 
 
-def test_rows_stay_divided_where_parameters_are_divided_too():
+class Products(nn.Module):
+    """A layer of two products."""
+
+    width: int
+    inner: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, *, deterministic: bool, scale: float = 1.0) -> jax.Array:
+        del deterministic
+        up = self.param("up", nn.initializers.normal(), (self.width, self.inner))
+        down = self.param("down", nn.initializers.normal(), (self.inner, self.width))
+        return hidden + scale * jax.nn.relu(hidden @ up) @ down
+
+
+class Stack(nn.Module):
+    """Layers on embeddings."""
+
+    width: int
+    inner: int
+    kinds: tuple[float, ...] | None
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        hidden = self.param("table", nn.initializers.normal(), (40, self.width))[ids]
+        kinds = None if self.kinds is None else [{"scale": scale} for scale in self.kinds]
+        how = {"count": 2, "scan": True, "remat": False, "deterministic": True}
+        return run_layers(Products(self.width, self.inner), hidden, kinds=kinds, **how)[0]
+
+
+@pytest.mark.parametrize("kinds", [None, (1.0, 0.5)])
+def test_rows_stay_divided_where_parameters_are_divided_too(kinds):
     """Even if the ids are not. T5's are corrupted on the device, and the compiler exchanged all rows' activations."""
     mesh = make_mesh("fsdp=8")
     rows, width, inner = 512, 32, 64
+    model = Stack(width, inner, kinds)
 
     def loss(weights, ids):
         with splitting(mesh, batch=("data", "fsdp")):
-            hidden = along_rows(weights["table"][ids])
-            for _ in range(2):
-                hidden = along_rows(hidden + jax.nn.relu(hidden @ weights["up"]) @ weights["down"])
-            return (hidden**2).sum()
+            return (model.apply({"params": weights}, ids) ** 2).sum()
 
     def shape(dtype, *sides, spec):
         return jax.ShapeDtypeStruct(sides, dtype, sharding=NamedSharding(mesh, spec))
 
     weights = {
         "table": shape(jnp.float32, 40, width, spec=P(None, "fsdp")),
-        "up": shape(jnp.float32, width, inner, spec=P("fsdp")),
-        "down": shape(jnp.float32, inner, width, spec=P(None, "fsdp")),
+        "Products_0": {
+            "up": shape(jnp.float32, 2, width, inner, spec=P(None, "fsdp")),
+            "down": shape(jnp.float32, 2, inner, width, spec=P(None, None, "fsdp")),
+        },
     }
     ids = shape(jnp.int32, rows, 4, spec=P())
     compiled = jax.jit(jax.grad(loss)).trace(weights, ids).lower().compile()

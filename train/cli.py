@@ -499,7 +499,13 @@ def _plan(arguments: list[str]) -> int:
     trains = {words: command for words, command in COMMANDS.items() if " ".join(words).startswith(RESUMING)}
     found = [words for words in trains if tuple(rest[: len(words)]) == words]
     if not found or rest[:2] == ["finetune", "glue"]:
-        meant = did_you_mean(" ".join(word for word in rest[:2] if not word.startswith("-")), RESUMING)
+        asked = " ".join(word for word in rest[:2] if not word.startswith("-"))
+        if found:
+            meant = f" {asked} is several runs: plan one of its tasks, as finetune mrpc."
+        elif any(tuple(rest[: len(words)]) == words for words in COMMANDS):
+            meant = ""  # a command that is not planned
+        else:
+            meant = did_you_mean(asked, RESUMING)
         known = f"the commands are {', '.join(RESUMING)}"
         raise RunError(f"bestiary plan COMMAND --target CHIP:TOPOLOGY: {known}.{meant}")
     words = max(found, key=len)

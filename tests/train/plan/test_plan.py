@@ -15,7 +15,7 @@ from bestiary.data import load_tokenizer
 from bestiary.kernels import splitting
 from bestiary.models import load
 from bestiary.models.layers.stack import run_layers
-from bestiary.train.cli import COMMANDS, config_of, main
+from bestiary.train.cli import COMMANDS, RESUMING, config_of, main
 from bestiary.train.errors import RunError
 from bestiary.train.machine.chips import CHIPS, Chip, Target, parse_target
 from bestiary.train.machine.operations import operations
@@ -269,10 +269,19 @@ def test_the_flags_of_a_plan_are_told_from_those_of_the_command():
     assert divide(text.split()) == (["--target", "v5e:4x4"], ["translate", "train", "--target", "a.de"])
 
 
-@pytest.mark.parametrize("line", ["finetune glue", "finetune glue --as-text"])
-def test_commands_of_several_programs_are_not_planned(line, capsys):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("finetune glue", " finetune glue is several runs: plan one of its tasks, as finetune mrpc."),
+        ("finetune glue --as-text", " finetune glue is several runs: plan one of its tasks, as finetune mrpc."),
+        ("translate run", ""),
+        ("images embed", ""),
+        ("pretran", " Did you mean 'pretrain'?"),
+    ],
+)
+def test_commands_that_are_not_planned(line, said, capsys):
     assert main(["plan", *line.split(), "--target", "v5e:2x2"]) == 1
-    assert "the commands are pretrain, distill, finetune, translate train" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"the commands are {', '.join(RESUMING)}.{said}\n")
 
 
 def test_attention_that_needs_the_gpu_is_refused(tmp_path):

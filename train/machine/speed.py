@@ -34,7 +34,8 @@ class Speed:
     def of_step(self, seconds: float) -> dict[str, float]:
         """Return what is known of the steps since the last call, which took `seconds` on average.
 
-        They are `seconds_per_step`, `mfu` and `memory_gib`, the most so far.
+        They are `seconds_per_step`, `mfu` (with --remat a lower bound, see `operations`) and `memory_gib`, the most so
+        far.
         """
         found = {"seconds_per_step": seconds}
         if self._chip is not None and self._window:

@@ -412,8 +412,9 @@ class Loop:
         left = f"{self._training.steps - step + 1:,} of {self._training.steps:,} steps to do"
         self._session.progress.update(f"compiling the training step for rows of {rows}; {left}", force=True)
         clock = time.perf_counter()
-        if jax.process_count() > 1:  # some may read the program from a cache while others compile it
-            train.compile(self._state, placed)
+        # Some processes may read the program from a cache while others compile it. The call compiles pmap's: these do
+        # not begin together.
+        if jax.process_count() > 1 and train.compile(self._state, placed):
             wait_for_all(f"compiled/{step}")
         found = train(self._state, placed)
         seconds = time.perf_counter() - clock

@@ -189,10 +189,12 @@ class TrainStep:
         """Trace the step, which the call that follows then need not do."""
         return self.traced(state, batch, *self.fixed)
 
-    def compile(self, state: Any, batch: Any) -> None:
-        """Compile the step, which the call that follows then need not do; with pmap, that call does."""
-        if self.lower is not None:
-            self.lower(state, batch, *self.fixed).compile()
+    def compile(self, state: Any, batch: Any) -> bool:
+        """Compile the step, which the call that follows then need not do; False if only that call can, as with pmap."""
+        if self.lower is None:  # pmap lowers what it is given as if there were no other processes
+            return False
+        self.lower(state, batch, *self.fixed).compile()
+        return True
 
 
 class Parallelism:
@@ -306,7 +308,7 @@ class Parallelism:
         return (lambda params, batch: run(params, batch, *fixed)) if fixed else run
 
     def _attention(self) -> AbstractContextManager[None]:
-        """Tell attention's Pallas kernels how they are sharded; the compiler shards everything else."""
+        """Say how attention's Pallas kernels are sharded, and rows between layers; the compiler shards all else."""
         return splitting(self.mesh, batch=BATCH_AXES, heads="tensor")
 
 

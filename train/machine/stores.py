@@ -26,6 +26,10 @@ TEXTS: Mapping[str, frozenset[str]] = {
     "predict": frozenset({"text", "text_pair", "question", "context", "endings"}),
     "multitask predict": frozenset({"text", "text_pair", "question"}),
     "generate": frozenset({"prompt", "stop"}),
+    "ask": frozenset({"prompt", "answers"}),
+    "embed": frozenset({"prompt"}),
+    "probe": frozenset({"prompt"}),
+    **{f"text2text {command}": frozenset({"prefix"}) for command in ("train", "run", "score")},
     "attention": frozenset({""}),
 }
 """Command -> flags whose values are texts, whatever they look like; "" is what follows no flag."""
@@ -55,7 +59,7 @@ def on_mirrors(
     """
     local, named = [], []
     texts = TEXTS.get(" ".join(words), frozenset())
-    for flag, head, value in _parts(arguments):
+    for flag, head, value in _parts(arguments, "" in texts):
         opens = flag not in texts and _opens(value)
         if "://" in value and flag in OUTPUTS + CACHES and not opens:
             raise RunError(
@@ -90,14 +94,23 @@ def on_mirrors(
                 publish(path, left_out=CHECKPOINTS if claimed(path) else "")
 
 
-def _parts(arguments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield each argument as (flag that it belongs to, what precedes its value, value)."""
-    flag = ""
+def _parts(arguments: Sequence[str], texts: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield each argument as (flag that it belongs to, what precedes its value, value).
+
+    A flag may have several values. But what is written has one name; and if texts may follow (`texts`), a flag has one
+    value, or several that are no paths.
+    """
+    flag, complete = "", False
     for argument in arguments:
         head, value = "", argument
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             flag, head = name.removeprefix("--").replace("-", "_"), name + equals
+            complete = bool(equals)
+        elif complete and (texts or flag in OUTPUTS + CACHES):
+            flag = ""
+        else:
+            complete = True
         yield flag, head, value
 
 

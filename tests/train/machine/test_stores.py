@@ -111,6 +111,30 @@ def test_a_text_is_no_path(store):
         assert local == [str(mirror("memory://b/run")), *words[1:]]
     with on_mirrors(["perplexity"], ["--text", "memory://b/text"], lambda _: None) as local:
         assert Path(local[1]).read_text() == "A text."
+    run = str(mirror("memory://b/run"))
+    for words in (
+        ["--out", "page.html", "memory://b/none"],
+        ["--out=page.html", "memory://b/none", "memory://b/none"],
+        ["memory://b/none", "--layers", "1", "2", "memory://b/none"],
+    ):
+        with on_mirrors(["attention"], ["--model", "memory://b/run", *words], lambda _: None) as local:
+            assert local == ["--model", run, *words]
+    for command, flag in (("ask", "--answers"), ("ask", "--prompt"), ("embed", "--prompt"), ("probe", "--prompt")):
+        words = ["--model=memory://b/run", flag, "memory://b/none", "memory://b/none"]
+        with on_mirrors([command], words, lambda _: None) as local:
+            assert local == [f"--model={run}", *words[1:]]
+    with on_mirrors(["text2text", "score"], ["--prefix", "memory://b/none"], lambda _: None) as local:
+        assert local[1] == "memory://b/none"
+
+
+def test_what_follows_the_name_of_an_output_is_read(store, tmp_path):
+    store.pipe({"/b/run/model/config.json": b"{}"})
+    words = ["--out", str(tmp_path / "table.tsv"), "memory://b/run"]
+    with on_mirrors(["predict"], words, lambda _: None) as local:
+        run = Path(local[2])
+        assert (run / "model" / "config.json").is_file()
+        (run / "more").touch()
+    assert not store.exists("/b/run/more")
 
 
 def test_a_folder_on_a_disk_is_left_alone(tmp_path):

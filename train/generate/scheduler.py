@@ -161,7 +161,6 @@ class Batch:
         self._seen = np.zeros(rows, np.int32)  # number of tokens of each that were shown to the request's watch
         self._step = 0
         self._admitted = 0  # number of sentences
-        self._postponable = sizes.POSTPONABLE
 
     @staticmethod
     def refill(rows: int) -> int:
@@ -201,7 +200,7 @@ class Batch:
             self._collect(np.flatnonzero(~active.any(axis=1) & (self._numbers >= 0)), *found)
             needed = np.where(self._numbers < 0, 0, history.any(axis=1).sum(axis=1) + programs.config.width)
             short = np.flatnonzero(needed > history.shape[2])
-            few = len(postponed) + len(short) <= self._admitted // self._postponable
+            few = len(short) <= refill and len(postponed) + len(short) <= self._admitted // Sizes.POSTPONABLE
             if len(short) and few and self._may_postpone:
                 postponed += self._numbers[short].tolist()
                 state = self._abandon(state, active, short)

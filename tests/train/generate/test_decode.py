@@ -242,6 +242,7 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
         alone([text], [prefix], first=i)[0] for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
     ]
     assert len({len(row[0].tokens) for row in expected}) > 8
+    usual = Sizes.POSTPONABLE
     small_sizes(monkeypatch, FEWEST_ROWS=1, POSTPONABLE=4)
     monkeypatch.setattr(Generator, "ROWS_PER_THREAD", 4)
     monkeypatch.setattr(generator_module, "usable_cores", lambda: cores)
@@ -253,6 +254,13 @@ def test_many_sentences_at_many_ages_are_as_one_alone(
     assert [[h.tokens for h in row] for row in found] == [[h.tokens for h in row] for row in expected]
     for row, other in zip(found, expected, strict=True):
         np.testing.assert_allclose([h.score for h in row], [h.score for h in other], rtol=1e-5)
+    monkeypatch.setattr(Sizes, "POSTPONABLE", usual)  # those that lack slots are too many
+    widened.clear()
+    left.clear()
+    again = generate(texts, prefixes)
+    assert widened
+    assert not left
+    assert [[h.tokens for h in row] for row in again] == [[h.tokens for h in row] for row in expected]
 
 
 @dataclass(frozen=True)

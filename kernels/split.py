@@ -1,14 +1,14 @@
-"""Partitioning of attention over a mesh, along batch and heads, so that no device needs another's part.
+"""Partitioning over a mesh: of attention along batch and heads, and of rows between layers.
 
 The compiler partitions plain jax.numpy by itself, but not a Pallas kernel: it must be told which axes of the mesh hold
-rows and which hold heads. An array of an explicit mesh carries this information; for an automatic mesh, use
-`splitting`:
+rows and which hold heads, so that no device needs another's part. An array of an explicit mesh carries this
+information; for an automatic mesh, use `splitting`:
 
     with splitting(mesh, batch=("data", "fsdp"), heads="tensor"):
         state = step(state, batch)
 
-It applies to functions traced within the context. (`custom_partitioning`, which would need no declaration, does not
-exist on TPUs.)
+It applies to functions traced within the context, where `along_rows` also keeps rows divided between layers.
+(`custom_partitioning`, which would need no declaration, does not exist on TPUs.)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _declared: contextvars.ContextVar[Split | None] = contextvars.ContextVar("attent
 
 @contextlib.contextmanager
 def splitting(mesh: Mesh, *, batch: str | tuple[str, ...] = (), heads: str | tuple[str, ...] = ()) -> Iterator[None]:
-    """Declare how attention's arrays are partitioned over a mesh with automatic axes, for functions traced within.
+    """Declare how rows and heads are partitioned over a mesh with automatic axes, for functions traced within.
 
     Args:
       mesh: the mesh of the arrays.
